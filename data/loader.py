@@ -1,0 +1,128 @@
+"""Batches from token shards: what step k sees is a pure function of k.
+
+The shards of a split are cut into windows of seq_len + 1 tokens at stride seq_len (a shard's last,
+incomplete window is dropped). Sequence g of a run, counted over all steps and ranks, is window
+`permute(g mod n)` of epoch `g div n`, so that every window is seen once an epoch, in an order that
+depends on nothing but (seed, epoch). Resuming at step k, or with another number of ranks, needs no
+state: the loader starts at sequence k * seqs_per_step.
+"""
+
+import itertools
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import UserError
+from data.shards import open_shard, read_header
+
+PREFETCH = 4  # micro-batches made ahead of the one in use
+ROUNDS = 4  # of the Feistel network; 4 give a permutation indistinguishable from random
+
+
+class Windows:
+    """The windows of `folder/{split}_*.bin`; indexed by an int array [n], gives int64 [n, T+1]."""
+
+    def __init__(self, folder: Path, split: str, seq_len: int, vocab_size: int, fingerprint: str):
+        files = sorted(Path(folder).glob(f"{split}_*.bin"))
+        if not files:
+            raise UserError(f"no {split}_*.bin in {folder}; make token shards with data.pack")
+        self.seq_len = seq_len
+        self.shards = [open_shard(f, vocab_size, fingerprint) for f in files]
+        headers = b"".join(read_header(f).tobytes() for f in files)
+        self.checksum = f"{zlib.crc32(headers):08x}"  # headers hold each shard's own checksum
+        self.tokens = sum(len(s) for s in self.shards)
+        self.first = np.cumsum([0] + [(len(s) - 1) // seq_len for s in self.shards])
+        if len(self) == 0:
+            raise UserError(
+                f"{folder}: the {split} split has {self.tokens:,} tokens, fewer than one sequence "
+                f"of {seq_len:,} + 1; add documents or lower seq_len"
+            )
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        out = np.empty((len(index), self.seq_len + 1), np.int64)
+        shard = np.searchsorted(self.first, index, side="right") - 1
+        for row, (s, i) in enumerate(zip(shard, index)):
+            start = (i - self.first[s]) * self.seq_len
+            out[row] = self.shards[s][start : start + self.seq_len + 1]
+        return out
+
+
+class Loader:
+    """Micro-batches of one rank: int64 [micro_batch, T+1] on `device`, for steps from any start."""
+
+    def __init__(
+        self,
+        windows: Windows,
+        seqs_per_step: int,
+        micro_batch: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ):
+        assert seqs_per_step % (micro_batch * world_size) == 0
+        self.windows, self.seed, self.device = windows, seed, device
+        self.seqs_per_step, self.micro_batch = seqs_per_step, micro_batch
+        self.rank, self.world_size = rank, world_size
+        self.micro_steps = seqs_per_step // (micro_batch * world_size)
+        self.waited_s = 0.0  # time the training loop spent waiting here
+
+    def sequences(self, step: int, micro_step: int) -> np.ndarray:
+        """The window of each row of this rank's micro-batch, int64 [micro_batch]."""
+        row = (micro_step * self.world_size + self.rank) * self.micro_batch
+        g = step * self.seqs_per_step + row + np.arange(self.micro_batch)
+        return permute(g % len(self.windows), len(self.windows), self.seed, g // len(self.windows))
+
+    def stream(self, start_step: int) -> Iterator[torch.Tensor]:
+        """Endless micro-batches from `start_step` on, made ahead by a thread."""
+        where = ((s, m) for s in itertools.count(start_step) for m in range(self.micro_steps))
+        with ThreadPoolExecutor(1, "loader") as thread:
+            ahead = deque(thread.submit(self._make, *next(where)) for _ in range(PREFETCH))
+            while True:
+                began = time.perf_counter()
+                batch = ahead.popleft().result()
+                self.waited_s += time.perf_counter() - began
+                ahead.append(thread.submit(self._make, *next(where)))
+                yield batch.to(self.device, non_blocking=True)
+
+    def _make(self, step: int, micro_step: int) -> torch.Tensor:
+        batch = torch.from_numpy(self.windows[self.sequences(step, micro_step)])
+        return batch.pin_memory() if self.device.type == "cuda" else batch
+
+
+def permute(i: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
+    """The image of each i in [0, n) under a random permutation chosen by (seed, epoch).
+
+    A Feistel network over the smallest 2^(2k) >= n, walked until it lands below n: no table, the
+    same on every machine and numpy version.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    x = np.array(i, np.uint64)
+    key = _mix(np.broadcast_to(np.asarray(epoch, np.uint64), x.shape) + _mix(np.uint64(seed)))
+    todo = np.ones(x.shape, bool)
+    while todo.any():
+        left, right = x[todo] >> half, x[todo] & mask
+        for r in range(ROUNDS):
+            left, right = right, left ^ (_mix(right ^ _mix(key[todo] + np.uint64(r))) & mask)
+        x[todo] = left << half | right
+        todo = x >= n
+    return x.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014): a scrambling bijection of uint64."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))

@@ -1,0 +1,83 @@
+"""Token shards: llm.c's `.bin` format, with checks in header slots that its readers ignore.
+
+A shard is a header of 256 little-endian int32, then the tokens as little-endian uint16:
+
+    slot 0   magic 20240520        slot 3     vocabulary size
+    slot 1   version 1             slot 4     documents
+    slot 2   number of tokens      slot 5     CRC-32 of the file with this slot zero
+                                   slots 8-15 tokenizer fingerprint (32 hex digits as ASCII)
+
+Slots 0-2 are llm.c's, so its tools read our shards; slots 3 and on are zero in its own.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_INTS
+VERIFY_TOKENS = 1 << 24  # tokens a verification step reads: 32 MiB
+
+
+def write_shard(path: Path, tokens: np.ndarray, vocab_size: int, documents: int, fingerprint: str):
+    """Write `tokens` (any integer dtype, values below `vocab_size` <= 65,536) as a shard."""
+    assert 0 < len(tokens) < 2**31, "a shard holds 1 to 2^31 - 1 tokens"
+    assert vocab_size <= 65536, "tokens are uint16"
+    assert int(tokens.max()) < vocab_size, "a token is beyond the vocabulary"
+    assert len(fingerprint) == 32
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:5] = MAGIC, VERSION, len(tokens), vocab_size, documents
+    header[8:16] = np.frombuffer(fingerprint.encode(), "<i4")
+    tokens = tokens.astype("<u2")
+    checksum = zlib.crc32(tokens.data, zlib.crc32(header.data))
+    header[5] = np.uint32(checksum).view(np.int32)
+    with open(path, "wb") as f:
+        f.write(header.data)
+        f.write(tokens.data)
+
+
+def read_header(path: Path) -> np.ndarray:
+    """The header of a shard, int32 [256]. Raises UserError if the file has none."""
+    with open(path, "rb") as f:
+        header = f.read(HEADER_BYTES)
+    if len(header) == HEADER_BYTES:
+        slots = np.frombuffer(header, "<i4").copy()
+        if slots[0] == MAGIC and slots[1] == VERSION:
+            return slots
+    raise UserError(f"{path} is not a token shard (magic {MAGIC}, version {VERSION})")
+
+
+def open_shard(path: Path, vocab_size: int, fingerprint: str, verify: bool = True) -> np.ndarray:
+    """The tokens of a shard as a read-only memory map, uint16 [tokens].
+
+    Raises UserError if the file is no shard, is cut short, was made by another tokenizer, or, with
+    `verify` (reads it all, about 1 GB/s), if its checksum or a token is wrong.
+    """
+    header = read_header(path)
+    n, size = int(header[2]), Path(path).stat().st_size
+    if size != HEADER_BYTES + 2 * n:
+        raise UserError(
+            f"{path} is damaged: its header says {n:,} tokens, {HEADER_BYTES + 2 * n:,} bytes, but "
+            f"the file has {size:,} bytes; make it again with data.pack"
+        )
+    tokens = np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(n,))
+    if verify:
+        checksum, header[5] = int(header[5:6].view(np.uint32)[0]), 0
+        found, largest = zlib.crc32(header.data), 0
+        for i in range(0, n, VERIFY_TOKENS):
+            part = tokens[i : i + VERIFY_TOKENS]
+            found, largest = zlib.crc32(part.data, found), max(largest, int(part.max()))
+        if found != checksum:
+            raise UserError(f"{path} is damaged: checksum differs; make it again with data.pack")
+        if largest >= vocab_size:
+            raise UserError(f"{path} holds token {largest}, beyond the vocabulary of {vocab_size}")
+    made_by = header[8:16].tobytes().decode("ascii", "replace")
+    if made_by != fingerprint:
+        raise UserError(
+            f"{path} was made by tokenizer {made_by[:8]}..., not {fingerprint[:8]}...; "
+            "pack the data again with this tokenizer"
+        )
+    return tokens

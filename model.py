@@ -1,0 +1,181 @@
+"""phi-1's transformer in plain torch: a decoder with attention and MLP in parallel.
+
+    x -> embed -> n_layer x [ x + attention(ln(x)) + mlp(ln(x)) ] -> ln_f -> head -> logits
+
+Rotary embedding on the first `rotary_dim` of the head dimensions, tanh-GELU, biases on every linear
+layer, the head included, no weight tying. Every shape is written B batch, T time, C width, H heads,
+D head dim, R rotary dims, M MLP width, V vocabulary, L layers, S positions in the cache.
+
+The two projections into the block (qkv and MLP-up) read the same LayerNorm output, and the two out
+of it add into the same residual, so their weights lie side by side in `w_in` and `w_out`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import UserError
+
+INIT_STD = 0.02  # phi-1's initializer_range
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model; the defaults are phi-1."""
+
+    vocab_size: int = 51200  # V, tokens in the vocabulary
+    seq_len: int = 2048  # T, tokens of context
+    n_layer: int = 24  # L, blocks
+    n_head: int = 32  # H, attention heads
+    width: int = 2048  # C, width of the residual stream; head dim D = C / H
+    mlp_width: int = 8192  # M, hidden width of the MLP
+    rotary_dim: int = 32  # R, dims of each head that rotary embedding turns; even
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    dropout: float = 0.0  # attention and residual dropout probability; the paper has 0.1
+
+    def __post_init__(self):
+        for name in ("vocab_size", "seq_len", "n_layer", "n_head", "width", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, want at least 1")
+        if self.width % self.n_head:
+            raise UserError(f"width {self.width} is not divisible by n_head {self.n_head}")
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
+            raise UserError(
+                f"rotary_dim is {self.rotary_dim}, want an even number up to the head dim "
+                f"{self.head_dim} (width / n_head)"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}, want 0 <= dropout < 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.n_head
+
+
+class KVCache:
+    """Keys and values of the positions seen so far: two [L, B, H, S, D] buffers."""
+
+    def __init__(self, c: ModelConfig, batch: int, positions: int, device, dtype):
+        shape = (c.n_layer, batch, c.n_head, positions, c.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.c = c
+        self.ln = nn.LayerNorm(c.width, eps=1e-5)
+        self.w_in = nn.Parameter(torch.empty(3 * c.width + c.mlp_width, c.width))  # q | k | v | up
+        self.b_in = nn.Parameter(torch.empty(3 * c.width + c.mlp_width))
+        self.w_out = nn.Parameter(torch.empty(c.width, c.width + c.mlp_width))  # attention | down
+        self.b_attn = nn.Parameter(torch.empty(c.width))
+        self.b_mlp = nn.Parameter(torch.empty(c.width))
+
+    def forward(self, x, cos, sin, cache=None, positions=None):
+        C, M, p = self.c.width, self.c.mlp_width, self.c.dropout if self.training else 0.0
+        h = F.linear(self.ln(x), self.w_in, self.b_in)  # [B, T, 3C + M]
+        qkv, up = h.split([3 * C, M], dim=-1)
+        y = attention(qkv, self.c.n_head, cos, sin, p, cache, positions)  # [B, T, C]
+        a = F.gelu(up, approximate="tanh")  # [B, T, M]
+        w_attn, w_mlp = self.w_out.split([C, M], dim=1)
+        y = F.dropout(F.linear(y, w_attn, self.b_attn), p)
+        a = F.dropout(F.linear(a, w_mlp, self.b_mlp), p)
+        return x + y + a
+
+
+def attention(qkv, n_head: int, cos, sin, dropout: float = 0.0, cache=None, positions=None):
+    """Causal rotary attention from the packed projection: [B, T, 3C] -> [B, T, C].
+
+    `cos` and `sin` are fp32, [T, R/2], or [B, T, R/2] where each row has positions of its own. With
+    a `cache` (a layer's k and v, [B, H, S, D]) the new keys and values are written at `positions`
+    [B, T], and each query attends to the cache up to its own position.
+    """
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # [B, H, T, D]
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if cache is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    else:
+        rows = torch.arange(B, device=qkv.device)[:, None]  # [B, 1]
+        for cached, new in zip(cache, (k, v)):
+            cached[rows, :, positions] = new.transpose(1, 2).to(cached.dtype)  # [B, T, H, D]
+        k, v = (cached.to(q.dtype) for cached in cache)
+        seen = torch.arange(k.shape[2], device=qkv.device) <= positions[:, None, :, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # mask [B, 1, T, S]
+    return y.transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def rope_tables(c: ModelConfig, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, fp32 [T, R/2], of the angles: position t turns pair i by t theta^(-2i/R)."""
+    pairs = torch.arange(0, c.rotary_dim, 2, device=device, dtype=torch.float32)
+    frequency = 1.0 / c.rope_theta ** (pairs / max(1, c.rotary_dim))
+    angle = torch.arange(c.seq_len, device=device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (x_i, x_{i + R/2}) of the first R dims of x [B, H, T, D] by their angles."""
+    if cos.dim() == 3:  # [B, T, R/2] -> [B, 1, T, R/2]
+        cos, sin = cos[:, None], sin[:, None]
+    half = cos.shape[-1]
+    x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).to(x.dtype)
+
+
+class Phi(nn.Module):
+    """The language model. `model(idx, targets)` is the mean loss, `model(idx)` the logits."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.c = c
+        self.embed = nn.Embedding(c.vocab_size, c.width)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.width, eps=1e-5)
+        self.head = nn.Linear(c.width, c.vocab_size)
+        cos, sin = rope_tables(c)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=INIT_STD)
+            elif not (".ln." in name or name.startswith("ln_f")):
+                nn.init.zeros_(p)  # biases; LayerNorms start as the identity
+
+    def forward(self, idx, targets=None, cache: KVCache | None = None, positions=None):
+        """Loss, a scalar (fp32, or fp64 for an fp64 model), or logits [B, T, V] without targets.
+
+        idx        int64 [B, T]
+        targets    int64 [B, T], the next token at each position; -1 is left out of the mean
+        cache      positions already seen; `positions` int64 [B, T] then says where idx goes
+        """
+        T = idx.shape[1]
+        assert cache is not None or T <= self.c.seq_len
+        where = slice(T) if positions is None else positions
+        cos, sin = self.cos[where], self.sin[where]
+        x = self.embed(idx)  # [B, T, C]
+        for i, block in enumerate(self.blocks):
+            layer = None if cache is None else (cache.k[i], cache.v[i])
+            x = block(x, cos, sin, layer, positions)
+        logits = self.head(self.ln_f(x))  # [B, T, V]
+        if targets is None:
+            return logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+
+
+def flops_per_token(c: ModelConfig) -> int:
+    """FLOPs to train on one token: 6 per matmul parameter, and causal attention 6 L C T.
+
+    Causal attention does half of the full 12 L C T; PaLM's count (arXiv 2204.02311, B) has it full.
+    """
+    matmul = c.n_layer * (4 * c.width**2 + 2 * c.width * c.mlp_width) + c.vocab_size * c.width
+    return 6 * matmul + 6 * c.n_layer * c.width * c.seq_len
+
+
+def parameter_count(c: ModelConfig) -> int:
+    """Parameters of `Phi(c)`, without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Phi(c).parameters())

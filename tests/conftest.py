@@ -1,0 +1,96 @@
+"""Shared by all tests: small corpora, tokenizers and runs, made once a session."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SHARED_EVAL = ROOT.parent / "shared" / "eval"  # HumanEval and MBPP, where they are at hand
+
+WORDS = sorted({w for kind in (str, list, dict, bytes, os) for w in dir(kind) if w.isidentifier()})
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared_eval() -> Path:
+    """The folder of benchmark files; tests that need it skip where it is absent."""
+    if not SHARED_EVAL.is_dir():
+        pytest.skip(f"no benchmark files at {SHARED_EVAL.relative_to(ROOT.parent)}")
+    return SHARED_EVAL
+
+
+@pytest.fixture(scope="session")
+def cli():
+    """cli("train.py", ...) or cli("-m", "data.pack", ...): the finished process of that command."""
+
+    def call(*args, env=None, stdin=None, timeout=300):
+        return subprocess.run(
+            [sys.executable, *map(str, args)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with one document shard: 400 small functions."""
+    folder = tmp_path_factory.mktemp("corpus")
+    from data.documents import ShardWriter, document
+
+    with ShardWriter(folder) as writer:
+        for i in range(400):
+            name, other = WORDS[i % len(WORDS)], WORDS[(7 * i + 3) % len(WORDS)]
+            text = (
+                f'def {name}_{i}({other}, y):\n    """The {name} of {other}."""\n'
+                f"    if {other} > {i}:\n        return y * {other} + {i * i}\n    return y\n"
+            )
+            writer.write(document(text, f"corpus:{i}"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens(cli, corpus, tmp_path_factory) -> Path:
+    """Token shards of `corpus`, with a tokenizer of 512 pieces."""
+    root = tmp_path_factory.mktemp("tokens")
+    for args in (
+        ["-m", "tokenizer.train", "--source", corpus, "--vocab_size", 512, "--out", root / "tok"],
+        ["-m", "data.pack", "--source", corpus, "--tokenizer", root / "tok", "--out", root / "bin",
+         "--val_frac", 0.1],
+    ):  # fmt: skip
+        done = cli(*args)
+        assert done.returncode == 0, done.stderr
+    return root / "bin"
+
+
+TINY = ["--vocab_size=512", "--seq_len=32", "--n_layer=2", "--n_head=2", "--width=32",
+        "--mlp_width=64", "--rotary_dim=8", "--seqs_per_step=4", "--micro_batch=2",
+        "--warmup_steps=2", "--eval_seqs=4", "--device=cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """Flags of train.py for a model that takes milliseconds a step."""
+    return TINY
+
+
+def read_metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

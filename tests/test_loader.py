@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+import torch
+
+from config import UserError
+from data.loader import Loader, Windows, permute
+from data.shards import write_shard
+
+FINGERPRINT = "0123456789abcdef" * 2
+T = 8
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two shards of consecutive numbers, so that a window shows where it came from."""
+    write_shard(tmp_path / "train_00000.bin", np.arange(100), 500, 1, FINGERPRINT)
+    write_shard(tmp_path / "train_00001.bin", np.arange(200, 261), 500, 1, FINGERPRINT)
+    return tmp_path
+
+
+def windows(folder):
+    return Windows(folder, "train", T, 500, FINGERPRINT)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 65, 1000, 4097])
+def test_permute_is_a_permutation(n):
+    for seed, epoch in [(0, 0), (0, 1), (1, 0)]:
+        assert sorted(permute(np.arange(n), n, seed, epoch)) == list(range(n))
+
+
+def test_permutations_differ_and_look_random():
+    n = 1000
+    a, b, c = (permute(np.arange(n), n, *key) for key in [(0, 0), (0, 1), (1, 0)])
+    for other in (b, c, np.arange(n)):
+        assert (a == other).sum() < 10  # one agreement is expected by chance
+    assert abs(np.corrcoef(a, np.arange(n))[0, 1]) < 0.15
+    assert abs(np.corrcoef(a[:-1], a[1:])[0, 1]) < 0.15
+
+
+def test_windows_overlap_by_one_token_and_stay_in_their_shard(folder):
+    w = windows(folder)
+    assert len(w) == (100 - 1) // T + (61 - 1) // T
+    rows = w[np.arange(len(w))]
+    assert rows.shape == (len(w), T + 1)
+    assert (np.diff(rows, axis=1) == 1).all()  # no window crosses from one shard to the next
+    assert rows[0, -1] == rows[1, 0]
+
+
+def test_every_window_once_an_epoch(folder):
+    w = windows(folder)
+    loader = Loader(w, 4, 4, 0, 0, 1, torch.device("cpu"))
+    seen = np.concatenate([loader.sequences(step, 0) for step in range(3 * len(w))])
+    for epoch in range(len(seen) // len(w)):
+        assert sorted(seen[epoch * len(w) : (epoch + 1) * len(w)]) == list(range(len(w)))
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (1, 1), (2, 4), (2, 2), (8, 1)])
+def test_a_step_sees_the_same_for_any_ranks(folder, world_size, micro_batch):
+    w = windows(folder)
+    whole = Loader(w, 8, 8, 3, 0, 1, torch.device("cpu"))
+    ranks = [Loader(w, 8, micro_batch, 3, r, world_size, torch.device("cpu"))
+             for r in range(world_size)]  # fmt: skip
+    for step in (0, 1, 7):
+        parts = [r.sequences(step, m) for m in range(ranks[0].micro_steps) for r in ranks]
+        np.testing.assert_array_equal(np.concatenate(parts), whole.sequences(step, 0))
+
+
+def test_stream_resumes_where_it_would_have_been(folder):
+    w = windows(folder)
+    loader = Loader(w, 4, 2, 0, 0, 1, torch.device("cpu"))
+    stream, resumed = loader.stream(0), loader.stream(5)
+    first = [next(stream) for _ in range(14)]
+    assert first[0].dtype == torch.int64
+    assert first[0].shape == (2, T + 1)
+    for batch in first[10:]:
+        torch.testing.assert_close(next(resumed), batch, rtol=0, atol=0)
+
+
+def test_a_fault_in_the_thread_reaches_the_loop(folder):
+    loader = Loader(windows(folder), 2, 2, 0, 0, 1, torch.device("cpu"))
+    loader.windows.shards[:] = []
+    with pytest.raises(IndexError):
+        next(loader.stream(0))
+
+
+def test_clear_errors(folder, tmp_path):
+    with pytest.raises(UserError, match=r"no val_\*\.bin"):
+        Windows(folder, "val", T, 500, FINGERPRINT)
+    with pytest.raises(UserError, match="fewer than one sequence"):
+        Windows(folder, "train", 4096, 500, FINGERPRINT)

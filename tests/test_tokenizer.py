@@ -1,0 +1,78 @@
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import UserError
+from tokenizer import END_OF_TEXT, Tokenizer
+
+AWKWARD = [" ", "    ", "\t", "\r\n", "\r", "\n\n\n", "\0", "\u2581", "\u2028", "\ufeff", "é", "漢",
+           "😀", END_OF_TEXT, "<0x41>", "<unk>", "<s>", "def f(x):\n", "e\u0301"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokens):
+    return Tokenizer(tokens)
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=st.lists(st.sampled_from(AWKWARD) | st.text(max_size=20)).map("".join))
+def test_round_trip_is_exact(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.end_of_text not in ids
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_round_trip_of_every_plane(tokenizer):
+    r = random.Random(0)
+    for _ in range(2000):
+        text = "".join(chr(r.randrange(0x110000)) for _ in range(20))
+        text = text.encode("utf-8", "ignore").decode()
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_batch_equals_one_by_one(tokenizer):
+    for texts in (["a  b", "def f():\n"], ["a\u2581b", "\u2581", ""], []):
+        assert tokenizer.encode_batch(texts, 2) == [tokenizer.encode(t) for t in texts]
+
+
+def test_learns_indentation(tokenizer):
+    assert len(tokenizer.encode("\n        return")) <= 3
+
+
+def test_end_of_text_decodes_to_nothing(tokenizer):
+    ids = tokenizer.encode("a")
+    assert tokenizer.decode([tokenizer.end_of_text, *ids, tokenizer.end_of_text]) == "a"
+
+
+def test_fingerprint_follows_the_model(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert Tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+    model = (tmp_path / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(model + b"\x22\x00")  # an empty unknown field
+    assert Tokenizer(tmp_path).fingerprint != tokenizer.fingerprint
+
+
+def test_clear_errors(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="lone surrogates"):
+        tokenizer.encode("a\ud800")
+    with pytest.raises(UserError, match="no tokenizer at"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "message"),
+    [(100, "want 512 to 65536"), (70000, "want 512 to 65536"), (30000, "lower --vocab_size")],
+)
+def test_vocab_size_that_cannot_be(cli, corpus, tmp_path, vocab_size, message):
+    out = tmp_path / "tok"
+    done = cli("-m", "tokenizer.train", "--source", corpus, "--out", out,
+               "--vocab_size", vocab_size)  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not out.exists()

@@ -1,0 +1,107 @@
+"""Train the SentencePiece tokenizer on document shards.
+
+    python -m tokenizer.train --source out/demo/filtered --source out/demo/exercises/train \
+        --vocab_size 2048 --out out/demo/tokenizer
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from config import UserError, parse, run
+from data.documents import new_folder, read_documents, write_json
+from tokenizer import END_OF_TEXT, MODEL_FILE, SPACE_MARK, Tokenizer
+
+# Whole documents are too long for the trainer and single lines hide the newline-and-indent pieces
+# that code is full of, so it sees chunks of many lines.
+CHUNK_CHARS = 2000
+SMALLEST_VOCAB = 512  # 256 bytes, two special pieces, and room for the characters of code
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a SentencePiece BPE tokenizer with byte fallback that round-trips every string."""
+
+    out: Path  # folder to write tokenizer.model and summary.json in
+    source: tuple[Path, ...]  # document shards to learn from; may be given several times
+    vocab_size: int = 2048  # pieces, the 256 bytes and <|endoftext|> included
+    max_mb: float = 8.0  # megabytes of text read from each source, 0 = all
+    threads: int = 2  # threads that count pieces
+
+
+def main() -> None:
+    config = parse(Config)
+    if not SMALLEST_VOCAB <= config.vocab_size <= 65536:
+        raise UserError(f"--vocab_size {config.vocab_size}: want {SMALLEST_VOCAB} to 65536")
+    began, used = time.perf_counter(), {}
+    with new_folder(config.out) as folder:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=chunks(config.source, config.max_mb, used),
+                model_prefix=str(folder / "tokenizer"),
+                model_type="bpe",
+                vocab_size=config.vocab_size,
+                num_threads=config.threads,
+                byte_fallback=True,  # any byte can be written
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,  # runs of spaces, as indentation needs
+                split_digits=True,
+                character_coverage=0.9995,
+                max_sentence_length=4 * CHUNK_CHARS + 16,  # bytes
+                bos_id=-1,
+                pad_id=-1,
+                eos_piece=END_OF_TEXT,
+                minloglevel=2,
+            )
+        except RuntimeError as e:
+            raise UserError(
+                f"SentencePiece could not learn {config.vocab_size} pieces from "
+                f"{sum(used.values()):,} bytes; lower --vocab_size or add documents. It said: "
+                f"{str(e).splitlines()[-1]}"
+            ) from None
+        (folder / "tokenizer.vocab").unlink()
+        tokenizer = Tokenizer(folder / MODEL_FILE)
+        summary = {
+            "vocab_size": tokenizer.vocab_size,
+            "fingerprint": tokenizer.fingerprint,
+            "source_bytes": used,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        write_json(folder / "summary.json", summary)
+    mb = sum(used.values()) / 1e6
+    print(
+        f"tokenizer: {tokenizer.vocab_size} pieces from {mb:.1f} MB in {summary['seconds']} s "
+        f"-> {config.out}"
+    )
+
+
+def chunks(sources: tuple[Path, ...], max_mb: float, used: dict[str, int]) -> Iterator[str]:
+    """Pieces of documents of about CHUNK_CHARS, cut at line ends; `used` counts their bytes."""
+    for source in sources:
+        used[source.name] = 0
+        for document in read_documents([source]):
+            if max_mb and used[source.name] >= max_mb * 1e6:
+                break
+            used[source.name] += len(document["text"].encode())
+            # The trainer strips a NUL's sentence short and takes U+2581 for a space.
+            text = re.sub(f"[\0{SPACE_MARK}]", "", document["text"])
+            chunk = ""
+            for line in text.splitlines(keepends=True):
+                for start in range(0, len(line), CHUNK_CHARS):
+                    part = line[start : start + CHUNK_CHARS]
+                    if len(chunk) + len(part) > CHUNK_CHARS:
+                        yield chunk
+                        chunk = ""
+                    chunk += part
+            if chunk:
+                yield chunk
+
+
+if __name__ == "__main__":
+    run(main)
