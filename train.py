@@ -220,19 +220,11 @@ def main() -> None:
     optimizer = make_optimizer(model, c)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, trained_s = 0, 0.0
-    torch.manual_seed(c.seed + 1 + rank)  # dropout differs between ranks
     if resume_from:
         training = checkpoint.load_training(resume_from)
         optimizer.load_state_dict(training["optimizer"])
         scaler.load_state_dict(training["scaler"])
         step, trained_s = training["step"], training["trained_s"]
-        if len(training["rng"]) == world_size:
-            set_rng(training["rng"][rank], device)
-        else:
-            say(
-                f"saved by {len(training['rng'])} ranks, resumed by {world_size}: "
-                "the same batches, but new dropout masks"
-            )
     net = torch.compile(model) if c.compile else model
     if world_size > 1:
         net = DistributedDataParallel(net, device_ids=[local_rank] if use_cuda else None)
@@ -251,7 +243,7 @@ def main() -> None:
         resolved = {k: str(v) if isinstance(v, Path) else v for k, v in vars(c).items()}
         write_json(
             c.out / "config.json",
-            resolved | {"dtype": str(dtype)[6:]} | fingerprints | derived | environment(),
+            resolved | {"compute_dtype": str(dtype)[6:]} | fingerprints | derived | environment(),
         )
     for key, value in differences(c).items():
         say(f"  {key} = {value}")
@@ -261,6 +253,16 @@ def main() -> None:
         f"{c.max_steps * c.seqs_per_step / len(windows):.2f} epochs of {windows.tokens:,}\n"
         f"{flops / 1e6:,.1f} MFLOP a token, causal; MFU is the share of {roof_name}"
     )
+
+    # Generators last, as anything above may draw numbers. Dropout differs between ranks.
+    torch.manual_seed(c.seed + 1 + rank)
+    if resume_from and len(training["rng"]) == world_size:
+        set_rng(training["rng"][rank], device)
+    elif resume_from:
+        say(
+            f"saved by {len(training['rng'])} ranks, resumed by {world_size}: "
+            "the same batches, but new dropout masks"
+        )
 
     # The loop.
     best_loss, best_step = log.best()

@@ -1,0 +1,193 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import read_metrics
+
+import checkpoint
+from config import parse
+from model import ModelConfig, Phi, parameter_count
+from train import TrainConfig, get_lr, make_optimizer
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def train(cli, tiny, tokens, out, *flags, ranks=0, ok=True):
+    launch = [*TORCHRUN, ranks] if ranks else []
+    flags = [*tiny, f"--data={tokens}", f"--out={out}", "--threads=1", *flags]
+    done = cli(*launch, "train.py", *flags)
+    if ok:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def reference(cli, tiny, tokens, tmp_path_factory):
+    """A run of 12 steps with dropout, never interrupted."""
+    out = tmp_path_factory.mktemp("train") / "reference"
+    train(cli, tiny, tokens, out, "--max_steps=12", "--eval_interval=4", "--log_interval=2",
+          "--dropout=0.1", "--keep=9")  # fmt: skip
+    return out
+
+
+def curve(run):
+    """What a run logged that must be repeatable: everything but times."""
+    return [{k: r[k] for k in ("step", "loss", "val_loss", "grad_norm", "lr") if k in r}
+            for r in read_metrics(run)]  # fmt: skip
+
+
+def weights(run):
+    return checkpoint.checksum(checkpoint.find(run, newest=True))
+
+
+def test_learns_and_keeps_the_best(reference):
+    losses = [r["loss"] for r in read_metrics(reference) if "loss" in r]
+    assert losses[0] == pytest.approx(math.log(512), rel=0.02)  # uniform over the vocabulary
+    assert losses[-1] < losses[0] - 0.05
+    best = json.loads((reference / "best.json").read_text())
+    vals = {r["step"]: r["val_loss"] for r in read_metrics(reference) if "val_loss" in r}
+    assert list(vals) == [4, 8, 12]
+    assert vals[best["step"]] == best["val_loss"] == min(vals.values())
+    summary = json.loads((reference / "summary.json").read_text())
+    assert summary["tokens"] == 12 * 4 * 32
+    assert summary["weights"] == weights(reference)
+
+
+def test_resume_is_bitwise(cli, tiny, tokens, reference, tmp_path):
+    # The run as it was at step 8: later checkpoints gone, later lines in the log.
+    shutil.copytree(reference, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000012")
+    (tmp_path / "run/checkpoints/tmp-step-00000012").mkdir()  # of a save that was killed
+    train(cli, tiny, tokens, tmp_path / "run", "--max_steps=12", "--eval_interval=4",
+          "--log_interval=2", "--dropout=0.1", "--keep=9", "--resume")  # fmt: skip
+    assert curve(tmp_path / "run") == curve(reference)
+    assert weights(tmp_path / "run") == weights(reference)
+
+
+def test_two_ranks_see_the_same_as_one(cli, tiny, tokens, tmp_path):
+    flags = ["--max_steps=6", "--eval_interval=3", "--log_interval=1", "--grad_clip=0"]
+    train(cli, tiny, tokens, tmp_path / "one", *flags)
+    train(cli, tiny, tokens, tmp_path / "two", *flags, ranks=2)
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert len(one) == len(two) == 8
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_init_from_starts_at_the_other_runs_loss(cli, tiny, tokens, reference, tmp_path):
+    out = tmp_path / "finetuned"
+    train(cli, tiny, tokens, out, "--max_steps=2", "--eval_interval=1", "--lr=1e-9",
+          f"--init_from={reference}")  # fmt: skip
+    best = json.loads((reference / "best.json").read_text())["val_loss"]
+    assert read_metrics(out)[-1]["val_loss"] == pytest.approx(best, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_learns(cli, tiny, tokens, tmp_path, dtype):
+    train(cli, tiny, tokens, tmp_path / "run", "--max_steps=6", "--eval_interval=6",
+          "--log_interval=1", f"--dtype={dtype}", "--lr=5e-3")  # fmt: skip
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run") if "loss" in r]
+    assert losses[-1] < losses[0] - 0.05
+    loaded, _, _ = checkpoint.load_model(tmp_path / "run", torch.device("cpu"))
+    assert loaded.embed.weight.dtype == torch.float32  # masters stay fp32
+
+
+def test_a_run_is_not_overwritten(cli, tiny, tokens, reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    same = ["--max_steps=12", "--eval_interval=4", "--log_interval=2", "--dropout=0.1"]
+    for flags, message in [
+        (same, "already holds a run; --resume it"),
+        ([*same, "--resume", "--lr=3e-3"], "lr was 0.001 and is 0.003 now (1 changed)"),
+    ]:
+        done = train(cli, tiny, tokens, tmp_path / "run", *flags, ok=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+        after = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+        assert after == before
+    done = train(cli, tiny, tokens, tmp_path / "run", "--max_steps=2", "--resume", "--restart")
+    assert checkpoint.steps(tmp_path / "run") == [2]
+
+
+def test_restart_leaves_a_folder_that_is_no_run(cli, tiny, tokens, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("three years of work")
+    done = train(cli, tiny, tokens, tmp_path / "mine", "--restart", ok=False)
+    assert done.returncode == 2
+    assert "holds no run" in done.stderr
+    assert (tmp_path / "mine/thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seqs_per_step=5"], "seqs_per_step 5 is not divisible by micro_batch 2 x 1 ranks"),
+        (["--data=nowhere"], "no tokenizer at nowhere"),
+        (["--vocab_size=100"], "has 512 pieces, more than the model's vocab_size 100"),
+        (["--seq_len=100000"], "fewer than one sequence of 100,000 + 1"),
+        (["--init_from=nowhere"], "no checkpoint at nowhere"),
+        (["--dtype=float8"], "dtype is 'float8'"),
+        (["--lr=0"], "lr is 0.0"),
+    ],
+)
+def test_bad_input(cli, tiny, tokens, tmp_path, flags, message):
+    done = train(cli, tiny, tokens, tmp_path / "run", *flags, ok=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_shape_and_another_tokenizer(cli, tiny, tokens, corpus, reference, tmp_path):
+    done = train(cli, tiny, tokens, tmp_path / "a", f"--init_from={reference}", "--mlp_width=48",
+                 ok=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "blocks.0.b_in is [160] there, [144] here" in done.stderr
+    for args in (
+        ["-m", "tokenizer.train", "--source", corpus, "--vocab_size", 512, "--max_mb", 0.02,
+         "--out", tmp_path / "tok"],
+        ["-m", "data.pack", "--source", corpus, "--tokenizer", tmp_path / "tok",
+         "--out", tmp_path / "bin", "--val_frac", 0.1],
+    ):  # fmt: skip
+        assert cli(*args).returncode == 0
+    done = train(cli, tiny, tmp_path / "bin", tmp_path / "b", f"--init_from={reference}", ok=False)
+    assert done.returncode == 2
+    assert "trained with another tokenizer" in done.stderr
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(cli, tiny, tokens, tmp_path):
+    done = train(cli, tiny, tokens, tmp_path / "run", "--lr=1e30", "--warmup_steps=1",
+                 "--grad_clip=0", "--log_interval=1", ok=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "the loss is nan at step" in done.stderr
+
+
+def test_get_lr():
+    c = TrainConfig(lr=1.0, warmup_steps=4, max_steps=14, final_lr_frac=0.1)
+    assert [get_lr(s, c) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert get_lr(4, c) == 1.0
+    assert get_lr(9, c) == pytest.approx(0.55)
+    assert get_lr(14, c) == pytest.approx(0.1)
+
+
+def test_decay_groups():
+    c = TrainConfig(weight_decay=0.3)
+    model = Phi(ModelConfig(61, 19, 2, 3, 42, 50, 6))
+    decay, no_decay = make_optimizer(model, c).param_groups
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.3, 0.0)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for p in decay["params"]}
+    assert {n.split(".")[-1] for n in decayed} == {"weight", "w_in", "w_out"}
+    assert not any("ln" in n for n in decayed)
+    assert len(decay["params"]) + len(no_decay["params"]) == len(names)
+
+
+def test_paper_presets():
+    want = {"phi1": 1_418_270_720, "phi1_base": 1_418_270_720, "phi1_small": 356_794_368}
+    for name, parameters in want.items():
+        c = parse(TrainConfig, [f"configs/{name}.toml"], toml=True)
+        assert parameter_count(c.model) == parameters
