@@ -25,7 +25,6 @@ class RunLog:
         self.terminal = sys.stdout.isatty()
         if rank:
             return
-        out.mkdir(parents=True, exist_ok=True)
         records = self.read() if step else []
         kept = [r for r in records if r["step"] <= step - ("val_loss" in r)]
         self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
@@ -71,14 +70,14 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
 
 def environment() -> dict:
     """What a result needs to be traced: commit, versions, machine."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     return {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

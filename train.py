@@ -213,19 +213,20 @@ def main() -> None:
     identity = run_identity(c, tokenizer, windows, init_from)
     if world_size > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
+    say = print if rank == 0 else lambda *args, **kwargs: None
+
+    # Model and optimiser, new, initialised from another run, or resumed. An existing run is not
+    # touched until all that can be wrong with the input has been found.
+    torch.manual_seed(c.seed)
+    model = Phi(c.model)
+    if init_from:
+        if checkpoint.read_meta(init_from)["tokenizer"] != tokenizer.fingerprint:
+            raise UserError(f"{init_from} was trained with another tokenizer than {c.data}")
+        checkpoint.load_weights(model, init_from)
     resume_from = [open_run(c, identity) if rank == 0 else None]
     if world_size > 1:
         dist.broadcast_object_list(resume_from)
     [resume_from] = resume_from
-    say = print if rank == 0 else lambda *args, **kwargs: None
-
-    # Model and optimiser, new, initialised from another run, or resumed.
-    torch.manual_seed(c.seed)
-    model = Phi(c.model)
-    if init_from and not resume_from:
-        if checkpoint.read_meta(init_from)["tokenizer"] != tokenizer.fingerprint:
-            raise UserError(f"{init_from} was trained with another tokenizer than {c.data}")
-        checkpoint.load_weights(model, init_from)
     if resume_from:
         checkpoint.load_weights(model, resume_from)
     model.to(device).train()
@@ -249,8 +250,8 @@ def main() -> None:
     roof, roof_name = peak_flops(device)
     flops = flops_per_token(c.model)
     parameters = sum(p.numel() for p in model.parameters())
-    log = RunLog(c.out, step, rank)
     if rank == 0:
+        c.out.mkdir(parents=True, exist_ok=True)
         how = {
             "world_size": world_size,
             "compute_dtype": str(dtype)[6:],
@@ -258,6 +259,7 @@ def main() -> None:
             "roof": roof_name,
         }
         write_json(c.out / "config.json", plain(c) | identity | how | environment())
+    log = RunLog(c.out, step, rank)
     for key, value in differences(c).items():
         say(f"  {key} = {value}")
     say(
