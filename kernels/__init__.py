@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op; each holds its maths, its kernels and a reference in plain torch."""
+"""Triton kernels, one file an op; with its maths, its kernels and a plain torch reference."""

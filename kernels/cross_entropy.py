@@ -33,7 +33,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _cross_entropy_kernel(
     logits_ptr, target_ptr, loss_ptr, scale_ptr, n_cols, stride, ignore_index, z_loss,
-    GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
+    GRAD: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -50,7 +50,7 @@ def _cross_entropy_kernel(
     x_target = tl.load(logits_ptr + target, mask=valid, other=float("nan")).to(tl.float32)
     high = -1.0e30  # finite, so that a block of -inf logits makes no NaN
     total = tl.zeros((BLOCK_V,), tl.float32)
-    for start in range(0, n_cols, BLOCK_V):
+    for start in tl.range(0, n_cols, BLOCK_V, num_stages=STAGES):
         mask = start + col < n_cols
         x = tl.load(
             logits_ptr + start + col, mask=mask, other=-float("inf"), eviction_policy="evict_last"
@@ -64,7 +64,7 @@ def _cross_entropy_kernel(
         tl.debug_barrier()  # every thread has read x_target before one overwrites it
         g = tl.load(scale_ptr)
         g_softmax = g * (1.0 + 2.0 * z_loss * lse)
-        for start in range(0, n_cols, BLOCK_V):
+        for start in tl.range(0, n_cols, BLOCK_V, num_stages=STAGES):
             mask = start + col < n_cols
             x = tl.load(
                 logits_ptr + start + col, mask=mask, other=0.0, eviction_policy="evict_first"
@@ -84,15 +84,19 @@ def _rescale_kernel(x_ptr, g_ptr, expected_ptr, n_cols, stride, BLOCK: tl.conste
             tl.store(x_ptr + col, x * (g / expected), mask=col < n_cols)
 
 
-# 16 or 32 warps a row, so that few enough rows are in flight for L2 to keep them.
+# 16 or 32 warps a row, so that few enough rows are in flight for L2 to keep them. STAGES > 1 loads
+# the next block with cp.async while this one is reduced.
 CROSS_ENTROPY, RESCALE = KERNELS = [
     Kernel(
         "cross_entropy",
         _cross_entropy_kernel,
         {
             sm: [
-                {"BLOCK_V": block, "num_warps": warps, "num_stages": 1}
-                for block, warps in ((8192, 16), (16384, 32), (4096, 8), (8192, 32), (4096, 16))
+                {"BLOCK_V": block, "STAGES": stages, "num_warps": warps}
+                for block, warps, stages in (
+                    (8192, 16, 2), (8192, 16, 1), (8192, 16, 3), (4096, 16, 3), (4096, 8, 3),
+                    (16384, 32, 2), (8192, 32, 2),
+                )
             ]
             for sm in (80, 90)
         },
@@ -107,7 +111,7 @@ CROSS_ENTROPY, RESCALE = KERNELS = [
     Kernel(
         "rescale",
         _rescale_kernel,
-        {sm: [{"BLOCK": 4096, "num_warps": 8, "num_stages": 1}] for sm in (80, 90)},
+        {sm: [{"BLOCK": 4096, "num_warps": 8}] for sm in (80, 90)},
         types("x_ptr", "n_cols stride", g_ptr="*fp32", expected_ptr="*fp32"),
         {},
         tensor_core=False,
@@ -118,7 +122,7 @@ CROSS_ENTROPY, RESCALE = KERNELS = [
 def cross_entropy_(
     logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int, z_loss: float, grad: bool
 ) -> Tensor:
-    """Losses, [N] fp32, of logits [N, V]; if `grad`, replace those by their gradient times `scale`."""
+    """Losses, [N] fp32, of logits [N, V]; with `grad`, these become their scaled gradient."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     _cross_entropy_kernel[(logits.shape[0],)](
         logits, targets, losses, scale, logits.shape[1], logits.stride(0), ignore_index, z_loss,

@@ -1,17 +1,17 @@
-"""Three GEMMs with the block's elementwise work in their epilogues (the "triton" choices of mlp.py).
+"""Three GEMMs with the block's elementwise work in their epilogues: mlp.py's "triton" choices.
 
     in_proj_fwd   qkvu = h w_in^T + b_in, and a = gelu(u) for the columns from 3C on
     out_proj_fwd  out  = x + drop1(y Wa^T + b1) + drop2(a Wm^T + b2)        w_out = [Wa | Wm]
     gelu_bwd      du   = (d2 Wm) gelu'(u), a = gelu(u), and sums of du over the rows of each tile
 
-out_proj_fwd runs over two K ranges, y's then a's. With dropout the first product, masked, waits in a
-second register tile while the second accumulates; without, both go into one accumulator.
+out_proj_fwd runs over two K ranges, y's then a's. With dropout the first product, masked, waits in
+a second register tile while the second accumulates; without, both go into one accumulator.
 
-Operands and results are bf16 or fp16, the accumulator is fp32. FLOPs are 2 N C (3C + M), 2 N C (C + M)
-and 2 N C M; compute bound at phi-1's widths (N = 32768, C = 2048, M = 8192: 1.9, 1.4 and 1.1 TFLOP).
-Tiles are walked in groups of GROUP_M rows so that concurrent programs share operands in L2. On sm_90
-operands arrive by TMA. Pointers are used on sm_80, where descriptors become plain loads: without
-cp.async, and with 350 to 1,000 bytes of spills (ptxas, triton 3.7.1, 128-wide tiles).
+Operands and results are bf16 or fp16, the accumulator is fp32. FLOPs are 2 N C (3C + M),
+2 N C (C + M) and 2 N C M; compute bound at phi-1's widths (N = 32768, C = 2048, M = 8192: 1.9, 1.4
+and 1.1 TFLOP). Tiles go in groups of GROUP_M rows so that concurrent programs share operands in L2.
+On sm_90 operands arrive by TMA. Pointers are used on sm_80, where descriptors become plain loads:
+no cp.async, and 350 to 1,000 bytes of spills (ptxas, triton 3.7.1, 128-wide tiles).
 Every result is bitwise repeatable: one program owns a tile, and K runs in order.
 """
 
@@ -72,7 +72,8 @@ def _dot(
 
 @triton.jit
 def _in_proj_fwd_kernel(
-    h, w, b_ptr, out_ptr, a_ptr, n_rows, n_cols, K, first_act, stride_h, stride_w, stride_out, stride_a,
+    h, w, b_ptr, out_ptr, a_ptr, n_rows, n_cols, K, first_act,
+    stride_h, stride_w, stride_out, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
@@ -89,9 +90,7 @@ def _in_proj_fwd_kernel(
     out_ptr += row.to(tl.int64) * stride_out + col
     tl.store(out_ptr + (m * stride_out + n), u, mask=mask)
     if col + BLOCK_N > first_act:
-        a = gelu(
-            u.to(tl.float32)
-        )  # of the rounded u, so that the backward pass rebuilds the same a
+        a = gelu(u.to(tl.float32))  # of the rounded u, as the backward pass rebuilds it
         a_ptr += row.to(tl.int64) * stride_a + (col - first_act)
         tl.store(a_ptr + (m * stride_a + n), a, mask=mask & (n >= first_act - col))
 
@@ -134,7 +133,8 @@ def _out_proj_fwd_kernel(
 
 @triton.jit
 def _gelu_bwd_kernel(
-    d, w, u_ptr, du_ptr, a_ptr, sum_ptr, n_rows, n_cols, K, stride_d, stride_w, stride_u, stride_du, stride_a,
+    d, w, u_ptr, du_ptr, a_ptr, sum_ptr, n_rows, n_cols, K,
+    stride_d, stride_w, stride_u, stride_du, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +229,7 @@ IN_PROJ_FWD, OUT_PROJ_FWD, OUT_PROJ_FWD_DROPOUT, GELU_BWD = KERNELS = [
 
 
 def _launch(kernel: Kernel, n_rows: int, n_cols: int, **operands: Tensor) -> tuple[int, list, dict]:
-    """(programs, operands, configuration); operands become TMA descriptors where they are aligned."""
+    """(programs, operands, configuration); operands are TMA descriptors where aligned."""
     cfg = dict(config(kernel, next(iter(operands.values()))))
     cfg["TMA"] = cfg["TMA"] and all(
         t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
@@ -269,7 +269,7 @@ def out_proj_fwd(
 
 
 def gelu_bwd(d: Tensor, wm: Tensor, u: Tensor, du: Tensor, a: Tensor) -> Tensor:
-    """Write du = (d wm) gelu'(u) and a = gelu(u), all [N, M]; return the column sums of du, fp32."""
+    """Write du = (d wm) gelu'(u) and a = gelu(u), all [N, M]; return du's column sums, fp32."""
     n_rows, n_cols = u.shape
     programs, (d_, w_), cfg = _launch(GELU_BWD, n_rows, n_cols, d=d, w=wm)
     partial = u.new_empty((triton.cdiv(n_rows, cfg["BLOCK_M"]), n_cols), dtype=torch.float32)

@@ -48,7 +48,8 @@ def _layernorm_fwd_kernel(
 def _layernorm_bwd_kernel(
     dy_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, rstd_ptr, dres_ptr, dx_ptr, y_ptr, sum_ptr,
     n_rows, n_cols, stride_dy, stride_x, stride_dres,
-    RESIDUAL: tl.constexpr, REBUILD_Y: tl.constexpr, BLOCK_C: tl.constexpr,
+    RESIDUAL: tl.constexpr, REBUILD_Y: tl.constexpr,
+    BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK_C)
     mask = col < n_cols
@@ -57,7 +58,8 @@ def _layernorm_bwd_kernel(
         b = tl.load(b_ptr + col, mask=mask, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK_C,), tl.float32)
     db = tl.zeros((BLOCK_C,), tl.float32)
-    for row in range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
+    start = tl.program_id(0).to(tl.int64)  # 64-bit row offsets
+    for row in tl.range(start, n_rows, tl.num_programs(0), num_stages=STAGES):
         x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * stride_dy + col, mask=mask, other=0.0).to(tl.float32)
         if RESIDUAL:
@@ -79,12 +81,13 @@ def _layernorm_bwd_kernel(
 
 
 # num_warps at phi-1's width; a launch at another width scales it. PROGRAMS is the number of partial
-# rows of dw and db: a few programs an SM keep memory busy on an A100 (108) and an H100 (132).
+# rows of dw and db: what an A100 (108 SMs) or an H100 (132) holds at once. STAGES > 1 loads the
+# next rows with cp.async while this one is reduced.
 FWD, BWD = KERNELS = [
     Kernel(
         "layernorm_fwd",
         _layernorm_fwd_kernel,
-        {sm: [{"num_warps": n, "num_stages": 1} for n in (4, 8, 2)] for sm in (80, 90)},
+        {sm: [{"num_warps": n} for n in (4, 8, 2)] for sm in (80, 90)},
         types(
             "x_ptr w_ptr b_ptr y_ptr", "n_cols stride_x stride_y",
             mean_ptr="*fp32", rstd_ptr="*fp32", eps="fp32",
@@ -97,8 +100,8 @@ FWD, BWD = KERNELS = [
         _layernorm_bwd_kernel,
         {
             sm: [
-                {"PROGRAMS": per_sm * sms, "num_warps": warps, "num_stages": 1}
-                for per_sm, warps in ((4, 8), (4, 4), (2, 8), (8, 4))
+                {"PROGRAMS": per_sm * sms, "STAGES": stages, "num_warps": warps}
+                for per_sm, warps, stages in ((4, 4, 2), (4, 4, 1), (4, 4, 3), (3, 8, 2), (2, 8, 3))
             ]
             for sm, sms in ((80, 108), (90, 132))
         },
@@ -140,9 +143,10 @@ def layernorm_bwd(
     dresidual: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dx, dw, db, y): dx: [N, C] includes `dresidual` if given; dw, db: [C] fp32; y only with `bias`.
+    """(dx, dw, db, y): dx and y [N, C], dw and db [C] fp32.
 
-    dy, x and dresidual may have strided rows; dx and y are new and contiguous.
+    dx includes `dresidual` if that is given; y is rebuilt if `bias` is, else None. Rows of dy, x and
+    dresidual may be strided; dx and y are new and contiguous.
     """
     n_rows, n_cols = x.shape
     cfg = _config(BWD, x)

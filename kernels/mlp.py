@@ -6,10 +6,10 @@
                du = (d2 Wm) gelu'(u);  dw_in += [dqkv | du]^T h, dh = [dqkv | du] w_in
                bias gradients are column sums of d1, d2 and [dqkv | du]
 
-h is the LayerNorm of x: [N, C]; y the attention output of qkv; gelu is the tanh form. Of all this, a
-block saves h (or x), qkv, y and u; a = gelu(u) is rebuilt where du is made. Products accumulate in
-fp32; activations are bf16 or fp16, rounded where they are stored; weight gradients are added in fp32
-to a buffer of the caller's. Per row 2 C (7C + 5C) FLOPs forward at M = 4C, twice that backward.
+h is the LayerNorm of x: [N, C]; y the attention output of qkv; gelu is the tanh form. Of all this,
+a block saves h (or x), qkv, y and u; a = gelu(u) is rebuilt where du is made. Products accumulate
+in fp32; activations are bf16 or fp16, rounded where they are stored; weight gradients are added in
+fp32 to a buffer of the caller's. 2 C (7C + 5C) FLOPs a row forward at M = 4C, twice that backward.
 
 Each op with an epilogue worth fusing has two versions, and GEMM says which one a device uses:
     "triton"   one kernel of gemm.py
@@ -18,8 +18,8 @@ What the second pays for at N = 32768, C = 2048, M = 8192 in bf16, beside its GE
     in_proj_fwd    read u, write a                              1.07 GB
     out_proj_fwd   read two products and x, write out           0.54 GB
     gelu_bwd       read da and u, write du and a                2.15 GB
-A Triton GEMM wins where it loses less than that against cuBLAS. Results agree up to rounding; each is
-bitwise repeatable.
+A Triton GEMM wins where it loses less than that against cuBLAS. Results agree up to rounding; each
+is bitwise repeatable.
 """
 
 import torch
@@ -70,9 +70,9 @@ def out_proj_fwd(
     p: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """x + drop(y Wa^T + b_attn) + drop(a Wm^T + b_mlp); y, x: [N, C], a: [N, M], rows may be strided.
+    """x + drop(y Wa^T + b_attn) + drop(a Wm^T + b_mlp); y, x: [N, C], a: [N, M].
 
-    Two independent dropout masks of probability `p`, both functions of `seed` alone.
+    Rows may be strided. The two dropout masks, of probability `p`, depend on `seed` alone.
     """
     width = y.shape[1]
     if choice("out_proj_fwd", y) == "triton":
@@ -112,7 +112,7 @@ def out_proj_bwd(
 def in_proj_bwd(dqkvu: Tensor, h: Tensor, w_in: Tensor, dw_in: Tensor | None) -> Tensor:
     """dh: [N, C] from [dqkv | du]: [N, 3C + M]; adds to `dw_in` (fp32).
 
-    The bias gradient is column_sum(dqkv), unless attention has summed it, beside out_proj_bwd's db_up.
+    The bias gradient is column_sum(dqkv), unless attention has it, then out_proj_bwd's db_up.
     """
     if dw_in is not None:
         accumulate_(dw_in, dqkvu, h)

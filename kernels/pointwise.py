@@ -1,7 +1,7 @@
 """Tanh-GELU, residual dropout and bias gradients: what stands between the projections' GEMMs.
 
-    gelu(u)  = u * s                        s = sigmoid(2 k u (1 + c u^2)), k = sqrt(2/pi), c = 0.044715
-    gelu'(u) = s + u s (1 - s) 2k (1 + 3 c u^2)         (tanh(z) = 2 sigmoid(2z) - 1)
+    gelu(u)  = u s,   s = sigmoid(2k u (1 + c u^2)),   k = sqrt(2 / pi),   c = 0.044715
+    gelu'(u) = s + u s (1 - s) 2k (1 + 3c u^2)          (tanh(z) = 2 sigmoid(2z) - 1)
 
     gelu_fwd      a = gelu(u)                                      reads 1, writes 1 element
     gelu_bwd      du = da gelu'(u), a = gelu(u), sum of du         reads 2, writes 2
@@ -15,9 +15,9 @@ they are bitwise repeatable. Memory bound: bytes as above times rows, columns an
 
 Dropout: one Philox-4x32 call makes eight 16-bit numbers for eight neighbouring columns; a number
 below round(65536 p) drops its element. The counter is (column group, row, branch), so that a mask
-depends on the seed alone, not on the tiles that drew it, and the backward pass draws it again. Seven
-rounds are the fewest that pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2,
-3", 2011, table 2).
+depends on the seed alone, not on the tiles that drew it, and the backward pass draws it again.
+Seven rounds are the fewest that pass BigCrush (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", 2011, table 2).
 """
 
 import torch
@@ -41,7 +41,7 @@ def gelu_grad(u):
 
 @triton.jit
 def keep_mask(seed, branch, row, col, threshold, BLOCK_N: tl.constexpr):
-    """Dropout mask of rows `row` ([BLOCK_M]) and columns col .. col + BLOCK_N, `col` a multiple of 8."""
+    """Dropout mask of rows `row`: [BLOCK_M] and BLOCK_N columns from `col`, a multiple of 8."""
     group = col // 8 + tl.arange(0, BLOCK_N // 8)
     zero = row[:, None] * 0 + group[None, :] * 0
     w0, w1, w2, w3 = tl.philox(
@@ -72,11 +72,12 @@ def _gelu_fwd_kernel(
 @triton.jit
 def _gelu_bwd_kernel(
     da_ptr, u_ptr, du_ptr, a_ptr, sum_ptr, n_rows, n_cols, stride_da, stride_u, stride_du, stride_a,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(tl.program_id(0) * BLOCK_M, n_rows, tl.num_programs(0) * BLOCK_M):
+    first, step = tl.program_id(0) * BLOCK_M, tl.num_programs(0) * BLOCK_M
+    for start in tl.range(first, n_rows, step, num_stages=STAGES):
         row = (start + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
         mask = (row < n_rows) & (col < n_cols)
         u = tl.load(u_ptr + row * stride_u + col, mask=mask, other=0.0).to(tl.float32)
@@ -113,13 +114,14 @@ def _residual_fwd_kernel(
 @triton.jit(do_not_specialize=["seed"])
 def _residual_bwd_kernel(
     dout_ptr, d1_ptr, d2_ptr, sum_ptr, n_rows, n_cols, stride_dout, seed, threshold, scale,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first_col = tl.program_id(1) * BLOCK_N
     col = (first_col + tl.arange(0, BLOCK_N))[None, :]
     total1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     total2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(tl.program_id(0) * BLOCK_M, n_rows, tl.num_programs(0) * BLOCK_M):
+    first, step = tl.program_id(0) * BLOCK_M, tl.num_programs(0) * BLOCK_M
+    for start in tl.range(first, n_rows, step, num_stages=STAGES):
         row32 = start + tl.arange(0, BLOCK_M)
         row = row32[:, None].to(tl.int64)
         mask = (row < n_rows) & (col < n_cols)
@@ -140,16 +142,26 @@ def _residual_bwd_kernel(
         tl.store(out + n_cols, tl.sum(total2, 0, keep_dims=True), mask=col < n_cols)
 
 
-# 8 bf16 a thread and row, 32 lanes: a warp moves 256 columns. PROGRAMS is the number of programs of
-# the kernels that sum: 4 an SM on an A100 (108) and an H100 (132).
-_TILES = [(4, 256, 4), (8, 256, 4), (8, 256, 8), (4, 512, 4), (16, 256, 8)]
+# 8 bf16 a thread and row, 32 lanes: a warp moves 256 columns. The kernels that sum run PROGRAMS
+# programs, what an A100 (108 SMs) or an H100 (132) holds at once, and load the next tile with
+# cp.async while this one is worked on (STAGES > 1).
 _CONFIGS = {
     sm: [
-        {"BLOCK_M": m, "BLOCK_N": n, "PROGRAMS": programs, "num_warps": warps, "num_stages": 1}
-        for m, n, warps in _TILES
+        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps}
+        for m, n, warps in ((4, 256, 4), (8, 256, 8), (8, 256, 4), (4, 512, 4))
     ]
-    for sm, programs in ((80, 432), (90, 528))
+    for sm in (80, 90)
 }
+_SUM_CONFIGS = {
+    sm: [
+        {"BLOCK_M": m, "BLOCK_N": n, "PROGRAMS": per_sm * sms, "STAGES": stages, "num_warps": warps}
+        for m, n, warps, per_sm, stages in (
+            (4, 256, 4, 8, 2), (4, 256, 4, 8, 1), (4, 256, 4, 8, 3), (8, 256, 4, 4, 2),
+            (8, 256, 8, 4, 2), (4, 512, 4, 4, 2),
+        )
+    ]
+    for sm, sms in ((80, 108), (90, 132))
+}  # fmt: skip
 _DROPOUT = {"seed": "i64", "threshold": "i32", "scale": "fp32"}
 _DROPOUT_VARIANTS = ({"DROPOUT": False}, {"DROPOUT": True})
 
@@ -166,7 +178,7 @@ GELU_FWD, GELU_BWD, RESIDUAL_FWD, RESIDUAL_BWD = KERNELS = [
     Kernel(
         "gelu_bwd",
         _gelu_bwd_kernel,
-        _CONFIGS,
+        _SUM_CONFIGS,
         types(
             "da_ptr u_ptr du_ptr a_ptr sum_ptr",
             "n_rows n_cols stride_da stride_u stride_du stride_a",
@@ -190,7 +202,7 @@ GELU_FWD, GELU_BWD, RESIDUAL_FWD, RESIDUAL_BWD = KERNELS = [
     Kernel(
         "residual_bwd",
         _residual_bwd_kernel,
-        _CONFIGS,
+        _SUM_CONFIGS,
         types("dout_ptr d1_ptr d2_ptr sum_ptr", "n_rows n_cols stride_dout") | _DROPOUT,
         {},
         tensor_core=False,
@@ -200,9 +212,9 @@ GELU_FWD, GELU_BWD, RESIDUAL_FWD, RESIDUAL_BWD = KERNELS = [
 
 
 def _launch(kernel: Kernel, x: Tensor, sums: int = 0) -> tuple[tuple[int, int], Tensor, dict]:
-    """Grid, partial sums [programs, sums * columns] and configuration of `kernel` over x: [N, C]."""
+    """Grid, partial sums [programs, sums * columns] and configuration for x: [N, C]."""
     cfg = dict(config(kernel, x))
-    programs, (n_rows, n_cols) = cfg.pop("PROGRAMS"), x.shape
+    programs, (n_rows, n_cols) = cfg.pop("PROGRAMS", 0), x.shape
     grid = triton.cdiv(n_rows, cfg["BLOCK_M"]), triton.cdiv(n_cols, cfg["BLOCK_N"])
     if sums:
         grid = min(grid[0], triton.cdiv(programs, grid[1])), grid[1]
@@ -216,7 +228,7 @@ def gelu_fwd(u: Tensor, a: Tensor) -> None:
 
 
 def gelu_bwd(da: Tensor, u: Tensor, du: Tensor, a: Tensor) -> Tensor:
-    """Write du = da * gelu'(u) and a = gelu(u), all [N, M]; return the column sums of du, [M] fp32."""
+    """Write du = da * gelu'(u) and a = gelu(u), all [N, M]; return the column sums of du, fp32."""
     grid, partial, cfg = _launch(GELU_BWD, u, sums=1)
     strides = (t.stride(0) for t in (da, u, du, a))
     _gelu_bwd_kernel[grid](da, u, du, a, partial, *u.shape, *strides, **cfg)

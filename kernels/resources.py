@@ -1,12 +1,12 @@
-"""What every kernel configuration costs on an A100 and an H100, compiled ahead of time, no GPU needed.
+"""What each kernel configuration needs on an A100 and an H100: compiled ahead of time, no GPU.
 
     python -m kernels.resources [--sm=80] [--kernel=in_proj] [--defaults] [--json] [--prune]
 
 Compiles each configuration of each kernel's table (bf16, phi-1's shapes) down to a cubin and prints
 registers, spills (ptxas -v), shared memory, theoretical occupancy, and the tensor-core and
 asynchronous copy instructions in the PTX. Exits with status 1 if a default, the configuration that a
-launch takes, spills, asks for more shared memory than a block may have (Triton compiles it all the
-same), or lacks the tensor-core instructions of a GEMM or of attention. `--prune` writes the
+launch takes, spills, asks for more shared memory than a block may have (Triton compiles it all
+the same), or lacks the tensor-core instructions of a GEMM or of attention. `--prune` writes the
 configurations that pass to kernels/tuning.json, which launches read. One to two seconds each.
 """
 
@@ -107,20 +107,21 @@ def compile_config(kernel: Kernel, sm: int, config: dict, variant: dict):
     }
     missing = set(names) - signature.keys() - constants.keys()
     assert not missing, f"{kernel.name}: no type or value for {sorted(missing)}"
-    source = ASTSource(kernel.fn, {n: signature.get(n, "constexpr") for n in names}, constants, attrs)
+    types = {n: signature.get(n, "constexpr") for n in names}
+    source = ASTSource(kernel.fn, types, constants, attrs)
     options = {k: v for k, v in config.items() if k in OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
 def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
     """Compile one configuration and read its needs from ptxas and the PTX."""
-    kernel, error = all_kernels()[name], ""
+    kernel = all_kernels()[name]
     default = config == launched(kernel, sm)[0]
     try:
         compiled = compile_config(kernel, sm, config, variant)
     except Exception as e:  # Triton's passes and ptxas fail in many ways; each means "does not fit"
-        error = f"{type(e).__name__}: {e}".splitlines()[0]
-        return Row(name, sm, default, config, variant, 0, 0, 0, 0.0, 0, 0, (error,))
+        problem = f"{type(e).__name__}: {e}".splitlines()[0]
+        return Row(name, sm, default, config, variant, 0, 0, 0, 0.0, 0, 0, (problem,))
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spills = _ptxas(ptx)
     count = {key: len(re.findall(regex, ptx)) for key, regex in INSTRUCTIONS.items()}
@@ -177,22 +178,20 @@ def show(row: Row) -> str:
 
 def prune(rows: list[Row]) -> None:
     """Write the configurations of `rows` without problems to tuning.json, in the order they have."""
-    for kernel, sm in {(r.kernel, r.sm): None for r in rows}:
-        mine = [r for r in rows if (r.kernel, r.sm) == (kernel, sm)]
-        bad = [r.config for r in mine if r.problems]
-        fit = [c for i, c in enumerate(r.config for r in mine) if c not in bad]
-        fit = [c for i, c in enumerate(fit) if c not in fit[:i]]
-        TUNING.setdefault(f"sm_{sm}", {})[kernel] = fit
-    lines = (
-        f' "{sm}": {{\n'
-        + ",\n".join(
-            f'  "{name}": [\n' + ",\n".join(f"   {json.dumps(c)}" for c in configs) + "\n  ]"
-            for name, configs in sorted(table.items())
-        )
-        + "\n }"
+    unfit = [(r.kernel, r.sm, r.config) for r in rows if r.problems]
+    for name, sm in dict.fromkeys((r.kernel, r.sm) for r in rows):
+        tried = [r.config for r in rows if (r.kernel, r.sm) == (name, sm)]
+        fit = [c for i, c in enumerate(tried) if c not in tried[:i] and (name, sm, c) not in unfit]
+        if not fit:
+            raise UserError(f"sm_{sm} {name}: no configuration fits; add smaller ones to its table")
+        TUNING.setdefault(f"sm_{sm}", {})[name] = fit
+    known = all_kernels()
+    tables = {
+        sm: {n: [json.dumps(c) for c in table[n]] for n in sorted(known.keys() & table.keys())}
         for sm, table in sorted(TUNING.items())
-    )
-    TUNING_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    }
+    text = json.dumps(tables, indent=1)  # one configuration a line
+    TUNING_FILE.write_text(re.sub(r'"({.*})"', lambda m: m[1].replace(r"\"", '"'), text) + "\n")
 
 
 def main() -> None:
@@ -226,7 +225,7 @@ def main() -> None:
     if config.json:
         print(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
     else:
-        print("      kernel                         regs spills   shared  occ   mma  async  configuration")
+        print(f"{'':6}{'kernel':<31}regs spills   shared   occ  mma  async  configuration")
         print("\n".join(map(show, rows)))
     if config.prune:
         prune(rows)

@@ -2,8 +2,8 @@
 
 Each kernel module exports `KERNELS`, a list of `Kernel`. `configs` are candidates written by hand,
 the default first. `kernels/tuning.json` is written by programs only: `kernels.resources --prune`
-keeps the candidates that fit the hardware, and a benchmark may put the fastest first. A launch takes
-the first entry for its device.
+keeps the candidates that fit the hardware, and a benchmark may put the fastest first. A launch
+takes the first entry for its device.
 """
 
 import json
@@ -41,7 +41,7 @@ class Kernel:
 
 def types(pointers: str, integers: str = "", **others: str) -> dict[str, str]:
     """A signature: names of working-dtype pointers, of 32-bit integers, and the rest as given."""
-    names = {name: "*T" for name in pointers.split()} | {name: "i32" for name in integers.split()}
+    names = dict.fromkeys(pointers.split(), "*T") | dict.fromkeys(integers.split(), "i32")
     return names | others
 
 
