@@ -182,11 +182,10 @@ def linear_cross_entropy_fwd_bwd(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, ignore_index, z_loss, expected_grad):
+    def forward(ctx, logits, targets, ignore_index, z_loss, expected_grad, grad):
         per_row, ctx.expected = _scales(targets, ignore_index, expected_grad)
         scale = per_row * ctx.expected
-        need = ctx.needs_input_grad[0]
-        losses = cross_entropy_(logits, targets, scale, ignore_index, z_loss, need)
+        losses = cross_entropy_(logits, targets, scale, ignore_index, z_loss, grad)
         ctx.dlogits = logits
         return losses.sum() * per_row
 
@@ -195,19 +194,17 @@ class _CrossEntropy(torch.autograd.Function):
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None:
             raise RuntimeError("the gradient in the logits' place is used up: backward runs once")
-        return _rescale_(dlogits, g, ctx.expected), None, None, None, None
+        return _rescale_(dlogits, g, ctx.expected), None, None, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, targets, options):
         dweight, dbias = (
-            torch.zeros(t.shape, dtype=torch.float32, device=t.device) if need else None
+            torch.zeros_like(t, dtype=torch.float32) if need and options["grad"] else None
             for t, need in zip((weight, bias), ctx.needs_input_grad[1:])
         )
-        loss, dx = linear_cross_entropy_fwd_bwd(
-            x, weight, bias, targets, dweight, dbias, grad=any(ctx.needs_input_grad), **options
-        )
+        loss, dx = linear_cross_entropy_fwd_bwd(x, weight, bias, targets, dweight, dbias, **options)
         ctx.grads = dx, dweight, dbias
         ctx.dtype, ctx.expected = x.dtype, _scales(targets, 0, options["expected_grad"])[1]
         return loss
@@ -253,7 +250,8 @@ def cross_entropy(
     `expected_grad` is what the loss will be multiplied by before backward. Raises ValueError.
     """
     _check("logits", logits, targets)
-    return _CrossEntropy.apply(logits, targets, ignore_index, z_loss, expected_grad)
+    grad = torch.is_grad_enabled() and logits.requires_grad
+    return _CrossEntropy.apply(logits, targets, ignore_index, z_loss, expected_grad, grad)
 
 
 def linear_cross_entropy(
@@ -281,8 +279,14 @@ def linear_cross_entropy(
             raise ValueError(f"{name} is {got}, want contiguous {x.dtype} {shape} on {x.device}")
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}, want at least 1")
-    options = {"chunk_rows": chunk_rows, "ignore_index": ignore_index, "z_loss": z_loss}
-    options["expected_grad"] = expected_grad
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
+    options = {
+        "chunk_rows": chunk_rows,
+        "ignore_index": ignore_index,
+        "z_loss": z_loss,
+        "expected_grad": expected_grad,
+        "grad": grad,
+    }
     return _LinearCrossEntropy.apply(x, weight, bias, targets, options)
 
 

@@ -231,6 +231,7 @@ IN_PROJ_FWD, OUT_PROJ_FWD, OUT_PROJ_FWD_DROPOUT, GELU_BWD = KERNELS = [
 def _launch(kernel: Kernel, n_rows: int, n_cols: int, **operands: Tensor) -> tuple[int, list, dict]:
     """(programs, operands, configuration); operands are TMA descriptors where aligned."""
     cfg = dict(config(kernel, next(iter(operands.values()))))
+    assert max(t.stride(0) for t in operands.values()) < 2**23, "tile-local offsets are 32-bit"
     cfg["TMA"] = cfg["TMA"] and all(
         t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
         for t in operands.values()

@@ -145,8 +145,8 @@ def layernorm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dx, dw, db, y): dx and y [N, C], dw and db [C] fp32.
 
-    dx includes `dresidual` if that is given; y is rebuilt if `bias` is, else None. Rows of dy, x and
-    dresidual may be strided; dx and y are new and contiguous.
+    dx includes `dresidual` if that is given; y is rebuilt if `bias` is, else None. Rows of dy, x
+    and dresidual may be strided; dx and y are new and contiguous.
     """
     n_rows, n_cols = x.shape
     cfg = _config(BWD, x)

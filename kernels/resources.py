@@ -4,8 +4,8 @@
 
 Compiles each configuration of each kernel's table (bf16, phi-1's shapes) down to a cubin and prints
 registers, spills (ptxas -v), shared memory, theoretical occupancy, and the tensor-core and
-asynchronous copy instructions in the PTX. Exits with status 1 if a default, the configuration that a
-launch takes, spills, asks for more shared memory than a block may have (Triton compiles it all
+asynchronous copy instructions in the PTX. Exits with status 1 if a default, the configuration that
+a launch takes, spills, asks for more shared memory than a block may have (Triton compiles it all
 the same), or lacks the tensor-core instructions of a GEMM or of attention. `--prune` writes the
 configurations that pass to kernels/tuning.json, which launches read. One to two seconds each.
 """
@@ -177,7 +177,7 @@ def show(row: Row) -> str:
 
 
 def prune(rows: list[Row]) -> None:
-    """Write the configurations of `rows` without problems to tuning.json, in the order they have."""
+    """Write the configurations of `rows` without problems to tuning.json, in their order."""
     unfit = [(r.kernel, r.sm, r.config) for r in rows if r.problems]
     for name, sm in dict.fromkeys((r.kernel, r.sm) for r in rows):
         tried = [r.config for r in rows if (r.kernel, r.sm) == (name, sm)]
