@@ -139,11 +139,16 @@ def _rescale_(x: Tensor, g: Tensor, expected: Tensor) -> Tensor:
     return x
 
 
-def _scales(targets: Tensor, ignore_index: int, expected_grad: float | Tensor) -> tuple:
-    """(1 / n_valid, expected gradient) as fp32 scalars on the device."""
-    n_valid = (targets != ignore_index).sum().clamp(min=1)
-    expected = torch.as_tensor(expected_grad, dtype=torch.float32)
-    return n_valid.float().reciprocal(), expected.to(targets.device, non_blocking=True)
+def _weight(targets: Tensor, ignore_index: int) -> Tensor:
+    """1 / n_valid, [] fp32, without asking the host."""
+    return (targets != ignore_index).sum().clamp(min=1).float().reciprocal()
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """`value` as [] fp32 on the device; filled there, for a copy would wait."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32)
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def linear_cross_entropy_fwd_bwd(
@@ -164,11 +169,11 @@ def linear_cross_entropy_fwd_bwd(
 
     All gradients are those of expected_grad * loss; without `grad` there is the loss alone.
     """
-    per_row, expected = _scales(targets, ignore_index, expected_grad)
+    weight_per_row = _weight(targets, ignore_index)
+    scale = weight_per_row * _scalar(expected_grad, x.device)
     losses, dx = [], torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad else None
     for rows in (slice(i, i + chunk_rows) for i in range(0, x.shape[0], chunk_rows)):
         logits = torch.addmm(bias, x[rows], weight.t())
-        scale = per_row * expected
         losses.append(cross_entropy_(logits, targets[rows], scale, ignore_index, z_loss, grad))
         if not grad:
             continue
@@ -177,17 +182,18 @@ def linear_cross_entropy_fwd_bwd(
             accumulate_(dweight, logits, x[rows])
         if dbias is not None:
             dbias += column_sum(logits)
-    return torch.cat(losses).sum() * per_row, dx
+    return torch.cat(losses).sum() * weight_per_row, dx
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, ignore_index, z_loss, expected_grad, grad):
-        per_row, ctx.expected = _scales(targets, ignore_index, expected_grad)
-        scale = per_row * ctx.expected
+        ctx.expected = _scalar(expected_grad, logits.device)
+        weight = _weight(targets, ignore_index)
+        scale = weight * ctx.expected
         losses = cross_entropy_(logits, targets, scale, ignore_index, z_loss, grad)
         ctx.dlogits = logits
-        return losses.sum() * per_row
+        return losses.sum() * weight
 
     @staticmethod
     def backward(ctx, g):
@@ -206,7 +212,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         loss, dx = linear_cross_entropy_fwd_bwd(x, weight, bias, targets, dweight, dbias, **options)
         ctx.grads = dx, dweight, dbias
-        ctx.dtype, ctx.expected = x.dtype, _scales(targets, 0, options["expected_grad"])[1]
+        ctx.dtype, ctx.expected = x.dtype, _scalar(options["expected_grad"], x.device)
         return loss
 
     @staticmethod
@@ -280,13 +286,8 @@ def linear_cross_entropy(
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}, want at least 1")
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    options = {
-        "chunk_rows": chunk_rows,
-        "ignore_index": ignore_index,
-        "z_loss": z_loss,
-        "expected_grad": expected_grad,
-        "grad": grad,
-    }
+    options = {"chunk_rows": chunk_rows, "ignore_index": ignore_index, "z_loss": z_loss}
+    options |= {"expected_grad": expected_grad, "grad": grad}
     return _LinearCrossEntropy.apply(x, weight, bias, targets, options)
 
 

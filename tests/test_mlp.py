@@ -15,16 +15,18 @@ CHOICES = ["triton", "triton tma", "cublas"]
 
 @pytest.fixture
 def choose(monkeypatch):
-    """choose(choice): use it for every op, with small tiles so that small matrices have several."""
+    """choose(choice): use it for every op, with small tiles and few programs."""
 
     def use(choice: str) -> None:
         ops = dict.fromkeys(mlp.GEMM[80], choice[:6])
         monkeypatch.setattr(mlp, "GEMM", {80: ops, 90: ops})
         tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "TMA": "tma" in choice}
-        for kernel in gemm.KERNELS:
-            config = tile | {"num_warps": 4, "num_stages": 2}
-            monkeypatch.setitem(TUNING["sm_80"], kernel.name, [config])
-            monkeypatch.setitem(TUNING["sm_90"], kernel.name, [config])
+        few = {"BLOCK_M": 16, "BLOCK_N": 64, "PROGRAMS": 2, "STAGES": 2, "num_warps": 4}
+        for table in TUNING.values():
+            for kernel in gemm.KERNELS:
+                monkeypatch.setitem(table, kernel.name, [tile | {"num_warps": 4, "num_stages": 2}])
+            for kernel in (pointwise.GELU_BWD, pointwise.RESIDUAL_BWD):
+                monkeypatch.setitem(table, kernel.name, [few])
 
     return use
 
