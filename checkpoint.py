@@ -32,7 +32,7 @@ from tokenizer import Tokenizer
 def save(
     run: Path, step: int, model: Phi, training: dict, tokenizer: Tokenizer, meta: dict
 ) -> Path:
-    """Write RUN/checkpoints/step-XXXXXXXX and return it. An interrupted save leaves no such folder."""
+    """Write RUN/checkpoints/step-XXXXXXXX and return it; an interrupted save leaves no such one."""
     final = run / "checkpoints" / f"step-{step:08d}"
     if final.exists():
         return final

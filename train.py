@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,18 +134,19 @@ def evaluate(model, val: Windows, c: TrainConfig, device, autocast, rank, world_
     return (total[0] / total[1]).item()
 
 
-def open_run(c: TrainConfig, fingerprints: dict) -> Path | None:
+def open_run(c: TrainConfig, mine: dict) -> Path | None:
     """Decide what to do with a run already in c.out; the checkpoint to resume from, or None."""
     saved = c.out / "config.json"
     if not saved.exists():
         if c.out.exists() and any(c.out.iterdir()):
             raise UserError(f"out {c.out} is there and holds no run; name a new folder")
         return None
-    mine, theirs = run_identity(c, fingerprints), json.loads(saved.read_text())
+    theirs = json.loads(saved.read_text())
     changed = [k for k in mine if mine[k] != theirs.get(k)]
     if changed and c.restart:
         shutil.rmtree(c.out)
         return None
+    changed = [k for k in changed if k != "code"]  # mending code is no reason not to resume
     if not c.resume:
         raise UserError(f"out {c.out} already holds a run; --resume it, or name another --out")
     if changed:
@@ -156,11 +158,22 @@ def open_run(c: TrainConfig, fingerprints: dict) -> Path | None:
     return checkpoint.find(c.out, newest=True) if checkpoint.steps(c.out) else None
 
 
-def run_identity(c: TrainConfig, fingerprints: dict) -> dict:
+def run_identity(c: TrainConfig, tokenizer, windows: Windows, init_from: Path | None) -> dict:
     """All that shapes a run's result, as JSON values; how and where it runs is left out."""
-    free = {"out", "resume", "restart", "micro_batch", "device", "threads", "keep", "log_interval"}
-    values = {k: v for k, v in dataclasses.asdict(c).items() if k not in free}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()} | fingerprints
+    how = {"out", "resume", "restart", "micro_batch", "device", "threads", "keep", "log_interval"}
+    here = Path(__file__).parent
+    code = b"".join((here / f).read_bytes() for f in ("train.py", "model.py", "data/loader.py"))
+    return {k: v for k, v in plain(c).items() if k not in how} | {
+        "tokenizer": tokenizer.fingerprint,
+        "data_checksum": windows.checksum,
+        "init_checksum": checkpoint.checksum(init_from) if init_from else None,
+        "code": f"{zlib.crc32(code):08x}",
+    }
+
+
+def plain(c: TrainConfig) -> dict:
+    """The fields of `c` as JSON values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(c).items()}
 
 
 def main() -> None:
@@ -196,15 +209,13 @@ def main() -> None:
     shards = (c.seq_len, tokenizer.vocab_size, tokenizer.fingerprint)
     windows, val = Windows(c.data, "train", *shards), Windows(c.data, "val", *shards)
     init_from = checkpoint.find(c.init_from) if c.init_from else None
-    fingerprints = {
-        "tokenizer": tokenizer.fingerprint,
-        "data_checksum": windows.checksum,
-        "init_checksum": checkpoint.checksum(init_from) if init_from else None,
-    }
-    resume_from = open_run(c, fingerprints)  # the same answer on every rank, before rank 0 writes
+    identity = run_identity(c, tokenizer, windows, init_from)
     if world_size > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
-        dist.barrier()
+    resume_from = [open_run(c, identity) if rank == 0 else None]
+    if world_size > 1:
+        dist.broadcast_object_list(resume_from)
+    [resume_from] = resume_from
     say = print if rank == 0 else lambda *args, **kwargs: None
 
     # Model and optimiser, new, initialised from another run, or resumed.
@@ -239,12 +250,13 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     log = RunLog(c.out, step, rank)
     if rank == 0:
-        derived = {"world_size": world_size, "parameters": parameters, "roof": roof_name}
-        resolved = {k: str(v) if isinstance(v, Path) else v for k, v in vars(c).items()}
-        write_json(
-            c.out / "config.json",
-            resolved | {"compute_dtype": str(dtype)[6:]} | fingerprints | derived | environment(),
-        )
+        how = {
+            "world_size": world_size,
+            "compute_dtype": str(dtype)[6:],
+            "parameters": parameters,
+            "roof": roof_name,
+        }
+        write_json(c.out / "config.json", plain(c) | identity | how | environment())
     for key, value in differences(c).items():
         say(f"  {key} = {value}")
     say(

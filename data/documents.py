@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import zstandard
@@ -23,6 +24,7 @@ import zstandard
 from config import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+MARK = ".nanophi"  # an empty file in every folder that a stage wrote: it may be replaced
 
 
 def document(text: str, origin: str, **fields) -> dict:
@@ -45,11 +47,13 @@ def read_jsonl(path: Path) -> Iterator[dict]:
                 if not isinstance(record, dict):
                     raise UserError(f"{path} line {number}: got {record!r:.40}, want a JSON object")
                 yield record
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # bad UTF-8, bad JSON, an int of 5,000 digits
         raise UserError(f"{path} line {number}: not valid JSON ({e})") from None
-    except (EOFError, OSError, zstandard.ZstdError) as e:
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as e:
         raise UserError(f"{path}: cannot be read past line {number}: {e}") from None
 
 
@@ -84,7 +88,8 @@ class ShardWriter:
         if self._file is None or self._room <= 0:
             self.close()
             path = self.folder / f"shard-{self.shards:05d}.jsonl.zst"
-            self._file = zstandard.open(path, "wb", cctx=zstandard.ZstdCompressor(level=3))
+            compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+            self._file = zstandard.open(path, "wb", cctx=compressor)
             self.shards, self._room = self.shards + 1, self.shard_bytes
         self._file.write(line)
         self._room -= len(line)
@@ -104,22 +109,23 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, reads: Iterable[Path] = ()) -> Iterator[Path]:
     """A temporary folder beside `out` that takes the name `out` if the block succeeds.
 
     What stood at `out` stays whole until then, and stays if the block fails. Raises UserError if
-    `out` is there and is not a folder that this function wrote (it would be replaced).
+    `out` is there and was not written by this function, or if it holds one of the inputs `reads`:
+    it would be replaced.
     """
-    out = Path(out)
-    if (
-        out.exists()
-        and not (out / "summary.json").exists()
-        and (not out.is_dir() or any(out.iterdir()))
-    ):
-        raise UserError(f"--out {out} is there and is no output of ours; name a new folder")
+    where, out = out, Path(out).resolve()
+    if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {where} is there and is no output of ours; name a new folder")
+    for path in reads:
+        if Path(path).resolve().is_relative_to(out):
+            raise UserError(f"--out {where} holds the input {path}; name another folder")
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    (temporary / MARK).touch()
     try:
         yield temporary
         old = out.with_name(f".{out.name}.old-{os.getpid()}")
@@ -140,6 +146,8 @@ def write_json(path: Path, value) -> None:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a plain, gzip or zstd file, without their ends."""
+    if path.suffix == ".gz" and path.stat().st_size == 0:
+        raise EOFError("it is empty")  # which gzip takes for no lines
     if path.suffix != ".zst":
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             yield from f

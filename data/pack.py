@@ -75,7 +75,7 @@ def main() -> None:
         raise UserError(f"--shard_tokens {config.shard_tokens}: want at least 1")
     tokenizer = Tokenizer(config.tokenizer)
     began, text_bytes = time.perf_counter(), 0
-    with new_folder(config.out) as folder:
+    with new_folder(config.out, [*config.source, config.tokenizer]) as folder:
         train, val = (
             TokenWriter(folder, split, tokenizer, config.shard_tokens) for split in ("train", "val")
         )

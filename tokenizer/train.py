@@ -38,7 +38,7 @@ def main() -> None:
     if not SMALLEST_VOCAB <= config.vocab_size <= 65536:
         raise UserError(f"--vocab_size {config.vocab_size}: want {SMALLEST_VOCAB} to 65536")
     began, used = time.perf_counter(), {}
-    with new_folder(config.out) as folder:
+    with new_folder(config.out, config.source) as folder:
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=chunks(config.source, config.max_mb, used),

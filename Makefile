@@ -1,0 +1,130 @@
+# nanophi. `make train` is the whole job in miniature, `make test` the tests, `make help` the rest.
+#
+# Every stage writes a folder of its own under $(OUT), with a summary.json that stands last; that
+# file is the stage's target here, so that a stage runs again only when what it reads has changed.
+# PYTHON=python3 uses that interpreter and installs nothing.
+
+SHELL  := /bin/bash
+OUT    ?= out/demo
+PYTHON ?= .venv/bin/python
+VENV   := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
+
+# The demo's sizes. Steps are of 2,048 tokens: filtered code first, then exercises or a control.
+RAW_MB         ?= 40
+EXERCISES      ?= 30000
+HELDOUT        ?= 500
+BASE_STEPS     ?= 200
+FINETUNE_STEPS ?= 600
+TOTAL_STEPS    := $(shell echo $$(($(BASE_STEPS) + $(FINETUNE_STEPS))))
+
+.DEFAULT_GOAL := help
+.PHONY: help train demo-full test lint clean raw filtered exercises pairs tokenizer tokens \
+        pretrain finetune eval report
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo; echo "Settings, as in make train BASE_STEPS=100:"
+	@$(foreach v,OUT PYTHON RAW_MB EXERCISES HELDOUT BASE_STEPS FINETUNE_STEPS,echo "  $v=$($v)";)
+
+train: $(OUT)/report.html  ## raw code -> evaluated model and report; start here
+
+test: $(VENV)  ## run the tests
+	$(PYTHON) -m pytest
+
+lint: $(VENV)  ## check the style
+	$(PYTHON) -m ruff check .
+
+clean:  ## delete what the stages wrote (out/), not .venv
+	rm -rf out
+
+.venv/installed: requirements.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "error: python3 is %d.%d; nanophi needs 3.11 or newer" % sys.version_info[:2] or 0)'
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	@touch $@
+
+# ---- data ----
+
+raw:       $(OUT)/raw/summary.json        ## collect real code from this machine
+filtered:  $(OUT)/filtered/summary.json   ## keep what teaches
+pairs:     $(OUT)/pairs/summary.json      ## docstring/function pairs cut from raw code (a control)
+exercises: $(OUT)/exercises/summary.json  ## make exercises with checked solutions
+tokenizer: $(OUT)/tokenizer/summary.json  ## train the tokenizer
+
+$(OUT)/raw/summary.json: data/collect.py data/documents.py | $(VENV)
+	$(PYTHON) -m data.collect --out $(@D) --max_mb $(RAW_MB)
+
+$(OUT)/filtered/summary.json: data/filter.py $(OUT)/raw/summary.json
+	$(PYTHON) -m data.filter --source $(OUT)/raw --out $(@D)
+
+$(OUT)/pairs/summary.json: data/pairs.py $(OUT)/raw/summary.json
+	$(PYTHON) -m data.pairs --source $(OUT)/raw --out $(@D)
+
+$(OUT)/exercises/summary.json: data/exercises.py data/families.py data/documents.py | $(VENV)
+	$(PYTHON) -m data.exercises --out $(@D) --count $(EXERCISES) --heldout $(HELDOUT)
+
+$(OUT)/shuffled/summary.json: data/exercises.py data/families.py data/documents.py | $(VENV)
+	$(PYTHON) -m data.exercises --out $(@D) --count $(EXERCISES) --heldout $(HELDOUT) \
+	  --shuffle_docstrings
+
+$(OUT)/tokenizer/summary.json: tokenizer/train.py tokenizer/__init__.py \
+    $(OUT)/filtered/summary.json $(OUT)/exercises/summary.json
+	$(PYTHON) -m tokenizer.train --out $(@D) --source $(OUT)/filtered --source $(OUT)/exercises/train
+
+# ---- token shards: $(OUT)/tokens/X from the documents of X ----
+
+tokens: $(foreach x,filtered exercises pairs,$(OUT)/tokens/$(x)/summary.json)  ## write token shards
+
+documents = $(OUT)/$(if $(filter exercises shuffled,$(1)),$(1)/train,$(1))
+
+$(OUT)/tokens/%/summary.json: $(OUT)/%/summary.json $(OUT)/tokenizer/summary.json data/pack.py \
+    data/shards.py
+	$(PYTHON) -m data.pack --source $(call documents,$*) --tokenizer $(OUT)/tokenizer --out $(@D)
+
+# ---- training: runs/base on filtered code, then runs/X from it on the tokens of X ----
+
+CODE  := train.py model.py checkpoint.py data/loader.py configs/demo.toml
+TRAIN  = $(PYTHON) train.py configs/demo.toml --out $(@D) --resume --restart
+
+pretrain: $(OUT)/runs/base/summary.json       ## train the base model on filtered code
+finetune: $(OUT)/runs/exercises/summary.json  ## finetune it on exercises
+
+$(OUT)/runs/base/summary.json: $(OUT)/tokens/filtered/summary.json $(CODE)
+	$(TRAIN) --data $(OUT)/tokens/filtered --max_steps $(BASE_STEPS)
+
+$(OUT)/runs/%/summary.json: $(OUT)/tokens/%/summary.json $(OUT)/runs/base/summary.json $(CODE)
+	$(TRAIN) --data $(OUT)/tokens/$* --init_from $(OUT)/runs/base --max_steps $(FINETUNE_STEPS)
+
+# Arms of `make demo-full` that do not start from runs/base.
+$(OUT)/runs/raw/summary.json $(OUT)/runs/filtered/summary.json: \
+    $(OUT)/runs/%/summary.json: $(OUT)/tokens/%/summary.json $(CODE)
+	$(TRAIN) --data $(OUT)/tokens/$* --max_steps $(TOTAL_STEPS)
+
+$(OUT)/runs/raw_base/summary.json: $(OUT)/tokens/raw/summary.json $(CODE)
+	$(TRAIN) --data $(OUT)/tokens/raw --max_steps $(BASE_STEPS)
+
+$(OUT)/runs/raw_exercises/summary.json: $(OUT)/tokens/exercises/summary.json \
+    $(OUT)/runs/raw_base/summary.json $(CODE)
+	$(TRAIN) --data $(OUT)/tokens/exercises --init_from $(OUT)/runs/raw_base \
+	  --max_steps $(FINETUNE_STEPS)
+
+# ---- evaluation: eval/X from runs/X, then the report of every arm that has been scored ----
+
+eval: $(OUT)/eval/exercises/results.json  ## score the finetuned model on held-out exercises
+
+$(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json sample.py $(wildcard eval/*.py)
+	$(PYTHON) -m eval.exercises --checkpoint $(OUT)/runs/$* \
+	  --problems $(OUT)/exercises/heldout.jsonl --out $(@D)
+
+results = $(foreach x,$(1),$(OUT)/eval/$(x)/results.json)
+
+report: $(OUT)/report.html  ## write the report again
+
+$(OUT)/report.html: report.py $(call results,exercises pairs)
+	$(PYTHON) -m report --demo $(OUT)
+
+demo-full: $(call results,exercises pairs shuffled raw filtered raw_exercises)  ## every arm (longer)
+	$(PYTHON) -m report --demo $(OUT)

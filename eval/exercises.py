@@ -1,0 +1,16 @@
+"""Score a checkpoint on the held-out exercises.
+
+python -m eval.exercises --checkpoint out/run/checkpoint --problems out/exercises/heldout.jsonl
+"""
+
+from config import parse, run
+from eval.harness import BODY, Evaluation, evaluate, read_problems
+
+
+def main() -> None:
+    config = parse(Evaluation)
+    evaluate(config, "exercises", read_problems(config.problems), BODY)
+
+
+if __name__ == "__main__":
+    run(main)

