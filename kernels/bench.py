@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError, parse, run
-from kernels.cases import CASES, Case
+from kernels.cases import CASES, LIGER, Case
 from kernels.timing import CudaTimer, measured_roof
 from kernels.work import Rates, training_ops
 from model import ModelConfig
@@ -188,6 +188,31 @@ def write_csv(path: Path, rows: list[Row], device: str) -> None:
         writer.writerows(records)
 
 
+def bench(config: Config, device: str, name: str, timer) -> list[Row]:
+    """Run the ops that `config` asks for, and print and write their rows as they come."""
+    out = sys.stderr if config.json else sys.stdout
+    shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
+    c, dtype = ModelConfig(**shape), getattr(torch, config.dtype)
+    torch.manual_seed(time.time_ns())  # fresh inputs
+    roof, rows = measured_roof(timer, device, dtype), []
+    print(
+        f"{name}: matmul {roof.gemm / 1e12:.0f} TFLOP/s, copy {roof.memory / 1e9:,.0f} GB/s\n"
+        f"{'op':<15}{'provider':<16}{'phase':<8}{'p20 ms':>9}{'p50 ms':>9}{'p80 ms':>9}"
+        f"{'TFLOP/s':>9}{'GB/s':>9}{'roof':>7}{'error':>10}",
+        file=out,
+    )
+    for op in tqdm([config.op] if config.op else list(CASES), disable=None, unit="op"):
+        rows += (new := run_case(CASES[op](c, config.batch, dtype, device), roof, c, timer))
+        tqdm.write("\n".join(map(show, new)), file=out)
+        if config.csv:
+            write_csv(config.csv, new, name)
+        torch.cuda.empty_cache()
+    print("\n".join(ratios(rows)), file=out)
+    if not LIGER:
+        print("liger_kernel is not installed: none of its rows", file=out)
+    return rows
+
+
 def main() -> None:
     config = parse(Config)
     if config.op and config.op not in CASES:
@@ -196,26 +221,9 @@ def main() -> None:
         raise UserError(f"--dtype={config.dtype}: want bfloat16 or float16")
     if not torch.cuda.is_available():
         raise UserError("kernels.bench times GPU kernels, and there is no CUDA device here")
-    shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
-    c, dtype, device = ModelConfig(**shape), getattr(torch, config.dtype), "cuda"
-    torch.manual_seed(time.time_ns())  # fresh inputs
-    timer = CudaTimer()
-    roof, rows = measured_roof(timer, device, dtype), []
-    name = torch.cuda.get_device_name()
-    print(
-        f"{name}: matmul {roof.gemm / 1e12:.0f} TFLOP/s, copy {roof.memory / 1e9:,.0f} GB/s\n"
-        f"{'op':<15}{'provider':<16}{'phase':<8}{'p20 ms':>9}{'p50 ms':>9}{'p80 ms':>9}"
-        f"{'TFLOP/s':>9}{'GB/s':>9}{'roof':>7}{'error':>10}",
-        file=sys.stderr if config.json else sys.stdout,
-    )
-    for op in tqdm([config.op] if config.op else list(CASES), disable=None, unit="op"):
-        rows += (new := run_case(CASES[op](c, config.batch, dtype, device), roof, c, timer))
-        if not config.json:
-            tqdm.write("\n".join(map(show, new)), file=sys.stdout)
-        torch.cuda.empty_cache()
-        if config.csv:
-            write_csv(config.csv, new, name)
-    print(json.dumps([vars(r) for r in rows], indent=1) if config.json else "\n".join(ratios(rows)))
+    rows = bench(config, "cuda", torch.cuda.get_device_name(), CudaTimer())
+    if config.json:
+        print(json.dumps([vars(r) for r in rows], indent=1))
     sys.exit(any(r.provider.startswith("ours") and not r.ok for r in rows))
 
 
