@@ -9,12 +9,16 @@ OUT    ?= out/demo
 PYTHON ?= .venv/bin/python
 VENV   := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 
-# The demo's sizes. Steps are of 2,048 tokens: filtered code first, then exercises or a control.
+# Threads that wait sleep after about 10 us rather than spin: a tenth slower on an idle machine, but
+# beside another busy program two spinning threads were 3 to 20 times slower (LOG.md, 2026-11-22).
+export GOMP_SPINCOUNT ?= 2000
+
+# The demo's sizes. Steps are of 512 tokens: filtered code first, then exercises or a control.
 RAW_MB         ?= 40
 EXERCISES      ?= 30000
 HELDOUT        ?= 500
-BASE_STEPS     ?= 200
-FINETUNE_STEPS ?= 600
+BASE_STEPS     ?= 400
+FINETUNE_STEPS ?= 3200
 TOTAL_STEPS    := $(shell echo $$(($(BASE_STEPS) + $(FINETUNE_STEPS))))
 
 .DEFAULT_GOAL := help
@@ -82,7 +86,8 @@ documents = $(OUT)/$(if $(filter exercises shuffled,$(1)),$(1)/train,$(1))
 
 $(OUT)/tokens/%/summary.json: $(OUT)/%/summary.json $(OUT)/tokenizer/summary.json data/pack.py \
     data/shards.py
-	$(PYTHON) -m data.pack --source $(call documents,$*) --tokenizer $(OUT)/tokenizer --out $(@D)
+	$(PYTHON) -m data.pack --source $(call documents,$*) --tokenizer $(OUT)/tokenizer --out $(@D) \
+	  --val_frac 0.05
 
 # ---- training: runs/base on filtered code, then runs/X from it on the tokens of X ----
 
@@ -117,7 +122,7 @@ eval: $(OUT)/eval/exercises/results.json  ## score the finetuned model on held-o
 
 $(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json sample.py $(wildcard eval/*.py)
 	$(PYTHON) -m eval.exercises --checkpoint $(OUT)/runs/$* \
-	  --problems $(OUT)/exercises/heldout.jsonl --out $(@D)
+	  --problems $(OUT)/exercises/heldout.jsonl --out $(@D) --max_new_tokens 128
 
 results = $(foreach x,$(1),$(OUT)/eval/$(x)/results.json)
 

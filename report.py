@@ -232,8 +232,8 @@ def loss_curves(axes, arms: list[Arm]) -> None:
 
 
 def tests_each(demo: Path) -> int:
-    problem = next(read_jsonl(demo / "exercises" / "heldout.jsonl"))
-    return problem["tests"]
+    """The test inputs of a held-out problem."""
+    return next(read_jsonl(demo / "exercises" / "heldout.jsonl"))["test"].count("assert ")
 
 
 def score_table(arms: list[Arm]) -> str:
@@ -325,8 +325,8 @@ def data_section(demo: Path) -> str:
             rows.append([name, f"{summary['documents']:,}", f"{summary['bytes'] / 1e6:.1f} MB"])
     parts = [table(["set", "documents", "text"], rows, range(1, 3))]
     parts.append(
-        f"<p>Exercises: {exercises['families']} families, {exercises['tasks']:,} tasks in "
-        f"training, {exercises['heldout']:,} held out.</p>"
+        f"<p>Exercises: {len(exercises['train_by_family'])} families, {exercises['tasks']:,} tasks "
+        f"in training; {exercises['heldout']:,} other tasks of the same families held out.</p>"
     )
     parts.append("<p>Why the filter rejected what it rejected, first reason only:</p>")
     rejected = [[reason, f"{n:,}"] for reason, n in kept["rejected"].items()]

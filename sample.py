@@ -110,18 +110,24 @@ class Generator:
         logits = logits[torch.arange(B), lengths - 1]  # [B, V]
         new: list[list[int]] = [[] for _ in ids]
         text: list[str | None] = [None] * B  # filled in when a row is finished
+        rows = list(range(B))  # that are still in the batch
         for i in range(draws.shape[1]):
-            token = sample(logits, draws[:, i].to(logits.device), temperature, top_p)  # [B]
-            for row, t in enumerate(token.tolist()):
+            token = sample(logits, draws[:, i].to(logits.device), temperature, top_p)  # [rows]
+            for row, t in zip(rows, token.tolist()):
                 if text[row] is None:
                     if t != self.tokenizer.end_of_text:
                         new[row].append(t)
                     full = len(ids[row]) + len(new[row]) == limit
                     if t == self.tokenizer.end_of_text or full or self._stopped(new[row], stop):
                         text[row] = self._text(new[row], stop)
-            if None not in text or i + 1 == draws.shape[1]:
+            going = [j for j, row in enumerate(rows) if text[row] is None]
+            if not going or i + 1 == draws.shape[1]:
                 break
-            where = (lengths + i).clamp(max=cache.k.shape[3] - 1)[:, None]  # [B, 1]
+            if len(going) <= len(rows) // 2:  # finished rows leave, half of the batch at a time
+                rows = [rows[j] for j in going]
+                draws, lengths, token = draws[going], lengths[going], token[going]
+                cache.k, cache.v = cache.k[:, going], cache.v[:, going]
+            where = (lengths + i).clamp(max=cache.k.shape[3] - 1)[:, None]  # [rows, 1]
             logits = self.model(token[:, None], cache=cache, positions=where)[:, -1]
         return [self._text(new[row], stop) if t is None else t for row, t in enumerate(text)]
 

@@ -48,7 +48,7 @@ class TrainConfig(ModelConfig):
 
     max_steps: int = 1000  # optimiser steps
     seqs_per_step: int = 8  # sequences in a step, over all ranks and micro-steps
-    micro_batch: int = 8  # sequences a rank computes at once; lower it if memory runs out
+    micro_batch: int = 8  # sequences a rank computes at once, at most; lower it if memory runs out
     lr: float = 1e-3  # peak learning rate
     warmup_steps: int = 50  # steps of linear warmup; then linear decay
     final_lr_frac: float = 0.0  # share of lr left at the last step
@@ -192,9 +192,10 @@ def main() -> None:
     else:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(c.threads or max(1, (os.cpu_count() or 1) // local_ranks))
-    if c.seqs_per_step % (c.micro_batch * world_size):
+    micro_batch = min(c.micro_batch, max(1, c.seqs_per_step // world_size))
+    if c.seqs_per_step % (micro_batch * world_size):
         raise UserError(
-            f"seqs_per_step {c.seqs_per_step} is not divisible by micro_batch {c.micro_batch} x "
+            f"seqs_per_step {c.seqs_per_step} is not divisible by micro_batch {micro_batch} x "
             f"{world_size} ranks; change micro_batch or the number of ranks"
         )
     dtype = DTYPES[("bfloat16" if use_cuda else "float32") if c.dtype == "auto" else c.dtype]
@@ -243,7 +244,7 @@ def main() -> None:
     autocast = (lambda: torch.autocast(device.type, dtype)) if mixed else contextlib.nullcontext
 
     # Derived numbers, printed and saved.
-    loader = Loader(windows, c.seqs_per_step, c.micro_batch, c.seed, rank, world_size, device)
+    loader = Loader(windows, c.seqs_per_step, micro_batch, c.seed, rank, world_size, device)
     tokens_per_step = c.seqs_per_step * c.seq_len
     roof, roof_name = peak_flops(device)
     flops = flops_per_token(c.model)

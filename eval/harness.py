@@ -42,8 +42,8 @@ class Evaluation:
     seed: int = 0  # of the sampling
     max_new_tokens: int = 256  # the longest completion
     batch_size: int = 64  # prompts generated for at once
-    strip_prompt: bool = True  # drop the white space that ends a prompt: a tokenizer that has
-    # newline-and-indent in one token never saw the two apart
+    strip_prompt: bool = False  # drop the white space that ends a prompt, for tokenizers that
+    # join a newline to the indent behind it; ours joins it to what stands before
     device: str = "auto"  # to generate on
     timeout_s: float = 15.0  # wall-clock time that a program may take
     memory_mb: int = 1024  # address space that a program may take

@@ -26,8 +26,10 @@ class Example:
 
 
 def test_flags_in_every_spelling():
-    c = parse(Example, ["--out", "a", "--lr=2", "--steps", "1_000", "--fast",
-                        "--source", "p", "--source=q"])
+    c = parse(
+        Example,
+        ["--out", "a", "--lr=2", "--steps", "1_000", "--fast", "--source", "p", "--source=q"],
+    )
     assert c == Example(Path("a"), 2.0, 1000, True, (Path("p"), Path("q")))
     assert isinstance(c.lr, float)
     assert parse(Example, ["--out", "a", "--fast=false"]).fast is False

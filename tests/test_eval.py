@@ -117,7 +117,7 @@ def test_checkpoint(command, model, problems, tmp_path):
     }
     status, stdout, _ = command(
         humaneval, "--problems", problems, "--checkpoint", "run", "--samples_per_problem", 2,
-        "--temperature", 0.5, "--seed", 7, "--out", tmp_path / "out", "--json",
+        "--temperature", 0.5, "--seed", 7, "--out", tmp_path / "out", "--json", "--strip_prompt",
     )  # fmt: skip
     result = json.loads(stdout)
     assert status == 0
@@ -139,7 +139,7 @@ def test_prompt_beyond_the_context_fails_and_is_counted(command, model, tmp_path
     model.answers |= {"def sub": ["\n    return a - b"]}
     model.context = 200
     status, stdout, _ = command(
-        humaneval, "--problems", problems, "--checkpoint", "run", "--strip_prompt=false",
+        humaneval, "--problems", problems, "--checkpoint", "run",
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert status == 0
@@ -298,7 +298,7 @@ def test_mbpp(command, model, tmp_path, protocol):
     assert result["problems"] == 2
     assert result["pass@1"] == 0.5
     if protocol == "docstring":
-        want = '"""\nWrite a function to add 11.\nassert check(1) == 12\n"""'
+        want = '"""\nWrite a function to add 11.\nassert check(1) == 12\n"""\n'
         assert model.prompts[0] == want
     else:
         assert model.options["stop"][0] == "[DONE]"
@@ -306,7 +306,7 @@ def test_mbpp(command, model, tmp_path, protocol):
         assert model.prompts[0].count("[DONE]") == 3
         assert model.prompts[0].endswith(
             "here is your task: Write a function to add 11. Your code should pass these tests:\n\n"
-            "assert check(1) == 12\nassert check(0) == 11\n[BEGIN]"
+            "assert check(1) == 12\nassert check(0) == 11\n[BEGIN]\n"
         )
         assert "[BEGIN]\ndef check(x):\n    return x + 2\n[DONE]\n\nYou are" in model.prompts[0]
 

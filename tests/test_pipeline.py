@@ -32,7 +32,7 @@ def test_train_makes_a_report_and_then_has_nothing_to_do(make):
     page = (make.out / "report.html").read_text()
     assert "filtered code, then exercises" in page
     assert page.count("<svg") == 2
-    for outside in ('src="http', "href=\"http", "@import", "url(http"):
+    for outside in ('src="http', 'href="http', "@import", "url(http"):
         assert outside not in page.replace('xmlns:xlink="http', "")
     for arm in ("exercises", "pairs"):
         result = json.loads((make.out / "eval" / arm / "results.json").read_text())
