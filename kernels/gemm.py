@@ -15,6 +15,8 @@ no cp.async, and 350 to 1,000 bytes of spills (ptxas, triton 3.7.1, 128-wide til
 Every result is bitwise repeatable: one program owns a tile, and K runs in order.
 """
 
+import json
+
 import torch
 import triton
 import triton.language as tl
@@ -132,7 +134,7 @@ def _out_proj_fwd_kernel(
 
 
 @triton.jit
-def _gelu_bwd_kernel(
+def _gelu_bwd_gemm_kernel(
     d, w, u_ptr, du_ptr, a_ptr, sum_ptr, n_rows, n_cols, K,
     stride_d, stride_w, stride_u, stride_du, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -181,7 +183,7 @@ _CONFIGS = {
 }  # fmt: skip
 
 
-_A, _B, _B_KN = ("BLOCK_M", "BLOCK_K"), ("BLOCK_N", "BLOCK_K"), ("BLOCK_K", "BLOCK_N")
+_A, _B, _B_KN = "T[{BLOCK_M},{BLOCK_K}]", "T[{BLOCK_N},{BLOCK_K}]", "T[{BLOCK_K},{BLOCK_N}]"
 IN_PROJ_FWD, OUT_PROJ_FWD, OUT_PROJ_FWD_DROPOUT, GELU_BWD = KERNELS = [
     Kernel(
         "in_proj_fwd",
@@ -214,7 +216,7 @@ IN_PROJ_FWD, OUT_PROJ_FWD, OUT_PROJ_FWD_DROPOUT, GELU_BWD = KERNELS = [
     ),
     Kernel(
         "gelu_bwd_gemm",
-        _gelu_bwd_kernel,
+        _gelu_bwd_gemm_kernel,
         _CONFIGS,
         types(
             "d w u_ptr du_ptr a_ptr",
@@ -239,7 +241,7 @@ def _launch(kernel: Kernel, n_rows: int, n_cols: int, **operands: Tensor) -> tup
     programs = triton.cdiv(n_rows, cfg["BLOCK_M"]) * triton.cdiv(n_cols, cfg["BLOCK_N"])
     if not cfg["TMA"]:
         return programs, list(operands.values()), cfg
-    blocks = {name: [cfg[key] for key in keys] for name, keys in kernel.descriptors.items()}
+    blocks = {n: json.loads(block[1:].format(**cfg)) for n, block in kernel.descriptors.items()}
     return programs, [TensorDescriptor.from_tensor(t, blocks[n]) for n, t in operands.items()], cfg
 
 
@@ -274,7 +276,7 @@ def gelu_bwd(d: Tensor, wm: Tensor, u: Tensor, du: Tensor, a: Tensor) -> Tensor:
     n_rows, n_cols = u.shape
     programs, (d_, w_), cfg = _launch(GELU_BWD, n_rows, n_cols, d=d, w=wm)
     partial = u.new_empty((triton.cdiv(n_rows, cfg["BLOCK_M"]), n_cols), dtype=torch.float32)
-    _gelu_bwd_kernel[(programs,)](
+    _gelu_bwd_gemm_kernel[(programs,)](
         d_, w_, u, du, a, partial, n_rows, n_cols, d.shape[1],
         *(t.stride(0) for t in (d, wm, u, du, a)), **cfg,
     )  # fmt: skip

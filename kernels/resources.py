@@ -98,8 +98,9 @@ def compile_config(kernel: Kernel, sm: int, config: dict, variant: dict):
     constants = {k: v for k, v in config.items() if k in names} | kernel.constexprs | variant
     signature = {n: t.replace("T", "bf16") for n, t in kernel.signature.items()}
     if config.get("TMA"):
-        for name, dims in kernel.descriptors.items():
-            signature[name] = f"tensordesc<bf16[{','.join(str(config[d]) for d in dims)}]>"
+        for name, block in kernel.descriptors.items():
+            block = block.format(**config, **kernel.constexprs).replace("T", "bf16")
+            signature[name] = f"tensordesc<{block}>"
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)

@@ -34,9 +34,9 @@ class Kernel:
     constexprs: dict[str, Any]  # the constexprs that are not in configs, at phi-1's shape
     tensor_core: bool  # must contain mma / wgmma instructions
     variants: tuple[dict, ...] = ({},)  # further constexprs; a configuration must fit in each
-    # {"x_ptr": ("BLOCK_M", "BLOCK_K")}: arguments that are TMA descriptors of such a block in a
+    # {"x_ptr": "T[{BLOCK_M},{BLOCK_K}]"}: arguments that are TMA descriptors of such a block in a
     # configuration with TMA=True, and the pointers of the signature in one without
-    descriptors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    descriptors: dict[str, str] = field(default_factory=dict)
 
 
 def types(pointers: str, integers: str = "", **others: str) -> dict[str, str]:
