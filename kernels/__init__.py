@@ -1,0 +1,1 @@
+"""Triton kernels, one file an op; with its maths, its kernels and a plain torch reference."""

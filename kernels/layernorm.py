@@ -1,0 +1,213 @@
+"""LayerNorm with fp32 statistics; its backward adds the residual gradient as it goes.
+
+    forward    mean = sum(x) / C, rstd = 1 / sqrt(sum((x - mean)^2) / C + eps)
+               xhat = (x - mean) rstd, y = xhat w + b
+    backward   g = dy w, dx = rstd (g - sum(g) / C - xhat sum(g xhat) / C) [+ dresidual]
+               dw = sum over rows of dy xhat, db = sum over rows of dy
+
+A block is x + f(ln(x)), so the gradient that reaches x is that of the residual plus this one:
+`dresidual` saves the pass that would add them. `bias` makes the backward write y again, at the cost
+of one store, so that a caller need not save it for the weight gradient of the next projection.
+
+x, y and gradients are bf16, fp16 or fp32, statistics and all arithmetic fp32. Memory bound: forward
+reads and writes one element (4 bytes in bf16), backward reads two or three and writes one or two.
+Any width up to 8192: a row lives in the registers of one program. dw and db are summed by a fixed
+number of programs over fixed rows, then over the programs in order: bitwise repeatable, no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.spec import Kernel, config, types
+
+MAX_WIDTH = 8192
+
+
+@triton.jit
+def _layernorm_fwd_kernel(
+    x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr, n_cols, stride_x, stride_y, eps,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK_C)
+    mask = col < n_cols
+    x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + col, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / n_cols
+    centred = tl.where(mask, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / n_cols + eps)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+    tl.store(y_ptr + row * stride_y + col, centred * rstd * w + b, mask=mask)
+
+
+@triton.jit
+def _layernorm_bwd_kernel(
+    dy_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, rstd_ptr, dres_ptr, dx_ptr, y_ptr, sum_ptr,
+    n_rows, n_cols, stride_dy, stride_x, stride_dres,
+    RESIDUAL: tl.constexpr, REBUILD_Y: tl.constexpr,
+    BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    col = tl.arange(0, BLOCK_C)
+    mask = col < n_cols
+    w = tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
+    if REBUILD_Y:
+        b = tl.load(b_ptr + col, mask=mask, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK_C,), tl.float32)
+    db = tl.zeros((BLOCK_C,), tl.float32)
+    for i in tl.range(tl.program_id(0), n_rows, tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(i, tl.int64)
+        x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * stride_dy + col, mask=mask, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            dres = tl.load(dres_ptr + row * stride_dres + col, mask=mask, other=0.0)
+        mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+        xhat = (x - mean) * rstd  # beyond the row dy is 0, and so are the sums
+        g = dy * w
+        dx = rstd * (g - (tl.sum(g, 0) + xhat * tl.sum(g * xhat, 0)) / n_cols)
+        if RESIDUAL:
+            dx += dres.to(tl.float32)
+        tl.store(dx_ptr + row * n_cols + col, dx, mask=mask)
+        if REBUILD_Y:
+            tl.store(y_ptr + row * n_cols + col, xhat * w + b, mask=mask)
+        dw += dy * xhat
+        db += dy
+    out = sum_ptr + tl.program_id(0).to(tl.int64) * 2 * n_cols + col
+    tl.store(out, dw, mask=mask)
+    tl.store(out + n_cols, db, mask=mask)
+
+
+# num_warps at phi-1's width; a launch at another width scales it. PROGRAMS is the number of partial
+# rows of dw and db: what an A100 (108 SMs) or an H100 (132) holds at once. STAGES > 1 loads the
+# next rows with cp.async while this one is reduced.
+FWD, BWD = KERNELS = [
+    Kernel(
+        "layernorm_fwd",
+        _layernorm_fwd_kernel,
+        {sm: [{"num_warps": n} for n in (4, 8, 2)] for sm in (80, 90)},
+        types(
+            "x_ptr w_ptr b_ptr y_ptr", "n_cols stride_x stride_y",
+            mean_ptr="*fp32", rstd_ptr="*fp32", eps="fp32",
+        ),
+        {"BLOCK_C": 2048},
+        tensor_core=False,
+    ),
+    Kernel(
+        "layernorm_bwd",
+        _layernorm_bwd_kernel,
+        {
+            sm: [
+                {"PROGRAMS": per_sm * sms, "STAGES": stages, "num_warps": warps}
+                for per_sm, warps, stages in ((4, 4, 3), (4, 4, 2), (4, 4, 1), (3, 8, 2), (2, 8, 3))
+            ]
+            for sm, sms in ((80, 108), (90, 132))
+        },
+        types(
+            "dy_ptr x_ptr w_ptr b_ptr dres_ptr dx_ptr y_ptr",
+            "n_rows n_cols stride_dy stride_x stride_dres",
+            mean_ptr="*fp32", rstd_ptr="*fp32", sum_ptr="*fp32",
+        ),
+        {"BLOCK_C": 2048, "RESIDUAL": True},
+        tensor_core=False,
+        variants=({"REBUILD_Y": False}, {"REBUILD_Y": True}),
+    ),
+]  # fmt: skip
+
+
+def _config(kernel: Kernel, x: Tensor) -> dict:
+    block = triton.next_power_of_2(x.shape[1])
+    cfg = dict(config(kernel, x))
+    cfg["num_warps"] = min(16, max(1, cfg["num_warps"] * block // 2048))
+    return cfg | {"BLOCK_C": block}
+
+
+def layernorm_fwd(x: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd) of x: [N, C], rows may be strided; mean and rstd are fp32, [N]."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = torch.empty((2, x.shape[0]), dtype=torch.float32, device=x.device)
+    _layernorm_fwd_kernel[(x.shape[0],)](
+        x, w, b, y, mean, rstd, x.shape[1], x.stride(0), y.stride(0), eps, **_config(FWD, x)
+    )
+    return y, mean, rstd
+
+
+def layernorm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dresidual: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dx, dw, db, y): dx and y [N, C], dw and db [C] fp32.
+
+    dx includes `dresidual` if that is given; y is rebuilt if `bias` is, else None. Rows of dy, x
+    and dresidual may be strided; dx and y are new and contiguous.
+    """
+    n_rows, n_cols = x.shape
+    cfg = _config(BWD, x)
+    programs = min(cfg.pop("PROGRAMS"), n_rows)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(dx) if bias is not None else None
+    partial = torch.empty((programs, 2, n_cols), dtype=torch.float32, device=x.device)
+    _layernorm_bwd_kernel[(programs,)](
+        dy, x, w, bias, mean, rstd, dresidual, dx, y, partial, n_rows, n_cols,
+        dy.stride(0), x.stride(0), 0 if dresidual is None else dresidual.stride(0),
+        RESIDUAL=dresidual is not None, REBUILD_Y=bias is not None, **cfg,
+    )  # fmt: skip
+    dw, db = partial.sum(0)
+    return dx, dw, db, y
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, eps):
+        rows = x.reshape(-1, x.shape[-1])
+        y, mean, rstd = layernorm_fwd(rows, w, b, eps)
+        ctx.save_for_backward(rows, w, mean, rstd)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, mean, rstd = ctx.saved_tensors
+        rows = dy.reshape(x.shape)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()  # an expanded gradient
+        dx, dw, db, _ = layernorm_bwd(rows, x, w, mean, rstd)
+        need_x, need_w, need_b, _ = ctx.needs_input_grad
+        return (
+            dx.view(dy.shape) if need_x else None,
+            dw.to(w.dtype) if need_w else None,
+            db.to(w.dtype) if need_b else None,
+            None,
+        )
+
+
+def layernorm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
+    """LayerNorm of x: [..., C] over its last dimension; w, b: [C]; differentiable.
+
+    Raises ValueError for a dtype, device, shape or stride that the kernels do not take.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x has dtype {x.dtype}, want bfloat16, float16 or float32")
+    if x.dim() < 1 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"x has shape {tuple(x.shape)}, want [..., C] with 1 <= C <= {MAX_WIDTH}")
+    if x.numel() == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, want at least one row")
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        raise ValueError(f"x has strides {x.stride()}, want 1 in the last dimension")
+    for name, t in (("w", w), ("b", b)):
+        if t.shape != x.shape[-1:] or not t.is_contiguous():
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, want contiguous [{x.shape[-1]}]")
+        if t.dtype != x.dtype or t.device != x.device:
+            want = f"{x.dtype} on {x.device}, as x"
+            raise ValueError(f"{name} is {t.dtype} on {t.device}, want {want}")
+    return _LayerNorm.apply(x, w, b, eps)
+
+
+def layernorm_reference(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
+    """The same in plain torch, in the dtype of x."""
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, eps)

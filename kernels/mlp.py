@@ -1,0 +1,225 @@
+"""The projections of a parallel block, out = x + drop(y Wa^T + ba) + drop(gelu(u) Wm^T + bm).
+
+    in_proj    [qkv | u] = h w_in^T + b_in         w_in: [3C + M, C], attention's rows first
+    out_proj   out as above                        w_out = [Wa | Wm]: [C, C + M]
+    backward   d1, d2 = drop1(dout), drop2(dout);  dWa += d1^T y, dWm += d2^T a, dy = d1 Wa
+               du = (d2 Wm) gelu'(u);  dw_in += [dqkv | du]^T h, dh = [dqkv | du] w_in
+               bias gradients are column sums of d1, d2 and [dqkv | du]
+
+h is the LayerNorm of x: [N, C]; y the attention output of qkv; gelu is the tanh form. Of all this,
+a block saves h (or x), qkv, y and u; a = gelu(u) is rebuilt where du is made. Products accumulate
+in fp32; activations are bf16 or fp16, rounded where they are stored; weight gradients are added in
+fp32 to a buffer of the caller's. 2 C (7C + 5C) FLOPs a row forward at M = 4C, twice that backward.
+
+Each op with an epilogue worth fusing has two versions, and GEMM says which one a device uses:
+    "triton"   one kernel of gemm.py
+    "cublas"   torch.mm, and a memory-bound kernel of pointwise.py
+What the second pays for at N = 32768, C = 2048, M = 8192 in bf16, beside its GEMM's own traffic:
+    in_proj_fwd    read u, write a                              1.07 GB
+    out_proj_fwd   read two products and x, write out           0.54 GB
+    gelu_bwd       read da and u, write du and a                2.15 GB
+A Triton GEMM wins where it loses less than that against cuBLAS. Results agree up to rounding; each
+is bitwise repeatable.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import gemm, pointwise
+from kernels.gemm import accumulate_
+from kernels.pointwise import column_sum
+from kernels.spec import capability
+
+# Not measured yet: on sm_90 plain Triton GEMMs are behind cuBLAS, on sm_80 close to it.
+GEMM = {
+    80: {"in_proj_fwd": "triton", "out_proj_fwd": "triton", "gelu_bwd": "triton"},
+    90: {"in_proj_fwd": "cublas", "out_proj_fwd": "cublas", "gelu_bwd": "cublas"},
+}
+
+
+def choice(op: str, x: Tensor) -> str:
+    """ "triton" or "cublas" for `op` on the device of x. fp32 on a GPU has no Triton GEMM."""
+    return "cublas" if x.is_cuda and x.dtype == torch.float32 else GEMM[capability(x)][op]
+
+
+def describe(x: Tensor) -> str:
+    """One line for a run's log: which version of each op serves tensors like x."""
+    return "  ".join(f"{op}: {choice(op, x)}" for op in GEMM[80])
+
+
+def in_proj_fwd(h: Tensor, w_in: Tensor, b_in: Tensor) -> tuple[Tensor, Tensor]:
+    """([qkv | u], a) of h: [N, C]; [N, 3C + M] and [N, M]."""
+    n_rows, width = h.shape
+    a = torch.empty((n_rows, w_in.shape[0] - 3 * width), dtype=h.dtype, device=h.device)
+    if choice("in_proj_fwd", h) == "triton":
+        qkvu = torch.empty((n_rows, w_in.shape[0]), dtype=h.dtype, device=h.device)
+        gemm.in_proj_fwd(h, w_in, b_in, qkvu, a)
+    else:
+        qkvu = torch.addmm(b_in, h, w_in.t())
+        pointwise.gelu_fwd(qkvu[:, 3 * width :], a)
+    return qkvu, a
+
+
+def out_proj_fwd(
+    y: Tensor,
+    a: Tensor,
+    w_out: Tensor,
+    b_attn: Tensor,
+    b_mlp: Tensor,
+    x: Tensor,
+    p: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """x + drop(y Wa^T + b_attn) + drop(a Wm^T + b_mlp); y, x: [N, C], a: [N, M].
+
+    Rows may be strided. The two dropout masks, of probability `p`, depend on `seed` alone.
+    """
+    width = y.shape[1]
+    if choice("out_proj_fwd", y) == "triton":
+        return gemm.out_proj_fwd(y, a, w_out, b_attn, b_mlp, x, p, seed)
+    z1, z2 = y @ w_out[:, :width].t(), a @ w_out[:, width:].t()
+    return pointwise.residual_fwd(x, z1, b_attn, z2, b_mlp, p, seed)
+
+
+def out_proj_bwd(
+    dout: Tensor,
+    y: Tensor,
+    u: Tensor,
+    w_out: Tensor,
+    du: Tensor,
+    dw_out: Tensor | None,
+    p: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dy, db_attn, db_mlp, db_up), the last three fp32; writes `du`, adds to `dw_out` (fp32).
+
+    u and du: [N, M] are the last columns of [qkv | u] and of its gradient, so rows are strided.
+    """
+    width = y.shape[1]
+    d1, d2, db_attn, db_mlp = pointwise.residual_bwd(dout, p, seed)
+    dy = d1 @ w_out[:, :width]
+    a = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    if choice("gelu_bwd", u) == "triton":
+        db_up = gemm.gelu_bwd(d2, w_out[:, width:], u, du, a)
+    else:
+        db_up = pointwise.gelu_bwd(d2 @ w_out[:, width:], u, du, a)
+    if dw_out is not None:
+        accumulate_(dw_out[:, :width], d1, y)
+        accumulate_(dw_out[:, width:], d2, a)
+    return dy, db_attn, db_mlp, db_up
+
+
+def in_proj_bwd(dqkvu: Tensor, h: Tensor, w_in: Tensor, dw_in: Tensor | None) -> Tensor:
+    """dh: [N, C] from [dqkv | du]: [N, 3C + M]; adds to `dw_in` (fp32).
+
+    The bias gradient is column_sum(dqkv), unless attention has it, then out_proj_bwd's db_up.
+    """
+    if dw_in is not None:
+        accumulate_(dw_in, dqkvu, h)
+    return dqkvu @ w_in
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p, seed):
+        qkvu, a = in_proj_fwd(h, w_in, b_in)
+        ctx.save_for_backward(h, y, qkvu, w_in, w_out)
+        ctx.dropout = p, seed
+        qkv = qkvu[:, : 3 * h.shape[1]].clone()
+        return qkv, out_proj_fwd(y, a, w_out, b_attn, b_mlp, x, p, seed)
+
+    @staticmethod
+    def backward(ctx, dqkv, dout):
+        h, y, qkvu, w_in, w_out = ctx.saved_tensors
+        need, split = ctx.needs_input_grad, dqkv.shape[1]
+        dw_in, dw_out = (
+            torch.zeros(w.shape, dtype=torch.float32, device=w.device) if need[i] else None
+            for w, i in ((w_in, 3), (w_out, 5))
+        )
+        dqkvu = torch.empty_like(qkvu)
+        dqkvu[:, :split] = dqkv
+        dy, db_attn, db_mlp, db_up = out_proj_bwd(
+            dout.contiguous(), y, qkvu[:, split:], w_out, dqkvu[:, split:], dw_out, *ctx.dropout
+        )
+        db_in = torch.cat([column_sum(dqkvu[:, :split]), db_up])
+        dh = in_proj_bwd(dqkvu, h, w_in, dw_in)
+        grads = dout, dh, dy, dw_in, db_in, dw_out, db_attn, db_mlp
+        return *(g.to(h.dtype) if n else None for g, n in zip(grads, need)), None, None
+
+
+def projections(
+    x: Tensor,
+    h: Tensor,
+    y: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_attn: Tensor,
+    b_mlp: Tensor,
+    p: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(qkv, out) as in the head of this file, differentiable; attention, which makes y from qkv, is
+    the caller's. A block that owns its buffers calls the functions above instead.
+
+    x, h, y: [N, C]; w_in: [3C + M, C]; w_out: [C, C + M]. Raises ValueError for anything else.
+    """
+    check(x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p, seed)
+    return _Projections.apply(x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p, seed)
+
+
+def check(x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p: float, seed: int) -> None:
+    """Raise ValueError, naming the argument, for what the functions above do not take."""
+    if h.dim() != 2 or 0 in h.shape:
+        raise ValueError(f"h has shape {tuple(h.shape)}, want [N, C], neither of them 0")
+    if h.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"h has dtype {h.dtype}, want bfloat16, float16 or float32")
+    (n_rows, width), hidden = h.shape, w_in.shape[0] - 3 * h.shape[1]
+    if hidden < 1:
+        raise ValueError(f"w_in has shape {tuple(w_in.shape)}, want [3C + M, C] with C = {width}")
+    for name, t, shape in (
+        ("x", x, (n_rows, width)),
+        ("h", h, (n_rows, width)),
+        ("y", y, (n_rows, width)),
+        ("w_in", w_in, (3 * width + hidden, width)),
+        ("b_in", b_in, (3 * width + hidden,)),
+        ("w_out", w_out, (width, width + hidden)),
+        ("b_attn", b_attn, (width,)),
+        ("b_mlp", b_mlp, (width,)),
+    ):
+        if t.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, want {shape}")
+        if t.dtype != h.dtype or t.device != h.device:
+            got, want = f"{t.dtype} on {t.device}", f"{h.dtype} on {h.device}"
+            raise ValueError(f"{name} is {got}, want {want}, as h")
+        if t.stride(-1) != 1 and t.shape[-1] > 1:
+            raise ValueError(f"{name} has strides {t.stride()}, want 1 in the last dimension")
+    if not 0 <= p < 1:
+        raise ValueError(f"p is {p}, want a drop probability in [0, 1)")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, want 0 <= seed < 2**63")
+
+
+def projections_reference(
+    x: Tensor,
+    h: Tensor,
+    y: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_attn: Tensor,
+    b_mlp: Tensor,
+    keep: tuple[Tensor, Tensor] | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The same in plain torch; `keep` holds the two dropout masks, [N, C] bools."""
+    width = h.shape[1]
+    qkv, u = torch.nn.functional.linear(h, w_in, b_in).split(
+        [3 * width, w_in.shape[0] - 3 * width], 1
+    )
+    a = torch.nn.functional.gelu(u, approximate="tanh")
+    z1 = torch.nn.functional.linear(y, w_out[:, :width], b_attn)
+    z2 = torch.nn.functional.linear(a, w_out[:, width:], b_mlp)
+    if keep is not None:
+        z1, z2 = (torch.where(k, z / (1 - p), 0) for k, z in zip(keep, (z1, z2)))
+    return qkv, x + z1 + z2

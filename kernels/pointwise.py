@@ -1,0 +1,269 @@
+"""Tanh-GELU, residual dropout and bias gradients: what stands between the projections' GEMMs.
+
+    gelu(u)  = u s,   s = sigmoid(2k u (1 + c u^2)),   k = sqrt(2 / pi),   c = 0.044715
+    gelu'(u) = s + u s (1 - s) 2k (1 + 3c u^2)          (tanh(z) = 2 sigmoid(2z) - 1)
+
+    gelu_fwd      a = gelu(u)                                      reads 1, writes 1 element
+    gelu_bwd      du = da gelu'(u), a = gelu(u), sum of du         reads 2, writes 2
+    residual_fwd  out = x + drop1(z1 + b1) + drop2(z2 + b2)        reads 3, writes 1
+    residual_bwd  d1 = drop1(dout), d2 = drop2(dout), their sums   reads 1, writes 2 (p = 0: 0)
+    column_sum    the bias gradient of a tensor that no kernel above writes
+
+All arithmetic is fp32, whatever the dtype of the tensors. Bias gradients are column sums: each
+program sums a fixed set of rows, and a second reduction adds the programs in a fixed order, so that
+they are bitwise repeatable. Memory bound: bytes as above times rows, columns and the element size.
+
+Dropout: one Philox-4x32 call makes eight 16-bit numbers for eight neighbouring columns; a number
+below round(65536 p) drops its element. The counter is (column group, row, branch), so that a mask
+depends on the seed alone, not on the tiles that drew it, and the backward pass draws it again.
+Seven rounds are the fewest that pass BigCrush (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", 2011, table 2).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.spec import Kernel, config, types
+
+
+@triton.jit
+def gelu(u):
+    return u * tl.sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
+
+
+@triton.jit
+def gelu_grad(u):
+    s = tl.sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
+    return s + u * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
+
+
+@triton.jit
+def keep_mask(seed, branch, row, col, threshold, BLOCK_N: tl.constexpr):
+    """Dropout mask of rows `row`: [BLOCK_M] and BLOCK_N columns from `col`, a multiple of 8."""
+    group = col // 8 + tl.arange(0, BLOCK_N // 8)
+    zero = row[:, None] * 0 + group[None, :] * 0
+    w0, w1, w2, w3 = tl.philox(
+        seed, zero + group[None, :], zero + row[:, None], zero + branch, zero, 7
+    )
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(row.shape[0], BLOCK_N // 2)
+    halves = tl.join(words & 0xFFFF, words >> 16).reshape(row.shape[0], BLOCK_N)
+    return halves.to(tl.int32) >= threshold
+
+
+def dropout_params(p: float) -> tuple[int, float]:
+    """(threshold, scale) for a drop probability: kept elements are scaled by 1 / (1 - p)."""
+    threshold = round(p * 65536)
+    return threshold, 65536 / (65536 - threshold)
+
+
+@triton.jit
+def _gelu_fwd_kernel(
+    u_ptr, a_ptr, n_rows, n_cols, stride_u, stride_a, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    mask = (row < n_rows) & (col < n_cols)
+    u = tl.load(u_ptr + row.to(tl.int64) * stride_u + col, mask=mask, other=0.0).to(tl.float32)
+    tl.store(a_ptr + row.to(tl.int64) * stride_a + col, gelu(u), mask=mask)
+
+
+@triton.jit
+def _gelu_bwd_kernel(
+    da_ptr, u_ptr, du_ptr, a_ptr, sum_ptr, n_rows, n_cols, stride_da, stride_u, stride_du, stride_a,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first, step = tl.program_id(0) * BLOCK_M, tl.num_programs(0) * BLOCK_M
+    for start in tl.range(first, n_rows, step, num_stages=STAGES):
+        row = (start + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
+        mask = (row < n_rows) & (col < n_cols)
+        u = tl.load(u_ptr + row * stride_u + col, mask=mask, other=0.0).to(tl.float32)
+        da = tl.load(da_ptr + row * stride_da + col, mask=mask, other=0.0).to(tl.float32)
+        du = da * gelu_grad(u)
+        tl.store(du_ptr + row * stride_du + col, du, mask=mask)
+        tl.store(a_ptr + row * stride_a + col, gelu(u), mask=mask)
+        total += du
+    out = sum_ptr + tl.program_id(0).to(tl.int64) * n_cols + col
+    tl.store(out, tl.sum(total, 0, keep_dims=True), mask=col < n_cols)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _residual_fwd_kernel(
+    x_ptr, z1_ptr, b1_ptr, z2_ptr, b2_ptr, out_ptr, n_rows, n_cols,
+    stride_x, stride_z1, stride_z2, stride_out, seed, threshold, scale,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row32 = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_col = tl.program_id(1) * BLOCK_N
+    row, col = row32[:, None].to(tl.int64), (first_col + tl.arange(0, BLOCK_N))[None, :]
+    mask = (row < n_rows) & (col < n_cols)
+    z1 = tl.load(z1_ptr + row * stride_z1 + col, mask=mask, other=0.0).to(tl.float32)
+    z2 = tl.load(z2_ptr + row * stride_z2 + col, mask=mask, other=0.0).to(tl.float32)
+    z1 += tl.load(b1_ptr + col, mask=col < n_cols, other=0.0).to(tl.float32)
+    z2 += tl.load(b2_ptr + col, mask=col < n_cols, other=0.0).to(tl.float32)
+    if DROPOUT:
+        z1 = tl.where(keep_mask(seed, 0, row32, first_col, threshold, BLOCK_N), z1 * scale, 0.0)
+        z2 = tl.where(keep_mask(seed, 1, row32, first_col, threshold, BLOCK_N), z2 * scale, 0.0)
+    x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * stride_out + col, x + z1 + z2, mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _residual_bwd_kernel(
+    dout_ptr, d1_ptr, d2_ptr, sum_ptr, n_rows, n_cols, stride_dout, seed, threshold, scale,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first_col = tl.program_id(1) * BLOCK_N
+    col = (first_col + tl.arange(0, BLOCK_N))[None, :]
+    total1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first, step = tl.program_id(0) * BLOCK_M, tl.num_programs(0) * BLOCK_M
+    for start in tl.range(first, n_rows, step, num_stages=STAGES):
+        row32 = start + tl.arange(0, BLOCK_M)
+        row = row32[:, None].to(tl.int64)
+        mask = (row < n_rows) & (col < n_cols)
+        dout = tl.load(dout_ptr + row * stride_dout + col, mask=mask, other=0.0).to(tl.float32)
+        if DROPOUT:
+            keep1 = keep_mask(seed, 0, row32, first_col, threshold, BLOCK_N)
+            keep2 = keep_mask(seed, 1, row32, first_col, threshold, BLOCK_N)
+            d1, d2 = tl.where(keep1, dout * scale, 0.0), tl.where(keep2, dout * scale, 0.0)
+            tl.store(d1_ptr + row * n_cols + col, d1, mask=mask)
+            tl.store(d2_ptr + row * n_cols + col, d2, mask=mask)
+            total1 += d1
+            total2 += d2
+        else:
+            total1 += dout
+    out = sum_ptr + tl.program_id(0).to(tl.int64) * (2 * n_cols if DROPOUT else n_cols) + col
+    tl.store(out, tl.sum(total1, 0, keep_dims=True), mask=col < n_cols)
+    if DROPOUT:
+        tl.store(out + n_cols, tl.sum(total2, 0, keep_dims=True), mask=col < n_cols)
+
+
+# 8 bf16 a thread and row, 32 lanes: a warp moves 256 columns. The kernels that sum run PROGRAMS
+# programs, what an A100 (108 SMs) or an H100 (132) holds at once, and load the next tile with
+# cp.async while this one is worked on (STAGES > 1).
+_CONFIGS = {
+    sm: [
+        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps}
+        for m, n, warps in ((4, 256, 4), (8, 256, 8), (8, 256, 4), (4, 512, 4))
+    ]
+    for sm in (80, 90)
+}
+_SUM_CONFIGS = {
+    sm: [
+        {"BLOCK_M": m, "BLOCK_N": n, "PROGRAMS": per_sm * sms, "STAGES": stages, "num_warps": warps}
+        for m, n, warps, per_sm, stages in (
+            (4, 256, 4, 8, 2), (4, 256, 4, 8, 1), (4, 256, 4, 8, 3), (8, 256, 4, 4, 2),
+            (8, 256, 8, 4, 2), (4, 512, 4, 4, 2),
+        )
+    ]
+    for sm, sms in ((80, 108), (90, 132))
+}  # fmt: skip
+_DROPOUT = {"seed": "i64", "threshold": "i32", "scale": "fp32"}
+_DROPOUT_VARIANTS = ({"DROPOUT": False}, {"DROPOUT": True})
+
+
+GELU_FWD, GELU_BWD, RESIDUAL_FWD, RESIDUAL_BWD = KERNELS = [
+    Kernel(
+        "gelu_fwd",
+        _gelu_fwd_kernel,
+        _CONFIGS,
+        types("u_ptr a_ptr", "n_rows n_cols stride_u stride_a"),
+        {},
+        tensor_core=False,
+    ),
+    Kernel(
+        "gelu_bwd",
+        _gelu_bwd_kernel,
+        _SUM_CONFIGS,
+        types(
+            "da_ptr u_ptr du_ptr a_ptr sum_ptr",
+            "n_rows n_cols stride_da stride_u stride_du stride_a",
+        ),
+        {},
+        tensor_core=False,
+    ),
+    Kernel(
+        "residual_fwd",
+        _residual_fwd_kernel,
+        _CONFIGS,
+        types(
+            "x_ptr z1_ptr b1_ptr z2_ptr b2_ptr out_ptr",
+            "n_rows n_cols stride_x stride_z1 stride_z2 stride_out",
+        )
+        | _DROPOUT,
+        {},
+        tensor_core=False,
+        variants=_DROPOUT_VARIANTS,
+    ),
+    Kernel(
+        "residual_bwd",
+        _residual_bwd_kernel,
+        _SUM_CONFIGS,
+        types("dout_ptr d1_ptr d2_ptr sum_ptr", "n_rows n_cols stride_dout") | _DROPOUT,
+        {},
+        tensor_core=False,
+        variants=_DROPOUT_VARIANTS,
+    ),
+]
+
+
+def _launch(kernel: Kernel, x: Tensor, sums: int = 0) -> tuple[tuple[int, int], Tensor, dict]:
+    """Grid, partial sums [programs, sums * columns] and configuration for x: [N, C]."""
+    cfg = dict(config(kernel, x))
+    programs, (n_rows, n_cols) = cfg.pop("PROGRAMS", 0), x.shape
+    grid = triton.cdiv(n_rows, cfg["BLOCK_M"]), triton.cdiv(n_cols, cfg["BLOCK_N"])
+    if sums:
+        grid = min(grid[0], triton.cdiv(programs, grid[1])), grid[1]
+    return grid, x.new_empty((grid[0], sums * n_cols), dtype=torch.float32), cfg
+
+
+def gelu_fwd(u: Tensor, a: Tensor) -> None:
+    """a = gelu(u); both [N, M], rows may be strided."""
+    grid, _, cfg = _launch(GELU_FWD, u)
+    _gelu_fwd_kernel[grid](u, a, *u.shape, u.stride(0), a.stride(0), **cfg)
+
+
+def gelu_bwd(da: Tensor, u: Tensor, du: Tensor, a: Tensor) -> Tensor:
+    """Write du = da * gelu'(u) and a = gelu(u), all [N, M]; return the column sums of du, fp32."""
+    grid, partial, cfg = _launch(GELU_BWD, u, sums=1)
+    strides = (t.stride(0) for t in (da, u, du, a))
+    _gelu_bwd_kernel[grid](da, u, du, a, partial, *u.shape, *strides, **cfg)
+    return partial.sum(0)
+
+
+def residual_fwd(
+    x: Tensor, z1: Tensor, b1: Tensor, z2: Tensor, b2: Tensor, p: float, seed: int
+) -> Tensor:
+    """x + drop1(z1 + b1) + drop2(z2 + b2), two independent masks of probability p; [N, C]."""
+    grid, _, cfg = _launch(RESIDUAL_FWD, x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    strides = (t.stride(0) for t in (x, z1, z2, out))
+    _residual_fwd_kernel[grid](
+        x, z1, b1, z2, b2, out, *x.shape, *strides, seed, *dropout_params(p), DROPOUT=p > 0, **cfg
+    )
+    return out
+
+
+def residual_bwd(dout: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(d1, d2, db1, db2) of `residual_fwd`; db fp32. With p = 0 d1 and d2 are `dout` itself."""
+    grid, partial, cfg = _launch(RESIDUAL_BWD, dout, sums=2 if p > 0 else 1)
+    d1, d2 = (
+        (torch.empty(dout.shape, dtype=dout.dtype, device=dout.device) for _ in "12")
+        if p > 0
+        else (dout, dout)
+    )
+    _residual_bwd_kernel[grid](
+        dout, d1, d2, partial, *dout.shape, dout.stride(0), seed, *dropout_params(p),
+        DROPOUT=p > 0, **cfg,
+    )  # fmt: skip
+    sums = partial.sum(0).view(-1, dout.shape[1])
+    return d1, d2, sums[0], sums[-1]
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """The fp32 column sums of x: [N, C], rows may be strided; bitwise repeatable."""
+    return residual_bwd(x, 0.0, 0)[2]

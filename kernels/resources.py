@@ -1,0 +1,241 @@
+"""What each kernel configuration needs on an A100 and an H100: compiled ahead of time, no GPU.
+
+    python -m kernels.resources [--sm=80] [--kernel=in_proj] [--defaults] [--json] [--prune]
+
+Compiles each configuration of each kernel's table (bf16, phi-1's shapes) down to a cubin and prints
+registers, spills (ptxas -v), shared memory, theoretical occupancy, and the tensor-core and
+asynchronous copy instructions in the PTX. Exits with status 1 if a default, the configuration that
+a launch takes, spills, asks for more shared memory than a block may have (Triton compiles it all
+the same), or lacks the tensor-core instructions of a GEMM or of attention. `--prune` writes the
+configurations that pass to kernels/tuning.json, which launches read. One to two seconds each.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import kernels
+from config import UserError, parse, run
+from kernels.spec import TUNING, TUNING_FILE, Kernel
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+JOBS = 2
+# CUDA C++ programming guide, technical specifications per compute capability, 8.0 and 9.0
+SHARED_PER_BLOCK_BYTES = {80: 166_912, 90: 232_448}
+SHARED_PER_SM_BYTES = {80: 167_936, 90: 233_472}
+SHARED_RESERVED_BYTES = 1024  # per block
+REGISTERS_PER_SM, REGISTER_UNIT, WARPS_PER_SM, BLOCKS_PER_SM = 65_536, 256, 64, 32
+INSTRUCTIONS = {
+    "mma": r"\bmma\.sync|\bwgmma\.mma_async",
+    "async_copies": r"\bcp\.async\.c[ag]\b|\bcp\.async\.bulk\.tensor",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compile the kernels' configurations ahead of time and report what they need."""
+
+    sm: int = 0  # 80 or 90, 0 = both
+    kernel: str = ""  # only kernels whose name contains this
+    defaults: bool = False  # only the configurations that launches take
+    json: bool = False  # print rows as JSON
+    prune: bool = False  # write the configurations that fit to kernels/tuning.json
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled configuration. `problems` is empty if it may be launched."""
+
+    kernel: str
+    sm: int
+    default: bool
+    config: dict
+    variant: dict
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    occupancy_frac: float
+    mma: int  # mma.sync or wgmma instructions
+    async_copies: int  # cp.async or TMA instructions
+    problems: tuple[str, ...]
+
+
+def all_kernels() -> dict[str, Kernel]:
+    """Every `Kernel` that a module of this package exports in KERNELS, by name."""
+    modules = (
+        importlib.import_module(f"kernels.{m.name}")
+        for m in pkgutil.iter_modules(kernels.__path__)
+        if m.name not in ("resources", "bench")
+    )
+    found = [k for module in modules for k in getattr(module, "KERNELS", [])]
+    names = [k.name for k in found]
+    assert len(set(names)) == len(names), f"two kernels share a name: {sorted(names)}"
+    return dict(zip(names, found))
+
+
+def launched(kernel: Kernel, sm: int) -> list[dict]:
+    """The configurations that launches choose from, the default first."""
+    return TUNING.get(f"sm_{sm}", {}).get(kernel.name) or kernel.configs[sm]
+
+
+def compile_config(kernel: Kernel, sm: int, config: dict, variant: dict):
+    """The compiled kernel (`.asm`, `.metadata`) in bf16; no GPU, but no TRITON_INTERPRET either."""
+    names = kernel.fn.arg_names
+    constants = {k: v for k, v in config.items() if k in names} | kernel.constexprs | variant
+    signature = {n: t.replace("T", "bf16") for n, t in kernel.signature.items()}
+    if config.get("TMA"):
+        for name, block in kernel.descriptors.items():
+            block = block.format(**config, **kernel.constexprs).replace("T", "bf16")
+            signature[name] = f"tensordesc<{block}>"
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature.get(n, "")[:1] in ("*", "i")
+    }
+    missing = set(names) - signature.keys() - constants.keys()
+    assert not missing, f"{kernel.name}: no type or value for {sorted(missing)}"
+    types = {n: signature.get(n, "constexpr") for n in names}
+    source = ASTSource(kernel.fn, types, constants, attrs)
+    options = {k: v for k, v in config.items() if k in OPTIONS}
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
+    """Compile one configuration and read its needs from ptxas and the PTX."""
+    kernel = all_kernels()[name]
+    default = config == launched(kernel, sm)[0]
+    try:
+        compiled = compile_config(kernel, sm, config, variant)
+    except Exception as e:  # Triton's passes and ptxas fail in many ways; each means "does not fit"
+        problem = f"{type(e).__name__}: {e}".splitlines()[0]
+        return Row(name, sm, default, config, variant, 0, 0, 0, 0.0, 0, 0, (problem,))
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    registers, spills = _ptxas(ptx)
+    count = {key: len(re.findall(regex, ptx)) for key, regex in INSTRUCTIONS.items()}
+    problems = []
+    if spills:
+        problems.append(f"spills {spills} bytes")
+    if shared > SHARED_PER_BLOCK_BYTES[sm]:
+        problems.append(f"shared memory above {SHARED_PER_BLOCK_BYTES[sm]:,} bytes")
+    if kernel.tensor_core and not count["mma"]:
+        problems.append("no tensor-core instructions")
+    occupancy = occupancy_frac(sm, registers, shared, config["num_warps"])
+    return Row(
+        name, sm, default, config, variant, registers, spills, shared, occupancy,
+        count["mma"], count["async_copies"], tuple(problems),
+    )  # fmt: skip
+
+
+def _ptxas(ptx: str) -> tuple[int, int]:
+    """(registers a thread, spilled bytes: stores and loads) according to Triton's ptxas."""
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
+        f.write(ptx)
+        f.flush()
+        command = [ptxas, "-v", f"--gpu-name={target}", f.name, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    return int(re.search(r"Used (\d+) registers", log)[1]), spills
+
+
+def occupancy_frac(sm: int, registers: int, shared_bytes: int, warps: int) -> float:
+    """Warps that can be resident on an SM, over 64."""
+    per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    blocks = min(
+        BLOCKS_PER_SM,
+        WARPS_PER_SM // warps,
+        REGISTERS_PER_SM // per_warp // warps,
+        SHARED_PER_SM_BYTES[sm] // (shared_bytes + SHARED_RESERVED_BYTES),
+    )
+    return blocks * warps / WARPS_PER_SM
+
+
+def show(row: Row) -> str:
+    """One line: kernel, configuration, needs and, in words, what is wrong with it."""
+    config = " ".join(f"{k}={v}" for k, v in (row.config | row.variant).items())
+    for long, short in (("BLOCK_", ""), ("num_warps", "warps"), ("num_stages", "stages")):
+        config = config.replace(long, short)
+    return (
+        f"sm_{row.sm} {row.kernel:<22} {'default' if row.default else '':<8}"
+        f"{row.registers:>4} {row.spill_bytes:>6} {row.shared_bytes:>8,} {row.occupancy_frac:>5.0%}"
+        f"{row.mma:>5} {row.async_copies:>6}  {config}  {'; '.join(row.problems)}"
+    )
+
+
+def prune(rows: list[Row]) -> None:
+    """Write the configurations of `rows` without problems to tuning.json, in their order."""
+    unfit = [(r.kernel, r.sm, r.config) for r in rows if r.problems]
+    for name, sm in dict.fromkeys((r.kernel, r.sm) for r in rows):
+        tried = [r.config for r in rows if (r.kernel, r.sm) == (name, sm)]
+        fit = [c for i, c in enumerate(tried) if c not in tried[:i] and (name, sm, c) not in unfit]
+        if not fit:
+            raise UserError(f"sm_{sm} {name}: no configuration fits; add smaller ones to its table")
+        TUNING.setdefault(f"sm_{sm}", {})[name] = fit
+    known = all_kernels()
+    tables = {
+        sm: {n: [json.dumps(c) for c in table[n]] for n in sorted(known.keys() & table.keys())}
+        for sm, table in sorted(TUNING.items())
+    }
+    text = json.dumps(tables, indent=1)  # one configuration a line
+    TUNING_FILE.write_text(re.sub(r'"({.*})"', lambda m: m[1].replace(r"\"", '"'), text) + "\n")
+
+
+def main() -> None:
+    config = parse(Config)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise UserError("TRITON_INTERPRET is set: nothing is compiled then; unset it")
+    if config.sm not in (0, 80, 90):
+        raise UserError(f"--sm={config.sm}: want 80 or 90")
+    if config.prune and config.defaults:
+        raise UserError("--prune looks at every configuration, --defaults at one: choose")
+    jobs = []
+    for name, kernel in all_kernels().items():
+        for sm in (config.sm,) if config.sm else (80, 90):
+            if config.kernel not in name:
+                continue
+            stale = [c for c in launched(kernel, sm) if c not in kernel.configs[sm]]
+            if stale and not config.prune:
+                raise UserError(
+                    f"{TUNING_FILE.name}: sm_{sm} {name} {stale[0]} is no candidate of the kernel's"
+                    " table: run python -m kernels.resources --prune"
+                )
+            known = [c for c in launched(kernel, sm) if c not in stale]
+            configs = known + [c for c in kernel.configs[sm] if c not in known]
+            configs = configs[:1] if config.defaults else configs
+            jobs += [(name, sm, c, v) for c in configs for v in kernel.variants]
+    if not jobs:
+        raise UserError(f"--kernel={config.kernel}: no kernel has that in its name")
+    with ProcessPoolExecutor(JOBS) as pool:
+        results = pool.map(measure, *zip(*jobs))
+        rows = list(tqdm(results, total=len(jobs), disable=None, unit="configuration"))
+    if config.json:
+        print(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
+    else:
+        print(f"{'':6}{'kernel':<31}regs spills   shared   occ  mma  async  configuration")
+        print("\n".join(map(show, rows)))
+    if config.prune:
+        prune(rows)
+        return
+    failed = [r for r in rows if r.default and r.problems]
+    for row in failed:
+        print(f"error: default {show(row)}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    run(main)

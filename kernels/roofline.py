@@ -1,0 +1,130 @@
+"""What a training step must cost on an A100, H100 or H200, op by op, and the tokens/s that allows.
+
+    python -m kernels.roofline configs/phi1.toml --gpu h100 [--json]
+
+work.py says what the ops are and what is left out. The roof takes the data sheet's rates; the
+prediction a range of those that published kernels reach. MFU is over the data sheet's dense peak.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from config import UserError, parse, run
+from kernels.work import Rates, step_us, training_ops
+from model import flops_per_token
+from runlog import PEAK_FLOPS
+from train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """Print the floors of one training step, op by op, and the tokens/s they allow."""
+
+    gpu: str = "h100"  # a100, h100 or h200
+    world_size: int = 1  # GPUs that share seqs_per_step; each pays for the whole optimiser step
+    json: bool = False  # print JSON instead of a table
+
+
+def _rates(gemm: float, fwd: float, bwd: float, memory: float) -> Rates:
+    return Rates(gemm * 1e12, fwd * 1e12, bwd * 1e12, memory * 1e12)
+
+
+# Data sheets, bytes/s: A100 SXM 80 GB, H100 SXM, H200 SXM.
+BANDWIDTH = {"a100": 2.04e12, "h100": 3.35e12, "h200": 4.8e12}
+# What published kernels reach (TFLOP/s), slow and fast: the range of the prediction.
+#   a100  cuBLAS 235 and 250 in large bf16 GEMMs; FlashAttention-2 at head dim 64 and sequence 2048,
+#         causal, forward and backward together: 126 and 140 (arXiv 2307.08691, figures 4 to 6)
+#   h100  cuBLAS 720 and 798; causal forward 342 (Triton) and 371 (FlashAttention-3, arXiv
+#         2407.08608); backward 250, and 345: an assumption, 0.82 of its 422 without a mask
+#   h200  the same chip; 715 published, 788 measured in an 8192^3 matmul (2026-10)
+# Bandwidth: large copies ran at 3.0 TB/s on an H100 and 4.3 on an H200 (2026-10, -11), 0.90 of the
+# data sheet; the A100's 0.90, and 0.80 as what a kernel with more streams reaches, are assumptions.
+MEASURED = {
+    "a100": (_rates(235, 126, 126, 0.80 * 2.04), _rates(250, 140, 140, 0.90 * 2.04)),
+    "h100": (_rates(720, 342, 250, 0.80 * 3.35), _rates(798, 371, 345, 0.90 * 3.35)),
+    "h200": (_rates(715, 342, 250, 0.80 * 4.80), _rates(788, 371, 345, 0.90 * 4.80)),
+}
+# Best published MFU on the same GPU, for a model of phi-1's size and of phi-1-small's: on an A100,
+# FlashAttention-2's GPT3-1.3B (arXiv 2307.08691, table 1) and llm.c's 350M at sequence 1024; on an
+# H100, LLMQ's 1.5B and 0.5B.
+RECORD_MFU = {"a100": (0.586, 0.582), "h100": (0.566, 0.468)}
+
+
+def roof(gpu: str) -> Rates:
+    """The data sheet's rates."""
+    peak = PEAK_FLOPS[gpu.upper()]
+    return Rates(peak, peak, peak, BANDWIDTH[gpu])
+
+
+def report(c: Config) -> dict:
+    """What `main` prints: the ops with their floors, the roof and the predicted range."""
+    gpu, per_gpu = c.gpu.lower(), c.micro_batch * c.world_size
+    if gpu not in MEASURED:
+        raise UserError(f"gpu is {c.gpu!r}, want one of {', '.join(MEASURED)}")
+    if c.world_size < 1 or c.seqs_per_step % per_gpu:
+        raise UserError(
+            f"seqs_per_step {c.seqs_per_step} is not a multiple of micro_batch {c.micro_batch} x "
+            f"world_size {c.world_size}"
+        )
+    micro_steps = c.seqs_per_step // per_gpu
+    ops, tokens = training_ops(c.model, c.micro_batch), c.micro_batch * c.seq_len
+    rows = []
+    for op in ops:
+        floor_us, bound = roof(gpu).floor_us(op)
+        each = tokens * (micro_steps if op.phase == "optimiser" else 1)
+        slow_us, fast_us = (r.floor_us(op)[0] for r in MEASURED[gpu])
+        rows.append(
+            dataclasses.asdict(op)
+            | {"floor_us": floor_us, "bound": bound, "predicted_us": [slow_us, fast_us]}
+            | {"ns_per_token": floor_us * op.calls * 1e3 / each}
+        )
+    result = {"gpu": gpu, "micro_batch": c.micro_batch, "micro_steps": micro_steps, "ops": rows}
+    peak, flops = PEAK_FLOPS[gpu.upper()], flops_per_token(c.model)
+    for name, rates in zip(("roof", "slow", "fast"), (roof(gpu), *MEASURED[gpu])):
+        us = step_us(ops, rates, micro_steps)
+        tokens_per_s = tokens * micro_steps / us * 1e6
+        result[name] = {"step_ms": us / 1e3, "us_per_token": us / tokens / micro_steps}
+        result[name] |= {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak}
+    if gpu in RECORD_MFU:
+        mfu = RECORD_MFU[gpu][flops < 4e9]
+        result["record"] = {"mfu": mfu, "tokens_per_s": mfu * peak / flops}
+    return result
+
+
+def show(r: dict) -> str:
+    """The report as text."""
+    lines = [
+        f"{r['gpu'].upper()}, {r['micro_steps']} micro-steps of {r['micro_batch']} sequences; "
+        "floors from the data sheet, predicted from rates of published kernels",
+        f"{'op':<18}{'phase':<10}{'calls':>5} {'GFLOP':>10}{'MB':>10}{'floor us':>11}  bound   "
+        f"{'predicted us':>19}{'ns/token':>10}",
+    ]
+    for op in r["ops"]:
+        slow, fast = op["predicted_us"]
+        lines.append(
+            f"{op['name']:<18}{op['phase']:<10}{op['calls']:>5} {op['flops'] / 1e9:>10,.1f}"
+            f"{op['bytes'] / 1e6:>10,.1f}{op['floor_us']:>11,.1f}  {op['bound']:<8}"
+            f"{f'{fast:,.1f} - {slow:,.1f}':>19}{op['ns_per_token']:>10,.1f}"
+        )
+
+    def speed(x: dict) -> str:
+        return f"{x['tokens_per_s']:,.0f} tokens/s, {x['mfu']:.1%} MFU"
+
+    low, high = r["slow"], r["fast"]
+    lines += [f"data sheet's roof   {speed(r['roof'])}, {r['roof']['step_ms']:,.1f} ms a step"]
+    lines += [f"predicted           {speed(low)}  to  {speed(high)}, without gaps"]
+    if record := r.get("record"):
+        share = [record["tokens_per_s"] / x["tokens_per_s"] for x in (high, low)]
+        lines += [f"published record    {speed(record)}: {share[0]:.0%} to {share[1]:.0%} of that"]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = parse(Config, toml=True)
+    result = report(config)
+    print(json.dumps(result, indent=1) if config.json else show(result))
+
+
+if __name__ == "__main__":
+    run(main)

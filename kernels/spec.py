@@ -1,0 +1,56 @@
+"""What a kernel tells the outside about itself: the table behind `python -m kernels.resources`.
+
+Each kernel module exports `KERNELS`, a list of `Kernel`. `configs` are candidates written by hand,
+the default first. `kernels/tuning.json` is written by programs only: `kernels.resources --prune`
+keeps the candidates that fit the hardware, and a benchmark may put the fastest first. A launch
+takes the first entry for its device.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TUNING_FILE = Path(__file__).with_name("tuning.json")
+TUNING: dict = json.loads(TUNING_FILE.read_text()) if TUNING_FILE.exists() else {}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One @triton.jit function with its launch configurations at a representative shape."""
+
+    name: str
+    fn: Any  # the triton.JITFunction (not an Autotuner)
+    # {80: [{"BLOCK_M": 128, ..., "num_warps": 8, "num_stages": 3}, ...], 90: [...]}: constexprs and
+    # launch options together, default first. A key in capitals that `fn` does not take is for the
+    # launcher (a grid size).
+    configs: dict[int, list[dict]]
+    # type of every argument that is not a constexpr, in any order; T is the working dtype:
+    # {"x_ptr": "*T", "lse_ptr": "*fp32", "n_rows": "i32", "eps": "fp32"}. Pointers and integers are
+    # compiled as multiples of 16, which they are at phi-1's shapes.
+    signature: dict[str, str]
+    constexprs: dict[str, Any]  # the constexprs that are not in configs, at phi-1's shape
+    tensor_core: bool  # must contain mma / wgmma instructions
+    variants: tuple[dict, ...] = ({},)  # further constexprs; a configuration must fit in each
+    # {"x_ptr": "T[{BLOCK_M},{BLOCK_K}]"}: arguments that are TMA descriptors of such a block in a
+    # configuration with TMA=True, and the pointers of the signature in one without
+    descriptors: dict[str, str] = field(default_factory=dict)
+
+
+def types(pointers: str, integers: str = "", **others: str) -> dict[str, str]:
+    """A signature: names of working-dtype pointers, of 32-bit integers, and the rest as given."""
+    names = dict.fromkeys(pointers.split(), "*T") | dict.fromkeys(integers.split(), "i32")
+    return names | others
+
+
+def capability(x: torch.Tensor) -> int:
+    """Which tables `x` is served from: 90 on Hopper and later, else 80 (so too the interpreter)."""
+    return 90 if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9 else 80
+
+
+def config(kernel: Kernel, x: torch.Tensor) -> dict:
+    """The launch configuration of `kernel` for the device of `x`."""
+    sm = capability(x)
+    return (TUNING.get(f"sm_{sm}", {}).get(kernel.name) or kernel.configs[sm])[0]

@@ -1,0 +1,395 @@
+"""Attention: three-way numerics, dropout, document mask, buffers, bitwise repeat, bad input."""
+
+import pytest
+import torch
+from three_way import DEVICE, DTYPES, rand, three_way
+
+import kernels.attention as module
+from kernels.attention import (
+    attention,
+    attention_bwd,
+    attention_fwd,
+    attention_reference,
+    rope_table,
+)
+from kernels.spec import TUNING, capability
+
+INTERPRETED = DEVICE == "cpu"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks inside Triton's interpreter")
+
+
+def strided(qkv):
+    """A differentiable copy whose rows lie in a wider buffer: attention turns q and k in place."""
+    wide = qkv.new_zeros(*qkv.shape[:2], qkv.shape[2] + 64)
+    wide[..., : qkv.shape[2]] = qkv
+    return wide[..., : qkv.shape[2]]
+
+
+def ours(n_head, rope, **options):
+    return lambda qkv: attention(strided(qkv), n_head, rope, **options)
+
+
+def reference(n_head, rope, **options):
+    return lambda qkv: attention_reference(qkv.contiguous(), n_head, rope, **options)
+
+
+def table(T, R):
+    return rope_table(T + 3, R, device=DEVICE) if R else None
+
+
+def documents(B, T, start_frac=0.1):
+    """doc_start [B, T] of documents of random lengths."""
+    starts = torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < start_frac
+    starts[:, 0] = True
+    return torch.where(starts, torch.arange(T), 0).cummax(1).values.int().to(DEVICE)
+
+
+def tiles(monkeypatch, fwd: tuple, bwd: tuple, tma: bool = False):
+    """Launch with these (queries, keys) tiles: small ones, so that a short sequence has many."""
+    sm = f"sm_{capability(torch.empty(0, device=DEVICE))}"
+    for kernel in module.KERNELS:
+        for op, (BM, BN) in (("fwd", fwd), ("bwd", bwd)):
+            if kernel.name.startswith(f"attention_{op}"):
+                cfg = {"BM": BM, "BN": BN, "TMA": int(tma), "num_warps": 4, "num_stages": 2}
+                monkeypatch.setitem(TUNING.setdefault(sm, {}), kernel.name, [cfg])
+
+
+SHAPES = [
+    # B, T, H, D, R: T around the tiles of 64 and 128; R none, a part that is no power of 2, all
+    (1, 1, 1, 32, 32),
+    (2, 17, 2, 64, 32),
+    (1, 63, 1, 80, 32),
+    (2, 65, 1, 96, 96),
+    (1, 127, 2, 128, 64),
+    (1, 200, 1, 64, 20),
+    (1, 129, 1, 32, 0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "T", "H", "D", "R"), SHAPES)
+def test_output_and_gradients(B, T, H, D, R, dtype):
+    args = [rand(B, T, 3 * H * D, dtype=dtype, seed=T)], [rand(B, T, H * D, dtype=dtype, seed=1)]
+    three_way(ours(H, table(T, R)), reference(H, table(T, R)), *args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("fwd", "bwd"), [((32, 16), (16, 32)), ((16, 64), (32, 32)), ((64, 32), (16, 64))]
+)
+def test_many_tiles_and_documents(fwd, bwd, dtype, monkeypatch):
+    """Sharp softmax (scores up to 30), so that the running maximum moves from tile to tile."""
+    tiles(monkeypatch, fwd, bwd)
+    B, T, H, D = 2, 100, 1, 32
+    qkv = rand(B, T, 3 * H * D, dtype=dtype, seed=3, scale=2.5)
+    upstream = [rand(B, T, H * D, dtype=dtype, seed=4, scale=3, shift=1)]
+    three_way(ours(H, table(T, 16)), reference(H, table(T, 16)), [qkv], upstream)
+    docs = {"doc_start": documents(B, T)}
+    three_way(ours(H, table(T, 16), **docs), reference(H, table(T, 16), **docs), [qkv], upstream)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN
+def test_blocks_of_other_documents_are_skipped(monkeypatch):
+    """Keys before the document, and queries after it, may hold anything: they are never read."""
+    tiles(monkeypatch, (16, 16), (16, 16))
+    T, D = 96, 32
+    doc_start = (torch.arange(T) // 32 * 32).int()[None].to(DEVICE)
+    qkv, dout = rand(1, T, 3 * D), rand(1, T, D, seed=1).contiguous()
+    good, lse, peak = attention_fwd(strided(qkv), 1, doc_start=doc_start)
+    for name, rows in ("key", slice(0, 32)), ("query", slice(64, 96)):
+        x = strided(qkv)
+        x[:, rows] = torch.nan
+        out, lse, _ = attention_fwd(x, 1, doc_start=doc_start)
+        assert torch.equal(out[:, 32:64], good[:, 32:64]), name
+        dqkv = attention_bwd(dout, x, good, lse, peak, 1, doc_start=doc_start)
+        assert dqkv[:, 32:64].isfinite().all(), name
+        assert not dqkv[:, rows, D:].isfinite().any(), name
+
+
+def test_buffers_wider_than_their_tensors():
+    """out and dqkv land in their columns and nowhere else; dout may be strided too."""
+    B, T, H, D = 2, 70, 2, 32
+    C, rope = H * D, table(T, 32)
+    qkv, dout = rand(B, T, 3 * C), rand(B, T, C, seed=1)
+    x = strided(qkv)
+    out, lse, peak = attention_fwd(x, H, rope)
+    dqkv = attention_bwd(dout.contiguous(), x, out, lse, peak, H, rope)
+    wide_out = torch.full((B, T, C + 32), torch.nan, device=DEVICE)
+    wide_dqkv = torch.full((B, T, 3 * C + 32), torch.nan, device=DEVICE)
+    x = strided(qkv)
+    result = attention_fwd(x, H, rope, out=wide_out[..., :C])
+    attention_bwd(dout, x, *result, H, rope, dqkv=wide_dqkv[..., : 3 * C])
+    assert torch.equal(wide_out[..., :C], out)
+    assert torch.equal(wide_dqkv[..., : 3 * C], dqkv)
+    assert wide_out[..., C:].isnan().all()
+    assert wide_dqkv[..., 3 * C :].isnan().all()
+
+
+def test_q_and_k_are_rotated_in_place_and_autograd_knows():
+    T, D = 20, 32
+    qkv, rope = rand(1, T, 3 * D).contiguous(), table(T, 16)
+    before = qkv.clone()
+    attention(qkv, 1, None)
+    assert torch.equal(qkv, before)
+    attention(qkv, 1, rope)
+    assert torch.equal(qkv[..., 2 * D :], before[..., 2 * D :])
+    assert not torch.equal(qkv[..., :16], before[..., :16])
+    for heads in (
+        slice(0, D),
+        slice(D, 2 * D),
+    ):  # a rotation keeps lengths, and does not touch the rest
+        torch.testing.assert_close(qkv[..., heads].norm(dim=-1), before[..., heads].norm(dim=-1))
+        assert torch.equal(qkv[..., heads][..., 16:], before[..., heads][..., 16:])
+    torch.testing.assert_close(attention(qkv, 1, None), attention_reference(before, 1, rope))
+    x = before.clone().requires_grad_()
+    y = x.exp()  # saves its output, which attention then turns
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        attention(y, 1, rope).sum().backward()
+
+
+def test_gradients_only_where_asked():
+    qkv = rand(1, 20, 96).contiguous()
+    assert not attention(qkv, 1).requires_grad
+    out = attention(qkv.requires_grad_(), 1)
+    (grad,) = torch.autograd.grad(out.sum(), qkv)  # dout is expanded: stride 0
+    exact = qkv.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(attention_reference(exact, 1).sum(), exact)
+    torch.testing.assert_close(grad.double(), want, rtol=0, atol=1e-5)
+
+
+def dropout_mask(B, T, H, D, p, seed, **options):
+    """keep [B, H, T, T] as the forward kernel draws it: q = k = 0, and v = 1 at one dim a key."""
+    qkv = torch.zeros(B, T, 3, H, D, device=DEVICE)
+    qkv[:, torch.arange(T), 2, :, torch.arange(T) % D] = 1.0
+    outs = []
+    for first in range(0, T, D):  # D keys at a time
+        x = qkv.clone()
+        x[:, :first, 2], x[:, first + D :, 2] = 0.0, 0.0
+        y = attention(x.view(B, T, -1), H, dropout_p=p, seed=seed, **options)
+        outs.append(y.view(B, T, H, D).transpose(1, 2) > 0)
+    return torch.cat(outs, -1)[..., :T]
+
+
+def test_dropout_statistics():
+    B, T, H, D, p = 2, 150, 2, 32, 0.3
+    seen = torch.ones(T, T, dtype=torch.bool, device=DEVICE).tril().expand(B, H, T, T)
+    keep = dropout_mask(B, T, H, D, p, 11)
+    assert not keep[~seen].any()
+    n = seen.sum().item()
+    sigma = (p * (1 - p) / n) ** 0.5
+    assert abs(keep[seen].float().mean().item() - (1 - p)) < 4 * sigma
+    # no two heads, sequences, rows, neighbouring keys or seeds agree more than chance
+    chance, both = p * p + (1 - p) ** 2, seen[0, 0].sum().item()
+    pairs = [(keep[0, 0], keep[0, 1]), (keep[0, 0], keep[1, 0])]
+    pairs += [(keep[0, 0], dropout_mask(B, T, H, D, p, 12)[0, 0])]
+    for a, b in pairs:
+        assert abs((a == b)[seen[0, 0]].float().mean().item() - chance) < 5 / both**0.5
+    low = seen[0, 0, 1:, 1:]
+    for a in keep[0, 0, :-1, :-1], keep[0, 0, 1:, :-1], keep[0, 0, :-1, 1:]:
+        assert abs((a == keep[0, 0, 1:, 1:])[low.tril(-1)].float().mean().item() - chance) < 0.06
+    assert torch.equal(keep, dropout_mask(B, T, H, D, p, torch.tensor([11], device=DEVICE)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_gradients_and_replay(dtype, monkeypatch):
+    """The mask does not depend on the tiles, and backward drops what forward dropped."""
+    B, T, H, D, p = 1, 70, 2, 32, 0.2
+    keep = dropout_mask(B, T, H, D, p, 5)
+    tiles(monkeypatch, (32, 16), (16, 32))
+    assert torch.equal(keep, dropout_mask(B, T, H, D, p, 5))
+    docs, rope = {"doc_start": documents(B, T)}, table(T, 32)
+    args = [rand(B, T, 3 * H * D, dtype=dtype)], [rand(B, T, H * D, dtype=dtype, seed=1)]
+    scale = {"keep": keep.to(dtype) / (1 - p)}
+    three_way(ours(H, rope, dropout_p=p, seed=5), reference(H, rope, **scale), *args)
+    both = reference(H, rope, **scale, **docs)
+    three_way(ours(H, rope, dropout_p=p, seed=5, **docs), both, *args)
+
+
+def test_seed_is_drawn_from_torch():
+    qkv = rand(1, 20, 96).contiguous()
+    torch.manual_seed(3)
+    first, second = (attention(qkv, 1, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(first, attention(qkv, 1, dropout_p=0.5))
+    assert not torch.equal(first, second)
+
+
+def run_twice(qkv, dout, H, rope, change):
+    results = []
+    for step in range(2):
+        if step:
+            change()
+        x = strided(qkv).detach().requires_grad_()
+        out = attention(x, H, rope)
+        results.append((out, *torch.autograd.grad(out, x, dout)))
+    return results
+
+
+@interpreted
+def test_any_order_of_programs_gives_the_same_bits(monkeypatch):
+    """What a GPU does as it likes: here the grid runs forward, then backward."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    tiles(monkeypatch, (16, 16), (16, 16))
+    forward = builder.set_grid_idx
+
+    def reverse():
+        monkeypatch.setattr(
+            builder, "set_grid_idx", lambda x, y, z: forward(builder.grid_dim[0] - 1 - x, y, z)
+        )
+
+    T, D = 112, 32
+    first, second = run_twice(rand(1, T, 3 * D), rand(1, T, D, seed=1), 1, table(T, 32), reverse)
+    for a, b in zip(first, second):
+        assert torch.equal(a, b)
+
+
+@interpreted
+def test_descriptors_give_the_same(monkeypatch):
+    """The TMA path, with the one operation that the interpreter lacks."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _ir
+
+    def create_descriptor_reduce(self, kind, desc, value, indices):
+        ptrs, mask = desc.materialize_pointers(indices)
+        mask = TensorHandle(mask, module.tl.int1)
+        self.create_atomic_rmw(_ir.ATOMIC_OP.ADD, ptrs, value, mask, _ir.MEM_SEMANTIC.RELAXED, None)
+
+    name = "create_descriptor_reduce"
+    monkeypatch.setattr(InterpreterBuilder, name, create_descriptor_reduce, raising=False)
+    for B, T, H, D in (2, 75, 2, 32), (1, 40, 1, 80):  # 80 is padded: no descriptors
+        tiles(monkeypatch, (32, 16), (16, 32))
+        first, second = run_twice(
+            *(rand(B, T, 3 * H * D), rand(B, T, H * D, seed=1), H, table(T, 32)),
+            lambda: tiles(monkeypatch, (32, 16), (16, 32), tma=True),
+        )
+        (out, grad), (out2, grad2) = first, second
+        assert torch.equal(out, out2)
+        assert torch.equal(grad[..., H * D :], grad2[..., H * D :])
+        # pointers add dq by pairs of columns; a carry between them is one step of fixed point
+        torch.testing.assert_close(grad, grad2, rtol=0, atol=1e-6)
+
+
+def test_fixed_point_at_its_bound(monkeypatch):
+    """q = 0, keys and values of alternating sign, in step with dout: dq is half of its bound."""
+    tiles(monkeypatch, (16, 16), (16, 16))
+    T, D = 64, 32
+    sign = torch.where(torch.arange(T) % 2 == 0, 1.0, -1.0).to(DEVICE)[:, None]
+    qkv = torch.zeros(1, T, 3, D, device=DEVICE)
+    qkv[0, :, 1], qkv[0, :, 2] = 3.0 * sign, 5.0 * sign
+    dout = torch.full((1, T, D), 7.0, device=DEVICE)
+    _, grad = three_way(ours(1, None), reference(1, None), [qkv.view(1, T, -1)], [dout])
+    bound = 2 * (7 * D**0.5) * (5 * D**0.5) * 3 * D**-0.5
+    torch.testing.assert_close(grad[0, -1, :D] / bound, torch.full((D,), 0.5, device=DEVICE))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on casting NaN
+def test_fixed_point_holds_outliers_and_tells_of_overflow():
+    """A key and value 20 times the rest leave dq exact enough; inf and NaN are not swallowed."""
+    T, D = 80, 32
+    qkv = rand(1, T, 3 * D, dtype=torch.float16).contiguous()
+    qkv[:, 3] *= 20
+    upstream = rand(1, T, D, dtype=torch.float16, seed=1).contiguous()
+    upstream[:, 50] = 0.0
+    upstream[:, 60] *= 10
+    _, grad = three_way(ours(1, None), reference(1, None), [qkv], [upstream])
+    assert (grad[:, 50, :D] == 0).all()
+    for bad in torch.inf, torch.nan:
+        upstream[:, 70, 5] = bad
+        x = qkv.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(attention(x, 1), x, upstream)
+        assert not grad[:, 70, :D].isfinite().any()
+        assert grad[:, 71:, :D].isfinite().all()
+
+
+BAD = {
+    "not a tensor": ({"qkv": [1.0]}, "qkv: got list, want"),
+    "rank": ({"qkv": torch.zeros(4, 96)}, r"qkv: got \(4, 96\), want \[B, T, 3C\]"),
+    "empty": ({"qkv": torch.zeros(0, 4, 96)}, r"qkv: got \(0, 4, 96\)"),
+    "dtype": ({"qkv": torch.zeros(1, 4, 96).double()}, "qkv: got torch.float64, want one of"),
+    "head dim": ({"n_head": 2}, "n_head: got 2, a head dim of 16, want one of"),
+    "n_head": ({"n_head": 5}, "n_head: got 5, a head dim of 6.4, want one of"),
+    "columns": ({"qkv": torch.zeros(1, 96, 4).mT}, r"qkv: got strides \(384, 1, 4\), want even"),
+    "rows": ({"qkv": torch.zeros(2, 5, 96)[:, :4]}, r"qkv: got strides \(480, 96, 1\), want"),
+    "alignment": ({"qkv": torch.zeros(1, 4, 97)[..., 1:]}, r"qkv: got strides \(388, 97, 1\)"),
+    "rope": ({"rope": torch.zeros(1, 4, 16)}, "rope: got Tensor, want"),
+    "rope short": ({"rope": rope_table(3, 16)}, r"rope: got .*\(3, 8\) .*, want .*\(4, 8\)"),
+    "rope long": ({"rope": rope_table(4, 34)}, "rope: got 34 rotary dims, want 2 to 32"),
+    "rope dtype": (
+        {"rope": tuple(x.half() for x in rope_table(4, 16))},
+        "rope: got torch.float16 .* want torch.float32",
+    ),
+    "dropout": ({"dropout_p": 1.0}, "dropout_p: got 1.0, want 0 <= p < 1"),
+    "seed": ({"dropout_p": 0.5, "seed": 0.5}, "seed: got float, want torch.int64"),
+    "seed shape": ({"dropout_p": 0.5, "seed": torch.tensor(3)}, r"seed: got torch.int64 \(\) on"),
+    "documents": (
+        {"doc_start": torch.zeros(1, 4, dtype=torch.int64)},
+        "doc_start: got torch.int64 .*, want torch.int32",
+    ),
+    "documents' strides": (
+        {"doc_start": torch.zeros(1, 8, dtype=torch.int32)[:, ::2]},
+        "doc_start: got strides .* want contiguous",
+    ),
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the tensors are on the CPU")
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_before_any_launch(case, monkeypatch):
+    change, message = BAD[case]
+    monkeypatch.setattr(module, "_launch", lambda *args: pytest.fail("launched"))
+    with pytest.raises(ValueError, match=message):
+        attention(**{"qkv": torch.zeros(1, 4, 96), "n_head": 1} | change)
+
+
+def test_odd_rotary_dims_and_a_cpu_tensor_for_the_gpu(monkeypatch):
+    with pytest.raises(ValueError, match="R: got 5, want an even number"):
+        rope_table(4, 5)
+    monkeypatch.setattr(module.triton, "JITFunction", object)  # as if compiled
+    with pytest.raises(ValueError, match="qkv: got device cpu, want sm_80 or later"):
+        attention(torch.zeros(1, 4, 96), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("B", "T", "H", "D", "R"),
+    [(2, 2048, 4, 64, 32), (1, 1000, 2, 64, 64), (3, 333, 2, 32, 0), (1, 777, 2, 80, 32),
+     (1, 515, 2, 96, 48), (2, 1024, 2, 128, 128)],
+)  # fmt: skip
+def test_on_gpu(B, T, H, D, R, dtype):
+    """Three-way in bf16 too, with and without documents, and twice: the bits are the same."""
+    rope, docs = table(T, R), {"doc_start": documents(B, T, 0.01)}
+    qkv, dout = rand(B, T, 3 * H * D, dtype=dtype), rand(B, T, H * D, dtype=dtype, seed=1)
+    for options in {}, docs:
+        want = reference(H, rope, **options)
+        first = three_way(ours(H, rope, **options), want, [qkv], [dout])
+        again = three_way(ours(H, rope, **options), want, [qkv], [dout])
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_every_configuration_on_gpu(D, monkeypatch):
+    T, H = 1024, 2
+    rope = table(T, 32)
+    qkv = rand(1, T, 3 * H * D, dtype=torch.bfloat16)
+    dout = rand(1, T, H * D, dtype=torch.bfloat16, seed=1)
+    sm = capability(qkv)
+    for kernel in module.KERNELS:
+        if kernel.name in (f"attention_fwd_d{D}", f"attention_bwd_d{D}"):
+            for cfg in kernel.configs[sm]:
+                with monkeypatch.context() as m:
+                    m.setitem(TUNING.setdefault(f"sm_{sm}", {}), kernel.name, [cfg])
+                    three_way(ours(H, rope), reference(H, rope), [qkv], [dout])
+
+
+@pytest.mark.gpu
+def test_dropout_on_gpu():
+    B, T, H, D, p = 2, 300, 2, 64, 0.1
+    keep, rope = dropout_mask(B, T, H, D, p, 7), table(T, 32)
+    seen = torch.ones(T, T, dtype=torch.bool, device=DEVICE).tril().expand(B, H, T, T)
+    assert abs(keep[seen].float().mean().item() - (1 - p)) < 5e-3
+    qkv = rand(B, T, 3 * H * D, dtype=torch.bfloat16)
+    dout = rand(B, T, H * D, dtype=torch.bfloat16, seed=1)
+    scale = {"keep": keep.to(torch.bfloat16) / (1 - p)}
+    three_way(ours(H, rope, dropout_p=p, seed=7), reference(H, rope, **scale), [qkv], [dout])

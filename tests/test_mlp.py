@@ -1,0 +1,207 @@
+"""The block's projections: three-way numerics of both choices, dropout, bias sums, bad input."""
+
+import math
+
+import pytest
+import torch
+from three_way import DEVICE, DTYPES, gradients, rand, three_way
+
+from kernels import gemm, mlp, pointwise
+from kernels.mlp import projections, projections_reference
+from kernels.spec import TUNING
+
+CHOICES = ["triton", "triton tma", "cublas"]
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """choose(choice): use it for every op, with small tiles and few programs."""
+
+    def use(choice: str) -> None:
+        ops = dict.fromkeys(mlp.GEMM[80], choice[:6])
+        monkeypatch.setattr(mlp, "GEMM", {80: ops, 90: ops})
+        tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "TMA": "tma" in choice}
+        few = {"BLOCK_M": 16, "BLOCK_N": 64, "PROGRAMS": 2, "STAGES": 2, "num_warps": 4}
+        for table in TUNING.values():
+            for kernel in gemm.KERNELS:
+                monkeypatch.setitem(table, kernel.name, [tile | {"num_warps": 4, "num_stages": 2}])
+            for kernel in (pointwise.GELU_BWD, pointwise.RESIDUAL_BWD):
+                monkeypatch.setitem(table, kernel.name, [few])
+
+    return use
+
+
+def inputs(rows: int, width: int, hidden: int, dtype) -> list:
+    """x, h, y with strided rows, weights of the scale that keeps products near 1, biases."""
+    shapes = [(3 * width + hidden, width), (3 * width + hidden,), (width, width + hidden)]
+    matrices = [rand(rows, width, dtype=dtype, seed=i) for i in range(3)]
+    weights = [rand(*s, dtype=dtype, seed=3 + i, scale=width**-0.5) for i, s in enumerate(shapes)]
+    return [*matrices, *weights, *(rand(width, dtype=dtype, seed=i) for i in (6, 7))]
+
+
+def upstream(rows: int, width: int, dtype) -> list:
+    return [rand(rows, 3 * width, dtype=dtype, seed=8), rand(rows, width, dtype=dtype, seed=9)]
+
+
+def masks(rows: int, width: int, p: float, seed: int) -> tuple:
+    """The two masks, as the backward pass draws them."""
+    ones = torch.ones(rows, width, device=DEVICE)
+    return tuple(d != 0 for d in pointwise.residual_bwd(ones, p, seed)[:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden"), [(1, 8, 16), (123, 40, 72), (65, 33, 47), (70, 64, 256)]
+)
+def test_outputs_and_gradients(rows, width, hidden, choice, dtype, choose):
+    """Widths that tiles straddle; at (65, 33, 47) no row is aligned, so that TMA gives way."""
+    choose(choice)
+    args = inputs(rows, width, hidden, dtype)
+    three_way(projections, projections_reference, args, upstream(rows, width, dtype))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_dropout_is_replayed(choice, choose):
+    """Forward and backward drop what the masks say, whichever kernels draw them."""
+    choose(choice)
+    p, seed, (rows, width) = 0.3, 2**40 + 7, (75, 40)
+    keep = masks(rows, width, p, seed)
+    p_exact = round(p * 65536) / 65536
+    three_way(
+        lambda *a: projections(*a, p, seed),
+        lambda *a: projections_reference(*a, keep, p_exact),
+        inputs(rows, width, 56, torch.float32),
+        upstream(rows, width, torch.float32),
+    )
+
+
+def test_dropout_statistics():
+    """A mask keeps 1 - p of all, of each row and each column; masks and seeds are independent."""
+    p, (rows, width) = 0.1, (250, 256)
+    a, b = (m.double() for m in masks(rows, width, p, 1))
+    other = masks(rows, width, p, 2)[0].double()
+    sigma = math.sqrt(p * (1 - p))
+    for mask in (a, b, other):
+        assert abs(mask.mean() - (1 - p)) < 4 * sigma / math.sqrt(rows * width)
+        assert (mask.mean(0) - (1 - p)).abs().max() < 5 * sigma / math.sqrt(rows)
+        assert (mask.mean(1) - (1 - p)).abs().max() < 5 * sigma / math.sqrt(width)
+    shifted = a.roll(1, 0), a.roll(1, 1), a.roll(8, 1)
+    for pair in (b, other, *shifted):
+        correlation = ((a - a.mean()) * (pair - pair.mean())).mean() / sigma**2
+        assert abs(correlation) < 4 / math.sqrt(rows * width)
+    assert torch.equal(a[:123, :40], masks(123, 40, p, 1)[0].double()), "a mask depends on shape"
+
+
+def test_dropped_elements_are_zero_and_kept_ones_scaled():
+    d1, d2, db1, db2 = pointwise.residual_bwd(torch.ones(50, 24, device=DEVICE), 0.5, 3)
+    assert set(d1.unique().tolist()) == set(d2.unique().tolist()) == {0.0, 2.0}
+    torch.testing.assert_close(db1, d1.sum(0))
+    torch.testing.assert_close(db2, d2.sum(0))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_bitwise_repeat(choice, choose):
+    choose(choice)
+    args, grads = inputs(70, 24, 40, torch.float16), upstream(70, 24, torch.float16)
+    first, second = (gradients(lambda *a: projections(*a, 0.1, 5), args, grads) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # sigmoid(-300) = 0 = 1 / inf
+@pytest.mark.parametrize("choice", CHOICES)
+def test_activation_is_rebuilt_bitwise_at_any_size(choice, choose, monkeypatch):
+    """Huge inputs give u or 0, no NaN; the backward pass makes the a of the forward pass."""
+    choose(choice)
+    u = torch.tensor([-300.0, -20.0, -5.0, -0.0, 0.5, 5.0, 20.0, 300.0], device=DEVICE).half()
+    h, w_out = torch.ones(3, 8, device=DEVICE).half(), torch.ones(8, 16, device=DEVICE).half()
+    w_in = torch.cat([torch.zeros(24, 8, device=DEVICE).half(), torch.diag(u)])
+    qkvu, a = mlp.in_proj_fwd(h, w_in, torch.zeros(32, device=DEVICE).half())
+    torch.testing.assert_close(qkvu[0, 24:], u)
+    torch.testing.assert_close(a[0], torch.nn.functional.gelu(u, approximate="tanh"))
+    operands, du = [], torch.empty_like(a)
+    monkeypatch.setattr(mlp, "accumulate_", lambda dw, dout, x: operands.append(x))
+    mlp.out_proj_bwd(h, h, qkvu[:, 24:], w_out, du, torch.empty(8, 16))
+    assert torch.equal(operands[1], a)
+    assert not du.isnan().any()
+
+
+def test_weight_gradients_accumulate_in_fp32():
+    dw, dout, x = rand(5, 7), rand(20, 5, dtype=torch.float16), rand(20, 7, dtype=torch.float16)
+    want = dw.double() + dout.double().t() @ x.double()
+    gemm.accumulate_(dw, dout, x)
+    torch.testing.assert_close(dw.double(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1000, 3), (37, 600)])
+def test_column_sum(shape):
+    x = rand(*shape, dtype=torch.float16)
+    torch.testing.assert_close(mlp.column_sum(x), x.double().sum(0).float(), rtol=1e-5, atol=1e-4)
+
+
+def test_row_offsets_are_64_bit():
+    """600 rows, 2^22 elements apart. The memory between them is never touched."""
+    wide = torch.empty(600 * 2**22, dtype=torch.float16, device=DEVICE)
+    near = rand(600, 16, dtype=torch.float16)
+    far = wide.as_strided((600, 16), (2**22, 1)).copy_(near)
+    w, b = rand(16, 16, dtype=torch.float16), rand(16, dtype=torch.float16)
+    for op in (
+        lambda t: pointwise.residual_fwd(t, t, b, t, b, 0.0, 0),
+        lambda t: pointwise.gelu_bwd(t, t, torch.empty_like(near), torch.empty_like(near)),
+        lambda t: gemm.gelu_bwd(t, w, t, torch.empty_like(near), torch.empty_like(near)),
+        lambda t: gemm.out_proj_fwd(t, t, torch.cat([w, w], 1), b, b, t, 0.0, 0),
+    ):
+        assert torch.equal(op(far), op(near))
+
+
+def test_needs_input_grad():
+    args = [t.detach() for t in inputs(5, 8, 16, torch.float32)]
+    args[3].requires_grad_()
+    sum(o.sum() for o in projections(*args)).backward()
+    assert [a.grad is not None for a in args] == [False] * 3 + [True] + [False] * 4
+
+
+def test_describe_names_the_choice_of_every_op(monkeypatch):
+    monkeypatch.setattr(mlp, "GEMM", {80: {"in_proj_fwd": "cublas", "gelu_bwd": "triton"}})
+    if DEVICE == "cpu":
+        assert mlp.describe(torch.ones(1)) == "in_proj_fwd: cublas  gelu_bwd: triton"
+
+
+def replaced(i: int, t) -> list:
+    args = inputs(4, 8, 16, torch.float32)
+    return [*args[:i], t, *args[i + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (replaced(1, rand(4)), "h has shape .4,., want .N, C."),
+        (replaced(1, rand(4, 8).double()), "h has dtype torch.float64, want bfloat16"),
+        (replaced(0, rand(4, 9)), "x has shape .4, 9., want .4, 8."),
+        (replaced(2, rand(8, 4).t()), "y has strides .1, 20., want 1 in the last"),
+        (replaced(3, rand(24, 8)), r"w_in has shape .24, 8., want .3C . M, C. with C = 8"),
+        (replaced(4, rand(39)), "b_in has shape .39,., want .40,."),
+        (replaced(5, rand(8, 24).half()), "w_out is torch.float16 on .*, want torch.float32 on"),
+        (replaced(6, rand(7)), "b_attn has shape .7,., want .8,."),
+        ([*inputs(4, 8, 16, torch.float32), 1.0], "p is 1.0, want a drop probability"),
+        ([*inputs(4, 8, 16, torch.float32), 0.1, -1], "seed is -1, want 0 <= seed"),
+    ],
+)
+def test_bad_input(args, message):
+    with pytest.raises(ValueError, match=message):
+        projections(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", ["triton", "cublas"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_bf16_on_a_gpu(choice, p, monkeypatch):
+    monkeypatch.setattr(mlp, "GEMM", {sm: dict.fromkeys(mlp.GEMM[80], choice) for sm in (80, 90)})
+    rows, width = 1100, 1024
+    keep = masks(rows, width, p, 3) if p else None
+    three_way(
+        lambda *a: projections(*a, p, 3),
+        lambda *a: projections_reference(*a, keep, round(p * 65536) / 65536),
+        inputs(rows, width, 4 * width, torch.bfloat16),
+        upstream(rows, width, torch.bfloat16),
+    )

@@ -1,0 +1,126 @@
+"""The resource report: a few defaults compile and fit, the gate sees what does not, --prune."""
+
+import json
+import os
+import re
+from dataclasses import replace
+
+import pytest
+from three_way import DEVICE  # noqa: F401  sets TRITON_INTERPRET before kernels are imported
+
+from kernels import resources, spec
+from kernels.resources import Row, occupancy_frac, prune
+
+COMPILED = {"TRITON_INTERPRET": "0"}
+ROW = Row("gelu_fwd", 80, True, {"num_warps": 4}, {}, 99, 0, 0, 0.5, 1, 1, ())
+
+
+@pytest.mark.parametrize("kernel", ["out_proj_fwd_dropout", "layernorm_bwd", "cross_entropy"])
+def test_defaults_fit(kernel, cli):
+    done = cli(
+        "-m", "kernels.resources", f"--kernel={kernel}", "--defaults", "--json", env=COMPILED
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {r["sm"] for r in rows} == {80, 90}
+    for row in rows:
+        assert row["default"]
+        assert row["problems"] == []
+        assert row["spill_bytes"] == 0
+        assert 16 <= row["registers"] <= 255
+        assert 0 < row["shared_bytes"] <= 166_912
+        assert 0 < row["occupancy_frac"] <= 1
+        assert (row["mma"] > 0) == kernel.startswith("out_proj")
+        assert row["async_copies"] > 0
+
+
+def test_spills_and_shared_memory_are_seen(tmp_path, cli):
+    """A 128 x 128 x 128 tile in 4 warps and 4 stages has too many registers and too much memory."""
+    script = tmp_path / "big.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "from kernels.resources import measure\n"
+        "tile = {'BLOCK_M': 128, 'BLOCK_N': 128, 'BLOCK_K': 128, 'GROUP_M': 8, 'TMA': False}\n"
+        "row = measure('gelu_bwd_gemm', 80, tile | {'num_warps': 4, 'num_stages': 4}, {})\n"
+        "print(row.default, row.shared_bytes, *row.problems, sep='; ')\n"
+        "row = measure('gelu_bwd_gemm', 80, tile | {'num_warps': 3, 'num_stages': 4}, {})\n"
+        "print(*row.problems)\n"
+    )
+    done = cli(script, env=COMPILED)
+    assert re.fullmatch(
+        r"False; 196608; spills \d+ bytes; shared memory above 166,912 bytes\n"
+        r".*num_warps must be a power of 2\n",
+        done.stdout,
+    ), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_gate_fails_for_a_default_only(default, monkeypatch, capsys):
+    class Pool:
+        __init__ = __exit__ = lambda *args: None
+        __enter__ = lambda self: self  # noqa: E731
+        map = staticmethod(
+            lambda fn, *args: [ROW, replace(ROW, default=default, problems=("bad",))]
+        )
+
+    monkeypatch.setattr(resources, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr("sys.argv", ["resources", "--kernel=gelu_fwd"])
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
+    with pytest.raises(SystemExit) as exit_:
+        resources.main()
+    assert exit_.value.code == int(default)
+    assert ("bad" in capsys.readouterr().err) == default
+
+
+def test_occupancy():
+    """By hand: 128 registers x 256 threads are half an SM; 100 KiB of shared memory fit once."""
+    assert occupancy_frac(80, 128, 0, 8) == 2 * 8 / 64
+    assert occupancy_frac(80, 129, 0, 8) == 1 * 8 / 64  # registers come in units of 8 a thread
+    assert occupancy_frac(80, 32, 100 * 1024, 4) == 1 * 4 / 64
+    assert occupancy_frac(90, 32, 100 * 1024, 4) == 2 * 4 / 64
+    assert occupancy_frac(90, 16, 0, 1) == 32 / 64  # 32 blocks an SM
+
+
+def test_prune_keeps_what_fits_in_every_variant_and_the_order(tmp_path, monkeypatch):
+    small, large, odd = ({"BLOCK_M": m, "num_warps": 4} for m in (64, 128, 32))
+    row = replace(ROW, config=large)
+    rows = [
+        row,
+        replace(row, variant={"DROPOUT": True}),
+        replace(row, config=odd),
+        replace(row, config=odd, variant={"DROPOUT": True}, problems=("spills 4 bytes",)),
+        replace(row, config=small),
+    ]
+    tuning = {"sm_80": {"gelu_fwd": [odd], "a kernel that is gone": [odd]}, "sm_90": {}}
+    monkeypatch.setattr(resources, "TUNING", tuning)
+    monkeypatch.setattr(resources, "TUNING_FILE", tmp_path / "tuning.json")
+    prune(rows)
+    text = (tmp_path / "tuning.json").read_text()
+    assert json.loads(text) == {"sm_80": {"gelu_fwd": [large, small]}, "sm_90": {}}
+    assert '   {"BLOCK_M": 128, "num_warps": 4},\n' in text, "one configuration a line"
+
+
+def test_tuning_file_agrees_with_the_tables():
+    """Every kernel is in it, with candidates of its table only: else --prune has not been run."""
+    kernels = resources.all_kernels()
+    for sm in (80, 90):
+        table = json.loads(spec.TUNING_FILE.read_text())[f"sm_{sm}"]
+        assert table.keys() == kernels.keys()
+        for name, kernel in kernels.items():
+            assert all(c in kernel.configs[sm] for c in table[name]), name
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "message"),
+    [
+        (["--sm=70"], "0", "--sm=70: want 80 or 90"),
+        (["--kernel=nothing"], "0", "--kernel=nothing: no kernel has that in its name"),
+        (["--prune", "--defaults"], "0", "--prune looks at every configuration"),
+        ([], "1", "TRITON_INTERPRET is set"),
+    ],
+)
+def test_bad_command(args, env, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["resources", *args])
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", env)
+    with pytest.raises(ValueError, match=message):
+        resources.main()
