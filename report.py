@@ -47,7 +47,7 @@ h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d1d9e
 table { border-collapse: collapse; margin: 1rem 0 }
 th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #d1d9e0;
   vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 pre { background: #f6f8fa; padding: .7rem 1rem; overflow-x: auto; border-radius: 6px;
   font-size: 13px; line-height: 1.4 }
 pre b { color: #1f6feb; font-weight: normal } svg { max-width: 100%; height: auto }
@@ -227,7 +227,7 @@ def loss_curves(axes, arms: list[Arm]) -> None:
             start += stage["tokens"]
     axes.set_xlabel("tokens seen")
     axes.set_ylabel("training loss")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:.1f}M")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M")
     axes.legend(frameon=False)
 
 
@@ -302,7 +302,7 @@ def completions(demo: Path, arm: Arm, each: int = 3) -> str:
     for passed, word in ((True, "solved"), (False, "not solved")):
         some = [s for s in samples if s["passed"] == passed]
         for s in some[:: max(1, len(some) // each)][:each]:
-            prompt = problems[s["task_id"]]["prompt"].rstrip()
+            prompt = problems[s["task_id"]]["prompt"]
             mark = "pass" if passed else "fail"
             detail = "" if passed else f": {escape(s['detail'][:200])}"
             parts.append(

@@ -14,6 +14,8 @@ SHARED_EVAL = ROOT.parent / "shared" / "eval"  # HumanEval and MBPP, where they 
 
 WORDS = sorted({w for kind in (str, list, dict, bytes, os) for w in dir(kind) if w.isidentifier()})
 
+if not torch.cuda.is_available():  # read when a kernel is imported, by whichever test is first
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(2)
 
 

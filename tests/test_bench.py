@@ -96,7 +96,8 @@ def test_only_ours_gets_poisoned_memory():
 
     def spy(name):
         def call(x):
-            seen.setdefault(name, torch.empty(1000).isnan().all().item())  # the check, then timing
+            filled = torch.are_deterministic_algorithms_enabled()  # then torch fills new memory
+            seen.setdefault(name, filled and torch.empty(1000).isnan().all().item())
             return 2 * x
 
         return call
