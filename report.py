@@ -259,38 +259,29 @@ def score_table(arms: list[Arm]) -> str:
     )
 
 
+def runs(arms: list[Arm]) -> list[dict]:
+    """The runs of all arms, once each: arms may start from the same one."""
+    return list({stage["out"]: stage for arm in arms for stage in arm.stages}.values())
+
+
 def run_table(arms: list[Arm]) -> str:
-    rows, seen = [], set()
-    for stage in (stage for arm in arms for stage in arm.stages):
-        if stage["out"] not in seen:
-            seen.add(stage["out"])
-            rows.append(
-                [
-                    stage["out"],
-                    f"{stage['steps']:,}",
-                    f"{stage['tokens']:,}",
-                    f"{stage['best_val_loss']:.3f}",
-                    f"{stage['tokens_per_s']:,.0f}",
-                    f"{stage['trained_s']:,.0f} s",
-                ]
-            )
+    rows = [
+        [
+            r["out"],
+            f"{r['steps']:,}",
+            f"{r['tokens']:,}",
+            f"{r['best_val_loss']:.3f}",
+            f"{r['tokens_per_s']:,.0f}",
+            f"{r['trained_s']:,.0f} s",
+        ]
+        for r in runs(arms)
+    ]
     return table(["run", "steps", "tokens", "best val loss", "tokens/s", "time"], rows, range(1, 6))
 
 
 def lineage_table(arms: list[Arm]) -> str:
-    rows, seen = [], set()
-    for stage in (stage for arm in arms for stage in arm.stages):
-        if stage["out"] not in seen:
-            seen.add(stage["out"])
-            rows.append(
-                [
-                    stage["out"],
-                    stage["data_checksum"],
-                    stage["tokenizer"][:8],
-                    stage["init_checksum"] or "random",
-                    stage["weights"],
-                ]
-            )
+    keys = ["out", "data_checksum", "tokenizer", "init_checksum", "weights"]
+    rows = [[str(r[k] or "random") for k in keys] for r in runs(arms)]
     return table(["run", "data", "tokenizer", "from weights", "weights"], rows)
 
 
