@@ -21,11 +21,14 @@ BASE_STEPS     ?= 400
 FINETUNE_STEPS ?= 3200
 TOTAL_STEPS    := $(shell echo $$(($(BASE_STEPS) + $(FINETUNE_STEPS))))
 
+# A stage is made again when a setting that it uses changes: each value has a file, made when new.
+set = $(foreach x,$(1),$(OUT)/.settings/$(x)@$($(x)))
+
 .DEFAULT_GOAL := help
 .PHONY: help train demo-full test lint clean raw filtered exercises pairs tokenizer tokens \
         pretrain finetune eval report
 .DELETE_ON_ERROR:
-.SECONDARY:
+.PRECIOUS: $(OUT)/tokens/%/summary.json $(OUT)/runs/%/summary.json $(OUT)/eval/%/results.json
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +53,9 @@ clean:  ## delete what the stages wrote (out/), not .venv
 	.venv/bin/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
 	@touch $@
 
+$(call set,RAW_MB EXERCISES HELDOUT BASE_STEPS FINETUNE_STEPS TOTAL_STEPS):
+	@mkdir -p $(@D) && rm -f $(firstword $(subst @, ,$@))@* && touch $@
+
 # ---- data ----
 
 raw:       $(OUT)/raw/summary.json        ## collect real code from this machine
@@ -58,7 +64,7 @@ pairs:     $(OUT)/pairs/summary.json      ## docstring/function pairs cut from r
 exercises: $(OUT)/exercises/summary.json  ## make exercises with checked solutions
 tokenizer: $(OUT)/tokenizer/summary.json  ## train the tokenizer
 
-$(OUT)/raw/summary.json: data/collect.py data/documents.py | $(VENV)
+$(OUT)/raw/summary.json: data/collect.py data/documents.py $(call set,RAW_MB) | $(VENV)
 	$(PYTHON) -m data.collect --out $(@D) --max_mb $(RAW_MB)
 
 $(OUT)/filtered/summary.json: data/filter.py $(OUT)/raw/summary.json
@@ -67,10 +73,12 @@ $(OUT)/filtered/summary.json: data/filter.py $(OUT)/raw/summary.json
 $(OUT)/pairs/summary.json: data/pairs.py $(OUT)/raw/summary.json
 	$(PYTHON) -m data.pairs --source $(OUT)/raw --out $(@D)
 
-$(OUT)/exercises/summary.json: data/exercises.py data/families.py data/documents.py | $(VENV)
+$(OUT)/exercises/summary.json: data/exercises.py data/families.py data/documents.py \
+    $(call set,EXERCISES HELDOUT) | $(VENV)
 	$(PYTHON) -m data.exercises --out $(@D) --count $(EXERCISES) --heldout $(HELDOUT)
 
-$(OUT)/shuffled/summary.json: data/exercises.py data/families.py data/documents.py | $(VENV)
+$(OUT)/shuffled/summary.json: data/exercises.py data/families.py data/documents.py \
+    $(call set,EXERCISES HELDOUT) | $(VENV)
 	$(PYTHON) -m data.exercises --out $(@D) --count $(EXERCISES) --heldout $(HELDOUT) \
 	  --shuffle_docstrings
 
@@ -97,22 +105,24 @@ TRAIN  = $(PYTHON) train.py configs/demo.toml --out $(@D) --resume --restart
 pretrain: $(OUT)/runs/base/summary.json       ## train the base model on filtered code
 finetune: $(OUT)/runs/exercises/summary.json  ## finetune it on exercises
 
-$(OUT)/runs/base/summary.json: $(OUT)/tokens/filtered/summary.json $(CODE)
+$(OUT)/runs/base/summary.json: $(OUT)/tokens/filtered/summary.json $(CODE) \
+    $(call set,BASE_STEPS)
 	$(TRAIN) --data $(OUT)/tokens/filtered --max_steps $(BASE_STEPS)
 
-$(OUT)/runs/%/summary.json: $(OUT)/tokens/%/summary.json $(OUT)/runs/base/summary.json $(CODE)
+$(OUT)/runs/%/summary.json: $(OUT)/tokens/%/summary.json $(OUT)/runs/base/summary.json $(CODE) \
+    $(call set,FINETUNE_STEPS)
 	$(TRAIN) --data $(OUT)/tokens/$* --init_from $(OUT)/runs/base --max_steps $(FINETUNE_STEPS)
 
 # Arms of `make demo-full` that do not start from runs/base.
 $(OUT)/runs/raw/summary.json $(OUT)/runs/filtered/summary.json: \
-    $(OUT)/runs/%/summary.json: $(OUT)/tokens/%/summary.json $(CODE)
+    $(OUT)/runs/%/summary.json: $(OUT)/tokens/%/summary.json $(CODE) $(call set,TOTAL_STEPS)
 	$(TRAIN) --data $(OUT)/tokens/$* --max_steps $(TOTAL_STEPS)
 
-$(OUT)/runs/raw_base/summary.json: $(OUT)/tokens/raw/summary.json $(CODE)
+$(OUT)/runs/raw_base/summary.json: $(OUT)/tokens/raw/summary.json $(CODE) $(call set,BASE_STEPS)
 	$(TRAIN) --data $(OUT)/tokens/raw --max_steps $(BASE_STEPS)
 
 $(OUT)/runs/raw_exercises/summary.json: $(OUT)/tokens/exercises/summary.json \
-    $(OUT)/runs/raw_base/summary.json $(CODE)
+    $(OUT)/runs/raw_base/summary.json $(CODE) $(call set,FINETUNE_STEPS)
 	$(TRAIN) --data $(OUT)/tokens/exercises --init_from $(OUT)/runs/raw_base \
 	  --max_steps $(FINETUNE_STEPS)
 

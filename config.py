@@ -81,6 +81,8 @@ def parse(cls, argv: list[str] | None = None, toml: bool = False):
         raise UserError(str(e)) from None
     if unknown:
         key = unknown[0].split("=")[0]
+        if toml and key.endswith(".toml"):
+            raise UserError(f"the configuration {key} must be the first argument")
         known = [f"--{f.name}" for f in dataclasses.fields(cls)]
         raise UserError(f"unknown argument {key!r}{_nearest(key, known)}; --help lists the options")
     values = _from_toml(cls, Path(path), types_) if path else {}

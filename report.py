@@ -35,7 +35,7 @@ CAVEATS = """
 training never showed, but from families that it did. A high score says that the model learned to
 compose what it saw, not that it can program. It is no HumanEval score.</li>
 <li>Code alone scores near zero mostly because it never has the <i>format</i> of a problem. The fair
-control is the one in the same format: docstring/function pairs, cut from raw code and uncurated. But
+control is the one in the same format: docstring/function pairs, cut from raw code, uncurated. But
 those pairs are also about other things than the held-out problems, so a part of the gap is that the
 exercises resemble the test, and not that they are better.</li>
 <li>The exercises are made by a program and are all correct; the paper's came from an LLM, with

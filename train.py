@@ -201,6 +201,11 @@ def main() -> None:
     dtype = DTYPES[("bfloat16" if use_cuda else "float32") if c.dtype == "auto" else c.dtype]
 
     # Data and tokenizer, run folder.
+    if not c.data.is_dir():
+        raise UserError(
+            f"data {c.data}: no such folder; make token shards with data.pack, or name "
+            "a configuration, as in `python train.py configs/demo.toml`"
+        )
     tokenizer = Tokenizer(c.data)
     if tokenizer.vocab_size > c.vocab_size:
         raise UserError(
@@ -238,6 +243,7 @@ def main() -> None:
         optimizer.load_state_dict(training["optimizer"])
         scaler.load_state_dict(training["scaler"])
         step, trained_s = training["step"], training["trained_s"]
+        say(f"resuming from step {step:,} ({resume_from})")
     net = torch.compile(model) if c.compile else model
     if world_size > 1:
         net = DistributedDataParallel(net, device_ids=[local_rank] if use_cuda else None)

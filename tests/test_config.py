@@ -82,6 +82,11 @@ def test_bad_toml(tmp_path, text, message):
     assert str(file) in str(e.value)
 
 
+def test_the_file_goes_first():
+    with pytest.raises(UserError, match=r"c\.toml must be the first argument"):
+        parse(Example, ["--out=a", "c.toml"], toml=True)
+
+
 def test_missing_file():
     with pytest.raises(UserError, match=r"cannot read config nowhere\.toml"):
         parse(Example, ["nowhere.toml"], toml=True)

@@ -45,7 +45,11 @@ def test_train_makes_a_report_and_then_has_nothing_to_do(make):
 
 
 def test_only_what_changed_is_made_again(make):
-    # What make would run if the report, an evaluator, or the filter had changed.
+    # What make would run if a setting, the report, an evaluator, or the filter had changed.
+    would = make("-n", "FINETUNE_STEPS=4", "train").stdout
+    assert "--max_steps 4" in would
+    assert "--max_steps 2" not in would
+    assert "data.collect" in make("-n", "RAW_MB=1", "train").stdout
     for touched, runs, rests in [
         ("report.py", ["-m report"], ["train.py", "-m eval"]),
         ("eval/harness.py", ["-m eval.exercises", "-m report"], ["train.py"]),

@@ -124,7 +124,7 @@ def test_restart_leaves_a_folder_that_is_no_run(cli, tiny, tokens, tmp_path):
     ("flags", "message"),
     [
         (["--seqs_per_step=5"], "seqs_per_step 5 is not divisible by micro_batch 2 x 1 ranks"),
-        (["--data=nowhere"], "no tokenizer at nowhere"),
+        (["--data=nowhere"], "data nowhere: no such folder"),
         (["--vocab_size=100"], "has 512 pieces, more than the model's vocab_size 100"),
         (["--seq_len=100000"], "fewer than one sequence of 100,000 + 1"),
         (["--init_from=nowhere"], "no checkpoint at nowhere"),
