@@ -204,7 +204,10 @@ def test_describe_says_which_uid(monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_evaluator_ends(tmp_path, number):
     """Whatever ends the evaluator, programs that run do not outlive it by much."""
-    script = "from eval.execute import run_programs\nrun_programs(['while True: pass'] * 9, 300)"
+    script = (  # a background shell has its commands ignore SIGINT
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from eval.execute import run_programs\nrun_programs(['while True: pass'] * 9, 300)"
+    )
     evaluator = subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=Path(__file__).parents[1],

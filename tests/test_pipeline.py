@@ -16,8 +16,9 @@ def make(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
 
     def call(*args):
-        command = ["make", f"OUT={out}", f"PYTHON={sys.executable}", *SMALL, *args]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MAKEFLAGS": ""}
+        command = ["make", "--no-print-directory"]
+        command += [f"OUT={out}", f"PYTHON={sys.executable}", *SMALL, *args]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MAKEFLAGS": "", "MAKELEVEL": "0"}
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
     call.out = out
