@@ -42,9 +42,10 @@ def choice(op: str, x: Tensor) -> str:
     return "cublas" if x.is_cuda and x.dtype == torch.float32 else GEMM[capability(x)][op]
 
 
-def describe(x: Tensor) -> str:
-    """One line for a run's log: which version of each op serves tensors like x."""
-    return "  ".join(f"{op}: {choice(op, x)}" for op in GEMM[80])
+def describe(device: torch.device) -> str:
+    """One line for a run's log: which version of each op serves half-precision tensors there."""
+    x = torch.empty(0, dtype=torch.bfloat16, device=device)
+    return ", ".join(f"{op} {choice(op, x)}" for op in GEMM[80])
 
 
 def in_proj_fwd(h: Tensor, w_in: Tensor, b_in: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,10 +89,11 @@ def out_proj_bwd(
     w_out: Tensor,
     du: Tensor,
     dw_out: Tensor | None,
+    beta: float = 1.0,
     p: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dy, db_attn, db_mlp, db_up), the last three fp32; writes `du`, adds to `dw_out` (fp32).
+    """(dy, db_attn, db_mlp, db_up), the last three fp32; writes `du`; dw_out = beta dw_out + ...
 
     u and du: [N, M] are the last columns of [qkv | u] and of its gradient, so rows are strided.
     """
@@ -104,19 +106,9 @@ def out_proj_bwd(
     else:
         db_up = pointwise.gelu_bwd(d2 @ w_out[:, width:], u, du, a)
     if dw_out is not None:
-        accumulate_(dw_out[:, :width], d1, y)
-        accumulate_(dw_out[:, width:], d2, a)
+        accumulate_(dw_out[:, :width], d1, y, beta)
+        accumulate_(dw_out[:, width:], d2, a, beta)
     return dy, db_attn, db_mlp, db_up
-
-
-def in_proj_bwd(dqkvu: Tensor, h: Tensor, w_in: Tensor, dw_in: Tensor | None) -> Tensor:
-    """dh: [N, C] from [dqkv | du]: [N, 3C + M]; adds to `dw_in` (fp32).
-
-    The bias gradient is column_sum(dqkv), unless attention has it, then out_proj_bwd's db_up.
-    """
-    if dw_in is not None:
-        accumulate_(dw_in, dqkvu, h)
-    return dqkvu @ w_in
 
 
 class _Projections(torch.autograd.Function):
@@ -133,16 +125,19 @@ class _Projections(torch.autograd.Function):
         h, y, qkvu, w_in, w_out = ctx.saved_tensors
         need, split = ctx.needs_input_grad, dqkv.shape[1]
         dw_in, dw_out = (
-            torch.zeros(w.shape, dtype=torch.float32, device=w.device) if need[i] else None
+            torch.empty(w.shape, dtype=torch.float32, device=w.device) if need[i] else None
             for w, i in ((w_in, 3), (w_out, 5))
         )
         dqkvu = torch.empty_like(qkvu)
         dqkvu[:, :split] = dqkv
         dy, db_attn, db_mlp, db_up = out_proj_bwd(
-            dout.contiguous(), y, qkvu[:, split:], w_out, dqkvu[:, split:], dw_out, *ctx.dropout
-        )
+            dout.contiguous(), y, qkvu[:, split:], w_out, dqkvu[:, split:], dw_out, 0.0,
+            *ctx.dropout,
+        )  # fmt: skip
         db_in = torch.cat([column_sum(dqkvu[:, :split]), db_up])
-        dh = in_proj_bwd(dqkvu, h, w_in, dw_in)
+        dh = dqkvu @ w_in
+        if dw_in is not None:
+            accumulate_(dw_in, dqkvu, h, 0.0)
         grads = dout, dh, dy, dw_in, db_in, dw_out, db_attn, db_mlp
         return *(g.to(h.dtype) if n else None for g, n in zip(grads, need)), None, None
 

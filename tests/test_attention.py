@@ -345,7 +345,7 @@ def test_odd_rotary_dims_and_a_cpu_tensor_for_the_gpu(monkeypatch):
     with pytest.raises(ValueError, match="R: got 5, want an even number"):
         rope_table(4, 5)
     monkeypatch.setattr(module.triton, "JITFunction", object)  # as if compiled
-    with pytest.raises(ValueError, match="qkv: got device cpu, want sm_80 or later"):
+    with pytest.raises(ValueError, match="qkv: got device cpu, want a GPU of sm_80 or later"):
         attention(torch.zeros(1, 4, 96), 1)
 
 

@@ -120,7 +120,7 @@ def test_activation_is_rebuilt_bitwise_at_any_size(choice, choose, monkeypatch):
     torch.testing.assert_close(qkvu[0, 24:], u)
     torch.testing.assert_close(a[0], torch.nn.functional.gelu(u, approximate="tanh"))
     operands, du = [], torch.empty_like(a)
-    monkeypatch.setattr(mlp, "accumulate_", lambda dw, dout, x: operands.append(x))
+    monkeypatch.setattr(mlp, "accumulate_", lambda dw, dout, x, beta: operands.append(x))
     mlp.out_proj_bwd(h, h, qkvu[:, 24:], w_out, du, torch.empty(8, 16))
     assert torch.equal(operands[1], a)
     assert not du.isnan().any()
@@ -161,10 +161,17 @@ def test_needs_input_grad():
     assert [a.grad is not None for a in args] == [False] * 3 + [True] + [False] * 4
 
 
+def test_bias_gradients_are_two_tensors():
+    """Without dropout they are equal; sharing memory, each would accumulate the other's too."""
+    *_, db1, db2 = pointwise.residual_bwd(torch.ones(5, 8, device=DEVICE), 0.0, 0)
+    assert torch.equal(db1, db2)
+    assert db1.data_ptr() != db2.data_ptr()
+
+
 def test_describe_names_the_choice_of_every_op(monkeypatch):
     monkeypatch.setattr(mlp, "GEMM", {80: {"in_proj_fwd": "cublas", "gelu_bwd": "triton"}})
     if DEVICE == "cpu":
-        assert mlp.describe(torch.ones(1)) == "in_proj_fwd: cublas  gelu_bwd: triton"
+        assert mlp.describe(torch.device("cpu")) == "in_proj_fwd cublas, gelu_bwd triton"
 
 
 def replaced(i: int, t) -> list:
