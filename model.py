@@ -154,11 +154,10 @@ def attention(qkv, n_head: int, cos, sin, dropout: float = 0.0, cache=None, posi
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-def rope_tables(c: ModelConfig, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(T: int, R: int, theta: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, fp32 [T, R/2], of the angles: position t turns pair i by t theta^(-2i/R)."""
-    pairs = torch.arange(0, c.rotary_dim, 2, device=device, dtype=torch.float32)
-    frequency = 1.0 / c.rope_theta ** (pairs / max(1, c.rotary_dim))
-    angle = torch.arange(c.seq_len, device=device, dtype=torch.float32)[:, None] * frequency
+    frequency = 1.0 / theta ** (torch.arange(0, R, 2, dtype=torch.float32) / max(1, R))
+    angle = torch.arange(T, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -181,7 +180,7 @@ class Phi(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size)
-        for name, table in zip(("cos", "sin"), rope_tables(c)):
+        for name, table in zip(("cos", "sin"), self.rope_tables()):
             self.register_buffer(name, table, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -193,8 +192,12 @@ class Phi(nn.Module):
         """What .to() and the like call: the angles' tables go along, but stay fp32."""
         super()._apply(fn, recurse)
         if not self.cos.is_meta:
-            self.cos, self.sin = (t.to(self.cos.device) for t in rope_tables(self.c))
+            self.cos, self.sin = (t.to(self.cos.device) for t in self.rope_tables())
         return self
+
+    def rope_tables(self):
+        with torch.device("cpu"):  # on every device the same bits
+            return rope_tables(self.c.seq_len, self.c.rotary_dim, self.c.rope_theta)
 
     def forward(self, idx, targets=None, cache: KVCache | None = None, positions=None):
         """Loss, a scalar (fp32, or fp64 for an fp64 model), or logits [B, T, V] without targets.

@@ -432,7 +432,7 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """Causal attention [B, T, C] of qkv [B, T, 3C], whose q and k are ROTATED IN PLACE.
 
-    rope: cos and sin [T or more, R/2] fp32, of `rope_table`, R <= D; None does not rotate.
+    rope: cos and sin [T or more, R/2] fp32, of `model.rope_tables`, R <= D; None does not rotate.
     dropout_p: share of p to drop, to 16 bits; seed, an int or int64 [1], decides which.
     doc_start: int32 [B, T], the first key that each query sees, as above.
     Raises ValueError, before any launch, if an argument does not fit.
@@ -457,14 +457,6 @@ def attention(
         seed = torch.full((1,), seed, device=qkv.device) if isinstance(seed, int) else seed
         _check_tensor("seed", seed, (1,), torch.int64, qkv)
     return _Attention.apply(qkv, n_head, rope, dropout_p, seed, doc_start)
-
-
-def rope_table(T: int, R: int, theta: float = 10000.0, device=None) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, R/2] fp32 of t theta^(-2i/R), for R rotary dims."""
-    _check(R >= 2 and R % 2 == 0, "R", R, "an even number of rotary dims")
-    rate = theta ** (-torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
-    angle = torch.arange(T, device=device, dtype=torch.float32)[:, None] * rate
-    return angle.cos(), angle.sin()
 
 
 def attention_reference(qkv: Tensor, n_head: int, rope=None, doc_start=None, keep=None) -> Tensor:

@@ -11,7 +11,7 @@ a block saves h (or x), qkv, y and u; a = gelu(u) is rebuilt where du is made. P
 in fp32; activations are bf16 or fp16, rounded where they are stored; weight gradients are added in
 fp32 to a buffer of the caller's. 2 C (7C + 5C) FLOPs a row forward at M = 4C, twice that backward.
 
-Each op with an epilogue worth fusing has two versions, and GEMM says which one a device uses:
+Each op with an epilogue worth fusing has two versions; `choice` says which one a device uses:
     "triton"   one kernel of gemm.py
     "cublas"   torch.mm, and a memory-bound kernel of pointwise.py
 What the second pays for at N = 32768, C = 2048, M = 8192 in bf16, beside its GEMM's own traffic:
@@ -28,9 +28,10 @@ from torch import Tensor
 from kernels import gemm, pointwise
 from kernels.gemm import accumulate_
 from kernels.pointwise import column_sum
-from kernels.spec import capability
+from kernels.spec import capability, measured
 
-# Not measured yet: on sm_90 plain Triton GEMMs are behind cuBLAS, on sm_80 close to it.
+# What kernels.tune found faster is in tuning.json; this stands for a device it has not measured.
+# cuBLAS is ahead of plain Triton GEMMs on sm_90, and close to them on sm_80 (published figures).
 GEMM = {
     80: {"in_proj_fwd": "triton", "out_proj_fwd": "triton", "gelu_bwd": "triton"},
     90: {"in_proj_fwd": "cublas", "out_proj_fwd": "cublas", "gelu_bwd": "cublas"},
@@ -39,13 +40,17 @@ GEMM = {
 
 def choice(op: str, x: Tensor) -> str:
     """ "triton" or "cublas" for `op` on the device of x. fp32 on a GPU has no Triton GEMM."""
-    return "cublas" if x.is_cuda and x.dtype == torch.float32 else GEMM[capability(x)][op]
+    if x.is_cuda and x.dtype == torch.float32:
+        return "cublas"
+    sm = capability(x)
+    return measured(sm)["gemm"].get(op) or GEMM[sm][op]
 
 
 def describe(device: torch.device) -> str:
     """One line for a run's log: which version of each op serves half-precision tensors there."""
     x = torch.empty(0, dtype=torch.bfloat16, device=device)
-    return ", ".join(f"{op} {choice(op, x)}" for op in GEMM[80])
+    where = f"measured on {measured(capability(x))['device']}"
+    return ", ".join(f"{op} {choice(op, x)}" for op in GEMM[80]) + f" ({where})"
 
 
 def in_proj_fwd(h: Tensor, w_in: Tensor, b_in: Tensor) -> tuple[Tensor, Tensor]:
