@@ -108,20 +108,22 @@ class Block(nn.Module):
         self.b_attn = nn.Parameter(torch.empty(c.width))
         self.b_mlp = nn.Parameter(torch.empty(c.width))
 
-    def forward(self, x, cos, sin, cache=None, positions=None, triton=False):
+    def forward(
+        self, x, cos, sin, cache=None, positions=None, doc_start=None, triton: bool = False
+    ):
         C, M, p = self.c.width, self.c.mlp_width, self.c.dropout if self.training else 0.0
         if triton:
-            return self.fused(x, cos, sin, p)
+            return self.fused(x, cos, sin, p, doc_start)
         h = F.linear(self.ln(x), self.w_in, self.b_in)  # [B, T, 3C + M]
         qkv, up = h.split([3 * C, M], dim=-1)
-        y = attention(qkv, self.c.n_head, cos, sin, p, cache, positions)  # [B, T, C]
+        y = attention(qkv, self.c.n_head, cos, sin, p, cache, positions, doc_start)  # [B, T, C]
         a = F.gelu(up, approximate="tanh")  # [B, T, M]
         w_attn, w_mlp = self.w_out.split([C, M], dim=1)
         y = F.dropout(F.linear(y, w_attn, self.b_attn), p)
         a = F.dropout(F.linear(a, w_mlp, self.b_mlp), p)
         return x + y + a
 
-    def fused(self, x, cos, sin, p: float):
+    def fused(self, x, cos, sin, p: float, doc_start):
         """`forward` in one call of kernels/."""
         from kernels.block import block  # here, as triton is not everywhere
 
@@ -129,20 +131,28 @@ class Block(nn.Module):
         seeds = torch.randint(2**62, (2,), device="cpu").tolist() if p else (0, 0)
         rope = (cos, sin) if self.c.rotary_dim else None
         weights = self.ln.weight, self.ln.bias, self.w_in, self.b_in, self.w_out
-        return block(x, *weights, self.b_attn, self.b_mlp, self.c.n_head, rope, p, seeds)
+        weights = *weights, self.b_attn, self.b_mlp
+        return block(x, *weights, self.c.n_head, rope, p, seeds, doc_start)
 
 
-def attention(qkv, n_head: int, cos, sin, dropout: float = 0.0, cache=None, positions=None):
+def attention(
+    qkv, n_head: int, cos, sin, dropout: float = 0.0, cache=None, positions=None, doc_start=None
+):
     """Causal rotary attention from the packed projection: [B, T, 3C] -> [B, T, C].
 
     `cos` and `sin` are fp32, [T, R/2], or [B, T, R/2] where each row has positions of its own. With
     a `cache` (a layer's k and v, [B, H, S, D]) the new keys and values are written at `positions`
-    [B, T], and each query attends to the cache up to its own position.
+    [B, T], and each query attends to the cache up to its own position. With `doc_start` int32
+    [B, T], where each position's document begins in its row, a query attends from there on only.
     """
     B, T, C3 = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # [B, H, T, D]
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if cache is None:
+    if doc_start is not None:
+        t = torch.arange(T, device=qkv.device)
+        seen = (t <= t[:, None]) & (t >= doc_start[:, :, None])  # [B, T, T]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], dropout_p=dropout)
+    elif cache is None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     else:
         rows = torch.arange(B, device=qkv.device)[:, None]  # [B, 1]
@@ -199,12 +209,16 @@ class Phi(nn.Module):
         with torch.device("cpu"):  # on every device the same bits
             return rope_tables(self.c.seq_len, self.c.rotary_dim, self.c.rope_theta)
 
-    def forward(self, idx, targets=None, cache: KVCache | None = None, positions=None):
+    def forward(
+        self, idx, targets=None, cache: KVCache | None = None, positions=None, doc_start=None
+    ):
         """Loss, a scalar (fp32, or fp64 for an fp64 model), or logits [B, T, V] without targets.
 
         idx        int64 [B, T]
         targets    int64 [B, T], the next token at each position; -1 is left out of the mean
         cache      positions already seen; `positions` int64 [B, T] then says where idx goes
+        doc_start  int32 [B, T], where the document of each position begins in its row: attention
+                   then stays within documents; without it, within rows
         """
         T = idx.shape[1]
         assert cache is not None or T <= self.c.seq_len
@@ -216,7 +230,7 @@ class Phi(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else (cache.k[i], cache.v[i])
-            x = block(x, cos, sin, layer, positions, triton)
+            x = block(x, cos, sin, layer, positions, doc_start, triton)
         if triton and targets is not None:
             return self.fused_loss(x, targets)
         logits = self.head(self.ln_f(x))  # [B, T, V]

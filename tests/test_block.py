@@ -37,9 +37,9 @@ def tokens(shape=(2, 37), seed=1) -> tuple[torch.Tensor, torch.Tensor]:
     return idx[:, :-1], targets
 
 
-def gradients(model: Phi, idx, targets, scale: float = 1.0) -> dict:
+def gradients(model: Phi, idx, targets, scale: float = 1.0, doc_start=None) -> dict:
     model.zero_grad()
-    loss = model(idx, targets)
+    loss = model(idx, targets, doc_start=doc_start)
     (loss * scale).backward()
     grads = {name: p.grad / scale for name, p in model.named_parameters()}
     return {"loss": loss.detach()} | grads
@@ -63,6 +63,17 @@ def test_same_loss_and_gradients_as_the_torch_path(dtype, changes):
     a, b, c = (gradients(m, *batch, scale) for m in (ours, same, exact))
     for name in c:
         check(name, a[name], b[name], c[name])
+
+
+def test_documents_are_kept_apart_as_on_the_torch_path():
+    ours, reference = models()
+    starts = torch.tensor([[0, 9, 30], [0, 1, 17]])
+    doc_start = torch.zeros(2, 37, dtype=torch.int32).scatter_(1, starts, starts.int())
+    doc_start = doc_start.cummax(1).values.int().to(DEVICE)
+    a, b = (gradients(m, *tokens(), doc_start=doc_start) for m in (ours, reference))
+    for name in b:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert abs(a["loss"] - ours(*tokens())) > 1e-4
 
 
 def test_same_logits_in_eval_mode():
