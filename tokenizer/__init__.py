@@ -35,10 +35,10 @@ class Tokenizer:
         except OSError as e:
             raise UserError(f"no tokenizer at {path} ({e.strerror})") from None
         kind = ByteLevelBPE if path.suffix == ".json" else Pieces
-        self._model = kind(path, END_OF_TEXT)
-        self.vocab_size = self._model.vocab_size
-        self.end_of_text = self._model.end_of_text
-        self.start = self._model.start  # token ids that stand before the text of a prompt
+        self.backend = kind(path, END_OF_TEXT)
+        self.vocab_size = self.backend.vocab_size
+        self.end_of_text = self.backend.end_of_text
+        self.start = self.backend.start  # token ids that stand before the text of a prompt
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, never END_OF_TEXT. Raises UserError for lone surrogates."""
@@ -47,7 +47,7 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """`encode` for many texts, on several threads."""
         try:
-            return self._model.encode(texts, threads)
+            return self.backend.encode(texts, threads)
         except (UnicodeEncodeError, RuntimeError, TypeError):  # it differs by library and version
             text = next((t for t in texts if _has_surrogates(t)), None)
             if text is None:
@@ -56,7 +56,7 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; END_OF_TEXT decodes to nothing, broken UTF-8 to U+FFFD."""
-        return self._model.decode(ids)
+        return self.backend.decode(ids)
 
     def save(self, folder: Path) -> None:
         """Copy the model file into `folder`."""
@@ -69,29 +69,29 @@ class Pieces:
 
     def __init__(self, path: Path, end_of_text: str):
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError:
             raise UserError(f"{path} is not a SentencePiece model") from None
-        self.vocab_size = self._model.vocab_size()
-        self.end_of_text = self._model.piece_to_id(end_of_text)
-        if self._model.is_unknown(self.end_of_text):
+        self.vocab_size = self.model.vocab_size()
+        self.end_of_text = self.model.piece_to_id(end_of_text)
+        if self.model.is_unknown(self.end_of_text):
             raise UserError(f"{path} has no {end_of_text} piece; train it with tokenizer.train")
         self.start = [self.end_of_text]  # in training every document follows one
-        self._space_mark = [self._model.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
+        self._space_mark = [self.model.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
 
     def encode(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         if not any(SPACE_MARK in text for text in texts):
-            return self._model.encode(texts, num_threads=threads)
+            return self.model.encode(texts, num_threads=threads)
         encoded = []
         for text in texts:
-            first, *rest = self._model.encode(text.split(SPACE_MARK), num_threads=threads)
+            first, *rest = self.model.encode(text.split(SPACE_MARK), num_threads=threads)
             for ids in rest:
                 first += self._space_mark + ids
             encoded.append(first)
         return encoded
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
+        return self.model.decode(ids)
 
 
 def _has_surrogates(text: str) -> bool:
