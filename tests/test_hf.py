@@ -25,7 +25,7 @@ from model import ModelConfig, Phi
 from sample import Generator
 from tests.test_tokenizer import AWKWARD
 from tokenizer import END_OF_TEXT, Tokenizer
-from tokenizer.to_json import last_pair, to_json
+from tokenizer.to_json import to_json
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -93,6 +93,16 @@ def test_same_settings(theirs):
     assert theirs[0].generation_config.eos_token_id == theirs[1].eos_token_id
 
 
+def test_config_json_of_transformers_4(exported, tmp_path):
+    """There rope_theta and partial_rotary_factor stand beside the sizes; others look there too."""
+    h = json.loads((exported / "config.json").read_text())
+    del h["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(h))
+    assert hf.model_config(tmp_path / "config.json") == SHAPE
+    rope = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (5000.0, 6 / 14)
+
+
 def test_same_greedy_text(ours, theirs):
     model, tokenizer = theirs
     want = Generator.load(ours, "cpu").generate(PROMPTS, 20)
@@ -142,7 +152,8 @@ def test_same_tokens_where_pieces_overlap(tmp_path, letters):
 
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ", *(text() for _ in range(3000))]), character_coverage=1.0,
-        model_prefix=str(tmp_path / "m"), model_type="bpe", vocab_size=600, byte_fallback=True, normalization_rule_name="identity",
+        model_prefix=str(tmp_path / "m"), model_type="bpe", vocab_size=600,
+        byte_fallback=True, normalization_rule_name="identity",
         remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
         bos_id=-1, pad_id=-1, eos_piece=END_OF_TEXT, minloglevel=2,
     )  # fmt: skip
@@ -151,12 +162,6 @@ def test_same_tokens_where_pieces_overlap(tmp_path, letters):
     for _ in range(2000):
         sample = text()
         assert other.encode(sample, add_special_tokens=False).ids == mine.encode(sample)
-
-
-def test_last_pair():
-    rank = {"ab": 0, "ba": 1, "aba": 2, "xyz": 3}
-    assert last_pair("aba", rank) == ("ab", "a")  # never ("a", "ba"): "ab" goes first
-    assert last_pair("xyz", rank) is None  # no piece "xy" or "yz": merging never makes it
 
 
 def test_a_model_of_another_trainer_is_refused(tmp_path):

@@ -5,17 +5,16 @@ Both merge neighbouring pieces until none can be merged. They differ in what ran
     SentencePiece  the score of the piece it makes; of equal ones, the leftmost
     tokenizers     the rank of the pair of pieces it joins; of equal ones, the leftmost
 
-so a piece that several pairs make ("ab" + "a" and "a" + "ba" both make "aba") has one rank there
-and several here. But only one of its pairs ever occurs: until a piece is made, no merge reaches
-across its ends, so what happens within is what happens to its text alone, and that ends with one
-certain pair. Those pairs, in the order of the scores, are the merges.
+so a piece that several pairs make ("ab" + "a" and "a" + "ba" both make "aba") has one score there
+and several ranks here. Yet only one of those pairs ever occurs: until a piece is made, no merge
+reaches across its ends, so its text is merged as it would be alone, and that ends with one certain
+pair. Any ranks will do, then, that keep the order of the pieces' scores.
 
 U+2581, which SentencePiece puts for a space and our Tokenizer keeps from it, is no piece in the
 JSON: spaces stay spaces, and U+2581 falls back to its bytes like any unknown character.
 """
 
 import json
-from itertools import pairwise
 
 from config import UserError
 from tokenizer import END_OF_TEXT, SPACE_MARK, Tokenizer
@@ -96,29 +95,18 @@ def to_json(tokenizer: Tokenizer) -> str:
 
 
 def merges(model, names: list[str]) -> list[tuple[str, str]]:
-    """The pairs that make the pieces of a SentencePiece BPE, best score first."""
+    """Every pair that makes a piece of a SentencePiece BPE, in the order of the pieces' scores."""
     learned = [
         i
         for i in range(model.vocab_size())
         if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
     ]
-    learned = sorted((i for i in learned if len(names[i]) > 1), key=model.get_score, reverse=True)
-    rank = {names[i]: r for r, i in enumerate(learned)}
-    pairs = (last_pair(name, rank) for name in rank)
-    return [pair for pair in pairs if pair is not None]
-
-
-def last_pair(piece: str, rank: dict[str, int]) -> tuple[str, str] | None:
-    """The pair whose merge makes `piece` from its text, or None where merging never makes it."""
-    parts = list(piece)
-    while len(parts) > 2:
-        joined = [rank.get(a + b, len(rank)) for a, b in pairwise(parts)]
-        best = min(joined)
-        if best == len(rank):
-            return None
-        i = joined.index(best)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
+    known = {names[i] for i in learned}
+    pairs = []
+    for i in sorted(learned, key=model.get_score, reverse=True):
+        cuts = ((names[i][:n], names[i][n:]) for n in range(1, len(names[i])))
+        pairs += [pair for pair in cuts if known.issuperset(pair)]
+    return pairs
 
 
 def _check(tokenizer: Tokenizer, text: str) -> None:
