@@ -69,10 +69,13 @@ class Import:
 
 def main() -> None:
     commands = {"export": (Export, export), "import": (Import, import_)}
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
         print(__doc__)
-        raise UserError(f"want one of {', '.join(commands)} as the first argument")
-    cls, command = commands[sys.argv[1]]
+        return
+    if name not in commands:
+        raise UserError(f"got {name!r}, want one of {', '.join(commands)} first; see --help")
+    cls, command = commands[name]
     command(parse(cls, sys.argv[2:]))
 
 

@@ -201,6 +201,13 @@ def test_every_rotary_dim_is_held():
             assert int(head_dim * hf.rotary_factor(c)) == rotary_dim
 
 
+def test_names_and_shapes_of_phi1():
+    with torch.device("meta"):
+        theirs = transformers.PhiForCausalLM(transformers.PhiConfig()).state_dict()
+        ours = hf.parts(Phi(ModelConfig()))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
 @pytest.fixture(scope="module")
 def released(tmp_path_factory) -> Path:
     """Random weights in the format of the released phi-1: float16 in shards, the config.json of
@@ -401,6 +408,32 @@ def test_broken_folders(exported, tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "does not give back the text it encodes"),
+        ({"added_tokens": []}, "has no <.endoftext.> token"),
+        ({"model": None}, "is not a tokenizer.json"),
+    ],
+)
+def test_tokenizers_that_lose_text(released, tmp_path, change, message):
+    value = json.loads((released / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value | change))
+    with pytest.raises(UserError, match=message):
+        Tokenizer(tmp_path)
+
+
+def test_byte_level_tokenizers_need_the_extra(released, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match="needs tokenizers, an extra: pip install tokenizers"):
+        Tokenizer(released)
+
+
+def test_byte_level_tokenizers_refuse_lone_surrogates(released):
+    with pytest.raises(UserError, match="lone surrogates"):
+        Tokenizer(released).encode("a\ud800")
+
+
 def test_command(cli, ours, tmp_path):
     done = cli("hf.py", "export", "--checkpoint", ours, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -409,6 +442,7 @@ def test_command(cli, ours, tmp_path):
         done = cli("hf.py", *arguments)
         assert done.returncode == 2
         assert "want one of export, import" in done.stderr
+    assert "hf.py import --source" in cli("hf.py", "--help").stdout
 
 
 SERVER_NEEDS = ("fastapi", "uvicorn", "openai", "accelerate")
