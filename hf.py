@@ -4,11 +4,13 @@
     python hf.py import --source phi-1 --out out/phi-1
 
 An export is a folder that `AutoModelForCausalLM` and `AutoTokenizer` load without code of ours, and
-whatever stands on them. An import is a run folder with one checkpoint, for sample.py, the
-evaluators and `train.py --init_from`. Weights are copied number by number: a model that goes there
-and back is the same to the last bit. What one side has and the other cannot hold is an error.
+whatever stands on them. An import is a checkpoint folder without the state of a training, for
+sample.py, the evaluators and `train.py --init_from`. Weights are copied number by number: a model
+that goes there and back is the same to the last bit. What one side has and the other cannot hold is
+an error.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -61,10 +63,10 @@ class Export:
 
 @dataclass(frozen=True)
 class Import:
-    """Read a Hugging Face folder of PhiForCausalLM weights, such as phi-1's, as a run."""
+    """Read a Hugging Face folder of PhiForCausalLM weights, such as phi-1's, as a checkpoint."""
 
     source: Path  # folder with config.json, model.safetensors (or its shards) and tokenizer.json
-    out: Path  # run folder to write, with one checkpoint
+    out: Path  # checkpoint folder to write
 
 
 def main() -> None:
@@ -112,7 +114,7 @@ def export(config: Export) -> None:
 
 
 def import_(config: Import) -> None:
-    """Write the PhiForCausalLM in `config.source` to the run folder `config.out`."""
+    """Write the PhiForCausalLM in `config.source` to the checkpoint folder `config.out`."""
     c, tokenizer = model_config(config.source / "config.json"), Tokenizer(config.source)
     if tokenizer.vocab_size > c.vocab_size:
         raise UserError(
@@ -121,10 +123,18 @@ def import_(config: Import) -> None:
         )
     model = Phi(c)
     load(model, config.source)
-    meta = {"run": str(config.out), "imported_from": config.source.resolve().name}
+    meta = {"step": 0, "run": str(config.out), "imported_from": config.source.resolve().name}
     with new_folder(config.out, [config.source]) as folder:
-        checkpoint.save(folder, 0, model, {}, tokenizer, meta)
+        write_checkpoint(folder, model, tokenizer, meta)
     print(f"imported {config.source} ({parameter_count(c):,} parameters) -> {config.out}")
+
+
+def write_checkpoint(folder: Path, model: Phi, tokenizer: Tokenizer, meta: dict) -> None:
+    """Fill `folder` with what inference reads of a checkpoint: weights, tokenizer, meta.json."""
+    save_file(model.state_dict(), folder / WEIGHTS_FILE)
+    tokenizer.save(folder)
+    shape = dataclasses.asdict(model.c)
+    write_json(folder / "meta.json", {**meta, "tokenizer": tokenizer.fingerprint, "model": shape})
 
 
 def parts(model: Phi) -> dict[str, torch.Tensor]:
@@ -277,18 +287,17 @@ def model_config(path: Path) -> ModelConfig:
 
 def model_card(source: Path, c: ModelConfig, tokenizer: Tokenizer, settings: dict) -> str:
     """README.md of an export: what the model is, where it comes from, how to use it."""
+    meta = checkpoint.read_meta(source)
+    lineage = {**meta, "weights_crc32": checkpoint.checksum(source)}
     run_config = source.parent.parent / "config.json"
-    lineage = {
-        **checkpoint.read_meta(source),
-        "weights_crc32": checkpoint.checksum(source),
-        "run_config": read_object(run_config) if run_config.exists() else None,
-    }
+    if source.parent.name == "checkpoints" and run_config.exists():
+        lineage["run_config"] = read_object(run_config)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [phi, code, nanophi]
 ---
-# {source.parent.parent.name}
+# {Path(meta.get("run", source)).name}
 
 A decoder of phi-1's architecture (`PhiForCausalLM`, arXiv 2306.11644) trained with nanophi:
 {parameter_count(c):,} parameters in float32, {c.n_layer} layers, width {c.width}, {c.n_head} heads,

@@ -50,7 +50,11 @@ def ours(tokens, tmp_path_factory) -> Path:
         names = [tokenizer.backend.model.id_to_piece(i) for i in range(tokenizer.vocab_size)]
         model.head.bias[[i for i, name in enumerate(names) if name.startswith("<0x")]] = -1e4
     run = tmp_path_factory.mktemp("hf") / "run"
-    return checkpoint.save(run, 7, model, {}, tokenizer, {"run": "somewhere"})
+    folder = run / "checkpoints" / "step-00000007"
+    folder.mkdir(parents=True)
+    hf.write_checkpoint(folder, model, tokenizer, {"step": 7, "run": "out/somewhere"})
+    (run / "config.json").write_text(json.dumps({"lr": 0.00123}))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +180,7 @@ def test_a_model_of_another_trainer_is_refused(tmp_path):
 
 def test_there_and_back_is_exact(ours, exported, tmp_path):
     hf.import_(hf.Import(exported, tmp_path / "back"))
-    back = checkpoint.find(tmp_path / "back")
+    back = tmp_path / "back"
     hf.export(hf.Export(back, tmp_path / "again"))
     for file in ("model.safetensors", "tokenizer.model"):
         assert (back / file).read_bytes() == (ours / file).read_bytes()
@@ -189,7 +193,13 @@ def test_there_and_back_is_exact(ours, exported, tmp_path):
 
 def test_model_card(ours, exported):
     card = (exported / "README.md").read_text()
-    for said in ("somewhere", checkpoint.checksum(ours), '"step": 7', "PhiForCausalLM"):
+    for said in (
+        "# somewhere",
+        "0.00123",
+        checkpoint.checksum(ours),
+        '"step": 7',
+        "PhiForCausalLM",
+    ):
         assert said in card
     assert str(ours) not in card
 
