@@ -30,7 +30,7 @@ from tokenizer.to_json import to_json
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-# head dim 14: 6 / 14 is no exact share of it
+# no two sizes are equal, and 6 / 14 is no exact share of the head dim
 SHAPE = ModelConfig(vocab_size=512, seq_len=64, n_layer=2, n_head=3, width=42, mlp_width=50,
                     rotary_dim=6, rope_theta=5000.0, dropout=0.25)  # fmt: skip
 PROMPTS = ["def append_0(", "", "    return y * append + 9\n", f"# {END_OF_TEXT}\u2581 é\n\tif a"]
