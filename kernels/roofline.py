@@ -8,6 +8,7 @@ prediction a range of those that published kernels reach. MFU is over the data s
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 
 from config import UserError, parse, run
@@ -49,12 +50,67 @@ MEASURED = {
 # FlashAttention-2's GPT3-1.3B (arXiv 2307.08691, table 1) and llm.c's 350M at sequence 1024; on an
 # H100, LLMQ's 1.5B and 0.5B.
 RECORD_MFU = {"a100": (0.586, 0.582), "h100": (0.566, 0.468)}
+# MFU of published runs of 1B models on eight GPUs (one, where it says so): phi-1's paper, 770 h for
+# 50.3B tokens; LLM Foundry's tables; FlashAttention-2 (arXiv 2307.08691, table 1); nanochat; LLMQ.
+RECORDS = {
+    "a100": {"phi-1": 0.494, "LLM Foundry 1B": 0.557, "FlashAttention-2 1.3B": 0.586},
+    "h100": {"LLM Foundry 1B": 0.389, "nanochat d24": 0.480, "LLMQ 1.5B, one GPU": 0.566},
+}
+RECORDS["h200"] = RECORDS["h100"]  # an assumption: the same chip, more bandwidth
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU in a node of eight: what a plan of a whole run needs beside its rates."""
+
+    family: str  # whose rates are above
+    memory: float  # what torch can see, bytes
+    bandwidth: float  # of it, bytes/s
+    nvlink: float  # bytes/s that a collective moves through each GPU of a node ("bus bandwidth")
+    network: float  # the same between nodes
+
+
+# memory     "total capacity" in torch's out-of-memory messages (the H200's: of one that we used)
+# bandwidth  data sheets
+# nvlink     nccl-tests on 8 GPUs: 232 GB/s (github.com/NVIDIA/nccl-tests issue 175); 370, without
+#            switches that add (issue 212, a maintainer of NCCL); the H200's NVLink is the H100's
+# network    192 GB/s a node of 8 x 200 Gb/s InfiniBand (github.com/NVIDIA/nccl issue 812, NVIDIA's
+#            DGX A100); 46 to 48 GB/s a 400 Gb/s card (nccl-tests issue 290, NVIDIA)
+GPUS = {
+    "a100-40": Gpu("a100", 39.50 * 2**30, 1.555e12, 232e9, 24e9),
+    "a100-80": Gpu("a100", 79.25 * 2**30, BANDWIDTH["a100"], 232e9, 24e9),
+    "h100": Gpu("h100", 79.11 * 2**30, BANDWIDTH["h100"], 370e9, 46e9),
+    "h200": Gpu("h200", 139.0 * 2**30, BANDWIDTH["h200"], 370e9, 46e9),
+}
+NODE = 8  # GPUs in a node, all on NVLink, each with a network card of its own
+# NCCL 2.30's own model (src/graph/tuning.cc, "simple" protocol): start of a collective, a hop over
+# NVLink, a hop over the network, seconds; and what a tree reaches of a ring's bandwidth.
+START_S, NVLINK_HOP_S, NETWORK_HOP_S, TREE_FRAC = 8.4e-6, 3.4e-6, 14e-6, 0.92
 
 
 def roof(gpu: str) -> Rates:
     """The data sheet's rates."""
     peak = PEAK_FLOPS[gpu.upper()]
     return Rates(peak, peak, peak, BANDWIDTH[gpu])
+
+
+def collective_s(n_bytes: float, ranks: int, nodes: int, passes: int, gpu: Gpu) -> float:
+    """Seconds of an all-gather or reduce-scatter (one pass of a ring) or all-reduce (two).
+
+    `n_bytes` is the whole buffer, on `ranks` spread evenly over `nodes`. Between nodes an
+    all-reduce is a tree where that is faster.
+    """
+    if ranks == 1:
+        return 0.0
+    each = ranks // nodes
+    bandwidth = gpu.nvlink if nodes == 1 else min(gpu.nvlink, each * gpu.network)
+    moving_s, network_hops = passes * (ranks - 1) / ranks * n_bytes / bandwidth, nodes - 1
+    ring_s = (ranks - 1 - network_hops) * NVLINK_HOP_S + network_hops * NETWORK_HOP_S
+    ring_s = START_S + passes * ring_s + moving_s
+    if passes == 1 or nodes == 1:
+        return ring_s
+    tree_s = (each - 1) * NVLINK_HOP_S + math.log2(nodes) * NETWORK_HOP_S
+    return min(ring_s, START_S + passes * tree_s + moving_s / TREE_FRAC)
 
 
 def report(c: Config) -> dict:
