@@ -26,7 +26,7 @@ from pathlib import Path
 import checkpoint
 from config import UserError, parse, run
 from data.shards import read_header
-from kernels.roofline import BANDWIDTH, GPUS, MEASURED, NODE, RECORDS, Gpu, collective_s
+from kernels.roofline import BANDWIDTH, GPUS, MEASURED, NODE, Gpu, collective_s, fractions
 from kernels.work import step_us, training_ops
 from model import ModelConfig, flops_per_token, parameter_count
 from runlog import PEAK_FLOPS
@@ -35,6 +35,7 @@ from train import TrainConfig
 NL = "\n"  # Python 3.11 takes no backslash inside an f-string's braces
 SLOW_NETWORK = 100e9 / 8 / NODE  # bytes/s a GPU: one 100 Gb/s card a node
 RESERVE_BYTES = 4e9  # CUDA's context, NCCL's and cuBLAS's buffers, fragmentation: an assumption
+CHUNK_ROWS = 8192  # of logits that are there at once: model.py's fused_loss
 CPU_FRACTION = 0.345  # of a measured matmul, training the demo: 32 to 37% (LOG.md, 2026-11-22)
 
 
@@ -45,7 +46,8 @@ class Config(TrainConfig):
     gpu: str = "a100-80"  # a100-40, a100-80, h100 or h200
     gpus: int = 8  # how many; beyond 8 in whole nodes of 8
     shard: int = 0  # GPUs that share a copy of masters and states, 0 = those of a node
-    kernels: str = "triton"  # whose activations to count: triton (kernels/) or torch (model.py's)
+    regather: bool = False  # gather a block's weights for each use, rather than once a step
+    recompute: bool = False  # keep only the blocks' inputs, and compute the rest again in backward
     fraction: float = 0.0  # of the kernels' roofline that the run reaches, 0 = as published runs
     price: float = 0.0  # of a GPU for an hour, for the cost
     score: Path | None = None  # a run folder to compare with what would have been predicted
@@ -53,13 +55,12 @@ class Config(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, known in (("gpu", GPUS), ("kernels", ("triton", "torch"))):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} is {getattr(self, name)!r}, want {' or '.join(known)}")
+        if self.gpu not in GPUS:
+            raise UserError(f"gpu is {self.gpu!r}, want one of {', '.join(GPUS)}")
         for name, n, whole in (("gpus", self.gpus, self.seqs_per_step),
                                ("shard", self.shards, self.gpus)):  # fmt: skip
             if n < 1 or whole % n or (n > NODE and n % NODE):
-                raise UserError(f"{name} is {n}, want a divisor of {whole}, beyond 8 a multiple")
+                raise UserError(f"{name} is {n}, want a divisor of {whole}, and whole nodes")
 
     @property
     def shards(self) -> int:
@@ -70,18 +71,18 @@ class Config(TrainConfig):
         return 4 if self.dtype == "float32" else 2
 
 
-def saved_bytes(c: ModelConfig, kernels: str, n_bytes: int = 2) -> tuple[int, int]:
-    """Bytes a token that a block, and the LM head, keep for their backward; nothing is recomputed.
+def saved_bytes(c: ModelConfig, n_bytes: int = 2) -> int:
+    """Bytes a token that a block keeps for its backward, in elements of `n_bytes`.
 
-    triton  x or its LayerNorm, q|k|v|up and attention's output (kernels/mlp.py), fp32 statistics of
-            LayerNorm and attention; the logits in half precision, whose gradient takes their place
-    torch   beside these the LayerNorm's other side, rotated q and k, GELU's output, attention's
-            output in another layout; fp32 log-probabilities. Dropout's masks add a byte each.
+    triton  x, q|k|v|up, attention's output: kernels/block.py; fp32 statistics of LayerNorm and
+            attention
+    torch   beside these LayerNorm's output, rotated q and k, GELU's output, attention's output in
+            another layout; dropout's masks, a byte each
     """
-    C, M, V, statistic = c.width, c.mlp_width, c.vocab_size, 4 * c.n_head + 8
-    if kernels == "triton":
-        return n_bytes * (5 * C + M) + statistic, n_bytes * V
-    return n_bytes * (9 * C + 2 * M) + statistic + (2 * C if c.dropout else 0), 4 * V
+    C, M, statistics_bytes = c.width, c.mlp_width, 4 * c.n_head + 8
+    if c.kernels == "torch":
+        return n_bytes * (9 * C + 2 * M) + (2 * C if c.dropout else 0) + statistics_bytes
+    return n_bytes * (5 * C + M) + statistics_bytes
 
 
 def parameters_by_unit(c: ModelConfig) -> tuple[int, int]:
@@ -93,43 +94,35 @@ def parameters_by_unit(c: ModelConfig) -> tuple[int, int]:
 def memory(c: Config, micro_batch: int) -> dict[str, int]:
     """Bytes on a GPU at the fullest moment of a step, by kind."""
     N, C, M, V = micro_batch * c.seq_len, c.width, c.mlp_width, c.vocab_size
-    P, units, b = parameter_count(c.model), parameters_by_unit(c.model), c.compute_bytes
-    block, head = saved_bytes(c.model, c.kernels, b)
+    P, (block, root), b = parameter_count(c.model), parameters_by_unit(c.model), c.compute_bytes
+    saved = N * saved_bytes(c.model, b)
+    activations = (c.n_layer * (N * b * C if c.recompute else saved)) + N * (b * 2 * C + 8)
+    if c.kernels == "torch":  # fp32 log-probabilities, and two gradients of them
+        logits, head_bwd, block_bwd = 12 * N * V, 0, b * (block + N * (C + M))
+    else:  # a chunk, with dx and dw made at once; dqkv|du, a, da, dy, out's and two dropped ones
+        logits, head_bwd = b * min(N, CHUNK_ROWS) * V, 4 * V * C + b * N * C
+        block_bwd = 4 * block + b * N * (7 * C + 3 * M)
+    buffers = max(head_bwd, block_bwd + saved * c.recompute - logits)  # in the logits' place, too
+    on_their_way = (4 + b) * (block + root) * (c.gpus > 1)  # two units, gathered or reduced
     accumulates = c.gpus == 1 or c.seqs_per_step > micro_batch * c.gpus
-    # Beyond what is saved, the head's backward holds its weight's gradient, and two more of fp32
-    # logits in torch; a block's those of its weights and buffers, where the logits were.
-    head_bwd = b * V * C + N * (8 * V if c.kernels == "torch" else b * C)
-    rows = C + M if c.kernels == "torch" else 10 * C + 2 * M
-    block_bwd = b * units[0] + N * (b * rows - head)
     return {
-        "weights": b * P if b == 2 else 0,  # in fp32 the masters are the weights
+        "weights": b * (2 * block + root if c.regather else P) * (b == 2),  # fp32: the masters
         "masters": 4 * P // c.shards,
         "Adam's states": 8 * P // c.shards,
-        "gradients": 4 * P * accumulates + (4 * P // c.shards if c.shards > 1 else 0),
-        "activations": N * (c.n_layer * block + b * 2 * C + 8),  # and the last LayerNorm's
-        "logits": N * head,
-        "backward's buffers": max(head_bwd, block_bwd),
-        "communication": (4 + b) * sum(units) if c.gpus > 1 else 0,  # two units on their way
+        "gradients": 4 * P // (1 if accumulates else c.shards),
+        "activations": activations,
+        "logits": logits,
+        "backward's buffers": buffers,
+        "communication": max(0, on_their_way - activations - logits - buffers),  # as those go
     }
 
 
 def micro_batches(c: Config) -> tuple[int, int]:
-    """The micro-batch to plan with, the configured one if it fits, and the largest that fits or 0.
-
-    Both divide a GPU's share of a step.
-    """
+    """The one to plan with, which is the configured one if that fits; the largest that fits or 0."""
     share, room = c.seqs_per_step // c.gpus, GPUS[c.gpu].memory - RESERVE_BYTES
     divisors = [n for n in range(1, share + 1) if share % n == 0]
     largest = max([n for n in divisors if sum(memory(c, n).values()) <= room], default=0)
     return max(n for n in divisors if n <= max(1, min(c.micro_batch, largest))), largest
-
-
-def fractions(family: str) -> dict[str, float]:
-    """Published run -> its MFU over that of kernels alone, of phi-1's shape as theirs nearly are."""
-    c = ModelConfig()
-    us = step_us(training_ops(c, 16), MEASURED[family][1], 8) / (8 * 16 * c.seq_len)
-    roofline_mfu = flops_per_token(c) / us * 1e6 / PEAK_FLOPS[family.upper()]
-    return {name: mfu / roofline_mfu for name, mfu in RECORDS[family].items()}
 
 
 def simulate(c: Config, micro_batch: int, fraction: float, gpu: Gpu) -> dict:
@@ -145,48 +138,52 @@ def simulate(c: Config, micro_batch: int, fraction: float, gpu: Gpu) -> dict:
         return step_us(chosen, rates, 1) / fraction / 1e6
 
     forward_s, backward_s = compute_s("forward", False) / L, compute_s("backward", False) / L
-    forward_ends_s, backward_ends_s = compute_s("forward", True), compute_s("backward", True)
+    backward_s += forward_s * c.recompute
+    ends_s = compute_s("forward", True) + compute_s("backward", True)
     optimiser_s = compute_s("optimiser", False) / S
-    micro_s = forward_ends_s + backward_ends_s + L * (forward_s + backward_s)
+    busy_s = micro_steps * (ends_s + L * (forward_s + backward_s)) + optimiser_s
 
     shard, replicas = (S, max(1, S // NODE)), (R, max(1, min(R, c.gpus // NODE)))  # ranks, nodes
     gather, root_gather = (collective_s(c.compute_bytes * n, *shard, 1, gpu) for n in (block, root))
     scatter, root_scatter = (collective_s(4 * n, *shard, 1, gpu) for n in (block, root))
     reduce, root_reduce = (collective_s(4 * n / S, *replicas, 2, gpu) for n in (block, root))
 
-    # The first forward waits for the root's weights, then gathers run ahead, block after block.
-    now = gathered = root_gather
-    for _ in range(L):
-        gathered += gather
-        now = max(now, gathered) + forward_s
-    now += forward_ends_s + (micro_steps - 1) * micro_s + backward_ends_s
-    # In the last backward a block is reduced once it is through; the root, with both ends, last.
-    scattered = reduced = 0.0
-    for _ in range(L):
-        now += backward_s
-        scattered = max(scattered, now) + scatter
-        reduced = max(reduced, scattered) + reduce
+    now = scattered = reduced = 0.0  # when each stream is free
+    for micro_step in range(micro_steps):
+        fetch = c.regather or micro_step == 0
+        gathered = now = now + root_gather * fetch
+        for _ in range(L):
+            gathered += gather * fetch
+            now = max(now, gathered) + forward_s
+        gathered = now
+        now += ends_s
+        for _ in range(L):
+            gathered += gather * c.regather
+            now = max(now, gathered) + backward_s
+            if micro_step == micro_steps - 1:
+                scattered = max(scattered, now) + scatter
+                reduced = max(reduced, scattered) + reduce
+    # The root holds embedding and head, so that it is through last; then the gradients' norm.
     reduced = max(reduced, max(scattered, now) + root_scatter) + root_reduce
     norm_s = collective_s(4, *shard, 2, gpu)
     step_s = reduced + norm_s + optimiser_s
-    P = L * block + root
+    blocks, roots = (2 * L * micro_steps, micro_steps) if c.regather else (L, 1)  # gathered
+    gathered_bytes = c.compute_bytes * (blocks * block + roots * root)
+    P, gathers_s = L * block + root, blocks * gather + roots * root_gather
     return {
         "micro_batch": micro_batch,
         "micro_steps": micro_steps,
         "step_s": step_s,
-        "exposed_s": step_s - micro_steps * micro_s - optimiser_s,
+        "exposed_s": step_s - busy_s,
         "tokens_per_s": c.seqs_per_step * c.seq_len / step_s,
-        "gathers": {"bytes": c.compute_bytes * P * (S - 1) / S, "s": L * gather + root_gather},
+        "gathers": {"bytes": gathered_bytes * (S - 1) / S, "s": gathers_s},
         "scatters": {"bytes": 4 * P * (S - 1) / S, "s": L * scatter + root_scatter},
         "reduces": {"bytes": 8 * P / S * (R - 1) / R, "s": L * reduce + root_reduce},
     }
 
 
 def scaling(c: Config, micro_batch: int, fraction: float) -> list[dict]:
-    """The same steps on 8 to 512 GPUs, until one has no sequence; efficiency is a GPU's against 8.
-
-    It is given as planned, with states sharded over all GPUs, and on a slow network.
-    """
+    """The same steps on 8 to 512 GPUs; efficiency in a node, on a slow network, sharded over all."""
     rows, gpu = [], GPUS[c.gpu]
     slow = dataclasses.replace(gpu, network=SLOW_NETWORK)
     for gpus in (NODE << i for i in range(7)):
@@ -238,25 +235,21 @@ def report(c: Config) -> dict:
 def show(c: Config, r: dict) -> str:
     """The plan as text, at most 100 columns wide."""
     step, memory_bytes, kept = r["step"], r["memory_bytes"], c.keep + 1
-    data = f"no data in {c.data}"
-    if r["epochs"]:
-        data = f"{r['epochs']:.2f} epochs of the {r['tokens_at_hand']:,} in {c.data}"
+    data = f"{r['epochs']:.2f} epochs of the {r['tokens_at_hand']:,}" if r["epochs"] else "none"
     fits = f"largest micro-batch that fits: {r['largest_micro_batch']}"
     if not r["largest_micro_batch"]:
         fits = "DOES NOT FIT: shard over more GPUs, or take larger ones"
     elif r["micro_batch"] < min(c.micro_batch, c.seqs_per_step // c.gpus):
         fits += f", not the configured {c.micro_batch}: --micro_batch={r['micro_batch']}"
-    kinds = [f"  {kind:<20}{n / 1e9:>8.2f}" for kind, n in memory_bytes.items()]
+    kinds = [f"  {kind:<20}{n / 1e9:>8.2f}" for kind, n in memory_bytes.items() if n]
     speeds = [
         f"  {s['like']:<24}{s['fraction']:>8.0%}{s['mfu']:>8.1%}"
-        f"{s['tokens_per_s'] / c.gpus:>11,.0f}{s['tokens_per_s']:>11,.0f}{s['hours']:>8,.1f}{s['gpu_hours']:>11,.0f}"
-        + (f"{s['cost']:>9,.0f}" if c.price else "")
+        f"{s['tokens_per_s'] / c.gpus:>11,.0f}{s['tokens_per_s']:>11,.0f}"
+        f"{s['hours']:>8,.1f}{s['gpu_hours']:>11,.0f}" + (f"{s['cost']:>9,.0f}" if c.price else "")
         for s in r["speeds"]
     ]
-    moves = [
-        f"{step[k]['bytes'] / 1e9:>8.2f} GB {step[k]['s'] * 1e3:>8.1f} ms"
-        for k in ("gathers", "scatters", "reduces")
-    ]
+    moved = [step[name] for name in ("gathers", "scatters", "reduces")]
+    moved = [f"{m['bytes'] / 1e9:>8.2f} GB {m['s'] * 1e3:>8.1f} ms" for m in moved]
     more = [
         f"  {s['gpus']:>5}{s['micro_batch']:>6} x{s['micro_steps']:>2}{s['step_s'] * 1e3:>9,.0f}"
         f"{s['exposed_s'] * 1e3:>9.1f}{s['tokens_per_s']:>12,.0f}"
@@ -273,7 +266,7 @@ def show(c: Config, r: dict) -> str:
     return f"""\
 {r["parameters"]:,} parameters, {r["flops_per_token"] / 1e9:.3f} GFLOP a token (causal)
 {c.max_steps:,} steps x {c.seqs_per_step:,} x {c.seq_len:,} = {r["tokens"]:,} tokens
-{data}
+data at hand in {c.data}: {data}
 
 GB on each of {c.gpus} x {c.gpu}, micro-batch {r["micro_batch"]}, states over {c.shards}
 {NL.join(kinds)}
@@ -288,9 +281,9 @@ reaches was not measured with this code
 {NL.join(speeds)}
 
 Communication of a GPU in a step of {step["step_s"] * 1e3:,.0f} ms
-  weights gathered    {moves[0]}
-  gradients summed    {moves[1]}
-  and over replicas   {moves[2]}
+  weights gathered    {moved[0]}
+  gradients summed    {moved[1]}
+  and over replicas   {moved[2]}
   not hidden          {step["exposed_s"] * 1e3:>20.1f} ms, {step["exposed_s"] / step["step_s"]:.2%}
 
 Checkpoint {12 * r["parameters"] / 1e9:.2f} GB (a third weights), {kept} kept: \
@@ -309,12 +302,11 @@ def score(folder: Path) -> dict:
     Raises UserError for a folder that holds no run, or one that has not logged a step.
     """
     try:
-        ran = json.loads((folder / "config.json").read_text())
-        metrics = (folder / "metrics.jsonl").read_text()
+        ran, lines = (folder / name for name in ("config.json", "metrics.jsonl"))
+        ran, lines = json.loads(ran.read_text()), lines.read_text().splitlines()
     except OSError as e:
         raise UserError(f"cannot score {e.filename}: {e.strerror}; want a run folder") from None
-    lines = [json.loads(line) for line in metrics.splitlines() if line.endswith("}")]
-    lines = [line for line in lines if "tokens_per_s" in line]
+    lines = [json.loads(line) for line in lines if "tokens_per_s" in line and line[-1] == "}"]
     if not lines:
         raise UserError(f"{folder / 'metrics.jsonl'} has no line with tokens_per_s yet")
     fields = [f.name for f in dataclasses.fields(TrainConfig) if f.type in (int, float, str, bool)]
@@ -338,28 +330,29 @@ def score(folder: Path) -> dict:
         "tokens/s, median": [expected, tokens_per_s],
         "MFU, median": [mfu * expected / tokens_per_s, mfu],
     }
+    if kind and "memory_gib" in lines[-1]:
+        peak_bytes = max(line["memory_gib"] for line in lines) * 2**30
+        rows["memory, GB"] = [sum(plan["memory_bytes"].values()) / 1e9, peak_bytes / 1e9]
     if checkpoint.steps(folder):
         files = checkpoint.find(folder, newest=True).rglob("*")
         rows["checkpoint, MB"] = [12 * P / 1e6, sum(f.stat().st_size for f in files) / 1e6]
-    roof_name = "the kernels' roofline" if kind else ran["roof"]
-    return {"rows": rows, "fraction": tokens_per_s / roof, "roof": roof_name}
+    of = "the kernels' roofline" if kind else ran["roof"]
+    return {"rows": rows, "fraction": tokens_per_s / roof, "roof": of}
 
 
 def show_score(r: dict) -> str:
     lines = [f"  {'':<20}{'predicted':>16}{'happened':>16}{'ratio':>9}"]
     for name, pair in r["rows"].items():
-        predicted, happened = (f"{x:,.3f}" if x < 1 else f"{x:,.0f}" for x in pair)
-        lines.append(f"  {name:<20}{predicted:>16}{happened:>16}{pair[1] / pair[0]:>9.3f}")
-    return "\n".join([*lines, f"  reached {r['fraction']:.1%} of {r['roof']}"])
+        told, was = (f"{x:,.3f}" if x < 10 else f"{x:,.0f}" for x in pair)
+        lines.append(f"  {name:<20}{told:>16}{was:>16}{pair[1] / pair[0]:>9.3f}")
+    return NL.join([*lines, f"  reached {r['fraction']:.1%} of {r['roof']}"])
 
 
 def main() -> None:
     c = parse(Config, toml=True)
     result = score(c.score) if c.score else report(c)
-    if c.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print(show_score(result) if c.score else show(c, result))
+    text = show_score(result) if c.score else show(c, result)
+    print(json.dumps(result, indent=1) if c.json else text)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from config import UserError, parse, run
 from kernels.work import Rates, step_us, training_ops
-from model import flops_per_token
+from model import ModelConfig, flops_per_token
 from runlog import PEAK_FLOPS
 from train import TrainConfig
 
@@ -92,6 +92,14 @@ def roof(gpu: str) -> Rates:
     """The data sheet's rates."""
     peak = PEAK_FLOPS[gpu.upper()]
     return Rates(peak, peak, peak, BANDWIDTH[gpu])
+
+
+def fractions(family: str) -> dict[str, float]:
+    """Published run -> its MFU over that of the kernels alone at phi-1's shape, nearly theirs."""
+    c = ModelConfig()
+    us = step_us(training_ops(c, 16), MEASURED[family][1], 8) / (8 * 16 * c.seq_len)
+    roofline_mfu = flops_per_token(c) / us * 1e6 / PEAK_FLOPS[family.upper()]
+    return {name: mfu / roofline_mfu for name, mfu in RECORDS[family].items()}
 
 
 def collective_s(n_bytes: float, ranks: int, nodes: int, passes: int, gpu: Gpu) -> float:
