@@ -262,6 +262,7 @@ def flops_per_token(c: ModelConfig) -> int:
     return 6 * matmul + 6 * c.n_layer * c.width * c.seq_len
 
 
+@lru_cache
 def parameter_count(c: ModelConfig) -> int:
     """Parameters of `Phi(c)`, without allocating them."""
     with torch.device("meta"):
