@@ -118,7 +118,7 @@ def memory(c: Config, micro_batch: int) -> dict[str, int]:
 
 
 def micro_batches(c: Config) -> tuple[int, int]:
-    """The one to plan with, which is the configured one if that fits; the largest that fits or 0."""
+    """The one to plan with, the configured one if that fits; and the largest that fits, or 0."""
     share, room = c.seqs_per_step // c.gpus, GPUS[c.gpu].memory - RESERVE_BYTES
     divisors = [n for n in range(1, share + 1) if share % n == 0]
     largest = max([n for n in divisors if sum(memory(c, n).values()) <= room], default=0)
@@ -183,7 +183,7 @@ def simulate(c: Config, micro_batch: int, fraction: float, gpu: Gpu) -> dict:
 
 
 def scaling(c: Config, micro_batch: int, fraction: float) -> list[dict]:
-    """The same steps on 8 to 512 GPUs; efficiency in a node, on a slow network, sharded over all."""
+    """The same steps on 8 to 512 GPUs, with states in a node, on a slow network, over all GPUs."""
     rows, gpu = [], GPUS[c.gpu]
     slow = dataclasses.replace(gpu, network=SLOW_NETWORK)
     for gpus in (NODE << i for i in range(7)):
@@ -310,7 +310,7 @@ def score(folder: Path) -> dict:
     if not lines:
         raise UserError(f"{folder / 'metrics.jsonl'} has no line with tokens_per_s yet")
     fields = [f.name for f in dataclasses.fields(TrainConfig) if f.type in (int, float, str, bool)]
-    c = TrainConfig(**{k: ran[k] for k in fields if k in ran})
+    c = TrainConfig(**{k: ran[k] for k in fields if k in ran and k != "device"})
     P, gpus = parameter_count(c.model), ran["world_size"]
     kind = [k for k in GPUS if all(part.upper() in ran["device"] for part in k.split("-"))]
     if kind:

@@ -1,7 +1,11 @@
 """The plan: its memory against what torch and FSDP2 allocate, its step and its speeds by hand."""
 
+import dataclasses
 import json
+import shutil
 import weakref
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,14 +15,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint as recompute
 
 import plan
 from config import UserError, parse
 from kernels.roofline import GPUS, NETWORK_HOP_S, NVLINK_HOP_S, START_S, Gpu, collective_s
-from model import ModelConfig, Phi, parameter_count
+from model import Phi, parameter_count
 from train import make_optimizer
 
 ROOT = Path(__file__).parents[1]
+PHI1, BASE = (str(ROOT / "configs" / f"{name}.toml") for name in ("phi1", "phi1_base"))
 # Each where another kind of memory is the largest: activations, logits, weights.
 SHAPES = {
     "deep": {"vocab_size": 96, "seq_len": 64, "n_layer": 5, "n_head": 2, "width": 64},
@@ -93,7 +99,7 @@ def train_two_steps(c: plan.Config, model: Phi) -> None:
     micro_steps = c.seqs_per_step // (c.micro_batch * c.gpus)
     for _ in range(2):
         for micro_step in range(micro_steps):
-            if c.gpus > 1:  # as a sharded train.py does
+            if c.gpus > 1:
                 last = micro_step == micro_steps - 1
                 model.set_requires_gradient_sync(last)
                 model.set_is_last_backward(last)
@@ -103,26 +109,26 @@ def train_two_steps(c: plan.Config, model: Phi) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-TRITON = {"kernels": "triton", "seq_len": 32, "n_layer": 2, "vocab_size": 128}  # interpreted
-
-
 @pytest.mark.parametrize(
-    ("shape", "values", "less", "more"),
+    ("shape", "values", "at_most"),
     [
-        ("deep", {}, 1.0, 1.01),
-        ("wide vocabulary", {}, 1.0, 1.01),
-        ("heavy", {}, 1.0, 1.12),
-        ("heavy", {"seqs_per_step": 4}, 1.0, 1.12),
-        ("deep", {"recompute": True}, 1, 1),
-        ("deep", TRITON, 1.0, 1.15),
+        ("deep", {}, 1.02),
+        ("wide vocabulary", {}, 1.01),
+        ("heavy", {}, 1.04),
+        ("deep", {"recompute": True}, 1.1),
+        ("deep", {"kernels": "triton", "seq_len": 128, "n_layer": 1, "micro_batch": 1,
+                  "seqs_per_step": 1}, 1.25),  # interpreted, and slow; counts gradients of before
     ],
-)
-def test_memory_of_one_process(shape, values, less, more):
+)  # fmt: skip
+def test_memory_of_one_process(shape, values, at_most):
     c = configured(shape, **values)
     with Allocated() as allocated:
-        train_two_steps(c, Phi(c.model))
-    told = sum(plan.memory(c, c.micro_batch).values())
-    print(shape, values, told/allocated.peak, plan.memory(c, c.micro_batch))
+        model = Phi(c.model)
+        for block in model.blocks:
+            if c.recompute:
+                block.forward = partial(recompute, block.forward, use_reentrant=False)
+        train_two_steps(c, model)
+    assert 0.995 < sum(plan.memory(c, c.micro_batch).values()) / allocated.peak < at_most
 
 
 @pytest.fixture
@@ -135,36 +141,202 @@ def fake_ranks():
 
 
 @pytest.mark.parametrize(
-    ("shape", "values"),
+    ("shape", "values", "at_most"),
     [
-        ("deep", {}),
-        ("wide vocabulary", {}),
-        ("heavy", {}),
-        ("deep", {"gpus": 16}),
-        ("deep", {"gpus": 16, "shard": 16}),
-        ("deep", {"regather": True}),
-        ("heavy", {"regather": True}),
-        ("heavy", {"seqs_per_step": 24}),
-        ("deep", TRITON),
+        ("deep", {}, 1.01),
+        ("wide vocabulary", {}, 1.01),
+        ("heavy", {}, 1.07),
+        ("heavy", {"seqs_per_step": 24}, 1.12),  # nothing to accumulate
+        ("heavy", {"regather": True}, 1.08),
+        ("deep", {"gpus": 16}, 1.01),
+        ("deep", {"gpus": 16, "shard": 16}, 1.01),
     ],
 )
-def test_memory_and_collectives_of_fsdp(fake_ranks, shape, values):
-    c = {"gpus": 8, "dtype": "float16", "micro_batch": 3, "seqs_per_step": 96}
-    c = configured(shape, **c | values)
+def test_memory_and_collectives_of_fsdp(fake_ranks, shape, values, at_most):
+    c = {"gpus": 8, "dtype": "bfloat16", "micro_batch": 3, "seqs_per_step": 96} | values
+    c = configured(shape, **c)
+    S, R, steps = c.shards, c.gpus // c.shards, 2
     fake_ranks(c.gpus)
-    mesh = init_device_mesh("cpu", (c.gpus // c.shards, c.shards), mesh_dim_names=("replicate", "shard"))
-    policy = MixedPrecisionPolicy(torch.float16, torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh("cpu", (R, S), mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    wrap = partial(fully_shard, mesh=mesh if R > 1 else mesh["shard"], mp_policy=policy)
     with Allocated() as allocated:
         model = Phi(c.model)
         for block in model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=c.regather)
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            wrap(block, reshard_after_forward=c.regather)
+        wrap(model, reshard_after_forward=False)
         allocated.peak = 0
         train_two_steps(c, model)
-    told = sum(plan.memory(c, c.micro_batch).values())
-    print(shape, values, told/allocated.peak, plan.memory(c, c.micro_batch))
-    from collections import Counter
-    moved=Counter()
-    for k,n in allocated.collectives: moved[k]+=n
-    s=plan.simulate(c, c.micro_batch, 1.0, GPUS["a100-80"])
-    print({k:v/2 for k,v in moved.items()}, Counter(k for k,_ in allocated.collectives), s["gathers"],s["scatters"],s["reduces"])
+    assert 0.995 < sum(plan.memory(c, c.micro_batch).values()) / allocated.peak < at_most
+    told, moved, times = plan.simulate(c, c.micro_batch, 1.0, GPUS["a100-80"]), Counter(), Counter()
+    for name, n_bytes in allocated.collectives:
+        moved[name] += n_bytes / steps
+        times[name] += 1 / steps
+    a_rank = (S - 1) / S  # it has its own part; a reduction over replicas sends twice
+    near = partial(pytest.approx, rel=0.02)  # a dimension that S does not divide is padded
+    assert told["gathers"]["bytes"] == near(moved["allgather_base"] * a_rank)
+    assert told["scatters"]["bytes"] == near(moved["reduce_scatter_base"] * a_rank)
+    assert told["reduces"]["bytes"] == near(2 * moved["allreduce"] * (R - 1) / R)
+    micro_steps, L = told["micro_steps"], c.n_layer
+    gathers = micro_steps * (2 * L + 1) if c.regather else L + 1
+    assert times["allgather_base"] == gathers
+    assert times["reduce_scatter_base"] == L + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_memory_on_a_gpu(kernels):
+    values = {"vocab_size": 8192, "seq_len": 512, "width": 512, "mlp_width": 2048, "n_head": 8}
+    c = configured(**values, n_layer=6, dtype="float32", kernels=kernels)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.device("cuda"):
+        train_two_steps(c, Phi(c.model))
+    peak = torch.cuda.max_memory_allocated() - before
+    assert sum(plan.memory(c, c.micro_batch).values()) == pytest.approx(peak, rel=0.15)
+
+
+def test_memory_of_phi1():
+    """Against docs of the project's own: 18 bytes a parameter alone, 29 GB of activations."""
+    alone = plan.memory(parse(plan.Config, [PHI1, "--gpus=1"], toml=True), 16)
+    kinds = ("weights", "masters", "Adam's states", "gradients")
+    assert sum(alone[kind] for kind in kinds) == 18 * 1_418_270_720
+    assert alone["activations"] == pytest.approx(29e9, rel=0.02)
+    for gpu, fits in (("a100-80", 16), ("a100-40", 8)):
+        c = parse(plan.Config, [PHI1, f"--gpu={gpu}"], toml=True)
+        assert plan.micro_batches(c)[0] == fits
+        assert sum(plan.memory(c, fits).values()) < GPUS[gpu].memory
+        assert sum(plan.memory(c, 64).values()) > GPUS[gpu].memory
+    assert plan.micro_batches(dataclasses.replace(c, recompute=True))[0] == 16
+
+
+def test_collectives_by_hand():
+    gpu = Gpu("a100", 0, 0, nvlink=100e9, network=10e9)
+    GB = 1e9
+    assert collective_s(GB, 1, 1, 1, gpu) == 0
+    in_a_node = START_S + 7 * NVLINK_HOP_S + 7 / 8 / 100
+    assert collective_s(GB, 8, 1, 1, gpu) == pytest.approx(in_a_node)
+    # Sixteen on two nodes: each node sends over eight cards, 80 of NVLink's 100 GB/s.
+    ring = START_S + 14 * NVLINK_HOP_S + NETWORK_HOP_S + 15 / 16 / 80
+    assert collective_s(GB, 16, 2, 1, gpu) == pytest.approx(ring)
+    # One GPU of each of 64 nodes: a ring for much, a tree for little.
+    ring = START_S + 126 * NETWORK_HOP_S + 2 * 63 / 64 / 10
+    assert collective_s(GB, 64, 64, 2, gpu) == pytest.approx(ring)
+    assert collective_s(4, 64, 64, 2, gpu) == pytest.approx(START_S + 12 * NETWORK_HOP_S, rel=1e-3)
+
+
+def test_the_step():
+    c = parse(plan.Config, [BASE, "--gpus=64"], toml=True)
+    gpu = GPUS["a100-80"]
+    now = plan.simulate(c, 16, 0.8, gpu)
+    fast = dataclasses.replace(gpu, nvlink=1e15, network=1e15)
+    assert plan.simulate(c, 16, 0.8, fast)["exposed_s"] < 2e-3  # the hops of the first and last
+    # Between nodes so slow that nothing else counts: the backward has begun when reductions do.
+    slow = plan.simulate(c, 16, 0.8, dataclasses.replace(gpu, network=1e6))
+    sent_s = slow["reduces"]["bytes"] / 1e6
+    assert slow["exposed_s"] == pytest.approx(sent_s, rel=0.01)
+    assert slow["reduces"]["s"] == pytest.approx(sent_s, rel=0.01)
+    # All that is communicated could at worst wait, and the root's share cannot be hidden.
+    worst = sum(now[name]["s"] for name in ("gathers", "scatters", "reduces"))
+    assert 0 < now["exposed_s"] < worst / 2
+    # On one node a step has eight micro-steps. Gathering for each use waits for the root and a
+    # block in each; computing blocks again costs a third of their time.
+    c = dataclasses.replace(c, gpus=8)
+    now, regather, recompute = (
+        plan.simulate(dataclasses.replace(c, **option), 16, 0.8, gpu)
+        for option in ({}, {"regather": True}, {"recompute": True})
+    )
+    waits_s = sum(collective_s(2 * n, 8, 1, 1, gpu) for n in plan.parameters_by_unit(c.model))
+    assert regather["step_s"] - now["step_s"] == pytest.approx(7 * waits_s)
+    assert 1.2 < recompute["step_s"] / now["step_s"] < 1.33
+
+
+def test_speed_of_what_was_published():
+    """phi-1: 770 h for 50.3B tokens; and, which is no input, 7 hours on eight GPUs to finetune."""
+    speeds = plan.report(parse(plan.Config, [BASE, "--max_steps=24000"], toml=True))["speeds"]
+    assert speeds[0]["gpu_hours"] == pytest.approx(770, rel=0.01)
+    assert [s["hours"] for s in speeds] == sorted((s["hours"] for s in speeds), reverse=True)
+    finetune = plan.report(parse(plan.Config, [PHI1], toml=True))
+    assert finetune["speeds"][0]["hours"] == pytest.approx(7, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["phi1", "phi1_base", "phi1_small", "phi1_small_base"])
+def test_printed(name, capsys, monkeypatch, tokens):
+    argv = ["plan.py", f"configs/{name}.toml", "--gpu=h100", "--price=2.5", f"--data={tokens}"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", argv)
+    plan.main()
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    assert f"{parameter_count(parse(plan.Config, argv[1:], toml=True).model):,} parameters" in text
+    monkeypatch.setattr("sys.argv", [*argv, "--json"])
+    plan.main()
+    r = json.loads(capsys.readouterr().out)
+    assert r["tokens_at_hand"] > 0
+    assert r["epochs"] > r["tokens"] / r["tokens_at_hand"]  # the ends of shards are left out
+    assert r["expected"]["cost"] == pytest.approx(2.5 * r["expected"]["gpu_hours"])
+    assert f"{r['expected']['cost']:,.0f}" in text
+    gpus = [s["gpus"] for s in r["scaling"]]
+    assert gpus == [8, 16, 32, 64, 128, 256, 512][: len(gpus)]
+    assert all(
+        s["gpus"] * s["micro_batch"] * s["micro_steps"] == c_seqs(name) for s in r["scaling"]
+    )
+
+
+def c_seqs(name: str) -> int:
+    return 1024 if name.endswith("base") else 256
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gpu=v100", "gpu is 'v100', want one of a100-40, a100-80, h100, h200"),
+        ("--gpus=7", "gpus is 7, want a divisor of 256"),
+        ("--shard=3", "shard is 3, want a divisor of 8"),
+        ("--seqs_per_step=24 --gpus=12", "gpus is 12"),
+    ],
+)
+def test_bad_plans(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(plan.Config, [PHI1, *flags.split()], toml=True)
+
+
+def test_what_does_not_fit(capsys, monkeypatch):
+    flags = ["--n_layer=200", "--gpus=1", "--gpu=a100-40"]
+    monkeypatch.setattr("sys.argv", ["plan.py", PHI1, *flags])
+    plan.main()
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_score_of_a_run(cli, tiny, tokens, tmp_path):
+    run = tmp_path / "run"
+    flags = [f"--data={tokens}", f"--out={run}", "--max_steps=8", "--eval_interval=8"]
+    done = cli("train.py", *tiny, *flags, "--log_interval=2", "--threads=1", "--keep=1")
+    assert done.returncode == 0, done.stderr
+    r = plan.score(run)
+    told, happened = zip(*(r["rows"][name] for name in ("parameters", "steps")))
+    assert told == happened
+    weights, files = r["rows"]["checkpoint, MB"]
+    assert files == pytest.approx(weights, rel=0.5)  # of a tiny model, beside its tokenizer
+    assert r["fraction"] == pytest.approx(r["rows"]["MFU, median"][1], rel=0.05)  # one process
+    assert "reached" in plan.show_score(r)
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").write_text('{"step": 2, "tok')
+    with pytest.raises(UserError, match="no line with tokens_per_s"):
+        plan.score(run)
+    with pytest.raises(UserError, match=r"nowhere/config\.json: No such file"):
+        plan.score(tmp_path / "nowhere")
+
+
+def test_a_score_is_the_next_plan(tmp_path):
+    """The fraction that a run on GPUs reached predicts that run."""
+    c = parse(plan.Config, [BASE, "--gpu=a100-40"], toml=True)
+    ran = {k: v for k, v in dataclasses.asdict(c).items() if isinstance(v, (int, float, str))}
+    ran |= {"device": "NVIDIA A100-SXM4-40GB", "world_size": 8, "parameters": 1, "roof": ""}
+    (tmp_path / "config.json").write_text(json.dumps(ran))
+    line = {"step": 10, "tokens_per_s": 140e3, "mfu": 0.47, "seconds": 150, "memory_gib": 30}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    r = plan.score(tmp_path)
+    again = plan.report(dataclasses.replace(c, fraction=r["fraction"]))
+    assert again["expected"]["tokens_per_s"] == pytest.approx(140e3, rel=1e-3)
+    assert r["rows"]["memory, GB"][1] == pytest.approx(30 * 2**30 / 1e9)
