@@ -12,8 +12,7 @@ speed   is kernels/work.py's floors at the rates of published kernels, times the
         published runs reach. With this code nothing of it was measured on a GPU: `--fraction` takes
         what `--score` prints after a run of yours
 step    is simulated: compute, and the collectives of each kind, are streams that run side by side.
-        Left out: stragglers, congestion, what NCCL's kernels take from compute, and launches, a few
-        hundred a micro-step, which show where a GPU has few tokens
+        Left out: stragglers, congestion, what NCCL's kernels take from compute, and launches
 """
 
 import dataclasses
@@ -74,8 +73,7 @@ class Config(TrainConfig):
 def saved_bytes(c: ModelConfig, n_bytes: int = 2) -> int:
     """Bytes a token that a block keeps for its backward, in elements of `n_bytes`.
 
-    triton  x, q|k|v|up, attention's output: kernels/block.py; fp32 statistics of LayerNorm and
-            attention
+    triton  x, q|k|v|up, attention's output (kernels/block.py); and statistics, fp32
     torch   beside these LayerNorm's output, rotated q and k, GELU's output, attention's output in
             another layout; dropout's masks, a byte each
     """
@@ -104,12 +102,12 @@ def memory(c: Config, micro_batch: int) -> dict[str, int]:
         block_bwd = 4 * block + b * N * (7 * C + 3 * M)
     buffers = max(head_bwd, block_bwd + saved * c.recompute - logits)  # in the logits' place, too
     on_their_way = (4 + b) * (block + root) * (c.gpus > 1)  # two units, gathered or reduced
-    accumulates = c.gpus == 1 or c.seqs_per_step > micro_batch * c.gpus
+    whole = c.gpus == 1 or c.seqs_per_step > micro_batch * c.gpus  # gradients that add up
     return {
         "weights": b * (2 * block + root if c.regather else P) * (b == 2),  # fp32: the masters
         "masters": 4 * P // c.shards,
         "Adam's states": 8 * P // c.shards,
-        "gradients": 4 * P // (1 if accumulates else c.shards),
+        "gradients": 4 * P // (1 if whole else c.shards),
         "activations": activations,
         "logits": logits,
         "backward's buffers": buffers,
@@ -121,7 +119,7 @@ def micro_batches(c: Config) -> tuple[int, int]:
     """The one to plan with, the configured one if that fits; and the largest that fits, or 0."""
     share, room = c.seqs_per_step // c.gpus, GPUS[c.gpu].memory - RESERVE_BYTES
     divisors = [n for n in range(1, share + 1) if share % n == 0]
-    largest = max([n for n in divisors if sum(memory(c, n).values()) <= room], default=0)
+    largest = max((n for n in divisors if sum(memory(c, n).values()) <= room), default=0)
     return max(n for n in divisors if n <= max(1, min(c.micro_batch, largest))), largest
 
 
@@ -165,8 +163,7 @@ def simulate(c: Config, micro_batch: int, fraction: float, gpu: Gpu) -> dict:
                 reduced = max(reduced, scattered) + reduce
     # The root holds embedding and head, so that it is through last; then the gradients' norm.
     reduced = max(reduced, max(scattered, now) + root_scatter) + root_reduce
-    norm_s = collective_s(4, *shard, 2, gpu)
-    step_s = reduced + norm_s + optimiser_s
+    step_s = reduced + collective_s(4, *shard, 2, gpu) + optimiser_s
     blocks, roots = (2 * L * micro_steps, micro_steps) if c.regather else (L, 1)  # gathered
     gathered_bytes = c.compute_bytes * (blocks * block + roots * root)
     P, gathers_s = L * block + root, blocks * gather + roots * root_gather
@@ -257,12 +254,11 @@ def show(c: Config, r: dict) -> str:
         f"{s['efficiency']['all']:>7.0%}{s['efficiency']['slow']:>7.0%}"
         for s in r["scaling"]
     ]
-    for name in ("node", "all", "slow"):
+    for name in ("node", "all", "slow") if r["scaling"] else ():
         low = [s["gpus"] for s in r["scaling"] if s["efficiency"][name] < 0.9]
         more.append(f"  {name}: " + (f"below 90% from {low[0]} GPUs on" if low else "90% or more"))
     if len(r["scaling"]) < 7:
-        gpus = NODE << len(r["scaling"])
-        more.append(f"  {gpus} GPUs: too many for a step of {c.seqs_per_step} sequences")
+        more.append(f"  {NODE << len(r['scaling'])} GPUs: too few sequences in a step")
     return f"""\
 {r["parameters"]:,} parameters, {r["flops_per_token"] / 1e9:.3f} GFLOP a token (causal)
 {c.max_steps:,} steps x {c.seqs_per_step:,} x {c.seq_len:,} = {r["tokens"]:,} tokens
@@ -280,7 +276,7 @@ reaches was not measured with this code
 {"     cost" if c.price else ""}
 {NL.join(speeds)}
 
-Communication of a GPU in a step of {step["step_s"] * 1e3:,.0f} ms
+Communication of a GPU in a step of {step["step_s"] * 1e3:,.0f} ms (like {r["expected"]["like"]})
   weights gathered    {moved[0]}
   gradients summed    {moved[1]}
   and over replicas   {moved[2]}

@@ -239,6 +239,12 @@ def test_the_step():
     # All that is communicated could at worst wait, and the root's share cannot be hidden.
     worst = sum(now[name]["s"] for name in ("gathers", "scatters", "reduces"))
     assert 0 < now["exposed_s"] < worst / 2
+    # Copies in one node are reduced over NVLink.
+    one_node = dataclasses.replace(c, gpus=8, shard=1)
+    units, L = plan.parameters_by_unit(c.model), c.n_layer
+    reduces_s = [n * collective_s(4 * p, 8, 1, 2, gpu) for n, p in zip((L, 1), units)]
+    assert plan.simulate(one_node, 16, 0.8, gpu)["reduces"]["s"] == pytest.approx(sum(reduces_s))
+    assert plan.scaling(one_node, 16, 0.8) == plan.scaling(c, 16, 0.8)  # always sharded in a node
     # On one node a step has eight micro-steps. Gathering for each use waits for the root and a
     # block in each; computing blocks again costs a third of their time.
     c = dataclasses.replace(c, gpus=8)
@@ -246,7 +252,7 @@ def test_the_step():
         plan.simulate(dataclasses.replace(c, **option), 16, 0.8, gpu)
         for option in ({}, {"regather": True}, {"recompute": True})
     )
-    waits_s = sum(collective_s(2 * n, 8, 1, 1, gpu) for n in plan.parameters_by_unit(c.model))
+    waits_s = sum(collective_s(2 * n, 8, 1, 1, gpu) for n in units)
     assert regather["step_s"] - now["step_s"] == pytest.approx(7 * waits_s)
     assert 1.2 < recompute["step_s"] / now["step_s"] < 1.33
 
