@@ -171,7 +171,7 @@ def simulate(c: Config, micro_batch: int, fraction: float, gpu: Gpu) -> dict:
         "micro_batch": micro_batch,
         "micro_steps": micro_steps,
         "step_s": step_s,
-        "exposed_s": step_s - busy_s,
+        "exposed_s": max(0.0, step_s - busy_s),
         "tokens_per_s": c.seqs_per_step * c.seq_len / step_s,
         "gathers": {"bytes": gathered_bytes * (S - 1) / S, "s": gathers_s},
         "scatters": {"bytes": 4 * P * (S - 1) / S, "s": L * scatter + root_scatter},
