@@ -14,11 +14,11 @@ choices are ours. Short functions are alike by chance, so nearness is asked of t
 `--sure_nodes` nodes on it is not: a copy under other names with another docstring is a copy.
 
 The output has the documents that stay (shard i is input shard i less what was removed), and
-    summary.json     the paper's table: documents removed and problems similar at each tau
-    problems.jsonl   for each problem its nearest document and, at each tau, how many are close;
-                     with it a score splits into similar and other problems, as in the paper
-    pairs.txt        each problem beside its nearest document: read it
-    removed/         id, origin, problem, rate, distance and shared words of what was removed
+    summary.json            the paper's table: documents removed, problems similar at each tau
+    report/pairs.txt        each problem beside its nearest document: read it
+    report/problems.jsonl   for each problem its nearest document and, at each tau, how many are
+                            close: splits a score into similar and other problems, as in the paper
+    removed/                id, origin, problem, rate, distance and shared words of each removed one
 
 A document that is no Python is searched for fenced code blocks; n-grams are sought everywhere.
 """
@@ -235,19 +235,21 @@ def as_record(finder: Finder, record: dict, hit: Hit, chars: int) -> dict:
 
 
 def write_report(stage: Stage, finder: Finder, by_problem: dict, taus: list[float]) -> None:
-    """problems.jsonl and pairs.txt, from the nearest documents of all shards."""
+    """report/problems.jsonl and report/pairs.txt, from the nearest documents of all shards."""
+    folder = stage.result / "report"  # a folder of its own: the next stage reads *.jsonl beside
+    folder.mkdir(exist_ok=True)
     best: dict[str, dict] = {}
     for path in sorted(stage.scratch.glob("*.best.json")):
         for record in json.loads(path.read_text()).values():
             _keep_best(best, record)
-    with open(stage.result / "problems.jsonl", "w", encoding="utf-8") as f:
+    with open(folder / "problems.jsonl", "w", encoding="utf-8") as f:
         for p in finder.problems:
             close = {f"{t:g}": by_problem.get(p.task_id, {}).get(f"{t:g}", 0) for t in taus}
             nearest = {k: v for k, v in best.get(p.task_id, {}).items() if k not in ("function",)}
             line = {"task_id": p.task_id, "nodes": len(p.function.nodes), "close": close}
             f.write(json.dumps(line | {"nearest": nearest or None}, ensure_ascii=False) + "\n")
     texts = {p.task_id: p.function.text for p in finder.problems}
-    with open(stage.result / "pairs.txt", "w", encoding="utf-8") as f:
+    with open(folder / "pairs.txt", "w", encoding="utf-8") as f:
         f.write(f"Near is a distance of at most {finder.near:.4f}.\n\n")
         for r in sorted(best.values(), key=_rank, reverse=True):
             f.write(

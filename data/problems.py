@@ -30,7 +30,7 @@ def read_problems(path: Path) -> list[Problem]:
         return [_problem(row) for row in rows]
     except OSError as e:
         raise UserError(f"--benchmarks {path}: {e.strerror}") from None
-    except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as e:
+    except (LookupError, TypeError, ValueError, SyntaxError, AttributeError) as e:
         if isinstance(e, UserError):
             raise
         raise UserError(
