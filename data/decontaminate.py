@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+import checkpoint
 from config import UserError, parse, run
 from data.documents import DocumentFile, source_shards, write_json
 from data.embed import Hidden, Lexical
@@ -148,7 +149,9 @@ def decontaminate(config: Config) -> dict:
         raise UserError(f"--tau {config.tau:g}: want 0.5 to 1; at less, everything is alike")
     if config.ngram < 0 or not 0 <= config.near_frac <= 1 or config.sure_nodes < 0:
         raise UserError("want --ngram and --sure_nodes of at least 0, --near_frac from 0 to 1")
-    reads = [*config.benchmarks, *([Path(config.checkpoint)] if config.checkpoint else [])]
+    reads = list(config.benchmarks)
+    if config.checkpoint:
+        reads.append(checkpoint.find(Path(config.checkpoint)))
     problems = [problem for path in config.benchmarks for problem in read_problems(path)]
     taus = sorted({*TAUS, config.tau}, reverse=True)
     with Stage(config, source_shards(*config.source), reads) as stage:

@@ -69,7 +69,7 @@ def shingles(texts: list[bytes], width: int = SHINGLE) -> tuple[np.ndarray, np.n
         bounds = np.searchsorted(token_text, np.arange(len(block) + 1))
         left = bounds[1:][token_text] - np.arange(len(token_text))  # tokens from here to the end
         total = token_hash.copy()
-        for j in range(1, width):
+        for j in range(1, min(width, len(total))):
             term = token_hash[j:] * BASE ** np.uint64(j)
             total[: len(total) - j] += np.where(left[: len(left) - j] > j, term, np.uint64(0))
         whole = (left >= width) | (np.arange(len(left)) == bounds[token_text])
@@ -127,7 +127,7 @@ def bucket_pairs(keys: np.ndarray, members: np.ndarray) -> Iterator[tuple[np.nda
 def jaccard(sets: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
     """The Jaccard index float64 [pairs] of each set of `sets` with its other, both as `shingles`
     gives them; 0 for two empty sets."""
-    sizes = np.array([[len(a), len(b)] for a, b in zip(sets, others)]).reshape(-1, 2)
+    sizes = np.array([[len(a), len(b)] for a, b in zip(sets, others)], np.int64).reshape(-1, 2)
     pair = np.repeat(np.arange(len(sets), dtype=np.uint64), sizes.sum(1))
     both = [s for ab in zip(sets, others) for s in ab]
     keys = np.sort(pair << np.uint64(32) | np.concatenate([*both, np.zeros(0, np.uint32)]))

@@ -129,7 +129,7 @@ class Matcher:
         indexes = np.array([i for s in different for i in where[s]], np.int64)
         first = np.cumsum(copies) - copies
         lengths = np.array([len(s) for s in different], np.int64)
-        counts = _counts(different)  # uint8 [codes, sequences]
+        counts = _counts(different)
         for number, pattern in enumerate(self.patterns):
             near, rates = self._near(pattern, different, lengths, counts)
             if len(near):
@@ -149,7 +149,7 @@ class Matcher:
         common = np.zeros(high - low, np.int32)
         for code, count in enumerate(np.bincount(np.frombuffer(pattern, np.uint8))):
             if count:
-                common += np.minimum(counts[code, low:high], min(count, 255)).astype(np.int32)
+                common += np.minimum(counts[code, low:high], count)
         possible = low + np.flatnonzero(common >= longer * self.min_rate - 1e-9)
         rates = np.zeros(len(possible))
         for begin in range(0, len(possible), LANES):
@@ -161,11 +161,10 @@ class Matcher:
 
 
 def _counts(sequences: list[bytes]) -> np.ndarray:
-    """How often each code is in each sequence, at most 255: uint8 [codes, sequences]."""
-    counts = np.zeros((len(CODE), len(sequences)), np.uint8)
+    """How often each code is in each sequence: int32 [256, sequences]."""
+    counts = np.zeros((256, len(sequences)), np.int32)
     for i, sequence in enumerate(sequences):
-        of_one = np.bincount(np.frombuffer(sequence, np.uint8), minlength=len(CODE))
-        counts[:, i] = np.minimum(of_one, 255)
+        counts[:, i] = np.bincount(np.frombuffer(sequence, np.uint8), minlength=256)
     return counts
 
 
