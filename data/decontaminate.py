@@ -7,8 +7,8 @@ After section 5 of the phi-1 paper (arXiv 2306.11644), a document is removed for
     n-grams   it has 13 words in a row in common with the docstring of a problem
     syntax    one of its functions has a match rate of at least `--tau` with the solution of a
               problem (data/similarity.py), and is near it as a text: nearer than all but 1% of
-              the benchmarks' own problems are to each other (data/embed.py: by the hidden states
-              of `--checkpoint`, or by the words in common without one)
+              the benchmarks' own problems are to each other. Without `--checkpoint` it is the
+              words in common that count (data/lexical.py), with it the model's hidden states
 The paper has both measures and gives neither the threshold of distance nor how they combine; both
 choices are ours. Short functions are alike by chance, so nearness is asked of them. From
 `--sure_nodes` nodes on it is not: a copy under other names with another docstring is a copy.
@@ -31,10 +31,9 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
 from config import UserError, parse, run
 from data.documents import DocumentFile, source_shards, write_json
-from data.embed import Hidden, Lexical
+from data.lexical import Lexical
 from data.minhash import shingles
 from data.problems import Problem, read_problems
 from data.ranks import say
@@ -89,11 +88,12 @@ class Finder:
         self.min_rate = min(TAUS[-1], config.tau)
         self.matcher = Matcher([p.function.nodes for p in problems], self.min_rate)
         texts = [p.function.text for p in problems]
-        self.measure = (
-            Hidden(Path(config.checkpoint), texts, config.device)
-            if config.checkpoint
-            else Lexical(texts)
-        )
+        if config.checkpoint:
+            from data.embed import Hidden
+
+            self.measure = Hidden(Path(config.checkpoint), texts, config.device)
+        else:
+            self.measure = Lexical(texts)
         between = self.measure.distances(texts)[np.triu_indices(len(texts), 1)]
         self.near = float(np.quantile(between, config.near_frac)) if len(between) else 0.0
         sizes = np.array([len(p.function.nodes) for p in problems])
@@ -151,6 +151,8 @@ def decontaminate(config: Config) -> dict:
         raise UserError("want --ngram and --sure_nodes of at least 0, --near_frac from 0 to 1")
     reads = list(config.benchmarks)
     if config.checkpoint:
+        import checkpoint  # and with it torch, which takes seconds: not where it is not asked for
+
         reads.append(checkpoint.find(Path(config.checkpoint)))
     problems = [problem for path in config.benchmarks for problem in read_problems(path)]
     taus = sorted({*TAUS, config.tau}, reverse=True)
