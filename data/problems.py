@@ -48,9 +48,12 @@ def _problem(row: dict) -> Problem:
         wanted = {n.id for n in ast.walk(test) if isinstance(n, ast.Name)}
     function = [f for f in functions(source) if f.name in wanted][-1]
     if "entry_point" in row:
-        return Problem(
-            task_id, ast.get_docstring(parse_python(function.text).body[0]) or "", function
-        )
+        # Not ast.get_docstring: one of HumanEval's stands behind an import.
+        texts = [
+            n.value for n in parse_python(function.text).body[0].body if isinstance(n, ast.Expr)
+        ]
+        docstring = next((t.value for t in texts if isinstance(t, ast.Constant)), "")
+        return Problem(task_id, str(docstring), function)
     docstring = row["text"] if "text" in row else row["prompt"]
     text = f'"""{docstring}"""\n{function.text}'
     return Problem(task_id, docstring, Function(function.name, text, function.nodes))

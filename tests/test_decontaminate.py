@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 import checkpoint
 from config import UserError
-from data.decontaminate import Config, decontaminate, ngrams
+from data.decontaminate import Config, Finder, decontaminate, ngrams
 from data.documents import document, read_documents, read_jsonl, shard_files
 from data.embed import Hidden
 from data.lexical import Lexical
@@ -165,13 +166,27 @@ def test_the_table(out):
         ({"ngram": 0}, set(), {"statement"}),
         ({"sure_nodes": 1}, {"short far"}, set()),
         ({"sure_nodes": 1000}, set(), {"renamed", "method", "markdown", "one edit"}),
-        ({"near_frac": 1.0}, {"short far"}, set()),
     ],
 )
 def test_options(out, source, problems, tmp_path, options, more, less):
     options = {"near_frac": 0.0, **options}
     decontaminate(Config(source=(source,), benchmarks=(problems,), out=tmp_path / "o", **options))
     assert removed(tmp_path / "o").keys() == removed(out).keys() - less | more
+
+
+def test_near_is_measured_on_the_problems(source, problems, tmp_path):
+    config = Config(source=(source,), benchmarks=(problems,), out=tmp_path, near_frac=0.0)
+    unrelated = Finder(config, read_problems(problems))
+    assert unrelated.near == 1.2
+    alike = read_problems(problems)[1]
+    text = alike.function.text.replace("vowels", "consonants")
+    others = [alike, replace(alike, function=replace(alike.function, text=text))]
+    finder = Finder(config, [*read_problems(problems), *others])
+    assert finder.near == pytest.approx(0, abs=1e-3)
+    assert Finder(replace(config, near_frac=1.0), others).near == pytest.approx(
+        Lexical([o.function.text for o in others]).distances([text])[0, 0]
+    )
+    assert Finder(config, others[:1]).near == 1.2
 
 
 def files(folder):
@@ -230,7 +245,9 @@ def test_lexical_distance():
     distances = lexical.distances(texts)
     assert distances[[0, 1], 0] == pytest.approx([0, 0], abs=1e-3)
     assert distances[[2, 3], 0] == pytest.approx([2**0.5] * 2, abs=1e-3)
-    near, far = lexical.distances(["def is_even(n): return n, elephant", "def odd(k): pass"])[:, 0]
+    near, far = lexical.distances(["def is_even(n): return n, elephant", "def even(k): elephant"])[
+        :, 0
+    ]
     assert 0 < near < far < 2**0.5
 
 
@@ -244,7 +261,7 @@ def test_problem_files(tmp_path, shared_eval):
                         ("sanitized-mbpp.json", 427)):  # fmt: skip
         found = read_problems(shared_eval / name)
         assert len({p.task_id for p in found}) == len(found) == count
-        assert all(p.docstring and p.function.nodes for p in found)
+        assert all(len(p.docstring) > 15 and p.function.nodes for p in found)
     (first, *_) = read_problems(shared_eval / "mbpp.jsonl")
     assert (first.task_id, first.function.name) == ("MBPP/1", "min_cost")
     assert first.function.nodes == functions(first.function.text)[0].nodes
