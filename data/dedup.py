@@ -12,8 +12,8 @@ Connected groups can drift: a is like b, b like c, a not like c. The summary cou
 documents that are below the threshold to the one that was kept in their place ("drifted"), and
 removed/ has each with its Jaccard index. Read samples.txt before you trust the threshold.
 
-Memory holds about 100 bytes a document on each rank; sketches of 0.5 kB and the shingles, as large
-as the text, are on disk while it runs.
+Each rank holds about 220 bytes a document in memory (LOG.md); sketches of 0.5 kB and the shingles,
+about as large as the text, are files in the working folder, read where they are needed.
 """
 
 from collections import Counter

@@ -15,7 +15,7 @@ from data.documents import document, read_documents, read_jsonl, shard_files
 from data.embed import Hidden
 from data.lexical import Lexical
 from data.problems import read_problems
-from data.similarity import functions
+from data.similarity import functions, match_rate
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
 
@@ -172,6 +172,15 @@ def test_options(out, source, problems, tmp_path, options, more, less):
     options = {"near_frac": 0.0, **options}
     decontaminate(Config(source=(source,), benchmarks=(problems,), out=tmp_path / "o", **options))
     assert removed(tmp_path / "o").keys() == removed(out).keys() - less | more
+
+
+def test_a_rate_of_tau_is_too_close(out, source, problems, tmp_path):
+    (a,), (b,) = functions(LONG + LONG_BODY), functions(DOCUMENTS["one edit"])
+    rate = match_rate(a.nodes, b.nodes)
+    config = Config(source=(source,), benchmarks=(problems,), out=tmp_path / "o", tau=rate)
+    summary = decontaminate(config)
+    assert "one edit" in removed(tmp_path / "o")
+    assert summary["tau"][f"{rate:g}"]["removed"] == 5
 
 
 def test_near_is_measured_on_the_problems(source, problems, tmp_path):

@@ -96,6 +96,18 @@ def test_the_best_score_stays(tmp_path):
     assert origins(out) == ["unscored"]  # the longest
 
 
+def test_a_copy_is_exact_whichever_of_the_two_stays(tmp_path):
+    shards = [
+        [doc(text_of(1), "first")],
+        [doc(text_of(1), "scored", score=1), doc(text_of(2), "b")],
+    ]
+    longer = doc(text_of(2) + "tail = 1\n", "longer")
+    source = write(tmp_path / "source", [*shards, [doc(text_of(2), "copy"), longer]])
+    summary = dedup(Config(source=(source,), out=tmp_path / "out"))
+    assert origins(tmp_path / "out") == ["scored", "longer"]
+    assert (summary["exact"], summary["near"]) == (1, 2)  # b and its copy are near to what stays
+
+
 def test_what_is_connected_is_one_group_and_drift_is_counted(tmp_path):
     lines = text_of(3, 60).splitlines(keepends=True)
     chain = ["".join(lines[2 * i : 2 * i + 40]) for i in range(10)]  # 38 lines as in the one before
