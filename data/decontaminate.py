@@ -24,6 +24,7 @@ A document that is no Python is searched for fenced code blocks; n-grams are sou
 """
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,7 +47,6 @@ FAR = 1.2  # never near from here on, a cosine of 0.28; 1% of HumanEval's pairs 
 # each other and of MBPP's within 1.1401, but a few unrelated problems are all at 1.41
 BATCH_CHARS = 1 << 20  # of documents screened at once
 PAIR_CHARS = 1500  # of a function in pairs.txt
-NGRAM_SAMPLES = 20
 FOLD = bytes(b if chr(b).isalnum() and b < 128 else 32 for b in range(256))
 
 
@@ -76,7 +76,7 @@ class Hit:
     distance: float = 2.0
     close: bool = False  # near enough, or long enough, for the rate to count
     words: str = ""  # in common with the docstring
-    text: str = ""  # the document's function
+    text: str = ""  # the document's function, or what stands around the words
 
     def key(self) -> tuple:
         return (self.close, self.rate, -self.distance)
@@ -128,7 +128,8 @@ class Finder:
             if problem not in hits[document] or hits[document][problem].key() < hit.key():
                 hits[document][problem] = hit
         for document, problem, words in self.shared_words(texts):
-            hits[document].setdefault(problem, Hit(problem)).words = words
+            hit = hits[document].setdefault(problem, Hit(problem))
+            hit.words, hit.text = words, hit.text or around(texts[document], words)
         return hits, [of_text is not None for of_text in found]
 
     def shared_words(self, texts: list[str]) -> Iterator[tuple[int, int, str]]:
@@ -176,7 +177,7 @@ def decontaminate(config: Config) -> dict:
             for tau in of_tau:
                 count["tau"][tau]["problems_similar"] += 1
         count |= {
-            "problems": len(problems),
+            "problems": len({p.task_id for p in problems}),  # MBPP may be there in both files
             "problems_without_ngram": len(problems) - len(set(finder.grams.values())),
             "distance": "hidden states" if config.checkpoint else "words in common",
             "near": round(finder.near, 4),
@@ -187,7 +188,7 @@ def decontaminate(config: Config) -> dict:
 
 def screen(part: Part, finder: Finder, tau: float, taus: list[float]) -> dict:
     """Write the shard's documents that stay; count what is close at each tau."""
-    count = Counter(documents_in=0, bytes_in=0, functions=0, removed=0, by_ngram=0, no_python=0)
+    count = Counter(documents_in=0, bytes_in=0, removed=0, by_ngram=0, no_python=0)
     table = {f"{t:g}": Counter(removed=0, syntax_alone=0) for t in taus}
     by_problem: dict[str, Counter] = defaultdict(Counter)
     best: dict[str, dict] = {}
@@ -296,6 +297,12 @@ def ngrams(text: str, width: int) -> Iterator[tuple[str, ...]]:
     return (tuple(words[i : i + width]) for i in range(len(words) - width + 1))
 
 
+def around(text: str, words: str) -> str:
+    """The lines of a text from shortly before these words, which `ngrams` found in it."""
+    found = re.search(r"[\W_]+".join(words.split()), text, re.IGNORECASE)
+    return text[text.rfind("\n", 0, max(0, found.start() - 200)) + 1 :] if found else text
+
+
 def _batches(documents: Iterator[dict]) -> Iterator[list[dict]]:
     batch, size = [], 0
     for record in documents:
@@ -318,10 +325,11 @@ def main() -> None:
             f"{float(tau):5.2f} {row['removed']:9,} {row['removed'] / s['documents_in']:7.2%} "
             f"{row['syntax_alone']:17,}   {similar:6,} / {s['problems'] - similar:,}"
         )
-    say(
-        f"{config.ngram}-grams: {s['by_ngram']:,} documents share one with a docstring "
-        f"({s['problems_without_ngram']:,} problems have none)"
-    )
+    if config.ngram:
+        say(
+            f"{config.ngram}-grams: {s['by_ngram']:,} documents share one with a docstring "
+            f"({s['problems_without_ngram']:,} problems are shorter)"
+        )
     say(
         f"{config.out}: {s['documents']:,} of {s['documents_in']:,} documents; removed "
         f"{s['removed']:,} at tau {config.tau:g} or by n-grams; near: {s['distance']}, at most "

@@ -156,6 +156,7 @@ def test_the_table(out):
     pairs = (out / "report" / "pairs.txt").read_text()
     assert "def vowels_in(text):" in pairs
     assert "| def count_vowels(s):" in pairs
+    assert "| # reached, before the account: IS CLOSED because the_sum" in pairs
 
 
 @pytest.mark.parametrize(
