@@ -1,0 +1,206 @@
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import UserError
+from data import minhash
+from data.dedup import Config, dedup
+from data.documents import ShardWriter, document, read_documents, read_jsonl, shard_files
+from data.stage import Stage
+
+MPIRUN = Path(sys.executable).with_name("mpirun")
+ROOT = Path(__file__).parents[1]
+
+
+def text_of(seed, lines=12):
+    rng = random.Random(seed)
+    return "".join(
+        f"name_{rng.randrange(10**6)} = call({rng.randrange(99)})\n" for _ in range(lines)
+    )
+
+
+def write(folder, shards):
+    """`shards`: lists of documents, one file each."""
+    folder.mkdir()
+    for i, documents in enumerate(shards):
+        with ShardWriter(folder) as writer:
+            writer.shards = i
+            for record in documents:
+                writer.write(record)
+    return folder
+
+
+def doc(text, origin, **fields):
+    return document(text, origin, **fields)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Ten different documents, and copies of some, over three shards."""
+    texts = [text_of(i) for i in range(10)]
+    near = texts[1].replace("call(", "call( ", 1).replace("name_", "other_", 1)  # a token of 72
+    spaced = texts[2].replace(" = ", "=")  # the same tokens
+    return write(
+        tmp_path / "source",
+        [
+            [doc(t, f"a:{i}") for i, t in enumerate(texts)],
+            [doc(texts[0], "b:exact"), doc(near, "b:near"), doc(text_of(77), "b:new")],
+            [doc(texts[0], "c:exact"), doc(spaced, "c:spaced")],
+        ],
+    )
+
+
+def origins(folder):
+    return [d["origin"] for d in read_documents([folder])]
+
+
+def removed(folder):
+    return {d["origin"]: d for f in shard_files(folder / "removed") for d in read_jsonl(f)}
+
+
+def test_planted_duplicates(source, tmp_path):
+    summary = dedup(Config(source=(source,), out=tmp_path / "out"))
+    gone = removed(tmp_path / "out")
+    assert set(gone) == {"b:exact", "c:exact", "a:1", "a:2"} ^ {"a:2", "c:spaced"}
+    assert origins(tmp_path / "out") == [
+        *(f"a:{i}" for i in range(10) if i != 1),
+        *("b:near", "b:new"),  # one character longer than a:1
+    ]
+    assert gone["b:exact"]["kept"] == document(text_of(0), "")["id"]
+    assert gone["b:exact"]["jaccard"] == gone["c:spaced"]["jaccard"] == 1
+    assert 0.8 <= gone["a:1"]["jaccard"] < 1
+    counts = {"documents_in": 15, "documents": 11, "exact": 2, "near": 2, "groups": 3}
+    assert {k: summary[k] for k in counts} == counts
+    assert summary["largest_group"] == 3
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert "kept a:2 | removed c:spaced" in (tmp_path / "out" / "samples.txt").read_text()
+    for record in read_documents([tmp_path / "out"]):
+        assert record == doc(record["text"], record["origin"])
+
+
+def test_the_best_score_stays(tmp_path):
+    long, short = text_of(1) + "tail = 1\n", text_of(1)
+    shards = [
+        [doc(long, "long", score=0.2), doc(short, "short", score=0.9)],
+        [doc(long + "\n", "unscored"), doc(short + "\n", "word", score="high")],
+    ]
+    out = tmp_path / "out"
+    dedup(Config(source=(write(tmp_path / "source", shards),), out=out))
+    assert origins(out) == ["short"]
+    dedup(Config(source=(tmp_path / "source",), out=out, score="mark"))
+    assert origins(out) == ["unscored"]  # the longest
+
+
+def test_a_copy_is_exact_whichever_of_the_two_stays(tmp_path):
+    shards = [
+        [doc(text_of(1), "first")],
+        [doc(text_of(1), "scored", score=1), doc(text_of(2), "b")],
+    ]
+    longer = doc(text_of(2) + "tail = 1\n", "longer")
+    source = write(tmp_path / "source", [*shards, [doc(text_of(2), "copy"), longer]])
+    summary = dedup(Config(source=(source,), out=tmp_path / "out"))
+    assert origins(tmp_path / "out") == ["scored", "longer"]
+    assert (summary["exact"], summary["near"]) == (1, 2)  # b and its copy are near to what stays
+
+
+def test_what_is_connected_is_one_group_and_drift_is_counted(tmp_path):
+    lines = text_of(3, 60).splitlines(keepends=True)
+    chain = ["".join(lines[2 * i : 2 * i + 40]) for i in range(10)]  # 38 lines as in the one before
+    source = write(tmp_path / "source", [[doc(t, str(i)) for i, t in enumerate(chain)]])
+    summary = dedup(Config(source=(source,), out=tmp_path / "out"))
+    assert (summary["documents"], summary["largest_group"]) == (1, 10)
+    gone = removed(tmp_path / "out")
+    low = [d for d in gone.values() if d["jaccard"] < 0.8]
+    assert 0 < len(low) == summary["drifted"] < 9
+
+
+def test_finds_what_brute_force_finds(tmp_path):
+    rng, texts = random.Random(0), []
+    for i in range(60):
+        tokens = text_of(i % 20, 15).split(" ")
+        for _ in range(rng.randrange(6)):
+            tokens[rng.randrange(len(tokens))] = f"x{rng.randrange(9)}"
+        texts.append(" ".join(tokens))
+    texts = list(dict.fromkeys(texts))
+    source = write(tmp_path / "source", [[doc(t, str(i)) for i, t in enumerate(texts)]])
+    summary = dedup(Config(source=(source,), out=tmp_path / "out"))
+    hashes, starts = minhash.shingles([t.encode() for t in texts])
+    sets = [set(hashes[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+    group = list(range(len(texts)))
+    for i in range(len(texts)):
+        for j in range(i):
+            if len(sets[i] & sets[j]) / len(sets[i] | sets[j]) >= 0.8 and group[i] != group[j]:
+                group = [group[j] if g == group[i] else g for g in group]
+    assert summary["documents"] == len(set(group)) < len(texts)
+
+
+def files(folder):
+    """Everything that must not depend on how a run went."""
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "timing.json"
+    }
+
+
+def test_interrupted_before_any_map_and_run_again(source, tmp_path, monkeypatch):
+    want = tmp_path / "want"
+    dedup(Config(source=(source,), out=want))
+    out, run_map, done = tmp_path / "out", Stage.map, []
+    for stop in ("exact", "candidates", "verify", "choose", "write", ""):
+
+        def until(stage, name, items, work, stop=stop):
+            def counted(part):
+                done.append(name)
+                return work(part)
+
+            return run_map(stage, name, items, counted) if name != stop else 1 / 0
+
+        monkeypatch.setattr(Stage, "map", until)
+        if stop:
+            with pytest.raises(ZeroDivisionError):
+                dedup(Config(source=(source,), out=out))
+            assert not out.exists()
+    dedup(Config(source=(source,), out=out))
+    assert files(out) == files(want)
+    bands = 21
+    assert {name: done.count(name) for name in done} == {
+        "sketch": 3, "exact": 1, "candidates": bands, "verify": 16, "choose": 1, "write": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="needs mpirun beside python")
+def test_ranks_write_the_same_bytes(source, tmp_path):
+    dedup(Config(source=(source,), out=tmp_path / "one"))
+    done = subprocess.run(
+        [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable, "-m",
+         "mpi4py", "-m", "data.dedup", "--source", source, "--out", tmp_path / "three"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("11 of 15 documents") == 1
+    assert files(tmp_path / "three") == files(tmp_path / "one")
+
+
+def test_empty_and_tokenless_documents_are_no_near_duplicates(tmp_path):
+    shards = [[doc(" ", "a"), doc("\n", "b"), doc("x", "c"), doc("x ", "d")], [doc(" ", "e")]]
+    dedup(Config(source=(write(tmp_path / "source", shards),), out=tmp_path / "out"))
+    assert origins(tmp_path / "out") == ["a", "b", "d"]
+
+
+def test_errors(source, tmp_path):
+    with pytest.raises(UserError, match="threshold"):
+        dedup(Config(source=(source,), out=tmp_path / "out", threshold=0))
+    with pytest.raises(UserError, match="permutations"):
+        dedup(Config(source=(source,), out=tmp_path / "out", permutations=5000))
+    with pytest.raises(UserError, match="nowhere"):
+        dedup(Config(source=(tmp_path / "nowhere",), out=tmp_path / "out"))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(UserError, match="no document"):
+        dedup(Config(source=(empty,), out=tmp_path / "out"))
