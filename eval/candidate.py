@@ -29,7 +29,7 @@ def main() -> None:
     rules = sandbox.landlock_rules() if tier == "B" else None
     if uid and tier != "A":
         import_through_descriptors()
-    control = socket.socket(fileno=0)
+    control = socket.socket(fileno=os.dup(0))
     control.sendall(b"ready")
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
@@ -121,7 +121,8 @@ def detach() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    os.close(null)
+    if null > 2:
+        os.close(null)
 
 
 def forget_project() -> None:

@@ -166,7 +166,7 @@ class _Supervisor:
         # same programs get the same verdicts. -S: no site-packages.
         options = ["-s", "-P", "-S", "-B", "-m", "eval.supervise"]
         self.command = [os.path.realpath(sys.executable), *options, *arguments]
-        self.process, self.no_start = None, None
+        self.tier, self.process, self.no_start = arguments[0], None, None
 
     def run(self, check: Check) -> Verdict:
         if self.process is None and self.no_start is None:
@@ -186,6 +186,8 @@ class _Supervisor:
             exit_code = self.process.returncode
             self.process.kill()  # if it hangs
             self.close()
+            if self.tier == "C" and exit_code is not None and exit_code < 0:
+                return Verdict("failed", "killed its supervisor")  # as one of the same uid can
             return Verdict("infrastructure", f"the supervisor gave no answer ({exit_code})")
         if answer.status == "infrastructure":
             self.close()  # it has ended: the next program gets a fresh one

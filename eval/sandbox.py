@@ -11,6 +11,7 @@ landlock(7), bwrap(1), linux/filter.h. Standard library only, as it runs in the 
 """
 
 import ctypes
+import glob
 import os
 import pathlib
 import platform
@@ -148,7 +149,7 @@ def landlock_rules() -> int | None:
 def readable() -> list[str]:
     """Files and folders that a program may read: Python's library, without installed packages."""
     library, base = os.path.dirname(os.__file__), sys.base_prefix
-    shared = [f"{base}/lib/{name}" for name in os.listdir(f"{base}/lib") if ".so" in name]
+    shared = sorted(glob.glob(f"{base}/lib/*.so*"))
     for name in ("lib64", f"lib/{platform.machine()}-linux-gnu"):
         shared += [f"/{name}", f"/usr/{name}"]
     names = set(os.listdir(library)) - {"site-packages", "dist-packages", "__pycache__"}

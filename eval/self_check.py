@@ -1,9 +1,8 @@
 """What a machine must show before it gives a score: that its verdicts mean something.
 
-A fixed loop measures
-how slow the machine is, all references must pass, and solutions known to be wrong must fail. The
-timeouts follow from it: --timeout_s times the slowdown, and no less than SLOWER times what the
-problem's reference took.
+A fixed loop measures how slow the machine is, all references must pass, and solutions known to be
+wrong must fail. The timeouts follow from it: --timeout_s times the slowdown, and no less than
+SLOWER times what the problem's reference took.
 """
 
 import math

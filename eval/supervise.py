@@ -51,19 +51,22 @@ class Supervisor:
 
     def __init__(self, tier: str, uid: int, memory_mb: int):
         self.tier, self.uid, self.memory_mb = tier, uid, memory_mb
+        self.start()
+        self.rules = sandbox.landlock_rules() if tier != "C" else None
+        forget_project()
+        if uid:
+            import_through_descriptors()
+
+    def start(self) -> None:
         command = [sys.executable, "-s", "-P", "-S", "-B", "-m", "eval.candidate"]
-        command += [tier, str(uid), str(memory_mb)]
-        if tier == "A":
+        command += [self.tier, str(self.uid), str(self.memory_mb)]
+        if self.tier == "A":
             command = sandbox.bwrap(command, os.path.dirname(os.path.abspath(__file__)))
         self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL)
         theirs.close()
         if self.control.recv(64) != b"ready":
             sys.exit()  # it has said why on stderr
-        self.rules = sandbox.landlock_rules() if tier != "C" else None
-        forget_project()
-        if uid:
-            import_through_descriptors()
 
     def run(self, job: dict) -> tuple[str, str]:
         """(status, detail) of {"source", "prompt", "test", "entry_point", "timeout_s"}."""
@@ -95,6 +98,12 @@ class Supervisor:
             sys.exit()
         broke = said[:1] == ["broken"]
         how = self._end(LAST_WORDS_S if broke else 0)
+        if not how:
+            code = self.process.wait(END_S)
+            if self.tier != "C" or code >= 0:
+                raise RuntimeError(f"the sandbox ended ({code})")
+            self.start()
+            return "failed", "killed its sandbox"  # as one of the same uid can
         if pidfd not in ready or code == -signal.SIGXCPU or how == f"signal {signal.SIGXCPU:d}":
             return "timeout", f"no end within {timeout_s:g} s"
         if broke and how == f"signal {signal.SIGKILL:d}" and self.tier != "C":
@@ -106,13 +115,13 @@ class Supervisor:
         return tuple(said) if said else ("failed", f"the check ended with {code}")
 
     def _end(self, wait_s: float) -> str:
-        """End the candidate after `wait_s` at most; how it ended. Raises if it cannot be ended."""
+        """End the candidate after `wait_s` at most: how it ended, "" if the sandbox has."""
         self.control.settimeout(wait_s + END_S)
-        self.control.sendall(f"{wait_s}".encode())
-        how = self.control.recv(64).decode()
-        if not how:
-            raise RuntimeError(f"the sandbox is gone ({self.process.poll()})")
-        return how
+        try:
+            self.control.sendall(f"{wait_s}".encode())
+            return self.control.recv(64).decode()
+        except (BrokenPipeError, ConnectionResetError):
+            return ""
 
     def _check(self, job: dict, cpu_s: int, channel: int, report: int) -> None:
         """In the fork: confined too, run the test and write [status, detail]. No return."""
