@@ -169,7 +169,9 @@ def bwrap(command: list[str], folder: str) -> list[str]:
         p for n in ("site-packages", "dist-packages") if os.path.isdir(p := f"{library}/{n}")
     ]
     # bwrap would give folders above them the modes that they have outside, as 0700 of /root.
-    above = sorted({str(p) for path in binds for p in pathlib.PurePath(path).parents} - {"/"})
+    above = sorted(
+        {str(p) for path in [*binds, os.devnull] for p in pathlib.PurePath(path).parents} - {"/"}
+    )
     user = ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     if os.geteuid() == 0:
         user = [x for c in ("SETUID", "SETGID", "KILL") for x in ("--cap-add", f"CAP_{c}")]

@@ -42,7 +42,7 @@ def encode(value, other: Callable[[object], object]) -> object:
     for kind in (tuple, set, frozenset):
         if isinstance(value, kind):
             return {kind.__name__: [encode(x, other) for x in value]}
-    if isinstance(value, type) and value.__module__ == "builtins":
+    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
         return {"type": value.__name__}
     if isinstance(value, range):
         return {"range": [encode(x, other) for x in (value.start, value.stop, value.step)]}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from eval import execute
-from eval.execute import Check, run_checks, run_programs
+from eval.execute import Check, Verdict, run_checks, run_programs
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
@@ -241,8 +241,8 @@ def escape(body: str, target) -> Check:
     return Check(source + "    return 'escaped'\n", test, "attack", timeout_s=20)
 
 
-def answers(checks: dict[str, Check], tier: str) -> dict[str, str]:
-    return dict(zip(checks, (v for v in run_checks(list(checks.values()), tier=tier))))
+def answers(checks: dict[str, Check], tier: str, workers: int = 2) -> dict[str, Verdict]:
+    return dict(zip(checks, run_checks(list(checks.values()), workers, tier=tier)))
 
 
 def test_none_escapes(tier, target):
@@ -265,7 +265,7 @@ def test_what_tier_c_lets_through_shows_that_the_attacks_work(target):
         "make a folder", "link", "truncate", "rename", "TCP", "UDP", "netlink", "Unix socket",
     )  # fmt: skip
     checks = {name: escape(ESCAPES[name], target) for name in through}
-    failed = {n: v for n, v in answers(checks, "C").items() if v.status != "passed"}
+    failed = {n: v for n, v in answers(checks, "C", workers=1).items() if v.status != "passed"}
     assert failed == {}
     verdict = run_checks([escape(ESCAPES["exec"], target)], tier="C")[0]
     assert "ended early: exit status 0" in verdict.detail
@@ -299,8 +299,8 @@ def test_hanging_ends(tier):
 
 def test_an_attacker_leaves_the_next_candidate_untouched(tier):
     """One worker: each good candidate follows an attack in the same sandbox."""
-    sources = [PROMPT + s for body in list(FORGE.values())[::4] for s in (body, GOOD)]
-    verdicts = run_checks([Check(s, TEST, "f", PROMPT, 20) for s in sources], 1, tier=tier)
+    sources = [PROMPT + s for body in list(FORGE.values())[::5] for s in (body, GOOD)]
+    verdicts = run_checks([Check(s, TEST, "f", PROMPT, 3) for s in sources], 1, tier=tier)
     assert {v.status for v in verdicts[1::2]} == {"passed"}
 
 
