@@ -43,7 +43,9 @@ def main() -> None:
             status, detail = "infrastructure", f"the supervisor failed: {e!r:.200}"
         _answer(status, detail, time.monotonic() - start)
         if status == "infrastructure":
-            return
+            break
+    supervisor.control.close()
+    supervisor.process.wait(END_S)
 
 
 class Supervisor:

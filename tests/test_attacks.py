@@ -267,9 +267,6 @@ def test_what_tier_c_lets_through_shows_that_the_attacks_work(target):
     checks = {name: escape(ESCAPES[name], target) for name in through}
     failed = {n: v for n, v in answers(checks, "C", workers=1).items() if v.status != "passed"}
     assert failed == {}
-    verdict = run_checks([escape(ESCAPES["exec"], target)], tier="C")[0]
-    assert "ended early: exit status 0" in verdict.detail
-    assert (target[0] / "executed").exists()
 
 
 def test_none_passes(tier):
