@@ -1,3 +1,4 @@
+import contextlib
 import os
 import re
 import signal
@@ -58,18 +59,23 @@ def any_tier():
     return next(t for t in "ABC" if not execute._missing(t))
 
 
-def processes(marker: str) -> list[str]:
-    """The command lines of supervisors and sandboxes with `marker` in their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            environment = (path / "environ").read_bytes()
-        except OSError:
-            continue
-        if re.search(r"eval\.(supervise|candidate)", line) and marker.encode() in environment:
-            found.append(line)
+def processes() -> dict[int, tuple[int, int]]:
+    """{pid: (parent, start time)} of all processes but zombies."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_bytes().rpartition(b")")[2].split()  # proc(5): from the state on
+            if fields[0] != b"Z":
+                found[int(path.parent.name)] = int(fields[1]), int(fields[19])
     return found
+
+
+def descendants(pid: int) -> set[tuple[int, int]]:
+    """(pid, start time) of all that descends from `pid`."""
+    running, family = processes(), {pid}
+    while more := {p for p, (parent, _) in running.items() if parent in family} - family:
+        family |= more
+    return {(p, running[p][1]) for p in family - {pid}}
 
 
 def one(source: str, test: str, tier: str, entry_point: str = "f", prompt: str = "", **fields):
@@ -217,27 +223,26 @@ def test_describe_says_what_is_not_protected():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_evaluator_ends(tmp_path, any_tier, number):
+def test_evaluator_ends(any_tier, number):
     """Whatever ends the evaluator, programs that run do not outlive it by much."""
     script = (  # a background shell has its commands ignore SIGINT
         "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from eval import execute\n"
         f"execute.run_programs(['while True: pass'] * 9, 300, tier={any_tier!r})"
     )
-    marker = f"{tmp_path}/bin"  # PATH is handed on to supervisors and sandboxes
     evaluator = subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=Path(__file__).parents[1],
-        env={"PATH": os.environ["PATH"] + ":" + marker},
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
-    while len(processes(marker)) < 6:  # per worker: two servers and their two forks, or more
+    # Per worker a supervisor and a sandbox, and a fork of each; the trial's are gone by then.
+    while len(left := descendants(evaluator.pid)) < 8:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     evaluator.send_signal(number)
     evaluator.wait(60)
-    while processes(marker):
+    while left & {(pid, start) for pid, (_, start) in processes().items()}:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
