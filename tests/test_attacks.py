@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from tiers import need
 
-from eval import execute
 from eval.execute import Check, Verdict, run_checks, run_programs
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
@@ -217,10 +217,7 @@ HANG = {
 
 @pytest.fixture(params=["A", "B"])
 def tier(request):
-    missing = execute._missing(request.param)
-    if missing:
-        pytest.skip(f"tier {request.param}: {missing}")
-    return request.param
+    return need(request.param)
 
 
 @pytest.fixture
@@ -258,8 +255,7 @@ def test_none_escapes(tier, target):
 
 def test_what_tier_c_lets_through_shows_that_the_attacks_work(target):
     """The same programs where only limits hold: what C is documented not to protect."""
-    if execute._missing("C"):
-        pytest.skip(execute._missing("C"))
+    need("C")
     through = (
         "read the reference", "list a folder", "accounts", "plant a file",
         "make a folder", "link", "truncate", "rename", "TCP", "UDP", "netlink", "Unix socket",

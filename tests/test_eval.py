@@ -5,15 +5,15 @@ import types
 from pathlib import Path
 
 import pytest
+from tiers import best
 
 from config import UserError, run
-from eval import execute, exercises, humaneval, mbpp
+from eval import exercises, humaneval, mbpp
 from eval.execute import Verdict, run_checks
 from eval.harness import BODY, read_problems, trim_to_body
-from eval.self_check import check, self_check
+from eval.self_check import LOOP_S, check, self_check, slowdown
 
-LINUX = sys.platform.startswith("linux")
-TIER = next((t for t in "ABC" if not execute._missing(t)), "A") if LINUX else "A"
+TIER = best()
 PROBLEMS = [
     {
         "task_id": f"T/{name}",
@@ -49,6 +49,8 @@ def problems(tmp_path):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Run a command in this process: (exit status, stdout, stderr)."""
+
+    monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 1.0)  # 0.3 s each
 
     def call(module, *arguments):
         monkeypatch.setattr("sys.argv", ["command", *map(str, arguments), "--sandbox", TIER])
@@ -95,7 +97,7 @@ def test_samples_with_a_known_score(command, problems, tmp_path):
     samples, out = write(tmp_path / "samples.jsonl", rows), tmp_path / "out"
     status, stdout, _ = command(
         exercises, "--problems", problems, "--samples", samples, "--out", out, "--json",
-        "--timeout_s", "2",
+        "--timeout_s", "0.5",
     )  # fmt: skip
     assert status == 0
     result = json.loads(stdout)  # one object and nothing else
@@ -110,7 +112,7 @@ def test_samples_with_a_known_score(command, problems, tmp_path):
     assert result["intervals"]["pass@1"] == result["ci95"]
     assert result["intervals"]["pass@10"][0] < 0.5 < result["intervals"]["pass@10"][1]
     assert result["timeouts"]["slowdown"] >= 1
-    assert 2 <= result["timeouts"]["shortest_s"] <= result["timeouts"]["longest_s"]
+    assert 0.5 <= result["timeouts"]["shortest_s"] <= result["timeouts"]["longest_s"]
     assert json.loads((out / "results.json").read_text()) == result
     written = samples_of(out)
     assert [s["completion"] for s in written] == [row["completion"] for row in rows]
@@ -298,6 +300,86 @@ def test_problems_that_are_none(tmp_path, rows, message):
 )
 def test_trim_to_body(completion, kept):
     assert trim_to_body(completion) == kept
+
+
+# What the demo's base model wrote, at temperature 1 and without stop strings, and what is kept.
+WRITTEN = [
+    (
+        "    [heamed the and cp in ``}._tensor\n)\n\n\nasserter.\n\n    red = int\n",
+        "    [heamed the and cp in ``}._tensor\n",
+    ),
+    (
+        "    if `iter + (ity.\n    For cctions=cls)\n\n\ndef __scutation(self):\n",
+        "    if `iter + (ity.\n    For cctions=cls)\n\n",
+    ),
+    (
+        '    """Rerioreding function are Hity\n    """\n\n    Seb):\n        return, '
+        "chone = entultius\n\n\ndefaknew_options_exce(b_l",
+        '    """Rerioreding function are Hity\n    """\n\n    Seb):\n        return, '
+        "chone = entultius\n\n\n",
+    ),
+    (
+        '    rame string[:52  day in x\n    "is mquest ...\n\n\nclass index FtR bes import len(ti',
+        '    rame string[:52  day in x\n    "is mquest ...\n\n',
+    ),
+    ("    # 1\n    # 1\n", "    # 1\n    # 1\n"),
+    (
+        "    return sum(x + 1 for x in v if 5 <= x)\n",
+        "    return sum(x + 1 for x in v if 5 <= x)\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("written", "kept"), WRITTEN)
+def test_trim_of_what_a_model_wrote(written, kept):
+    assert BODY.trim(written) == kept
+
+
+def test_untrimmed_completion_is_recorded(command, model, problems, tmp_path):
+    model.answers |= {"def add": ["    return a + b\nx = 1\n"], "def sub": ["    return a - b\n"]}
+    out = tmp_path / "out"
+    command(humaneval, "--problems", problems, "--checkpoint", "run", "--out", out)
+    add, sub = samples_of(out)
+    assert (add["completion"], add["untrimmed"]) == (
+        "    return a + b\n",
+        "    return a + b\nx = 1\n",
+    )
+    assert "untrimmed" not in sub
+
+
+def test_evalplus_solutions_are_read(command, problems, tmp_path):
+    solutions = [
+        "def plus(a, b):\n    return a + b\n\ndef add(a, b):\n    return plus(a, b)\n",
+        "def sub(a, b):\n    return b - a\n",
+    ]
+    rows = [{"task_id": p["task_id"], "solution": s} for p, s in zip(PROBLEMS, solutions)]
+    samples = write(tmp_path / "samples.jsonl", rows)
+    result = json.loads(
+        command(humaneval, "--problems", problems, "--samples", samples, "--json")[1]
+    )
+    assert result["pass@1"] == 0.5
+
+
+def test_timeouts_follow_the_machine_and_the_reference(command, tmp_path, monkeypatch):
+    slow = {"canonical_solution": "    import time; time.sleep(0.5); return a + b\n"}
+    problems = write(tmp_path / "problems.jsonl", [PROBLEMS[0] | slow, PROBLEMS[1]])
+    rows = [{"task_id": p["task_id"], "completion": "    pass"} for p in PROBLEMS]
+    samples = write(tmp_path / "samples.jsonl", rows)
+    monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 3.0)
+    monkeypatch.setattr("eval.harness.self_check", lambda *_, **__: {"T/add": 0.5, "T/sub": 0.1})
+    arguments = ("--problems", problems, "--samples", samples, "--json", "--timeout_s", "0.4")
+    timeouts = json.loads(command(humaneval, *arguments)[1])["timeouts"]
+    assert timeouts["slowdown"] == 3.0
+    assert timeouts["shortest_s"] == pytest.approx(1.2)
+    assert timeouts["longest_s"] == pytest.approx(2.0)
+
+
+def test_slowdown_is_the_loops_time(monkeypatch):
+    verdicts = [Verdict("passed", "", s) for s in (0.2, 0.9, 0.4, 0.1, 0.5, 0.4)]
+    monkeypatch.setattr("eval.self_check.run_checks", lambda checks, **limits: verdicts)
+    assert slowdown(workers=2) == pytest.approx(0.4 / LOOP_S)
+    monkeypatch.undo()
+    assert slowdown(workers=1, tier=TIER) >= 1.0
 
 
 def test_trim_cuts_at_the_first_stop_string():
