@@ -1,11 +1,10 @@
-"""Runs untrusted programs, one after the other in each of a few limited processes.
+"""Runs untrusted programs in the sandbox and checks what they answer.
 
-`run_programs` is the whole interface. Each worker is a supervisor process (eval/supervise.py) that
-forks a child per program: own session, own temporary folder, rlimits, an empty environment, no
-stdin, output discarded, an unprivileged uid where we are root. After a program, or at its deadline,
-the supervisor kills and reaps all that descends from it. "passed" needs more than exit code 0: the
-child must report, at its end, a nonce that it was forked with. `describe()` says what all this does
-not protect: it guards against accidents, not against an attacker.
+`run_checks` is the whole interface, `run_programs` its form for programs that hold their own tests.
+Each worker is a trusted process (eval/supervise.py) with a sandbox of its own (eval/candidate.py
+under the limits of eval/sandbox.py). The candidate alone is inside; the test runs outside and sees
+plain data that the candidate sends, so that nothing inside can decide the verdict. `describe` says
+which tier of sandbox is used and what it does not protect.
 """
 
 import contextlib
@@ -14,132 +13,182 @@ import json
 import os
 import queue
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from config import UserError
-from eval.supervise import FILE_MB, OPEN_FILES, remove
+from eval.sandbox import LACKS, TIERS, landlock_abi
 
 STATUSES = ("passed", "failed", "timeout", "infrastructure")
-SUPERVISOR = Path(__file__).with_name("supervise.py")
+ROOT = Path(__file__).parents[1]
 FIRST_UID, UIDS = 65520, 14  # no user has these (systemd.io/UIDS-GIDS); one a worker, so that
 # programs of different workers cannot signal each other
 START_S = GRACE_S = 30  # for a supervisor to start, and to answer after a program's deadline
+# What tiers A and B must refuse before a program is trusted to them; the imports must work.
+TRIAL = """
+import os, socket, decimal, email.message, random, signal
+assert os.getuid()
+for attempt in (
+    os.fork, socket.socket, lambda: os.kill(os.getppid(), signal.SIGTERM),
+    lambda: open("/etc/passwd"), lambda: open("/tmp/planted", "w"), lambda: os.listdir("/proc"),
+):
+    try:
+        attempt()
+    except OSError:
+        continue
+    raise RuntimeError("the sandbox has a hole")
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A candidate's source and the test that it is to pass."""
+
+    source: str  # the candidate: prompt and completion, say; all that enters the sandbox
+    test: str = ""  # defines check(candidate), run outside; "": the source need only run to its end
+    entry_point: str = ""  # the name in the source that check is called with
+    prompt: str = ""  # trusted source whose helpers the test may use
+    timeout_s: float = 15.0  # wall-clock time for all of it
 
 
 @dataclass(frozen=True)
 class Verdict:
     status: str  # one of STATUSES
     detail: str  # why, for a person; "" if passed
+    seconds: float = 0.0  # of wall-clock time that the check took
 
 
-def run_programs(
-    programs: list[str],
-    timeout_s: float = 15.0,
+def run_checks(
+    checks: list[Check],
     workers: int = 2,
     memory_mb: int = 1024,
     progress: str = "",
+    tier: str = "auto",
 ) -> list[Verdict]:
-    """The verdict of each Python program, in order; `progress` labels a bar on stderr.
+    """The verdict of each check, in order; `progress` labels a bar on stderr.
 
-    timeout_s is the wall-clock time of a whole program, memory_mb its address space. A sandbox that
-    does not start gives the status "infrastructure", which says nothing about the program.
-    Raises UserError where programs cannot be run at all (not Linux).
+    memory_mb is a candidate's address space. A sandbox that fails twice in a row gives the status
+    "infrastructure", which says nothing about the candidate. Raises UserError where the tier cannot
+    be had ("auto": neither A nor B).
     """
+    return _run(checks, workers, memory_mb, progress, choose(tier))
+
+
+def run_programs(
+    programs: list[str], timeout_s: float = 15.0, workers: int = 2, **limits
+) -> list[Verdict]:
+    """The verdicts of whole programs, "passed" if they run to their end without an exception.
+
+    A program that holds its own test, as synthetic exercises do, can forge that verdict; the
+    sandbox holds all the same.
+    """
+    return run_checks([Check(p, timeout_s=timeout_s) for p in programs], workers, **limits)
+
+
+def choose(tier: str = "auto") -> str:
+    """The tier to use: the one named, or the best that works here. Raises UserError."""
     if not hasattr(os, "pidfd_open"):
         raise UserError(f"running untrusted programs needs Linux >= 5.3, this is {sys.platform}")
-    return _run(programs, timeout_s, workers, memory_mb, progress, _unprivileged())
+    if tier not in ("auto", *TIERS):
+        raise UserError(f"--sandbox {tier!r}: want auto, {', '.join(TIERS)}")
+    lacks = []
+    for candidate in ("A", "B") if tier == "auto" else (tier,):
+        missing = _missing(candidate)
+        if not missing:
+            return candidate
+        lacks.append(f"tier {candidate}: {missing}")
+    more = "; --sandbox C runs programs all but unprotected" if tier != "C" else ""
+    raise UserError(f"no sandbox on this machine ({'; '.join(lacks)}){more}")
 
 
-def describe() -> str:
+def describe(tier: str) -> str:
     """What holds while a program runs and what does not: printed, and recorded with a score."""
-    if _unprivileged():
-        who, more = "a uid that owns nothing, no new processes or threads", "readable by all"
-    elif os.geteuid():
-        who, more = "our own uid, no new processes or threads", "of ours, our other processes"
-    else:
-        who, more = "ROOT (changing the uid failed)", "of this machine, all its processes"
-    return (
-        f"Limits: own session and folder, {who}; time, address space, files of {FILE_MB} MB, "
-        f"{OPEN_FILES} open files. NOT protected: files {more}, free disk space, the network, the "
-        "kernel; a program can find the nonce by walking frames, or return objects equal to all."
-    )
+    means = {
+        "A": "bubblewrap, seccomp, rlimits and an unprivileged uid",
+        "B": "Landlock, seccomp, rlimits and an unprivileged uid",
+        "C": "rlimits and an unprivileged uid alone",
+    }
+    return f"Sandbox tier {tier}: {means[tier]}. NOT protected: {LACKS[tier]}."
 
 
 @functools.cache
-def _unprivileged() -> bool:
-    """Whether programs get a uid of their own: we are root and a trial with imports succeeds."""
-    trial = "import os, decimal, email.message, random\nassert os.getuid()"
-    return os.geteuid() == 0 and _run([trial], 15, 1, 1024, "", True)[0].status == "passed"
+def _missing(tier: str) -> str:
+    """Why `tier` does not work here, "" if it does: a trial attacks it."""
+    if tier == "A" and not shutil.which("bwrap"):
+        return "bubblewrap (bwrap) is not installed"
+    if tier == "B" and not landlock_abi():
+        return "the kernel has no Landlock"
+    trial = TRIAL if tier != "C" else TRIAL.partition("for attempt")[0]
+    verdict = _run([Check(trial)], 1, 1024, "", tier)[0]
+    return "" if verdict.status == "passed" else verdict.detail
 
 
-def _run(programs, timeout_s, workers, memory_mb, progress, new_uid) -> list[Verdict]:
-    folder = tempfile.mkdtemp(prefix="nanophi-")
-    os.chmod(folder, 0o711)  # a program may enter its own folder, but list no others
-    limits = [f"{timeout_s:g}", str(memory_mb)]
+def _run(checks, workers, memory_mb, progress, tier) -> list[Verdict]:
     idle, supervisors = queue.SimpleQueue(), []
-    for i in range(min(workers, len(programs))):
-        os.mkdir(f"{folder}/{i}", 0o711)
-        uid = FIRST_UID + i % UIDS if new_uid else 0
-        supervisors.append(_Supervisor([*limits, str(uid), f"{folder}/{i}"], timeout_s))
+    for i in range(min(workers, len(checks))):
+        uid = FIRST_UID + i % UIDS if os.geteuid() == 0 else 0
+        supervisors.append(_Supervisor([tier, str(uid), str(memory_mb)]))
         idle.put(supervisors[i])
 
-    def run(program: str) -> Verdict:
+    def run(check: Check) -> Verdict:
         supervisor = idle.get()
         try:
-            return supervisor.run(program)
+            verdict = supervisor.run(check)
+            if verdict.status == "infrastructure":
+                verdict = supervisor.run(check)
+            return verdict
         finally:
             idle.put(supervisor)
 
-    try:
-        with ThreadPoolExecutor(max(1, len(supervisors))) as pool:
-            try:
-                verdicts = pool.map(run, programs)
-                hidden = None if progress else True  # None: hidden where stderr is no terminal
-                return list(tqdm(verdicts, progress, len(programs), disable=hidden))
-            finally:  # on an interrupt too: a supervisor whose stdin closes ends its program
-                pool.shutdown(wait=False, cancel_futures=True)
-                for supervisor in supervisors:
-                    supervisor.stop()
-    finally:
-        remove(folder)
+    with ThreadPoolExecutor(max(1, len(supervisors))) as pool:
+        try:
+            verdicts = pool.map(run, checks)
+            hidden = None if progress else True  # None: hidden where stderr is no terminal
+            return list(tqdm(verdicts, progress, len(checks), disable=hidden))
+        finally:  # on an interrupt too: a supervisor whose stdin closes ends its program
+            pool.shutdown(wait=False, cancel_futures=True)
+            for supervisor in supervisors:
+                supervisor.stop()
 
 
 class _Supervisor:
     """A supervisor process, started with its first program, and again if a program ends it."""
 
-    def __init__(self, arguments: list[str], timeout_s: float):
-        # -s -P and an empty environment are -I, but for the seed of hash(): fixed, so that the same
-        # programs get the same verdicts. -S: no site-packages.
-        self.command = [sys.executable, "-s", "-P", "-S", "-B", str(SUPERVISOR), *arguments]
-        self.timeout_s = timeout_s
-        self.process, self.no_start = None, None
+    def __init__(self, arguments: list[str]):
+        # -s -P and an environment of ours are -I, but for the seed of hash(): fixed, so that the
+        # same programs get the same verdicts. -S: no site-packages.
+        options = ["-s", "-P", "-S", "-B", "-m", "eval.supervise"]
+        self.command = [os.path.realpath(sys.executable), *options, *arguments]
+        self.tier, self.process, self.no_start = arguments[0], None, None
 
-    def run(self, program: str) -> Verdict:
+    def run(self, check: Check) -> Verdict:
         if self.process is None and self.no_start is None:
-            self.no_start = self._start()
+            failure = self._start()
+            if failure:
+                return failure
         if self.no_start:
             return self.no_start
         answer = None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(program).encode() + b"\n")
+            self.process.stdin.write(json.dumps(asdict(check)).encode() + b"\n")
             self.process.stdin.flush()
-            answer = self._answer(self.timeout_s + GRACE_S)
+            answer = self._answer(check.timeout_s + GRACE_S)
         if answer is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1)
             exit_code = self.process.returncode
             self.process.kill()  # if it hangs
             self.close()
-            if exit_code is None or exit_code >= 0:
-                return Verdict("infrastructure", f"the supervisor gave no answer ({exit_code})")
-            return Verdict("failed", "killed its supervisor")  # as one of the same uid can
+            if self.tier == "C" and exit_code is not None and exit_code < 0:
+                return Verdict("failed", "killed its supervisor")  # as one of the same uid can
+            return Verdict("infrastructure", f"the supervisor gave no answer ({exit_code})")
         if answer.status == "infrastructure":
             self.close()  # it has ended: the next program gets a fresh one
         return answer
@@ -172,7 +221,11 @@ class _Supervisor:
                     stdout=subprocess.PIPE,
                     stderr=stderr,
                     cwd="/",
-                    env={"PYTHONHASHSEED": "0"},
+                    env={
+                        "PYTHONHASHSEED": "0",
+                        "PYTHONPATH": str(ROOT),
+                        "PATH": os.environ.get("PATH", ""),
+                    },
                     start_new_session=True,
                 )
             except OSError as e:

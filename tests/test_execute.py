@@ -1,17 +1,18 @@
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from tiers import best, need
 
 from config import UserError
 from eval import execute
-from eval.execute import describe, run_programs
+from eval.execute import Check, describe, run_checks, run_programs
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
@@ -22,166 +23,190 @@ FAIL = {
     "surrogate": "x = '\ud800'",
     "exit code 0": "import os\nos._exit(0)",
     "sys.exit(0)": "import sys\nsys.exit(0)",
-    "forged report": "import os\nfor fd in range(3, 64):\n try: os.write(fd, b'+' + b'0' * 32)\n"
-    " except OSError: pass\nos._exit(0)",
-    "a fork reaches the end": "import os\nif os.fork():\n os.wait()\n os._exit(0)",
-    "killed": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
-    "killed by a signal without a name": "import os\nos.kill(os.getpid(), 40)",
+    "killed": "import ctypes\nctypes.string_at(0)",
     "memory": "x = bytearray(10**11)",
     "memory in steps": "x = []\nwhile True: x.append(bytearray(10**7))",
-    "file size": "open('f', 'wb').write(b'x' * 10**8)",
     "stdin": "input()",
     "message that raises": "class E(Exception):\n def __str__(self): raise self\nraise E",
     "project on the path": "import config",
     "site-packages": "import tqdm",
+    "thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(100,)).start()",
 }
 PASS = {
     "nothing": "",
-    "stdlib": "import decimal, email.message, random, sqlite3.dbapi2, encodings.idna, dataclasses",
-    "own folder": "import os, tempfile\nassert os.listdir() == []\nopen('f', 'w').write('x')\n"
-    "assert os.listdir() == ['f'] and os.path.samefile(tempfile.gettempdir(), '.')",
-    "no environment": "import os\n"
-    "assert set(os.environ) <= {'TMPDIR', 'PYTHONHASHSEED', 'LC_CTYPE'}",
+    "stdlib": "import decimal, email.message, random, sqlite3.dbapi2, encodings.idna, dataclasses\n"
+    "import hashlib, json, re, collections, statistics, zoneinfo, uuid, difflib, ast, inspect",
+    "no environment": "import os\nassert not os.environ",
     "200 MB of output": "for _ in range(200): print('x' * 10**6)",
+    "null device": "import os\nprint('x', file=open(os.devnull, 'w'))",
     "dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n"
     "@dataclass\nclass P:\n x: int\nassert P(1) == P(1)",
     "not main": "if __name__ == '__main__': raise ValueError",
+    "alarm": "import signal\nsignal.alarm(1)\nsignal.alarm(0)",
+    "clock": "import time, datetime\ntime.sleep(0.001)\ndatetime.datetime.now()",
 }
-TIMEOUT = {
-    "loop": "while True: pass",
-    "SIGTERM ignored": "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    "time.sleep(100)",
-    "closed pipes": "import os, time\nos.closerange(0, 64)\ntime.sleep(100)",
-    "endless output": "while True: print('x' * 10**6)",
-    "endless exception": "class E(Exception):\n def __str__(self):\n  while True: pass\nraise E",
-}
-# Each leaves a process behind where it may fork at all, or else fails.
-LEAVE = {
-    "fork": "import os, time\nif os.fork() == 0: time.sleep(100)",
-    "daemon": "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork(): os._exit(0)\n"
-    " time.sleep(100)",
-    "daemon, then a timeout": "import os, time\nif os.fork() == 0: os.setsid()\ntime.sleep(100)",
-    "thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(100,)).start()",
-}
+ADD = "def f(a, b=0):\n    return a + b\n"
 
 
-def needs_own_uid():
-    status = Path("/proc/self/status").read_text()
-    if ~int(re.search(r"CapEff:\s*(\w+)", status)[1], 16) & 0b11000001:  # chown, setgid, setuid
-        pytest.skip("needs a root that may change the uid")
-    assert execute._unprivileged()
+@pytest.fixture(params=["A", "B", "C"])
+def tier(request):
+    return need(request.param)
 
 
-@pytest.fixture(params=["own uid", "our uid"])
-def folder(request, monkeypatch):
-    """Where temporary folders go; once with the programs under a uid of their own, once not."""
-    if request.param == "own uid":
-        needs_own_uid()
-    monkeypatch.setattr(execute, "_unprivileged", lambda: request.param == "own uid")
-    with tempfile.TemporaryDirectory() as path:  # not tmp_path, which others cannot enter
-        os.chmod(path, 0o711)
-        monkeypatch.setattr("tempfile.tempdir", path)
-        yield Path(path)
+@pytest.fixture
+def any_tier():
+    return best()
 
 
-def processes(marker: str) -> list[str]:
-    """The command lines that contain `marker`, as those of supervisors and their forks do."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if marker in line and "supervise.py" in line:
-            found.append(line)
+def processes() -> dict[int, tuple[int, int]]:
+    """{pid: (parent, start time)} of all processes but zombies."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_bytes().rpartition(b")")[2].split()  # proc(5): from the state on
+            if fields[0] != b"Z":
+                found[int(path.parent.name)] = int(fields[1]), int(fields[19])
     return found
 
 
-def statuses(programs: dict[str, str], **limits) -> dict[str, str]:
-    verdicts = run_programs(list(programs.values()), workers=2, **limits)
-    return {name: verdict.status for name, verdict in zip(programs, verdicts)}
+def descendants(pid: int) -> set[tuple[int, int]]:
+    """(pid, start time) of all that descends from `pid`."""
+    running, family = processes(), {pid}
+    while more := {p for p, (parent, _) in running.items() if parent in family} - family:
+        family |= more
+    return {(p, running[p][1]) for p in family - {pid}}
 
 
-def test_passes_and_fails(folder):
-    want = dict.fromkeys(FAIL, "failed") | dict.fromkeys(PASS, "passed")
-    assert statuses(FAIL | PASS, memory_mb=512, timeout_s=60) == want
-    assert list(folder.iterdir()) == []
+def one(source: str, test: str, tier: str, entry_point: str = "f", prompt: str = "", **fields):
+    return run_checks([Check(source, test, entry_point, prompt, **fields)], 1, tier=tier)[0]
 
 
-def test_hash_seed_is_fixed():
-    details = {v.detail for _ in range(2) for v in run_programs(["raise ValueError(hash('a'))"])}
-    assert len(details) == 1
+def test_passes_and_fails(tier):
+    programs = FAIL | PASS
+    verdicts = run_programs(list(programs.values()), 60, memory_mb=512, tier=tier)
+    statuses = dict(zip(programs, (v.status for v in verdicts)))
+    assert statuses == dict.fromkeys(FAIL, "failed") | dict.fromkeys(PASS, "passed")
 
 
-def test_timeouts(folder):
-    assert statuses(TIMEOUT, timeout_s=0.3) == dict.fromkeys(TIMEOUT, "timeout")
-    assert processes(str(folder)) == []
-    assert list(folder.iterdir()) == []
+def test_check_sees_values(any_tier):
+    source = ADD + "from collections import Counter\nclass Node:\n    def __init__(s, v): s.v = v\n"
+    source += "def sum_of(nodes): return sum(n.v for n in nodes)\ndef same(x): return x\n"
+    test = """
+def check(candidate):
+    assert candidate(2, b=3) == 5 and candidate([1], [2]) == [1, 2]
+    assert candidate("\\ud83d", "\\ude00") == "\\ud83d\\ude00"
+    assert same({(1, 2): {3.5, None}}) == {(1, 2): {3.5, None}}
+    assert same(int) is int and list(same(iter("ab"))) == ["a", "b"]
+    a, b = Node(1), Node(2)
+    b.v = 7
+    b.next = a
+    assert sum_of([a, b]) == 8 and b.next.v == 1
+    assert same(a) != a and not isinstance(same(a), int)
+    try:
+        candidate(1, "x")
+    except TypeError as e:
+        assert "unsupported operand" in str(e)
+    else:
+        raise ValueError
+"""
+    verdict = one(source, test, any_tier)
+    assert verdict.status == "passed", verdict
 
 
-def test_leaves_no_process(folder):
-    statuses(LEAVE, timeout_s=0.5)
-    assert processes(str(folder)) == []
+def test_helpers_of_the_prompt_run_outside(any_tier):
+    prompt = "import math\ndef poly(xs, x):\n"
+    prompt += "    return sum(c * math.pow(x, i) for i, c in enumerate(xs))\n"
+    prompt += "def root(xs):\n"  # no docstring: no body either
+    test = "import copy\ndef check(candidate):\n"
+    test += "    assert abs(poly([-6, 2], candidate(copy.copy([-6, 2])))) < 1e-6\n"
+    good, bad = "    return -xs[0] / xs[1]\n", "    return 7\n"
+    assert one(prompt + good, test, any_tier, "root", prompt).status == "passed"
+    cheat = prompt + bad + "def poly(xs, x):\n    return 0\n"
+    assert one(cheat, test, any_tier, "root", prompt).status == "failed"
 
 
-def test_removes_any_tree(folder):
-    deep = "import os\nfor _ in range(1100): os.mkdir('d'); os.chdir('d')"
-    closed = "import os\nos.mkdir('d'); open('d/f', 'w'); os.chmod('d', 0)"
-    assert {v.status for v in run_programs([deep, closed, "", closed])} == {"passed"}
-    assert list(folder.iterdir()) == []
+def test_the_function_under_test_may_be_called_check(any_tier):
+    test = "assert check(2) == 3\n\ndef check(candidate):\n    pass\n"
+    source = "def check(x):\n    return x + 1\n"
+    assert one(source, test, any_tier, "check").status == "passed"
+    assert one(source.replace("1", "2"), test, any_tier, "check").status == "failed"
 
 
-def test_killed_supervisor_is_the_programs_fault_alone(folder):
-    kill = "import os\nos.kill(os.getppid(), 9)\nimport time\ntime.sleep(100)"
-    verdicts = run_programs([kill, "", kill, ""], workers=1)
-    assert [v.status for v in verdicts] == ["failed", "passed"] * 2
-    assert processes(str(folder)) == []
-    assert list(folder.iterdir()) == []
+def test_a_test_that_cannot_speak_to_a_candidate_says_so(any_tier):
+    verdict = one(ADD, "def check(candidate):\n    candidate(open, 1)\n", any_tier)
+    assert verdict.status == "failed"
+    assert "cannot enter the sandbox" in verdict.detail
 
 
-def test_own_uid():
-    needs_own_uid()
-    programs = [
-        "import os\nassert 0 not in (*os.getresuid(), *os.getresgid(), *os.getgroups())",
-        "open('/proc/1/environ').read()",
-        "import os\nos.setuid(0)",
-        "import os\nos.fork()",
-        "import os\nos.kill(os.getppid(), 9)",
-    ]
-    verdicts = run_programs(programs)
-    assert [v.status for v in verdicts] == ["passed"] + ["failed"] * 4
+def test_no_test_excuses_a_candidate_that_ends(any_tier):
+    test = "def check(candidate):\n    try: candidate(1)\n    except BaseException: pass\n"
+    assert one("def f(x):\n    raise ValueError\n", test, any_tier).status == "passed"
+    verdict = one("import os\ndef f(x):\n    os._exit(3)\n", test, any_tier)
+    assert (verdict.status, verdict.detail) == ("failed", "ended early: exit status 3")
 
 
-def test_order_is_kept():
+def test_hash_seed_is_fixed(any_tier):
+    program = "raise ValueError(hash('a'))"
+    assert len({v.detail for _ in range(2) for v in run_programs([program], tier=any_tier)}) == 1
+
+
+def test_timeouts(tier):
+    test = "def check(candidate):\n    while True: pass\n"
+    checks = [Check("while True: pass", timeout_s=0.3), Check(ADD, test, "f", timeout_s=0.3)]
+    assert {v.status for v in run_checks(checks, tier=tier)} == {"timeout"}
+
+
+def test_order_is_kept(any_tier):
     programs = [f"raise ValueError({i})" for i in range(50)]
-    assert [v.detail for v in run_programs(programs, workers=2)] == [
-        f"ValueError: {i}" for i in range(50)
-    ]
-    assert run_programs([]) == []
+    verdicts = run_programs(programs, workers=2, tier=any_tier)
+    assert [v.detail for v in verdicts] == [f"ValueError: {i}" for i in range(50)]
+    assert run_checks([], tier=any_tier) == []
+
+
+def test_seconds_are_measured(any_tier):
+    quick, slow = run_programs(["", "import time\ntime.sleep(0.3)"], tier=any_tier)
+    assert slow.seconds >= 0.3 > 0 < quick.seconds
 
 
 @pytest.mark.parametrize(
     ("target", "value", "detail"),
     [
         ("sys.executable", "/no/such/python", "cannot start"),
-        ("eval.execute.SUPERVISOR", Path("/no/such/file.py"), "did not start: .*No such file"),
+        ("eval.execute.ROOT", Path("/no/such"), "did not start: .*No module named"),
         ("eval.execute.FIRST_UID", -5, "limits not set|supervisor failed"),
     ],
 )
-def test_failing_sandbox_is_infrastructure(monkeypatch, target, value, detail):
-    if "UID" in target:
-        needs_own_uid()
-    execute._unprivileged()  # decided before the damage
-    monkeypatch.setattr(target, value)
-    verdicts = run_programs(["", "raise ValueError"], workers=1)
+def test_failing_sandbox_is_infrastructure(monkeypatch, any_tier, target, value, detail):
+    if "UID" in target and os.geteuid():
+        pytest.skip("needs root")
+    monkeypatch.setattr(target, value)  # the tier was tried before the damage
+    verdicts = run_programs(["", "raise ValueError"], workers=1, tier=any_tier)
     assert {v.status for v in verdicts} == {"infrastructure"}
     assert all(re.search(detail, v.detail) for v in verdicts)
 
 
-def test_failing_limit_is_infrastructure():
-    verdicts = run_programs([""], memory_mb=1 << 60)
-    assert verdicts[0].status == "infrastructure"
-    assert "limits not set" in verdicts[0].detail
+def test_failing_limit_is_infrastructure(any_tier):
+    verdict = run_programs([""], memory_mb=1 << 60, tier=any_tier)[0]
+    assert verdict.status == "infrastructure"
+    assert "limits not set" in verdict.detail
+
+
+def test_a_sandbox_that_dies_is_started_again(any_tier, monkeypatch):
+    """Killed from outside (as by the kernel short of memory): no verdict on the candidate."""
+    real, killed = execute._Supervisor.run, []
+
+    def run(self, check):
+        if self.process and len(killed) < 1:
+            killed.append(self.process.pid)
+            os.kill(self.process.pid, signal.SIGKILL)
+        return real(self, check)
+
+    monkeypatch.setattr(execute._Supervisor, "run", run)
+    if any_tier == "C":
+        pytest.skip("in tier C a candidate may have done that")
+    verdicts = run_programs(["", "", "raise ValueError", ""], workers=1, tier=any_tier)
+    assert [v.status for v in verdicts] == ["passed", "passed", "failed", "passed"]
+    assert killed
 
 
 def test_needs_linux(monkeypatch):
@@ -190,38 +215,47 @@ def test_needs_linux(monkeypatch):
         run_programs([""])
 
 
-def test_describe_says_which_uid(monkeypatch):
-    monkeypatch.setattr(execute, "_unprivileged", lambda: True)
-    assert "owns nothing" in describe()
-    monkeypatch.setattr(execute, "_unprivileged", lambda: False)
-    monkeypatch.setattr("os.geteuid", lambda: 0)
-    assert "ROOT" in describe()
-    monkeypatch.setattr("os.geteuid", lambda: 1000)
-    assert "our own uid" in describe()
-    assert "NOT protected" in describe()
+def test_describe_says_what_is_not_protected():
+    assert "bubblewrap" in describe("A")
+    assert "Landlock" in describe("B")
+    assert all("NOT protected: " in describe(tier) for tier in "ABC")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_evaluator_ends(tmp_path, number):
+def test_evaluator_ends(any_tier, number):
     """Whatever ends the evaluator, programs that run do not outlive it by much."""
     script = (  # a background shell has its commands ignore SIGINT
         "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from eval.execute import run_programs\nrun_programs(['while True: pass'] * 9, 300)"
+        "from eval import execute\n"
+        f"execute.run_programs(['while True: pass'] * 9, 300, tier={any_tier!r})"
     )
     evaluator = subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=Path(__file__).parents[1],
-        env={"TMPDIR": str(tmp_path)},
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
-    while len(processes(str(tmp_path))) < 4:  # two supervisors, two forks
+    # Per worker a supervisor and a sandbox, and a fork of each; the trial's are gone by then.
+    while len(left := descendants(evaluator.pid)) < 8:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     evaluator.send_signal(number)
     evaluator.wait(60)
-    while processes(str(tmp_path)):
+    while left & {(pid, start) for pid, (_, start) in processes().items()}:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    if number == signal.SIGINT:
-        assert list(tmp_path.iterdir()) == []
+
+
+def test_benchmark_files_pass_under_every_tier(shared_eval, tier):
+    """The references whose tests need most: helpers, classes, modules, odd names and results."""
+    from eval.harness import check, read_problems
+    from eval.mbpp import problem, read_rows
+
+    problems = read_problems(shared_eval / "HumanEval.jsonl.gz")
+    chosen = [problems[i] for i in (32, 33, 38, 50, 0, 2, 160)]
+    odd = {56, 349, 367, 533, 596, 601, 927, 137}
+    rows = read_rows(shared_eval / "mbpp.jsonl")[1]
+    chosen += [problem(row, "") for row in rows if row["id"] in odd]
+    verdicts = run_checks([check(p, p["canonical_solution"], 30) for p in chosen], tier=tier)
+    bad = {p["task_id"]: v for p, v in zip(chosen, verdicts) if v.status != "passed"}
+    assert bad == {}

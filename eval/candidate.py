@@ -1,0 +1,145 @@
+"""The process inside the sandbox: forks a confined child per candidate, which serves its functions.
+
+Started by eval/supervise.py as `python -m eval.candidate TIER UID MEMORY_MB`, in tier A within
+bubblewrap. Its stdin is a socket: a message with a descriptor attached starts a candidate that
+speaks through it, a number ends it after waiting so many seconds, and is answered with how it
+ended. The source comes through the candidate's own socket: this process, whose memory each child
+inherits, has seen no program, no test and no reference. Standard library only.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import types
+
+from eval import sandbox, tagged
+
+# Imported before the fork, so that programs need not. Never `random`: forks would share its seed.
+WARM = ("typing", "itertools", "functools", "heapq", "bisect", "string", "datetime", "copy")
+
+
+def main() -> None:
+    """Serve until the supervisor closes its end."""
+    tier, uid, memory_mb = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    for name in WARM:
+        __import__(name)
+    forget_project()
+    rules = sandbox.landlock_rules() if tier == "B" else None
+    if uid and tier != "A":
+        import_through_descriptors()
+    control = socket.socket(fileno=os.dup(0))
+    control.sendall(b"ready")
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        if not message:
+            return
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            serve(descriptors[0], tier, rules, int(message), memory_mb, uid)
+        os.close(descriptors[0])
+        wait_s = control.recv(64)
+        how = _end(pid, float(wait_s or 0))
+        if not wait_s:
+            return
+        control.sendall(how.encode())
+
+
+def serve(fd: int, tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid: int) -> None:
+    """In the fork: take on the limits, say so, then run the source and answer calls. No return."""
+    answers = os.fdopen(fd, "wb")
+
+    def answer(message) -> None:
+        answers.write(tagged.dumps(message))
+        answers.flush()
+
+    try:
+        detach()
+        sandbox.confine(tier, rules, cpu_s, memory_mb, uid)
+        os.environ.clear()
+        answer("ready")
+    except BaseException as e:
+        answer(f"limits not set: {e!r:.200}")
+        os._exit(1)
+    try:
+        _answer_all(os.fdopen(os.dup(fd), "rb"), answer)
+    finally:
+        os._exit(1)
+
+
+def _answer_all(requests, answer) -> None:
+    module = sys.modules["program"] = types.ModuleType("program")
+    objects = [module]  # those that are no data, by the number that the check knows them by
+
+    def other(value) -> int:
+        objects.append(value)
+        return len(objects) - 1
+
+    for line in requests:
+        try:
+            what, number, *rest = tagged.decode(tagged.loads(line), objects.__getitem__)
+            if what == "run":
+                result = exec(compile(rest[0], "<program>", "exec"), module.__dict__)
+            elif what == "call":
+                result = objects[number](*rest[0], **rest[1])
+            elif what == "get":
+                result = getattr(objects[number], rest[0])
+            else:
+                result = setattr(objects[number], *rest)
+            answer(["value", tagged.encode(result, other)])
+        except BaseException as e:
+            answer(["raise", *_describe(e)])
+
+
+def _describe(e: BaseException) -> tuple[str, str]:
+    """The name of its nearest builtin class, and its message."""
+    kind = next(c.__name__ for c in type(e).__mro__ if c.__module__ == "builtins")
+    try:
+        return kind, str(str(e))[:200]
+    except Exception:
+        return kind, ""
+
+
+def _end(pid: int, wait_s: float) -> str:
+    """Wait for the child, or else kill it; how it ended: "", "exit status N" or "signal N"."""
+    pidfd = os.pidfd_open(pid)
+    ended = bool(select.select([pidfd], [], [], wait_s)[0])
+    os.close(pidfd)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if not ended:
+        return "killed"
+    return f"exit status {code}" if code >= 0 else f"signal {-code}"
+
+
+def detach() -> None:
+    """A session of its own, with no standard input or output."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    if null > 2:
+        os.close(null)
+
+
+def forget_project() -> None:
+    """Let no program import what the project holds."""
+    sys.path[:] = [p for p in sys.path if p not in os.environ.get("PYTHONPATH", "").split(":")]
+
+
+def import_through_descriptors() -> None:
+    """Make the standard library importable where only root may enter the folder above it (/root).
+
+    A path /proc/self/fd/N starts at an open folder: what lies above it is not walked again.
+    """
+    packages = [m.__path__ for m in list(sys.modules.values()) if hasattr(m, "__path__")]
+    for paths in [sys.path, *packages]:
+        paths[:] = [f"/proc/self/fd/{os.open(p, os.O_PATH)}" for p in paths if os.path.isdir(p)]
+    sys.path_importer_cache.clear()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What confines a program that a model wrote: three tiers, and what each does not protect.
+
+    A  bubblewrap (own mount, pid, network and IPC namespaces), seccomp, rlimits, unprivileged uid
+    B  Landlock, seccomp, rlimits, unprivileged uid: where bubblewrap or namespaces are missing
+    C  rlimits and unprivileged uid alone: by explicit flag only
+
+All system calls but those that computing takes are refused (`CALLS`): no processes, threads,
+signals, sockets or devices. No file can be written and none read but Python's library. `confine`
+takes all this on, for good; `bwrap` is what tier A is started with. Sources: seccomp(2),
+landlock(7), bwrap(1), linux/filter.h. Standard library only, as it runs in the sandbox.
+"""
+
+import ctypes
+import glob
+import os
+import pathlib
+import platform
+import resource
+import signal
+import struct
+import sys
+
+TIERS = ("A", "B", "C")
+LACKS = {
+    "A": "the kernel itself; a candidate sees the arguments of the tests, and may burn its CPU time"
+    " and memory",
+    "B": "the kernel itself, and the names, sizes and dates of files, which can be asked for by "
+    "path; a candidate sees the arguments of the tests, and may burn its CPU time and memory",
+    "C": "files that all can read or write, the network, other processes of the same uid (ours if "
+    "not started as root), running other programs, the kernel; the references, if a program finds "
+    "them",
+}
+FILE_MB, OPEN_FILES = 16, 64
+
+# System calls that a program may make: (x86_64, aarch64), None where there is none of that name.
+# Reads, memory, time, its own signal handlers, and opening files: what files, bwrap or Landlock say
+CALLS = {
+    "access": (21, None), "alarm": (37, None), "arch_prctl": (158, None), "brk": (12, 214),
+    "chdir": (80, 49), "clock_getres": (229, 114), "clock_gettime": (228, 113),
+    "clock_nanosleep": (230, 115), "close": (3, 57), "dup": (32, 23), "dup2": (33, None),
+    "dup3": (292, 24), "exit": (60, 93), "exit_group": (231, 94), "faccessat": (269, 48),
+    "faccessat2": (439, 439), "fstat": (5, 80), "futex": (202, 98), "getcwd": (79, 17),
+    "getdents64": (217, 61), "getegid": (108, 177), "geteuid": (107, 175), "getgid": (104, 176),
+    "getgroups": (115, 158), "getitimer": (36, 102), "getpid": (39, 172), "getppid": (110, 173),
+    "getrandom": (318, 278), "getresgid": (120, 150), "getresuid": (118, 148),
+    "getrlimit": (97, 163), "getrusage": (98, 165), "gettid": (186, 178),
+    "gettimeofday": (96, 169), "getuid": (102, 174), "lseek": (8, 62), "lstat": (6, None),
+    "madvise": (28, 233), "mmap": (9, 222), "mprotect": (10, 226), "mremap": (25, 216),
+    "munmap": (11, 215), "nanosleep": (35, 101), "newfstatat": (262, 79), "open": (2, None),
+    "openat": (257, 56), "pause": (34, None), "poll": (7, None), "ppoll": (271, 73),
+    "pread64": (17, 67), "pselect6": (270, 72), "read": (0, 63), "readlink": (89, None),
+    "readlinkat": (267, 78), "readv": (19, 65), "restart_syscall": (219, 128),
+    "rseq": (334, 293), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139), "sched_getaffinity": (204, 123), "sched_yield": (24, 124),
+    "select": (23, None), "set_robust_list": (273, 99), "setitimer": (38, 103),
+    "sigaltstack": (131, 132), "stat": (4, None), "statx": (332, 291), "sysinfo": (99, 179),
+    "time": (201, None), "times": (100, 153), "uname": (63, 160), "write": (1, 64),
+    "writev": (20, 66),
+}  # fmt: skip
+# Calls that may be made with these values of one argument: {name: (numbers, argument, values)}
+ARGUMENTS = {
+    "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x5451)),  # TCGETS (isatty), TIOCGWINSZ, FIOCLEX
+    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 1030)),  # dup, flags; not the owner, which gets signals
+    "prlimit64": ((302, 261), 0, (0,)),  # of itself
+}
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # linux/audit.h
+ALLOW, DENY, KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000  # linux/seccomp.h; 1 is EPERM
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
+READ_FILE, READ_DIR, WRITE_FILE, O_PATH_BENEATH = 1 << 2, 1 << 3, 1 << 1, 1  # linux/landlock.h
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38  # linux/prctl.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def confine(tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid: int) -> None:
+    """Take on the limits of `tier`, for good. `rules` is a fd of `landlock_rules`; uid 0: ours.
+
+    Raises OSError if one cannot be taken on; then nothing may be run.
+    """
+    for name, most in (
+        ("CPU", cpu_s),
+        ("AS", memory_mb << 20),
+        ("FSIZE", FILE_MB << 20),
+        ("NOFILE", OPEN_FILES),
+        ("CORE", 0),
+        ("NPROC", 0),  # no new processes or threads; does not bind root
+    ):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+    if uid:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if tier == "C":
+        return
+    if rules is not None:
+        _syscall(LANDLOCK_RESTRICT_SELF, rules, 0)
+    filter_ = seccomp_filter()
+    buffer = ctypes.create_string_buffer(filter_, len(filter_))
+    program = struct.pack("HxxxxxxP", len(filter_) // 8, ctypes.addressof(buffer))
+    prctl(PR_SET_SECCOMP, 2, ctypes.c_char_p(program))
+
+
+def seccomp_filter(machine: str = platform.machine()) -> bytes:
+    """The BPF program (struct sock_filter[]) that allows CALLS and ARGUMENTS, and no others."""
+    column, architecture = ARCHITECTURES[machine]
+    load, equal, back = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (back, 0, 0, KILL), (load, 0, 0, 0)]
+    for numbers in CALLS.values():
+        if numbers[column] is not None:
+            code += [(equal, 0, 1, numbers[column]), (back, 0, 0, ALLOW)]
+    for numbers, argument, values in ARGUMENTS.values():
+        allowed = [i for v in values for i in ((equal, 0, 1, v), (back, 0, 0, ALLOW))]
+        code.append((equal, 0, len(allowed) + 2, numbers[column]))
+        # The low word: these arguments are 32 bits wide, the kernel looks at no more.
+        code += [(load, 0, 0, 16 + 8 * argument), *allowed, (back, 0, 0, DENY)]
+    code.append((back, 0, 0, DENY))
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+
+
+def landlock_abi() -> int:
+    """The version of the kernel's Landlock, 0 where there is none."""
+    return max(0, _libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1))
+
+
+def landlock_rules() -> int | None:
+    """A fd of rules that deny every access but reading Python's library; None: no Landlock."""
+    abi = landlock_abi()
+    if not abi:
+        return None
+    # All rights that this kernel can deny: on files (13 in version 1; then refer, truncate, ioctl),
+    # TCP (from version 4), abstract Unix sockets and signals (6).
+    files = (1 << 13 + (abi > 1) + (abi > 2) + (abi > 4)) - 1
+    rights = struct.pack("QQQ", files, 3 * (abi > 3), 3 * (abi > 5))
+    size = 8 * (1 + (abi > 3) + (abi > 5))
+    rules = _syscall(LANDLOCK_CREATE_RULESET, ctypes.c_char_p(rights), size, 0)
+    access = dict.fromkeys(readable(), READ_FILE | READ_DIR)
+    library = os.path.dirname(os.__file__)
+    for path, allowed in (access | {library: READ_DIR, os.devnull: READ_FILE | WRITE_FILE}).items():
+        fd = os.open(path, os.O_PATH)
+        allowed = allowed if os.path.isdir(path) else allowed & ~READ_DIR
+        rule = struct.pack("=Qi", allowed, fd)
+        _syscall(LANDLOCK_ADD_RULE, rules, O_PATH_BENEATH, ctypes.c_char_p(rule), 0)
+        os.close(fd)
+    return rules
+
+
+def readable() -> list[str]:
+    """Files and folders that a program may read: Python's library, without installed packages."""
+    library, base = os.path.dirname(os.__file__), sys.base_prefix
+    shared = sorted(glob.glob(f"{base}/lib/*.so*"))
+    for name in ("lib64", f"lib/{platform.machine()}-linux-gnu"):
+        shared += [f"/{name}", f"/usr/{name}"]
+    names = set(os.listdir(library)) - {"site-packages", "dist-packages", "__pycache__"}
+    own = [f"{library}/{name}" for name in sorted(names)]
+    return [p for p in [*own, *shared, "/etc/ld.so.cache"] if os.path.exists(p)]
+
+
+def bwrap(command: list[str], folder: str) -> list[str]:
+    """`command` in bubblewrap: it sees Python, shared libraries and the code in `folder`.
+
+    As root, the user is kept and so are the rights to change it: no namespace of users is needed.
+    """
+    library = os.path.dirname(os.__file__)
+    binds = [library, folder, os.path.realpath(command[0])]
+    binds += [p for p in readable() if not p.startswith(library + "/")]
+    packages = [
+        p for n in ("site-packages", "dist-packages") if os.path.isdir(p := f"{library}/{n}")
+    ]
+    # bwrap would give folders above them the modes that they have outside, as 0700 of /root.
+    above = sorted(
+        {str(p) for path in [*binds, os.devnull] for p in pathlib.PurePath(path).parents} - {"/"}
+    )
+    user = ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+    if os.geteuid() == 0:
+        user = [x for c in ("SETUID", "SETGID", "KILL") for x in ("--cap-add", f"CAP_{c}")]
+    return [
+        *("bwrap", "--die-with-parent", "--new-session", "--cap-drop", "ALL", *user),
+        *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"),
+        *("--unshare-cgroup-try", "--hostname", "sandbox", "--chdir", "/"),
+        *(x for path in above for x in ("--dir", path)),
+        *(x for path in binds for x in ("--ro-bind", path, path)),
+        *(x for path in packages for x in ("--tmpfs", path)),
+        *("--dev-bind", os.devnull, os.devnull, "--remount-ro", "/", "--", *command),
+    ]
+
+
+def prctl(option: int, value, argument=0) -> None:
+    """The system call; raises OSError."""
+    if _libc.prctl(option, value, argument, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
+
+
+def _syscall(number: int, *arguments) -> int:
+    result = _libc.syscall(number, *arguments)
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"system call {number}: {os.strerror(error)}")
+    return result

@@ -1,0 +1,88 @@
+"""What a machine must show before it gives a score: that its verdicts mean something.
+
+A fixed loop measures how slow the machine is, all references must pass, and solutions known to be
+wrong must fail. The timeouts follow from it: --timeout_s times the slowdown, and no less than
+SLOWER times what the problem's reference took.
+"""
+
+import math
+import statistics
+
+from config import UserError
+from eval.execute import Check, Verdict, run_checks
+
+SLOW_FRAC = 0.01  # of the references may time out
+SLOWER = 4.0  # times its reference's time that a sample may take (EvalPlus's default, too)
+PATIENCE = 5.0  # times the timeout that a reference may take
+LOOP = "total = 0\nfor i in range(1_000_000):\n    total += i * i % 7\n"
+LOOP_S = 0.1  # 0.09 s of CPU time for LOOP on the Xeon of LOG.md, Python 3.11, and the check's own
+# Definitions that no test should accept, put behind a reference to replace it.
+WRONG = (
+    "def {0}(*args, **kwargs): pass",
+    "def {0}(*args, **kwargs): return 'wrong'",
+    "def {0}(*args, **kwargs): raise ValueError",
+)
+
+
+def check(problem: dict, completion: str, timeout_s: float) -> Check:
+    """How `completion` is checked: prompt and completion go into the sandbox, the test does not."""
+    return Check(
+        source=f"{problem['prompt']}{completion}\n",
+        test=problem["test"],
+        entry_point=problem["entry_point"],
+        prompt=problem["prompt"],
+        timeout_s=timeout_s,
+    )
+
+
+def slowdown(workers: int, **limits) -> float:
+    """How many times longer than LOOP_S this machine takes, with all workers busy; at least 1."""
+    verdicts = run_all([Check(LOOP, timeout_s=120)] * 3 * workers, workers=workers, **limits)
+    return max(1.0, statistics.median(v.seconds for v in verdicts) / LOOP_S)
+
+
+def self_check(problems: list[dict], timeout_s: float, **limits) -> dict[str, float]:
+    """{task_id: the seconds that its reference took, inf if it timed out}.
+
+    Runs the references, with PATIENCE, and wrong solutions of all problems. Raises UserError if a
+    reference fails, a wrong solution passes, or more than SLOW_FRAC of the references time out: a
+    score from this machine, or of these problems, would mean nothing.
+    """
+    bodies = [("reference", p, p["canonical_solution"], PATIENCE * timeout_s) for p in problems]
+    for wrong in WRONG:
+        for p in problems:
+            redefined = f"{p['canonical_solution']}\n\n{wrong.format(p['entry_point'])}\n"
+            bodies.append((f"wrong solution ({wrong.split(': ')[1]})", p, redefined, timeout_s))
+    checks = [check(p, body, limit_s) for _, p, body, limit_s in bodies]
+    verdicts = run_all(checks, progress="self-check", **limits)
+    seconds, bad = {}, []
+    for (kind, problem, *_), verdict in zip(bodies, verdicts):
+        if kind == "reference" and verdict.status in ("passed", "timeout"):
+            slow = verdict.status == "timeout"
+            seconds[problem["task_id"]] = math.inf if slow else verdict.seconds
+        elif (kind == "reference") or verdict.status == "passed":
+            bad.append(
+                f"{problem['task_id']}: the {kind} {verdict.status} {verdict.detail}".strip()
+            )
+    slow = [task_id for task_id, s in seconds.items() if s == math.inf]
+    if len(slow) > SLOW_FRAC * len(problems):
+        bad += [f"{task_id}: the reference timed out" for task_id in slow]
+    if bad:
+        more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
+        raise UserError(
+            f"no score, as the self-check failed for {'; '.join(bad[:3])}{more}. "
+            "Mend the problems, or raise --timeout_s or --memory_mb"
+        )
+    return seconds
+
+
+def run_all(checks: list[Check], **limits) -> list[Verdict]:
+    """run_checks; raises UserError if any verdict is "infrastructure": no score then."""
+    verdicts = run_checks(checks, **limits)
+    broken = [v.detail for v in verdicts if v.status == "infrastructure"]
+    if broken:
+        raise UserError(
+            f"no score, as {len(broken)} of {len(verdicts)} programs could not be run on this "
+            f"machine: {broken[0]}"
+        )
+    return verdicts

@@ -1,0 +1,126 @@
+import os
+import re
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+from tiers import need
+
+from eval import execute, sandbox
+from eval.execute import Check, run_checks
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+
+HEADERS = {
+    "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+    "aarch64": Path("/usr/include/asm-generic/unistd.h"),
+}
+ALLOW, DENY, KILL = 0x7FFF0000, 0x00050001, 0x80000000
+
+
+def judge(machine: str, number: int, *arguments: int, arch: int | None = None) -> int:
+    """What the filter returns for a system call: an interpreter of its BPF."""
+    if arch is None:
+        arch = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
+    data = struct.pack("<IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
+    code = list(struct.iter_unpack("<HBBI", sandbox.seccomp_filter(machine)))
+    at = accumulator = 0
+    while True:
+        operation, if_true, if_false, k = code[at]
+        at += 1
+        if operation == 0x20:
+            accumulator = struct.unpack_from("<I", data, k)[0]
+        elif operation == 0x15:
+            at += if_true if accumulator == k else if_false
+        else:
+            assert operation == 0x06
+            return k
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_filter_allows_what_is_listed_and_nothing_else(machine):
+    column = ["x86_64", "aarch64"].index(machine)
+    listed = {numbers[column] for numbers in sandbox.CALLS.values()} - {None}
+    assert {n for n in range(600) if judge(machine, n) == ALLOW} == listed | {
+        sandbox.ARGUMENTS[name][0][column] for name in ("fcntl", "prlimit64")
+    }  # whose first value is 0
+    ioctl, fcntl, prlimit = ((16, 29)[column], (72, 25)[column], (302, 261)[column])
+    assert judge(machine, ioctl, 5, 0x5401) == ALLOW  # TCGETS
+    assert judge(machine, ioctl, 5, 0x5412) == DENY  # TIOCSTI
+    assert judge(machine, fcntl, 5, 1) == ALLOW  # F_GETFD
+    assert judge(machine, fcntl, 5, 8) == DENY  # F_SETOWN
+    assert judge(machine, prlimit, 0) == ALLOW
+    assert judge(machine, prlimit, 1) == DENY
+    assert judge(machine, 0, arch=0x40000003) == KILL  # 32-bit calls
+    assert judge(machine, 0x40000000 + min(listed)) == DENY  # x32 calls
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_numbers_are_the_kernels(machine):
+    if not HEADERS[machine].exists():
+        pytest.skip(f"no kernel headers ({HEADERS[machine]})")
+    text = HEADERS[machine].read_text()
+    known = {m[1]: int(m[2]) for m in re.finditer(r"#define __NR(?:3264)?_(\w+) (\d+)\n", text)}
+    known["newfstatat"] = known.get("newfstatat", known.get("fstatat"))
+    column = ["x86_64", "aarch64"].index(machine)
+    for name, numbers in sandbox.CALLS.items() | {
+        (name, numbers) for name, (numbers, *_) in sandbox.ARGUMENTS.items()
+    }:
+        assert numbers[column] == known.get(name), name
+
+
+def test_readable_holds_no_installed_packages():
+    paths = sandbox.readable()
+    assert os.path.join(os.path.dirname(os.__file__), "os.py") in paths
+    assert not [p for p in paths if p.endswith("packages")]
+
+
+@pytest.mark.parametrize("tier", ["A", "B"])
+def test_tier_falls_back_or_says_what_is_missing(monkeypatch, tier):
+    monkeypatch.setattr(execute, "_missing", lambda t: "" if t == tier else f"no {t}")
+    assert execute.choose() == tier
+    assert execute.choose(tier) == tier
+    other = "AB"["BA".index(tier)]
+    with pytest.raises(execute.UserError, match=f"tier {other}: no {other}"):
+        execute.choose(other)
+    monkeypatch.setattr(execute, "_missing", lambda t: f"no {t}" if t != "C" else "")
+    with pytest.raises(execute.UserError, match=r"no A; tier B: no B\); --sandbox C"):
+        execute.choose()
+    assert execute.choose("C") == "C"
+    with pytest.raises(execute.UserError, match="want auto, A, B, C"):
+        execute.choose("D")
+
+
+def test_without_bubblewrap_or_landlock(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(execute, "landlock_abi", lambda: 0)
+    assert "not installed" in execute._missing.__wrapped__("A")
+    assert "no Landlock" in execute._missing.__wrapped__("B")
+
+
+def test_a_sandbox_with_a_hole_is_refused(monkeypatch):
+    """The trial that chooses a tier fails where the filter lets one call through."""
+    need("B")
+    monkeypatch.setattr(execute, "TRIAL", execute.TRIAL.replace("os.fork,", "os.getpid,"))
+    assert "hole" in execute._missing.__wrapped__("B")
+
+
+@pytest.mark.parametrize("tier", ["A", "B", "C"])
+def test_uid_and_limits(tier):
+    need(tier)
+    source = """
+import os, resource
+def f():
+    limits = [resource.getrlimit(getattr(resource, "RLIMIT_" + n))[0] for n in
+              ("NPROC", "CORE", "AS", "FSIZE", "CPU")]
+    return 0 in os.getresuid() + os.getresgid(), os.getgroups(), limits, dict(os.environ)
+"""
+    test = f"""
+def check(candidate):
+    root, groups, limits, environment = candidate()
+    assert limits == [0, 0, 512 << 20, {sandbox.FILE_MB} << 20, 4], limits
+    assert not root and environment == {{}} and (groups == [] or {os.geteuid() != 0})
+"""
+    verdicts = run_checks([Check(source, test, "f", timeout_s=3)], 1, 512, tier=tier)
+    assert verdicts[0].status == "passed", verdicts

@@ -1,0 +1,121 @@
+import contextlib
+import json
+import math
+from collections import Counter, OrderedDict, defaultdict, namedtuple
+from decimal import Decimal
+from enum import IntEnum
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.tagged import MAX_BYTES, decode, dumps, encode, loads
+
+hashable = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.binary(max_size=9)
+    | st.text(st.characters(), max_size=9) | st.complex_numbers(allow_nan=False, max_magnitude=9)
+    | st.decimals(allow_nan=False) | st.fractions(),
+    lambda x: st.tuples(x, x) | st.frozensets(x, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+values = st.recursive(
+    hashable | st.sets(hashable, max_size=3),
+    lambda x: st.lists(x, max_size=3) | st.tuples(x) | st.dictionaries(hashable, x, max_size=3),
+    max_leaves=9,
+)
+
+
+def refuse(value):
+    raise AssertionError(value)
+
+
+def through(value, other=refuse, remote=refuse):
+    return decode(loads(dumps(encode(value, other))), remote)
+
+
+def same(a, b) -> bool:
+    """Equal, of the same exact types all the way down, in the same order of dict keys."""
+    if type(a) is not type(b) or a != b:
+        return False
+    if isinstance(a, float):
+        return math.copysign(1, a) == math.copysign(1, b)
+    if isinstance(a, dict):
+        return all(same(x, y) for x, y in zip(a.items(), b.items()))
+    return all(map(same, a, b)) if isinstance(a, (list, tuple)) else True
+
+
+@given(values)
+def test_round_trip_is_exact(value):
+    assert same(through(value), value)
+
+
+def test_hard_cases():
+    for value in (
+        "\ud83d\ude00",  # two lone surrogates: not the character that they would be in UTF-16
+        "\ud800\n\u2028\0",
+        10**5000,  # Python refuses to print or read it in decimal
+        -(1 << 62), (1 << 62) - 1, -0.0, math.inf, 5e-324, range(1, 9, 3), int,
+        {(1, "a"): {frozenset({2}): [b"\xff", 1j]}}, [], (), set(), {},
+    ):  # fmt: skip
+        assert same(through(value), value)
+
+
+def test_nan():
+    assert math.isnan(through([math.nan])[0])
+
+
+def test_derived_classes_arrive_as_what_they_are():
+    point, colour = namedtuple("P", "x y")(1, 2), IntEnum("Colour", "red")
+    derived = [Counter("aab"), OrderedDict(a=1), defaultdict(list, a=[1]), point, colour.red]
+    plain = [{"a": 2, "b": 1}, {"a": 1}, {"a": [1]}, (1, 2), 1]
+    assert same(through(derived), plain)
+
+
+def test_an_object_cannot_speak_for_itself():
+    class Equal(str):
+        __eq__ = __ne__ = lambda *a: True
+        __hash__ = str.__hash__
+
+    assert same(through(Equal("x")), "x")
+    assert through([object()], lambda x: 7, lambda number: f"remote {number}") == ["remote 7"]
+
+
+def test_iterators_and_views():
+    for value in (iter([1, 2]), map(int, "12"), (x for x in (1, 2)), {1: 0, 2: 0}.keys()):
+        assert list(through(value)) == [1, 2]
+    assert through({1: 0}.keys()) != [1]
+    with pytest.raises(OverflowError):
+        through(iter(int, 1))
+
+
+def test_numbers():
+    assert same(through([Decimal("1.50"), Fraction(1, 3)]), [Decimal("1.50"), Fraction(1, 3)])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        1.5, math.nan, {}, {"float": "x"}, {"float": "0x1p99999"}, {"int": 5}, {"list": []},
+        {"tuple": 3}, {"dict": [[1]]}, {"dict": [[[], 1]]}, {"set": [[]]}, {"bytes": "0"},
+        {"type": "print"}, {"type": "no such"}, {"a": 1, "b": 2}, {"complex": [1]},
+        {"Decimal": "x"}, {"Fraction": "1/0"}, {"range": [1, 2, 0]}, {"range": ["1"]},
+    ],
+)  # fmt: skip
+def test_what_encode_cannot_have_made(message):
+    with pytest.raises((ValueError, TypeError, ArithmeticError, LookupError)):
+        decode(loads(json.dumps(message).encode() + b"\n"), refuse)
+
+
+@given(st.binary(max_size=40))
+def test_bytes_that_are_no_message(line):
+    with contextlib.suppress(ValueError, TypeError, ArithmeticError, LookupError):
+        decode(loads(line), refuse)
+
+
+def test_limits():
+    with pytest.raises(OverflowError):
+        dumps("x" * MAX_BYTES)
+    for line in (b"", b"1", b"[" * 100_000 + b"\n", b"9" * 5000 + b"\n"):
+        with pytest.raises((ValueError, RecursionError)):
+            loads(line)
