@@ -54,7 +54,7 @@ class _Block(torch.autograd.Function):
         )
         ctx.options, ctx.rope = (n_head, p, seeds[1]), rope
         ctx.dtypes = [w.dtype for w in (ln_w, ln_b, w_in, b_in, w_out, b_attn, b_mlp)]
-        return out.view(B, T, C)
+        return out  # [B T, C]: a view made in here would be no view to autograd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -62,7 +62,7 @@ class _Block(torch.autograd.Function):
         x, mean, rstd, qkvu, y, lse, peak, seed, doc, ln_w, ln_b, *weights = ctx.saved_tensors
         (w_in, w_in_, w_out, w_out_), (n_head, p, residual_seed) = weights, ctx.options
         (B, T, C), need = x.shape, ctx.needs_input_grad
-        rows, dout = x.view(B * T, C), dout.contiguous().view(B * T, C)
+        rows, dout = x.view(B * T, C), dout.contiguous()
         dqkvu = torch.empty_like(qkvu)
         qkv, dqkv = (t.view(B, T, -1)[..., : 3 * C] for t in (qkvu, dqkvu))
         into_in, dw_in = _gradient(w_in, need[3])
@@ -160,4 +160,4 @@ def block(
         raise ValueError(f"doc_start is {got}, want int32 {(B, T)} on {x.device}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, want 0 <= p < 1")
-    return _Block.apply(x, *parameters, n_head, rope, dropout_p, seeds, doc_start)
+    return _Block.apply(x, *parameters, n_head, rope, dropout_p, seeds, doc_start).view(B, T, C)
