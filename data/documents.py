@@ -16,15 +16,22 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import zstandard
 
 from config import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+FORMATS = (*SUFFIXES, ".parquet", "Posts.xml", "Posts.xml.gz", "Posts.xml.zst")  # data/readers.py
 MARK = ".nanophi"  # an empty file in every folder that a stage wrote: it may be replaced
+MAX_LINE_BYTES = 16 << 20  # of a .jsonl file: a document of 1 MiB, all of it escaped, has 6 MiB
+# Compressed bytes that are decompressed at once. zstd makes 128 KiB of 4 bytes, so that this is at
+# most 32 MiB whatever the file; on real code it is as fast as any larger number (LOG.md).
+ZSTD_FEED_BYTES = 1 << 10
+PIECE_BYTES = 1 << 16  # split into lines at once: a bomb may be lines of nothing
 
 
 def document(text: str, origin: str, **fields) -> dict:
@@ -37,11 +44,13 @@ def read_jsonl(path: Path) -> Iterator[dict]:
     """The JSON objects of a .jsonl, .jsonl.gz or .jsonl.zst file, streamed.
 
     Raises UserError naming the file and line for a line that is not a JSON object, and for a
-    compressed file that ends early.
+    compressed file that ends early. (data.readers has the reader that goes on.)
     """
     path, number = Path(path), 0
     try:
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(lines(path), 1):
+            if line is None:
+                raise UserError(f"{path} line {number}: longer than {MAX_LINE_BYTES:,} bytes")
             if line.strip():
                 record = json.loads(line.decode())
                 if not isinstance(record, dict):
@@ -49,11 +58,9 @@ def read_jsonl(path: Path) -> Iterator[dict]:
                 yield record
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as e:  # bad UTF-8, bad JSON, an int of 5,000 digits
         raise UserError(f"{path} line {number}: not valid JSON ({e})") from None
-    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as e:
+    except DAMAGED as e:
         raise UserError(f"{path}: cannot be read past line {number}: {e}") from None
 
 
@@ -67,34 +74,45 @@ def read_documents(paths: list[Path]) -> Iterator[dict]:
             yield from read_jsonl(file)
 
 
-def shard_files(path: Path) -> list[Path]:
+def shard_files(path: Path, formats: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """The document shards that `path` names: itself if a file, the sorted shards of a folder."""
     path = Path(path)
     if not path.is_dir():
         return [path]
-    return sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+    return sorted(p for p in path.iterdir() if p.name.endswith(formats))
 
 
-class ShardWriter:
-    """Writes documents to `folder/shard-00000.jsonl.zst`, ..., a new one each `shard_bytes`."""
+def source_shards(*sources: Path) -> list[Path]:
+    """The shards of all `sources`, in any format. Raises UserError where one has none."""
+    shards = []
+    for source in sources:
+        found = shard_files(source, FORMATS)
+        if not found or not all(p.is_file() and p.name.endswith(FORMATS) for p in found):
+            there = "no such file or folder" if not source.exists() else "no shard there"
+            raise UserError(f"--source {source}: {there}; want {', '.join(FORMATS)}")
+        shards += found
+    return shards
 
-    def __init__(self, folder: Path, shard_bytes: int = 64 << 20):
-        self.folder, self.shard_bytes = Path(folder), shard_bytes
-        self.shards = self.documents = self.bytes = 0
-        self._file, self._room = None, 0
+
+class DocumentFile:
+    """Writes documents to one .jsonl.zst file, which is made by the first of them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.documents = self.bytes = self.line_bytes = 0  # bytes of the texts, and of the lines
+        self._file = None
 
     def write(self, record: dict) -> None:
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        if self._file is None or self._room <= 0:
-            self.close()
-            path = self.folder / f"shard-{self.shards:05d}.jsonl.zst"
+        self.write_line(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self.bytes += len(record["text"].encode()) if "text" in record else 0
+
+    def write_line(self, line: bytes) -> None:
+        if self._file is None:
             compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
-            self._file = zstandard.open(path, "wb", cctx=compressor)
-            self.shards, self._room = self.shards + 1, self.shard_bytes
+            self._file = zstandard.open(self.path, "wb", cctx=compressor)
         self._file.write(line)
-        self._room -= len(line)
         self.documents += 1
-        self.bytes += len(record["text"].encode()) if "text" in record else len(line)
+        self.line_bytes += len(line)
 
     def close(self) -> None:
         if self._file is not None:
@@ -108,20 +126,55 @@ class ShardWriter:
         self.close()
 
 
-@contextlib.contextmanager
-def new_folder(out: Path, reads: Iterable[Path] = ()) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes the name `out` if the block succeeds.
+class ShardWriter:
+    """Writes documents to `folder/shard-00000.jsonl.zst`, ..., a new one each `shard_bytes`."""
 
-    What stood at `out` stays whole until then, and stays if the block fails. Raises UserError if
-    `out` is there and was not written by this function, or if it holds one of the inputs `reads`:
-    it would be replaced.
-    """
+    def __init__(self, folder: Path, shard_bytes: int = 64 << 20):
+        self.folder, self.shard_bytes = Path(folder), shard_bytes
+        self.shards = self.documents = self.bytes = 0
+        self._file = None
+
+    def write(self, record: dict) -> None:
+        if self._file is None or self._file.line_bytes >= self.shard_bytes:
+            self.close()
+            self._file = DocumentFile(self.folder / f"shard-{self.shards:05d}.jsonl.zst")
+            self.shards += 1
+        before = self._file.bytes
+        self._file.write(record)
+        self.documents += 1
+        self.bytes += self._file.bytes - before
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+def check_out(out: Path, reads: Iterable[Path] = ()) -> None:
+    """Raise UserError if `out` is no output of ours or holds an input: it would be replaced."""
     where, out = out, Path(out).resolve()
     if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {where} is there and is no output of ours; name a new folder")
     for path in reads:
         if Path(path).resolve().is_relative_to(out):
             raise UserError(f"--out {where} holds the input {path}; name another folder")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, reads: Iterable[Path] = ()) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes the name `out` if the block succeeds.
+
+    What stood at `out` stays whole until then, and stays if the block fails. Raises UserError as
+    check_out does.
+    """
+    check_out(out, reads)
+    out = Path(out).resolve()
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -144,24 +197,64 @@ def write_json(path: Path, value) -> None:
     temporary.replace(path)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a plain, gzip or zstd file, without their ends."""
-    if path.suffix == ".gz" and path.stat().st_size == 0:
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)  # what `chunks` raises
+
+
+def lines(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[bytes | None]:
+    """The lines of a plain, gzip or zstd file, without their ends; None for one too long to hold.
+
+    Raises UserError if there is no such file, and one of DAMAGED where it cannot be read further.
+    """
+    begun, too_long = bytearray(), False  # the line that is not yet whole
+    for chunk in chunks(path, progress):
+        for start in range(0, len(chunk), PIECE_BYTES):
+            *whole, rest = chunk[start : start + PIECE_BYTES].split(b"\n")
+            for part in whole:
+                yield None if too_long else bytes(begun) + part if begun else part
+                begun, too_long = bytearray(), False
+            too_long |= len(begun) + len(rest) > MAX_LINE_BYTES
+            begun = bytearray() if too_long else begun
+            begun += rest if not too_long else b""
+    if too_long or begun:
+        yield None if too_long else bytes(begun)
+
+
+def chunks(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[bytes]:
+    """The content of a plain, gzip or zstd file in pieces of up to 32 MiB.
+
+    `progress` is told how many bytes of the file itself were read.
+    """
+    path, told = Path(path), 0
+    try:
+        with open(path, "rb") as f:
+            source = _zstd(f) if path.suffix == ".zst" else _gzip(f) if path.suffix == ".gz" else (
+                iter(lambda: f.read(PIECE_BYTES), b""))  # fmt: skip
+            for chunk in source:
+                yield chunk
+                progress(f.tell() - told)
+                told = f.tell()
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
+        raise UserError(f"{path}: {e.strerror.lower()}") from None
+
+
+def _gzip(f: BinaryIO) -> Iterator[bytes]:
+    with gzip.open(f) as inside:
+        empty = True
+        while chunk := inside.read(PIECE_BYTES):
+            yield chunk
+            empty = False
+    if empty and f.tell() == 0:
         raise EOFError("it is empty")  # which gzip takes for no lines
-    if path.suffix != ".zst":
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            yield from f
-        return
+
+
+def _zstd(f: BinaryIO) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor()
-    frame, rest = decompressor.decompressobj(), b""
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 16):
-            while chunk:
-                if frame.eof:
-                    frame = decompressor.decompressobj()
-                *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
-                yield from lines
-                chunk = frame.unused_data
-    yield rest
+    frame = decompressor.decompressobj()
+    while fed := f.read(ZSTD_FEED_BYTES):
+        while fed:
+            if frame.eof:
+                frame = decompressor.decompressobj()
+            yield frame.decompress(fed)
+            fed = frame.unused_data
     if not frame.eof:  # zstandard's own file reader takes a frame cut short for a whole one
         raise EOFError("the last zstd frame is cut short")

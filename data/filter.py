@@ -25,10 +25,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from config import UserError, parse, run
-from data.documents import ShardWriter, document, new_folder, read_documents, write_json
+from data.documents import document, source_shards, write_json
+from data.stage import Part, Stage, say, total
 
 LEADING_COMMENTS = re.compile(r"(?:[ \t]*(?:#.*)?\n)*")
 COMMENT_BLOCK = re.compile(r"(?:[ \t]*#.*\n)+")
@@ -48,7 +47,7 @@ COMPUTES = (
 class Config:
     """Keeps the documents that teach, and says why it rejects each of the others."""
 
-    source: Path  # folder of documents, as data.collect writes it
+    source: Path  # documents: a file, or a folder of shards
     out: Path  # folder to write
     min_chars: int = 500  # shorter ones are stubs and re-exports
     max_chars: int = 100_000  # longer ones are frameworks in a file, and would outweigh the rest
@@ -190,10 +189,22 @@ def strip_licence(text: str) -> str:
 
 def filter_documents(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError if nothing is left."""
+    with Stage(config, source_shards(config.source)) as stage:
+        count = total(stage.map("filter", stage.shards, lambda part: filter_shard(config, part)))
+        reasons = Counter(count.pop("rejected", {}))
+        if not count.get("documents"):
+            raise UserError(f"--source {config.source}: nothing is left; {advice(reasons)}")
+        if stage.ranks.rank == 0:
+            merge_samples(stage)
+        options = {k: v for k, v in asdict(config).items() if k not in ("source", "out")}
+        return stage.finish({**count, "rejected": dict(reasons.most_common()), "options": options})
+
+
+def filter_shard(config: Config, part: Part) -> dict:
+    """Write what is kept of one shard, and samples of both; its counts."""
     count, reasons, samples = Counter(), Counter(), {}
-    with new_folder(config.out, [config.source]) as folder, ShardWriter(folder) as shards:
-        documents = raw_documents(config.source)
-        for record in tqdm(documents, "filter", unit=" documents", disable=None):
+    with part.writer() as kept:
+        for record in part.documents():
             text = strip_licence(record["text"])
             count["documents_in"] += 1
             count["bytes_in"] += len(record["text"].encode())
@@ -202,29 +213,34 @@ def filter_documents(config: Config) -> dict:
             if reason:
                 reasons[reason] += 1
             else:
-                shards.write(record | document(text, record["origin"]))
-            # The sample is the smallest hashes: the same whatever the order of the documents.
-            keep = samples.setdefault(reason, [])
-            insort(keep, (record["sha256"], record["origin"], text[:SAMPLE_CHARS]))
-            del keep[REJECTED_SAMPLES if reason else KEPT_SAMPLES :]
-        summary = {
-            **count,
-            "documents": shards.documents,
-            "bytes": shards.bytes,
-            "rejected": dict(reasons.most_common()),
-            "options": {k: v for k, v in asdict(config).items() if k not in ("source", "out")},
-        }
-        if not shards.documents:
-            raise UserError(f"--source {config.source}: nothing is left; {advice(reasons)}")
-        (folder / "samples").mkdir()  # a folder of its own: the next stage reads *.jsonl beside
-        for name, of in (("kept", [""]), ("rejected", sorted(reasons))):
-            with open(folder / "samples" / f"{name}.jsonl", "w", encoding="utf-8") as f:
-                for reason in of:
-                    for _, origin, text in samples[reason]:
-                        line = {"reason": reason, "origin": origin, "text": text}
-                        f.write(json.dumps(line, ensure_ascii=False) + "\n")
-        write_json(folder / "summary.json", summary)
-    return summary
+                kept.write(record | document(text, record["origin"]))
+            add_sample(samples, reason, record["sha256"], record["origin"], text[:SAMPLE_CHARS])
+    write_json(part.scratch / f"{part.name}.samples.json", samples)
+    return {**count, "documents": kept.documents, "bytes": kept.bytes, "rejected": reasons}
+
+
+def add_sample(samples: dict[str, list], reason: str, *sample: str) -> None:
+    """Keep (sha256, origin, text) if it is among the smallest hashes: no order matters to that."""
+    keep = samples.setdefault(reason, [])
+    insort(keep, list(sample))
+    del keep[REJECTED_SAMPLES if reason else KEPT_SAMPLES :]
+
+
+def merge_samples(stage: Stage) -> None:
+    """Write samples/kept.jsonl and samples/rejected.jsonl from those of all shards."""
+    samples: dict[str, list] = {}
+    for path in sorted(stage.scratch.glob("*.samples.json")):
+        for reason, of in json.loads(path.read_text()).items():
+            for sample in of:
+                add_sample(samples, reason, *sample)
+    folder = stage.result / "samples"  # a folder of its own: the next stage reads *.jsonl beside
+    folder.mkdir(exist_ok=True)
+    for name, of in (("kept", [""]), ("rejected", sorted(samples.keys() - {""}))):
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as f:
+            for reason in of:
+                for _, origin, text in samples[reason]:
+                    line = {"reason": reason, "origin": origin, "text": text}
+                    f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def advice(reasons: Counter) -> str:
@@ -236,23 +252,12 @@ def advice(reasons: Counter) -> str:
     return f"rejected: {found}; " + (f"loosen {options[0]}" if options else "is it Python 3?")
 
 
-def raw_documents(source: Path) -> Iterator[dict]:
-    """The documents of a folder. Raises UserError for a record that data.collect did not write."""
-    for record in read_documents([source]):
-        if not all(isinstance(record.get(k), str) for k in ("text", "origin", "sha256")):
-            raise UserError(
-                f"--source {source}: a record without text, origin and sha256; "
-                "bring files from elsewhere in with data.collect"
-            )
-        yield record
-
-
 def main() -> None:
     config = parse(Config)
     s = filter_documents(config)
     for reason, n in s["rejected"].items():
-        print(f"{n:9,} {reason}")
-    print(
+        say(f"{n:9,} {reason}")
+    say(
         f"{config.out}: {s['documents']:,} of {s['documents_in']:,} documents, "
         f"{s['bytes'] / 1e6:.1f} of {s['bytes_in'] / 1e6:.1f} MB"
     )

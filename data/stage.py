@@ -1,0 +1,338 @@
+"""What every data script shares: ranks, resuming, quarantine and lineage.
+
+A script is a few maps over numbered items, most often over input shards:
+
+    with Stage(config, shard_files(config.source)) as stage:
+        results = stage.map("filter", stage.shards, filter_shard)
+        summary = stage.finish(total(results))
+
+Alone it is one process; under `mpirun -n 8 python -m mpi4py -m data.filter ...` item i belongs to
+rank i mod 8. What an item gives depends on the item alone, so the output is the same to the byte
+for any number of ranks. What an item wrote is moved into place when its work is done, and a file
+under state/ says so: the same command after a kill repeats only what was unfinished, also with
+another number of ranks. `-m mpi4py` makes an exception on one rank end the job; without it, the
+other ranks would wait for ever.
+
+    .OUT.work/result/     becomes OUT when all is done; one run at a time holds .OUT.work/lock
+    .OUT.work/scratch/    what one map leaves for the next
+    .OUT.work/state/      results of finished items
+
+OUT then holds what the items wrote, quarantine/ (what could not be read: file, position, reason),
+and, written last, lineage.json (script, code, arguments, hashes of what was read and written),
+timing.json (the one file that differs from run to run) and summary.json.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+import config as config_module
+import data.documents
+import data.readers
+from config import UserError
+from data.documents import MARK, DocumentFile, check_out, write_json
+from data.readers import read_documents_of
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_ITEMS = 100_000  # names are five digits wide, so that sorted names are the items' order
+
+
+class Ranks:
+    """The processes of this run: one, or those that mpirun started. Values must be picklable."""
+
+    def __init__(self):
+        started = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+        self.comm, self.rank, self.size = None, 0, 1
+        if started > 1:
+            if "mpi4py.run" not in sys.modules:
+                raise UserError(
+                    f"started {started} times by mpirun; write `mpirun -n {started} python -m "
+                    "mpi4py -m data.SCRIPT ...`, so that an error on one rank ends them all"
+                )
+            from mpi4py import MPI
+
+            self.comm = MPI.COMM_WORLD
+            self.rank, self.size = self.comm.rank, self.comm.size
+            if self.size != started:
+                raise UserError(
+                    f"mpirun started {started} ranks but mpi4py sees {self.size}: it was built "
+                    "for another MPI than this mpirun"
+                )
+
+    def gather(self, value) -> list:
+        """`value` of every rank, in the order of ranks, on every rank."""
+        return self.comm.allgather(value) if self.comm else [value]
+
+    def exchange(self, values: list) -> list:
+        """values[r] goes to rank r; what the ranks sent here, in their order."""
+        return self.comm.alltoall(values) if self.comm else values
+
+
+class Stage:
+    """One run of a script, on all its ranks; see the head of this file."""
+
+    def __init__(self, config, shards: Iterable[Path], reads: Iterable[Path] = ()):
+        """`config` is the script's dataclass with a field `out`; `shards` are the input files.
+
+        `reads` are further files and folders that shape the output, a tokenizer say.
+        """
+        self.ranks = Ranks()
+        self.config, self.shards = config, [Path(p) for p in shards]
+        self.out = Path(config.out).resolve()
+        self.work = self.out.with_name(f".{self.out.name}.work")
+        self.result, self.scratch = self.work / "result", self.work / "scratch"
+        self.reads = [file for path in reads for file in files_in(Path(path))]
+        self.finished: list[dict] = []  # states of all maps' items
+
+    def __enter__(self) -> "Stage":
+        self.began = time.perf_counter()
+        if self.ranks.rank == 0:
+            check_out(self.config.out, [*self.shards, *self.reads])
+            self.work.mkdir(parents=True, exist_ok=True)
+            (self.work / MARK).touch()
+            self.lock = lock(self.work / "lock", self.config.out)
+            identity = self.identity()
+            if read_json(self.work / "identity.json") != identity:
+                for folder in ("result", "scratch", "state", "tmp"):
+                    shutil.rmtree(self.work / folder, ignore_errors=True)
+                write_json(self.work / "identity.json", identity)
+            shutil.rmtree(self.work / "tmp", ignore_errors=True)
+            for folder in ("result", "scratch", "state", "tmp"):
+                (self.work / folder).mkdir(exist_ok=True)
+            (self.result / MARK).touch()
+            if any((self.work / "state").iterdir()):
+                print(f"going on with {self.work}", file=sys.stderr)
+        self.ranks.gather(None)  # the folders are there before any rank goes on
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # A mistake of the user's is mended by another command; anything else may go on from here.
+        if self.ranks.rank == 0:
+            if kind is None or issubclass(kind, UserError):
+                shutil.rmtree(self.work, ignore_errors=True)
+            os.close(self.lock)
+
+    def map(self, name: str, items: list, work: Callable[["Part"], dict | None]) -> list[dict]:
+        """`work(part)` of every item, as JSON dicts in the order of the items, on every rank.
+
+        Items are dealt over the ranks, so `work` must depend on part.item and part.index alone.
+        Where an item was finished by an earlier run, its result is read instead.
+        """
+        if len(items) >= MAX_ITEMS:
+            raise UserError(f"{len(items):,} input shards, want below {MAX_ITEMS:,}: join some")
+        mine = range(self.ranks.rank, len(items), self.ranks.size)
+        paths = all(isinstance(item, Path) for item in items)
+        sizes = [items[i].stat().st_size if paths else 1 for i in mine]
+        unit = {"unit": "B", "unit_scale": True} if paths else {}
+        quiet = None if self.ranks.rank == 0 else True
+        done: dict[int, dict] = {}
+        with tqdm(desc=name, total=sum(sizes), disable=quiet, **unit) as bar:
+            for i, size in zip(mine, sizes):
+                path = self.work / "state" / f"{name}-{i:05d}.json"
+                state, before = self.finished_item(path), bar.n
+                if state is None:
+                    part = Part(self, name, i, items[i], bar.update if paths else lambda n: None)
+                    state = part.close(work(part))
+                    write_json(path, state)
+                done[i] = state
+                bar.update(before + size - bar.n)  # what was read of it has been shown
+        everywhere = {}
+        for of_rank in self.ranks.gather(done):
+            everywhere |= of_rank
+        self.finished += [everywhere[i] for i in range(len(items))]
+        return [everywhere[i]["result"] for i in range(len(items))]
+
+    def finish(self, summary: dict) -> dict:
+        """Add what was quarantined to `summary`, write it and give the folder its name."""
+        quarantined = total([state["quarantined"] for state in self.finished])
+        summary = {**summary, "quarantined": quarantined}
+        if self.ranks.rank == 0:
+            inputs = {i["path"]: i for state in self.finished for i in state["inputs"]}
+            seconds = time.perf_counter() - self.began
+            read_mb = sum(i["bytes"] for i in inputs.values()) / 1e6
+            timing = {
+                "seconds": round(seconds, 2),
+                "ranks": self.ranks.size,
+                "input_mb_per_s": round(read_mb / seconds, 3),
+            }
+            lineage = {
+                **{k: v for k, v in self.identity().items() if k != "stat"},
+                "inputs": [*map(describe, self.reads), *inputs.values()],
+                "outputs": [output for state in self.finished for output in state["outputs"]],
+            }
+            write_json(self.result / "timing.json", timing)
+            write_json(self.result / "lineage.json", lineage)
+            write_json(self.result / "summary.json", summary)
+            for reason, n in quarantined.items():
+                print(f"quarantined: {n:,} {reason}", file=sys.stderr)
+            old = self.work / "old"
+            if self.out.exists():
+                self.out.rename(old)
+            self.result.rename(self.out)
+        self.ranks.gather(None)  # no rank goes on before the folder is there
+        return summary
+
+    def identity(self) -> dict:
+        """What decides the output: an interrupted run goes on only where all of it is equal."""
+        script = sys.modules[type(self.config).__module__]
+        arguments = {k: plain(v) for k, v in dataclasses.asdict(self.config).items() if k != "out"}
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.shards + self.reads]
+        return {
+            "script": Path(script.__file__).resolve().relative_to(ROOT).as_posix(),
+            "code": code_hash(script),
+            "python": platform.python_version(),
+            "arguments": arguments,
+            "stat": hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest(),
+        }
+
+    def finished_item(self, path: Path) -> dict | None:
+        """The state of an item that an earlier run finished, if its files are still whole."""
+        state = read_json(path)
+        for output in state["outputs"] if state else []:
+            file = self.result / output["path"]
+            if not file.exists() or file.stat().st_size != output["bytes"]:
+                return None
+        return state
+
+
+class Part:
+    """The work on one item: where it reads, writes, and says what it cannot read."""
+
+    def __init__(self, stage: Stage, name: str, index: int, item, progress: Callable[[int], None]):
+        self.stage, self.index, self.item, self.progress = stage, index, item, progress
+        self.folder = stage.work / "tmp" / f"{name}-{index:05d}"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        # Files written in these two appear under the same names in stage.result and stage.scratch.
+        self.result, self.scratch = self.folder / "result", self.folder / "scratch"
+        self.result.mkdir(parents=True)
+        self.scratch.mkdir()
+        self.name = f"shard-{index:05d}"
+        self.inputs: list[dict] = []
+        self.quarantined: dict[str, int] = {}
+        self._quarantine = None
+
+    def documents(self, path: Path | None = None) -> Iterator[dict]:
+        """The documents of `path` (default: the item), streamed; what is bad goes to quarantine."""
+        path = path or self.item
+        if not path.is_relative_to(self.stage.work):
+            self.inputs.append(describe(path))
+        bad = lambda reason, position, what: self.bad(reason, str(path), position, what)  # noqa: E731
+        yield from read_documents_of(path, bad, self.progress)
+
+    def writer(self) -> DocumentFile:
+        """A writer of result/shard-INDEX.jsonl.zst, a file that is there if it has a document."""
+        return DocumentFile(self.result / f"{self.name}.jsonl.zst")
+
+    def bad(self, reason: str, path: str, position: int, what: bytes | str = b"") -> None:
+        """Count something that cannot be read, and write down where it stands."""
+        self.quarantined[reason] = self.quarantined.get(reason, 0) + 1
+        if self._quarantine is None:
+            folder = self.result / "quarantine"
+            folder.mkdir(exist_ok=True)
+            file = folder / f"{self.folder.name}.jsonl"
+            self._quarantine = open(file, "w", encoding="utf-8")  # noqa: SIM115, closed by close
+        what = (
+            what[:200] if isinstance(what, bytes) else what[:200].encode(errors="backslashreplace")
+        )
+        line = {"path": path, "position": position, "reason": reason}
+        line["start"] = what.decode(errors="backslashreplace")
+        self._quarantine.write(json.dumps(line) + "\n")
+
+    def close(self, result: dict | None) -> dict:
+        """Move what was written into place; the item's state."""
+        if self._quarantine:
+            self._quarantine.close()
+        outputs = []
+        for name in ("result", "scratch"):
+            for file in files_in(self.folder / name):
+                inside = file.relative_to(self.folder / name)
+                with open(file, "rb+") as f:
+                    os.fsync(f.fileno())
+                if name == "result":
+                    outputs.append(describe(file) | {"path": inside.as_posix()})
+                target = self.stage.work / name / inside
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+        shutil.rmtree(self.folder)
+        return {
+            "result": result or {},
+            "inputs": self.inputs,
+            "outputs": outputs,
+            "quarantined": self.quarantined,
+        }
+
+
+def total(counts: Iterable[dict]) -> dict:
+    """The sum of dicts of numbers and of such dicts, their keys in the order of first sight."""
+    added: dict = {}
+    for count in counts:
+        for key, value in count.items():
+            if isinstance(value, dict):
+                added[key] = total([added.get(key, {}), value])
+            else:
+                added[key] = added.get(key, 0) + value
+    return added
+
+
+def say(text: str) -> None:
+    """Print on the first rank alone."""
+    if Ranks().rank == 0:
+        print(text)
+
+
+def describe(path: Path) -> dict:
+    """The path, size and hash of a file, for lineage."""
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {"path": str(path), "bytes": path.stat().st_size, "blake2b": digest}
+
+
+def code_hash(script) -> str:
+    """A hash of the source of `script`, of the project's modules it uses, and of this layer."""
+    used = [inspect.getmodule(value) for value in vars(script).values()]
+    modules = [script, *used, config_module, data.documents, data.readers, sys.modules[__name__]]
+    files = {Path(m.__file__).resolve() for m in modules if getattr(m, "__file__", None)}
+    sources = sorted(f for f in files if f.is_relative_to(ROOT) and f.suffix == ".py"
+                     and "site-packages" not in f.parts)  # fmt: skip
+    return hashlib.blake2b(b"".join(f.read_bytes() for f in sources), digest_size=16).hexdigest()
+
+
+def files_in(path: Path) -> list[Path]:
+    """`path` if it is a file, else the files under it, sorted."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def plain(value):
+    """`value` as JSON has it."""
+    if isinstance(value, (tuple, list)):
+        return [plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def lock(path: Path, out: Path) -> int:
+    """An open file that no other process can lock until this one ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(f"--out {out}: another run is writing it; wait for its end") from None
+    return descriptor
