@@ -27,7 +27,8 @@ from pathlib import Path
 
 from config import UserError, parse, run
 from data.documents import document, source_shards, write_json
-from data.stage import Part, Stage, say, total
+from data.ranks import say
+from data.stage import Part, Stage, total
 
 LEADING_COMMENTS = re.compile(r"(?:[ \t]*(?:#.*)?\n)*")
 COMMENT_BLOCK = re.compile(r"(?:[ \t]*#.*\n)+")

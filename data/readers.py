@@ -40,10 +40,11 @@ THE_STACK_ORIGIN = ("max_stars_repo_name", "max_stars_repo_path")
 
 
 def read_documents_of(
-    path: Path, bad: Bad, progress: Callable[[int], None] = lambda n: None
+    path: Path, bad: Bad, progress: Callable[[int], None] = lambda n: None, name: str = ""
 ) -> Iterator[dict]:
     """The documents of a file; those of our own with all of their fields.
 
+    The origin of another's is `name`, that of the file by default, and where in it.
     Raises UserError for a file that is not there, of an unknown format, or that needs an extra.
     """
     seen: set[int] = set()  # ids of our own documents in this file
@@ -57,7 +58,9 @@ def read_documents_of(
             continue
         ours = isinstance(record.get("sha256"), str) and isinstance(record.get("origin"), str)
         try:
-            made = document(text, record["origin"] if ours else origin(path, position, record))
+            made = document(
+                text, record["origin"] if ours else origin(name or path.name, position, record)
+            )
         except UnicodeEncodeError:
             bad("lone surrogate", position, text)
             continue
@@ -72,10 +75,10 @@ def read_documents_of(
             yield record | made
 
 
-def origin(path: Path, position: int, record: dict) -> str:
+def origin(name: str, position: int, record: dict) -> str:
     """Where a document of others came from, for a person to find it again."""
     where = [record.get(key) for key in THE_STACK_ORIGIN]
-    return "/".join(where) if all(isinstance(w, str) for w in where) else f"{path.name}:{position}"
+    return "/".join(where) if all(isinstance(w, str) for w in where) else f"{name}:{position}"
 
 
 def read_records(

@@ -39,44 +39,15 @@ from tqdm import tqdm
 
 import config as config_module
 import data.documents
+import data.ranks
 import data.readers
 from config import UserError
 from data.documents import MARK, DocumentFile, check_out, write_json
+from data.ranks import Ranks
 from data.readers import read_documents_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_ITEMS = 100_000  # names are five digits wide, so that sorted names are the items' order
-
-
-class Ranks:
-    """The processes of this run: one, or those that mpirun started. Values must be picklable."""
-
-    def __init__(self):
-        started = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
-        self.comm, self.rank, self.size = None, 0, 1
-        if started > 1:
-            if "mpi4py.run" not in sys.modules:
-                raise UserError(
-                    f"started {started} times by mpirun; write `mpirun -n {started} python -m "
-                    "mpi4py -m data.SCRIPT ...`, so that an error on one rank ends them all"
-                )
-            from mpi4py import MPI
-
-            self.comm = MPI.COMM_WORLD
-            self.rank, self.size = self.comm.rank, self.comm.size
-            if self.size != started:
-                raise UserError(
-                    f"mpirun started {started} ranks but mpi4py sees {self.size}: it was built "
-                    "for another MPI than this mpirun"
-                )
-
-    def gather(self, value) -> list:
-        """`value` of every rank, in the order of ranks, on every rank."""
-        return self.comm.allgather(value) if self.comm else [value]
-
-    def exchange(self, values: list) -> list:
-        """values[r] goes to rank r; what the ranks sent here, in their order."""
-        return self.comm.alltoall(values) if self.comm else values
 
 
 class Stage:
@@ -123,13 +94,16 @@ class Stage:
                 shutil.rmtree(self.work, ignore_errors=True)
             os.close(self.lock)
 
-    def map(self, name: str, items: list, work: Callable[["Part"], dict | None]) -> list[dict]:
+    def map(
+        self, name: str, items: list, work: Callable[["Part"], dict | None], first: int = 0
+    ) -> list[dict]:
         """`work(part)` of every item, as JSON dicts in the order of the items, on every rank.
 
         Items are dealt over the ranks, so `work` must depend on part.item and part.index alone.
-        Where an item was finished by an earlier run, its result is read instead.
+        Where an item was finished by an earlier run, its result is read instead. Indices count from
+        `first`, for a map in several calls.
         """
-        if len(items) >= MAX_ITEMS:
+        if first + len(items) >= MAX_ITEMS:
             raise UserError(f"{len(items):,} input shards, want below {MAX_ITEMS:,}: join some")
         mine = range(self.ranks.rank, len(items), self.ranks.size)
         paths = all(isinstance(item, Path) for item in items)
@@ -139,10 +113,12 @@ class Stage:
         done: dict[int, dict] = {}
         with tqdm(desc=name, total=sum(sizes), disable=quiet, **unit) as bar:
             for i, size in zip(mine, sizes):
-                path = self.work / "state" / f"{name}-{i:05d}.json"
+                path = self.work / "state" / f"{name}-{first + i:05d}.json"
                 state, before = self.finished_item(path), bar.n
                 if state is None:
-                    part = Part(self, name, i, items[i], bar.update if paths else lambda n: None)
+                    part = Part(
+                        self, name, first + i, items[i], bar.update if paths else lambda n: None
+                    )
                     state = part.close(work(part))
                     write_json(path, state)
                 done[i] = state
@@ -187,7 +163,7 @@ class Stage:
         """What decides the output: an interrupted run goes on only where all of it is equal."""
         script = sys.modules[type(self.config).__module__]
         arguments = {k: plain(v) for k, v in dataclasses.asdict(self.config).items() if k != "out"}
-        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.shards + self.reads]
+        stats = [(str(p), *size_and_time(p)) for p in self.shards + self.reads]
         return {
             "script": Path(script.__file__).resolve().relative_to(ROOT).as_posix(),
             "code": code_hash(script),
@@ -285,12 +261,6 @@ def total(counts: Iterable[dict]) -> dict:
     return added
 
 
-def say(text: str) -> None:
-    """Print on the first rank alone."""
-    if Ranks().rank == 0:
-        print(text)
-
-
 def describe(path: Path) -> dict:
     """The path, size and hash of a file, for lineage."""
     with open(path, "rb") as f:
@@ -301,11 +271,28 @@ def describe(path: Path) -> dict:
 def code_hash(script) -> str:
     """A hash of the source of `script`, of the project's modules it uses, and of this layer."""
     used = [inspect.getmodule(value) for value in vars(script).values()]
-    modules = [script, *used, config_module, data.documents, data.readers, sys.modules[__name__]]
+    modules = [
+        script,
+        *used,
+        config_module,
+        data.documents,
+        data.ranks,
+        data.readers,
+        sys.modules[__name__],
+    ]
     files = {Path(m.__file__).resolve() for m in modules if getattr(m, "__file__", None)}
     sources = sorted(f for f in files if f.is_relative_to(ROOT) and f.suffix == ".py"
                      and "site-packages" not in f.parts)  # fmt: skip
     return hashlib.blake2b(b"".join(f.read_bytes() for f in sources), digest_size=16).hexdigest()
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
+    """The size and time of change of a file, zeros for a link that leads nowhere."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def files_in(path: Path) -> list[Path]:
