@@ -1,40 +1,42 @@
 """Raw Python code, from folders on this machine, into one folder of documents.
 
     python -m data.collect --out out/raw --max_mb 30            # what every machine has
-    python -m data.collect --out out/raw --source ~/code --source stack.jsonl.zst
+    python -m data.collect --out out/raw --source ~/code --source stack/train-00000.parquet
 
 Files come in the order of a hash of their origin, a shuffle that depends neither on the machine nor
 on how a folder is walked. `--max_mb` cuts that order short, so a small sample is the beginning of a
-larger one. It is one cap for all sources together: each gives in proportion to its size. A .jsonl
-file counts as one file there, and its documents stay in their order.
+larger one. It is one cap for all sources together: each gives in proportion to its size. A file of
+many documents counts as one file there, and its documents stay in their order.
 
 Only what is certain without parsing is left out here: tests and vendored copies by their path,
 generated files by what their first lines say, exact copies, and text that is no text. Taste is
-data.filter's job. Seen hashes are held in memory, about 100 bytes a document.
+data.filter's job. What should be text and is none is named in quarantine/.
+
+Files are read in groups of about 16 MB, each by one rank, up to the group that reaches `--max_mb`;
+then the hashes of all groups are compared, and what is left of each becomes a shard. Hashes are
+held in memory, about 100 bytes a document, shared among the ranks.
 """
 
 import hashlib
+import math
 import os
 import re
 import sysconfig
-from collections import Counter
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
-from tqdm import tqdm
+import numpy as np
 
 from config import UserError, parse, run
-from data.documents import (
-    SUFFIXES,
-    ShardWriter,
-    document,
-    new_folder,
-    read_jsonl,
-    shard_files,
-    write_json,
-)
+from data.documents import FORMATS, ShardWriter, document, lines, shard_files
+from data.ranks import Ranks, digest_key, say
+from data.stage import Part, Stage, size_and_time, total
 
+T = TypeVar("T")
 SYSTEM = {"stdlib": ("stdlib",), "site-packages": ("purelib", "platlib")}  # names of sysconfig
 MAX_DOCUMENT_BYTES = 1 << 20  # a larger source file is a table or a bundle; also bounds memory
 # Tests assert about code elsewhere, and vendored copies come again under their own name. Of the
@@ -50,6 +52,9 @@ GENERATED = re.compile(
     r"|@generated|do not (edit|modify)",
     re.IGNORECASE,
 )
+GROUP_BYTES = 16_000_000  # read by one rank: small enough that a laptop's two have work
+UNREADABLE = frozenset(["NUL", "lone surrogate", "not UTF-8", "unreadable"])  # named in quarantine/
+KEPT, DUPLICATE = 0, 1  # what a Log says of a document; other reasons come after
 GENERATED_CHARS = 1000  # how far in that may stand: room for a licence header before it
 
 
@@ -59,10 +64,20 @@ class Config:
 
     out: Path  # folder to write
     source: tuple[str, ...] = tuple(SYSTEM)  # stdlib, site-packages, a folder (its *.py files or,
-    # where it has none, its .jsonl files), or a .jsonl, .jsonl.gz or .jsonl.zst file of records
-    # with the field text or content; may be given several times
+    # where it has none, its shards), or a shard: .jsonl (.gz, .zst) or .parquet with text or
+    # content, or StackExchange's Posts.xml (.gz, .zst); may be given several times
     max_mb: float = 0.0  # stop after the document that reaches this many 10^6 bytes, 0 = take all
     seed: int = 0  # another seed is another order of the files
+
+
+@dataclass(frozen=True)
+class File:
+    """A file to read: a document if it is a *.py, else a shard of documents."""
+
+    source: str
+    path: Path
+    origin: str  # where it came from, for a person
+    bytes: int
 
 
 @dataclass
@@ -73,7 +88,7 @@ class Tally:
     documents: int = 0
     bytes: int = 0
     files_past_max_mb: int = 0
-    left_out: Counter = field(default_factory=Counter)  # files by path, documents by the rest
+    left_out: dict[str, int] = field(default_factory=dict)  # files by path, documents by the rest
 
 
 def collect(config: Config) -> dict:
@@ -83,49 +98,182 @@ def collect(config: Config) -> dict:
     """
     if not config.max_mb >= 0:
         raise UserError(f"--max_mb: got {config.max_mb:g}, want 0 (all) or more")
-    tallies = {source: Tally() for source in config.source}
-    listed = [(s, *file) for s, tally in tallies.items() for file in list_files(s, tally)]
-    listed.sort(key=lambda file: hashlib.sha256(f"{config.seed}:{file[2]}".encode()).digest())
-    seen, max_bytes = set(), config.max_mb * 1e6 or float("inf")
-    with new_folder(config.out, config.source) as folder, ShardWriter(folder) as shards:
-        for source, path, file_origin in tqdm(listed, "collect", unit=" files", disable=None):
-            tally = tallies[source]
-            if shards.bytes >= max_bytes:
-                tally.files_past_max_mb += 1
-                continue
-            for text, origin in read_texts(path, file_origin, tally):
-                reason = left_out(text)
-                record = {} if reason else document(text, origin)
-                if not reason and record["sha256"] in seen:
-                    reason = "duplicate"
-                if reason:
-                    tally.left_out[reason] += 1
-                    continue
-                seen.add(record["sha256"])
-                shards.write(record)
-                tally.documents += 1
-                tally.bytes += len(text.encode())
-                if shards.bytes >= max_bytes:
-                    break
-        for source, tally in tallies.items():
+    ranks = Ranks()
+    tallies, groups = ranks.gather(list_groups(config) if ranks.rank == 0 else None)[0]
+    with Stage(config, [file.path for group in groups for file in group]) as stage:
+        pieces, counts = select(config, stage, groups)
+        stage.map("write", pieces, write_piece)
+        sources = {s: Tally(**total([vars(t), counts.get(s, {})])) for s, t in tallies.items()}
+        for source, tally in sources.items():
             reached = not tally.files_past_max_mb and source not in SYSTEM
-            if reached and not tally.documents and not tally.left_out["duplicate"]:
+            if reached and not tally.documents and not tally.left_out.get("duplicate"):
                 raise UserError(f"--source {source}: no code to keep there: {describe(tally)}")
-        if not shards.documents:
-            raise UserError(f"no documents in {', '.join(tallies)}; name a --source with code")
         summary = {
-            "documents": shards.documents,
-            "bytes": shards.bytes,
+            "documents": sum(tally.documents for tally in sources.values()),
+            "bytes": sum(tally.bytes for tally in sources.values()),
             "max_mb": config.max_mb,
             "seed": config.seed,
-            "sources": {source: vars(tally) for source, tally in tallies.items()},
+            "sources": {source: vars(tally) for source, tally in sources.items()},
         }
-        write_json(folder / "summary.json", summary)
-    return summary
+        if not summary["documents"]:
+            raise UserError(f"no documents in {', '.join(sources)}; name a --source with code")
+        return stage.finish(summary)
 
 
-def list_files(source: str, tally: Tally) -> Iterator[tuple[Path, str]]:
-    """The (path, origin) of each file of `source`, less those that their path rules out.
+def list_groups(config: Config) -> tuple[dict[str, Tally], list[list[File]]]:
+    """What listing says of each source, and all files to read, in their order and in groups."""
+    tallies = {source: Tally() for source in config.source}
+    listed = [file for source, tally in tallies.items() for file in list_files(source, tally)]
+    listed.sort(key=lambda f: hashlib.sha256(f"{config.seed}:{f.origin}".encode()).digest())
+    groups, room = [], 0
+    for file in listed:
+        if room <= 0:
+            groups.append([])
+            room = GROUP_BYTES
+        groups[-1].append(file)
+        room -= file.bytes
+    return tallies, groups
+
+
+def select(config: Config, stage: Stage, groups: list[list[File]]) -> tuple[list[tuple], dict]:
+    """Read what is needed of `groups`; the pieces to write and the counts of each source.
+
+    A piece is (group, number, first document, last document + 1) as read_group wrote it; which of
+    its documents to keep is in scratch/keep-GROUP.npy.
+    """
+    ranks, max_bytes = stage.ranks, config.max_mb * 1e6 or math.inf
+    read: list[dict] = []  # what read_group said
+    kept_bytes: list[int] = []  # of the groups read
+    logs: dict[int, Log] = {}  # of this rank's share of them
+    while len(read) < len(groups) and sum(kept_bytes) < max_bytes:
+        # As many groups as should suffice: a matter of their sizes, not of the number of ranks.
+        first, missing_bytes = len(read), max_bytes - sum(kept_bytes)
+        sizes = np.cumsum([sum(file.bytes for file in group) for group in groups[first:]])
+        wave = groups[first : first + 1 + int((sizes < missing_bytes).sum())]
+        read += stage.map("read", wave, lambda part: read_group(max_bytes, part), first)
+        logs = {i: Log.load(stage, i) for i in range(ranks.rank, len(read), ranks.size)}
+        is_first = ranks.first_seen({i: log.key[log.reason == KEPT] for i, log in logs.items()})
+        for i, log in logs.items():
+            log.reason[np.flatnonzero(log.reason == KEPT)[~is_first[i]]] = DUPLICATE
+        mine = {i: int(log.bytes[log.reason == KEPT].sum()) for i, log in logs.items()}
+        kept_bytes = in_order(ranks.gather(mine))
+
+    decided = {}
+    for i, log in logs.items():
+        tallies, end = log.count(groups[i], read[i]["reasons"], max_bytes - sum(kept_bytes[:i]))
+        candidate, kept = log.key.any(1), log.reason == KEPT
+        keep = (kept & (np.arange(len(kept)) < end))[candidate]
+        np.save(stage.scratch / f"keep-{i:05d}.npy", keep)
+        ends = pairwise(np.cumsum([0, *read[i]["pieces"]]).tolist())
+        pieces = [(i, n, a, b) for n, (a, b) in enumerate(ends) if keep[a:b].any()]
+        decided[i] = pieces, {source: vars(tally) for source, tally in tallies.items()}
+    decided = in_order(ranks.gather(decided))
+    unread = [file for group in groups[len(read) :] for file in group]
+    past = ({file.source: {"files_past_max_mb": 1}} for file in unread)
+    return [p for pieces, _ in decided for p in pieces], total([*(c for _, c in decided), *past])
+
+
+class Log:
+    """What was in a group of files, an entry for each document and for each file left out."""
+
+    def __init__(self):
+        self.number = array("I")  # of the file in the group
+        self.reason = array("B")  # why it was left out; KEPT for a candidate
+        self.bytes = array("I")  # of the text
+        self.key = array("Q")  # digest_key of the text, zeros if it is no candidate
+        self.reasons = {"": KEPT, "duplicate": DUPLICATE}
+
+    def add(self, number: int, reason: str, size: int = 0, key: tuple[int, int] = (0, 0)) -> None:
+        self.number.append(number)
+        self.reason.append(self.reasons.setdefault(reason, len(self.reasons)))
+        self.bytes.append(size)
+        self.key.extend(key)
+
+    def save(self, path: Path) -> None:
+        key = np.array(self.key, np.uint64).reshape(-1, 2)
+        np.savez(path, number=self.number, reason=self.reason, bytes=self.bytes, key=key)
+
+    @classmethod
+    def load(cls, stage: Stage, group: int) -> "Log":
+        """The log that read_group left, its columns as arrays."""
+        log = cls()
+        vars(log).update(np.load(stage.scratch / f"shard-{group:05d}.npz"))
+        return log
+
+    def count(self, group: list[File], reasons: list[str], left_bytes: float):
+        """What became of each source if `left_bytes` of text may be kept; the entry after the last.
+
+        The document that reaches the limit is the last one; nothing after it is counted.
+        """
+        kept_bytes = np.cumsum(self.bytes * (self.reason == KEPT), dtype=np.int64)
+        end = int((kept_bytes < left_bytes).sum()) + 1 if left_bytes > 0 else 0
+        tallies = {file.source: Tally() for file in group}
+        for number, why, size in zip(self.number[:end], self.reason[:end], self.bytes[:end]):
+            tally = tallies[group[number].source]
+            if why == KEPT:
+                tally.documents += 1
+                tally.bytes += int(size)
+            else:
+                tally.left_out[reasons[why]] = tally.left_out.get(reasons[why], 0) + 1
+        if end <= len(self.number):  # the limit is reached here, or was before
+            for file in group[int(self.number[end - 1]) + 1 if end else 0 :]:
+                tallies[file.source].files_past_max_mb += 1
+        return tallies, end
+
+
+def read_group(max_bytes: float, part: Part) -> dict:
+    """Write the candidates of a group of files to scratch, with a log of all that was there.
+
+    Stops at `max_bytes` of different texts: whatever the groups before it hold, no more is needed.
+    """
+    log, pieces, kept_bytes, seen = Log(), [], 0, set()
+    folder = part.scratch / part.name
+    folder.mkdir()
+    with ShardWriter(folder) as shards:
+        for number, file in enumerate(part.item):
+            for text, origin in read_texts(part, file, lambda why, n=number: log.add(n, why)):
+                reason = left_out(text)
+                record = {} if reason else document(text, origin)
+                key = digest_key(record["sha256"]) if record else None
+                if reason in UNREADABLE:
+                    part.bad(reason, origin, 1, text)
+                if reason or key in seen:
+                    log.add(number, reason or "duplicate")
+                    continue
+                seen.add(key)
+                shards.write(record)
+                pieces += [0] * (shards.shards - len(pieces))
+                pieces[-1] += 1
+                size = len(text.encode())
+                log.add(number, "", size, key)
+                kept_bytes += size
+                if kept_bytes >= max_bytes:
+                    break
+            if kept_bytes >= max_bytes:
+                break
+    log.save(part.scratch / f"{part.name}.npz")
+    return {"pieces": pieces, "reasons": list(log.reasons)}
+
+
+def write_piece(part: Part) -> None:
+    """Write what is kept of a piece as a shard of the output."""
+    group, number, first, end = part.item
+    keep = np.load(part.stage.scratch / f"keep-{group:05d}.npy")[first:end]
+    path = part.stage.scratch / f"shard-{group:05d}" / f"shard-{number:05d}.jsonl.zst"
+    with part.writer() as out:
+        for line, kept in zip(lines(path), keep, strict=True):
+            if kept:
+                out.write_line(line + b"\n")
+
+
+def in_order(of_ranks: list[dict[int, T]]) -> list[T]:
+    """The values for items 0, 1, ... that the ranks have among them."""
+    joined = {i: value for of_rank in of_ranks for i, value in of_rank.items()}
+    return [joined[i] for i in range(len(joined))]
+
+
+def list_files(source: str, tally: Tally) -> Iterator[File]:
+    """The files of `source`, less those that their path rules out.
 
     An origin holds no absolute path: "stdlib:json/decoder.py", "code:pkg/module.py" for ~/code.
     """
@@ -136,11 +284,11 @@ def list_files(source: str, tally: Tally) -> Iterator[tuple[Path, str]]:
         name, roots = path.resolve().name, [path]
     elif not os.path.exists(path):
         raise UserError(f"--source {source}: no such file or folder, nor stdlib or site-packages")
-    elif not path.name.endswith(SUFFIXES):
-        raise UserError(f"--source {source}: a file must be one of {', '.join(SUFFIXES)}")
+    elif not path.name.endswith(FORMATS):
+        raise UserError(f"--source {source}: a file must be one of {', '.join(FORMATS)}")
     else:
         tally.files += 1
-        yield path, path.name
+        yield File(source, path, path.name, size_and_time(path)[0])
         return
     for root in dict.fromkeys(root.resolve() for root in roots):  # purelib is often platlib
         for file in python_files(root, tally):
@@ -148,20 +296,20 @@ def list_files(source: str, tally: Tally) -> Iterator[tuple[Path, str]]:
             inside = os.fsencode(file.relative_to(root).as_posix()).decode(errors="replace")
             tally.files += 1
             if left_out_path(inside):
-                tally.left_out["path"] += 1
+                tally.left_out["path"] = tally.left_out.get("path", 0) + 1
             else:
-                yield file, f"{name}:{inside}"
+                yield File(source, file, f"{name}:{inside}", size_and_time(file)[0])
     if not tally.files and source not in SYSTEM:
-        for file in shard_files(path):
+        for file in shard_files(path, FORMATS):
             tally.files += 1
-            yield file, f"{name}:{file.name}"
+            yield File(source, file, f"{name}:{file.name}", size_and_time(file)[0])
 
 
 def python_files(root: Path, tally: Tally) -> Iterator[Path]:
     """The *.py files under `root`, at any depth; links to folders are not followed."""
 
     def unreadable(error: OSError) -> None:
-        tally.left_out["unreadable folder"] += 1
+        tally.left_out["unreadable folder"] = tally.left_out.get("unreadable folder", 0) + 1
 
     for folder, subfolders, files in os.walk(root, onerror=unreadable):
         subfolders[:] = [s for s in subfolders if not NOT_OF_THE_SOURCE.fullmatch(s)]
@@ -174,27 +322,32 @@ def left_out_path(inside: str) -> bool:
     return bool(LEFT_OUT_FILES.fullmatch(file) or any(map(LEFT_OUT_FOLDERS.fullmatch, folders)))
 
 
-def read_texts(path: Path, origin: str, tally: Tally) -> Iterator[tuple[str, str]]:
-    """The (text, origin) of a file's documents, their newlines as `\\n`; counts what has none."""
+def read_texts(
+    part: Part, file: File, left_out: Callable[[str], None]
+) -> Iterator[tuple[str, str]]:
+    """The (text, origin) of a file's documents, their newlines as `\\n`; tells what has none."""
+    path, text, reason = file.path, "", ""
     if path.suffix != ".py":
-        for number, record in enumerate(read_jsonl(path), 1):
-            text = record.get("text", record.get("content"))
-            if isinstance(text, str):
-                yield newlines(text), f"{origin}:{number}"
-            else:
-                tally.left_out["no text or content"] += 1
+        for record in part.documents(path, file.origin, left_out):
+            yield newlines(record["text"]), record["origin"]
         return
     try:
         if not path.is_file():  # a dangling link, or a named pipe, which would block
-            tally.left_out["unreadable"] += 1
+            reason = "unreadable"
         elif path.stat().st_size > MAX_DOCUMENT_BYTES:
-            tally.left_out["too large"] += 1
+            reason = "too large"
         else:
-            yield newlines(path.read_bytes().decode("utf-8-sig")), origin
+            text = newlines(part.read(path).decode("utf-8-sig"))
     except UnicodeDecodeError:
-        tally.left_out["not UTF-8"] += 1
+        reason = "not UTF-8"
     except OSError:
-        tally.left_out["unreadable"] += 1
+        reason = "unreadable"
+    if not reason:
+        yield text, file.origin
+        return
+    left_out(reason)
+    if reason in UNREADABLE:
+        part.bad(reason, file.origin, 1)
 
 
 def newlines(text: str) -> str:
@@ -231,8 +384,8 @@ def main() -> None:
     config = parse(Config)
     summary = collect(config)
     for source, tally in summary["sources"].items():
-        print(f"{source}: {describe(Tally(**tally))}")
-    print(f"{config.out}: {summary['documents']:,} documents, {summary['bytes'] / 1e6:.1f} MB")
+        say(f"{source}: {describe(Tally(**tally))}")
+    say(f"{config.out}: {summary['documents']:,} documents, {summary['bytes'] / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -12,23 +12,26 @@ is worth, in the shape of an exercise. A document has text = prompt + solution a
 """
 
 import ast
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+import numpy as np
 
 from config import UserError, parse, run
-from data.documents import ShardWriter, document, new_folder, write_json
-from data.filter import docstring, parse_python, raw_documents
+from data.documents import DocumentFile, document, read_jsonl, source_shards
+from data.filter import docstring, parse_python
+from data.ranks import digest_key, say
+from data.stage import Part, Stage, total
 
 
 @dataclass(frozen=True)
 class Config:
     """Cuts documented functions out of raw code, as pairs of prompt and solution."""
 
-    source: Path  # folder of documents, as data.collect writes it
+    source: Path  # documents: a file, or a folder of shards
     out: Path  # folder to write
     max_chars: int = 1200  # of a pair; 256 tokens hold about 750 at a vocabulary of 4k
 
@@ -68,10 +71,30 @@ def is_pair(prompt: str, solution: str) -> bool:
 
 def pairs(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError if there is no pair."""
-    count, seen = Counter(too_long=0, duplicates=0, does_not_parse=0), set()
-    with new_folder(config.out, [config.source]) as folder, ShardWriter(folder) as shards:
-        sources = raw_documents(config.source)
-        for source in tqdm(sources, "pairs", unit=" documents", disable=None):
+    with Stage(config, source_shards(config.source)) as stage:
+        cut = total(stage.map("pairs", stage.shards, lambda part: cut_shard(config, part)))
+        mine = range(stage.ranks.rank, len(stage.shards), stage.ranks.size)
+        keys = {i: np.load(stage.scratch / f"shard-{i:05d}.npy") for i in mine}
+        for i, keep in stage.ranks.first_seen(keys).items():
+            np.save(stage.scratch / f"keep-{i:05d}.npy", keep)
+        stage.ranks.gather(None)  # all of them are there
+        written = total(stage.map("write", list(range(len(stage.shards))), write_shard))
+        count = {
+            key: cut[key] for key in ("too_long", "does_not_parse", "documents_in", "bytes_in")
+        }
+        if not written["documents"]:
+            raise UserError(
+                f"--source {config.source}: no documented function of up to {config.max_chars} "
+                f"characters in {count['documents_in']} documents ({count['too_long']} longer ones)"
+            )
+        return stage.finish({**written, **count, "max_chars": config.max_chars})
+
+
+def cut_shard(config: Config, part: Part) -> dict:
+    """Write the pairs of one shard to scratch, copies among them, with the keys of their texts."""
+    count, keys = Counter(too_long=0, does_not_parse=0, documents_in=0, bytes_in=0), array("Q")
+    with DocumentFile(part.scratch / f"{part.name}.jsonl.zst") as found:
+        for source in part.documents():
             count["documents_in"] += 1
             count["bytes_in"] += len(source["text"].encode())
             try:
@@ -85,28 +108,31 @@ def pairs(config: Config) -> dict:
                     )
                     if len(record["text"]) > config.max_chars:
                         count["too_long"] += 1
-                    elif record["sha256"] in seen:
-                        count["duplicates"] += 1
                     else:
-                        seen.add(record["sha256"])
-                        shards.write(record)
+                        keys.extend(digest_key(record["sha256"]))
+                        found.write(record)
             except SyntaxError:
                 count["does_not_parse"] += 1
-        summary = {"documents": shards.documents, "bytes": shards.bytes, **count}
-        summary["max_chars"] = config.max_chars
-        if not shards.documents:
-            raise UserError(
-                f"--source {config.source}: no documented function of up to {config.max_chars} "
-                f"characters in {count['documents_in']} documents ({count['too_long']} longer ones)"
-            )
-        write_json(folder / "summary.json", summary)
-    return summary
+    np.save(part.scratch / f"{part.name}.npy", np.array(keys, np.uint64).reshape(-1, 2))
+    return count
+
+
+def write_shard(part: Part) -> dict:
+    """Write the pairs of one shard that no earlier shard or line has."""
+    keep = np.load(part.stage.scratch / f"keep-{part.index:05d}.npy")
+    with part.writer() as out:
+        if len(keep):
+            found = read_jsonl(part.stage.scratch / f"{part.name}.jsonl.zst")
+            for record, kept in zip(found, keep, strict=True):
+                if kept:
+                    out.write(record)
+    return {"documents": out.documents, "bytes": out.bytes, "duplicates": int((~keep).sum())}
 
 
 def main() -> None:
     config = parse(Config)
     s = pairs(config)
-    print(
+    say(
         f"{config.out}: {s['documents']:,} pairs, {s['bytes'] / 1e6:.1f} MB, from "
         f"{s['documents_in']:,} documents, {s['bytes_in'] / 1e6:.1f} MB; left out: "
         f"{s['too_long']:,} too long, {s['duplicates']:,} duplicates"

@@ -48,8 +48,8 @@ class Ranks:
         items = sorted(keys)
         flat = np.concatenate([np.zeros((0, 2), np.uint64), *(keys[i] for i in items)])
         counts = [len(keys[i]) for i in items]
-        place = np.stack([np.repeat(np.array(items, np.int64), counts),
-                          np.concatenate([np.arange(n) for n in counts] or [np.arange(0)])])  # fmt: skip
+        position = np.concatenate([np.arange(0), *(np.arange(n) for n in counts)])
+        place = np.stack([np.repeat(np.array(items, np.int64), counts), position])  # [2, n]
         judge = flat[:, 0] % np.uint64(self.size)
         mine = [np.flatnonzero(judge == r) for r in range(self.size)]
         asked = self.exchange([(flat[of], place[:, of]) for of in mine])

@@ -195,16 +195,35 @@ class Part:
         self.scratch.mkdir()
         self.name = f"shard-{index:05d}"
         self.inputs: list[dict] = []
+        self.small = {"files": 0, "bytes": 0, "blake2b": hashlib.blake2b(digest_size=16)}
         self.quarantined: dict[str, int] = {}
         self._quarantine = None
 
-    def documents(self, path: Path | None = None) -> Iterator[dict]:
-        """The documents of `path` (default: the item), streamed; what is bad goes to quarantine."""
+    def documents(
+        self, path: Path | None = None, name: str = "", on_bad: Callable[[str], None] = len
+    ) -> Iterator[dict]:
+        """The documents of `path` (default: the item), streamed; what is bad goes to quarantine.
+
+        `name` is the file's in the origins of documents that have none, and `on_bad` is told the
+        reason of what is bad too.
+        """
         path = path or self.item
         if not path.is_relative_to(self.stage.work):
             self.inputs.append(describe(path))
-        bad = lambda reason, position, what: self.bad(reason, str(path), position, what)  # noqa: E731
-        yield from read_documents_of(path, bad, self.progress)
+
+        def bad(reason: str, position: int, what: bytes | str) -> None:
+            self.bad(reason, str(path), position, what)
+            on_bad(reason)
+
+        yield from read_documents_of(path, bad, self.progress, name)
+
+    def read(self, path: Path) -> bytes:
+        """The content of a file that is one of many: lineage has one hash for all of an item's."""
+        content = path.read_bytes()
+        self.small["files"] += 1
+        self.small["bytes"] += len(content)
+        self.small["blake2b"].update(content)
+        return content
 
     def writer(self) -> DocumentFile:
         """A writer of result/shard-INDEX.jsonl.zst, a file that is there if it has a document."""
@@ -241,6 +260,9 @@ class Part:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(target)
         shutil.rmtree(self.folder)
+        if self.small["files"]:
+            digest = self.small["blake2b"].hexdigest()
+            self.inputs.append({"path": self.folder.name, **self.small, "blake2b": digest})
         return {
             "result": result or {},
             "inputs": self.inputs,
