@@ -11,6 +11,7 @@ Slots 0-2 are llm.c's, so its tools read our shards; slots 3 and on are zero in 
 """
 
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +20,42 @@ from config import UserError
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
+MIXTURE = "mixture.json"  # in a folder of shards: which are whose, and how often they are seen
 VERIFY_TOKENS = 1 << 24  # tokens a verification step reads: 32 MiB
 
 
 def write_shard(path: Path, tokens: np.ndarray, vocab_size: int, documents: int, fingerprint: str):
     """Write `tokens` (any integer dtype, values below `vocab_size` <= 65,536) as a shard."""
-    assert 0 < len(tokens) < 2**31, "a shard holds 1 to 2^31 - 1 tokens"
+    write_shard_parts(path, [tokens], len(tokens), vocab_size, documents, fingerprint)
+
+
+def write_shard_parts(
+    path: Path,
+    parts: Iterable[np.ndarray],
+    n_tokens: int,
+    vocab_size: int,
+    documents: int,
+    fingerprint: str,
+) -> None:
+    """Write a shard from pieces that are `n_tokens` long together, held one at a time."""
+    assert 0 < n_tokens < 2**31, "a shard holds 1 to 2^31 - 1 tokens"
     assert vocab_size <= 65536, "tokens are uint16"
-    assert int(tokens.max()) < vocab_size, "a token is beyond the vocabulary"
     assert len(fingerprint) == 32
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:5] = MAGIC, VERSION, len(tokens), vocab_size, documents
+    header, written = np.zeros(HEADER_INTS, "<i4"), 0
+    header[:5] = MAGIC, VERSION, n_tokens, vocab_size, documents
     header[8:16] = np.frombuffer(fingerprint.encode(), "<i4")
-    tokens = tokens.astype("<u2")
-    checksum = zlib.crc32(tokens.data, zlib.crc32(header.data))
-    header[5] = np.uint32(checksum).view(np.int32)
+    checksum = zlib.crc32(header.data)
     with open(path, "wb") as f:
         f.write(header.data)
-        f.write(tokens.data)
+        for part in parts:
+            assert len(part) == 0 or int(part.max()) < vocab_size, "a token beyond the vocabulary"
+            part = np.ascontiguousarray(part, "<u2")
+            checksum, written = zlib.crc32(part.data, checksum), written + len(part)
+            f.write(part.data)
+        assert written == n_tokens
+        header[5] = np.uint32(checksum).view(np.int32)
+        f.seek(0)
+        f.write(header.data)
 
 
 def read_header(path: Path) -> np.ndarray:

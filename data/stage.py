@@ -142,10 +142,15 @@ class Stage:
                 "ranks": self.ranks.size,
                 "input_mb_per_s": round(read_mb / seconds, 3),
             }
+            outputs = {o["path"]: o for state in self.finished for o in state["outputs"]}
+            for file in files_in(self.result):
+                inside = file.relative_to(self.result).as_posix()
+                if inside != MARK and inside not in outputs:  # the first rank wrote it itself
+                    outputs[inside] = describe(file) | {"path": inside}
             lineage = {
                 **{k: v for k, v in self.identity().items() if k != "stat"},
                 "inputs": [*map(describe, self.reads), *inputs.values()],
-                "outputs": [output for state in self.finished for output in state["outputs"]],
+                "outputs": list(outputs.values()),
             }
             write_json(self.result / "timing.json", timing)
             write_json(self.result / "lineage.json", lineage)
