@@ -5,9 +5,14 @@ incomplete window is dropped). Sequence g of a run, counted over all steps and r
 `permute(g mod n)` of epoch `g div n`, so that every window is seen once an epoch, in an order that
 depends on nothing but (seed, epoch). Resuming at step k, or with another number of ranks, needs no
 state: the loader starts at sequence k * seqs_per_step.
+
+A folder with a mixture.json (data.pack) holds several sources, each with the number of epochs that
+an epoch of the whole, a pass, sees of it. A pass is then as many sequences, in an order as random;
+each source is gone through evenly, and where a pass ends within it, the next one goes on there.
 """
 
 import itertools
+import json
 import time
 import zlib
 from collections import deque
@@ -19,7 +24,7 @@ import numpy as np
 import torch
 
 from config import UserError
-from data.shards import open_shard, read_header
+from data.shards import MIXTURE, open_shard, read_header
 
 PREFETCH = 4  # micro-batches made ahead of the one in use
 ROUNDS = 4  # of the Feistel network; 4 give a permutation indistinguishable from random
@@ -36,16 +41,50 @@ class Windows:
         self.shards = [open_shard(f, vocab_size, fingerprint) for f in files]
         headers = b"".join(read_header(f).tobytes() for f in files)
         self.checksum = f"{zlib.crc32(headers):08x}"  # headers hold each shard's own checksum
-        self.tokens = sum(len(s) for s in self.shards)
         self.first = np.cumsum([0] + [(len(s) - 1) // seq_len for s in self.shards])
-        if len(self) == 0:
+        # Of each source: its first shard, then its first window, windows, and windows in a pass.
+        shard, epochs = self._mixture(Path(folder), split, [f.name for f in files])
+        tokens = [sum(len(s) for s in self.shards[a:b]) for a, b in itertools.pairwise(shard)]
+        self.source_first, self.source_windows = self.first[shard[:-1]], np.diff(self.first[shard])
+        self.in_pass = np.rint(self.source_windows * epochs).astype(np.int64)
+        self.tokens = round(sum(n * e for n, e in zip(tokens, epochs)))  # of a pass
+        if self.in_pass.min() == 0:
+            n = tokens[int(self.in_pass.argmin())]
             raise UserError(
-                f"{folder}: the {split} split has {self.tokens:,} tokens, fewer than one sequence "
+                f"{folder}: the {split} split has {n:,} tokens, fewer than one sequence "
                 f"of {seq_len:,} + 1; add documents or lower seq_len"
             )
 
+    def _mixture(self, folder: Path, split: str, files: list[str]) -> tuple[list[int], list[float]]:
+        """The first shard of each source, with the number of shards at the end, and its epochs."""
+        path = folder / MIXTURE
+        if split != "train" or not path.exists():
+            return [0, len(files)], [1.0]
+        content = path.read_bytes()
+        self.checksum = f"{zlib.crc32(content, int(self.checksum, 16)):08x}"
+        try:
+            sources = json.loads(content)["sources"]
+            epochs = [float(source["epochs"]) for source in sources]
+            named = [name for source in sources for name in source["shards"]]
+            shards = [0, *itertools.accumulate(len(source["shards"]) for source in sources)]
+        except (ValueError, TypeError, KeyError) as e:
+            raise UserError(f"{path} is damaged ({e!r}); make it again with data.pack") from None
+        if named != files:
+            raise UserError(f"{path} names other shards than {folder} holds; pack the data again")
+        return shards, epochs
+
     def __len__(self) -> int:
-        return int(self.first[-1])
+        return int(self.in_pass.sum())
+
+    def order(self, g: np.ndarray, seed: int) -> np.ndarray:
+        """The window of each sequence of a run, int64 like `g`."""
+        epoch, n = g // len(self), len(self)
+        place = permute(g % n, n, seed, epoch)
+        ends = np.cumsum(self.in_pass)
+        source = np.searchsorted(ends, place, side="right")
+        in_source = place - (ends - self.in_pass)[source]
+        seen = epoch * self.in_pass[source] + in_source  # of this source, in this and other passes
+        return self.source_first[source] + seen % self.source_windows[source]
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
         out = np.empty((len(index), self.seq_len + 1), np.int64)
@@ -80,7 +119,7 @@ class Loader:
         """The window of each row of this rank's micro-batch, int64 [micro_batch]."""
         row = (micro_step * self.world_size + self.rank) * self.micro_batch
         g = step * self.seqs_per_step + row + np.arange(self.micro_batch)
-        return permute(g % len(self.windows), len(self.windows), self.seed, g // len(self.windows))
+        return self.windows.order(g, self.seed)
 
     def stream(self, start_step: int) -> Iterator[torch.Tensor]:
         """Endless micro-batches from `start_step` on, made ahead by a thread."""
