@@ -210,11 +210,15 @@ def lines(path: Path, progress: Callable[[int], None] = lambda n: None) -> Itera
         for start in range(0, len(chunk), PIECE_BYTES):
             *whole, rest = chunk[start : start + PIECE_BYTES].split(b"\n")
             for part in whole:
+                too_long |= len(begun) + len(part) > MAX_LINE_BYTES
                 yield None if too_long else bytes(begun) + part if begun else part
-                begun, too_long = bytearray(), False
+                begun.clear()
+                too_long = False
             too_long |= len(begun) + len(rest) > MAX_LINE_BYTES
-            begun = bytearray() if too_long else begun
-            begun += rest if not too_long else b""
+            if too_long:
+                begun.clear()
+            else:
+                begun += rest
     if too_long or begun:
         yield None if too_long else bytes(begun)
 

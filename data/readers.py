@@ -15,11 +15,12 @@ import json
 import math
 import re
 import xml.parsers.expat
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from config import UserError
-from data.documents import DAMAGED, MAX_LINE_BYTES, chunks, document, lines
+from data.documents import DAMAGED, MAX_LINE_BYTES, PIECE_BYTES, chunks, document, lines
 
 # bad(reason, position, what stands there): the position is a line, a row or an element, from 1.
 Bad = Callable[[str, int, bytes | str], None]
@@ -31,6 +32,8 @@ STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"')
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 PARQUET_ROWS = 64  # decoded at once
 MAX_ROW_GROUP_BYTES = 1 << 30  # The Stack's have about 100 MB; it is held in memory while read
+MAX_BETWEEN_ROWS_BYTES = 1 << 21  # expat holds an element until it ends
+MAX_DEPTH = 8  # of XML elements; a row of Posts.xml is at 2
 MAX_POST_BYTES = 1 << 18  # a post has up to 30,000 characters before they are escaped
 # StackExchange escapes every other < in a body. Possessive: linear in whatever stands there.
 TAG = re.compile(r"<(/?[a-zA-Z0-9]++)[^<>]*+>")
@@ -179,35 +182,57 @@ def _parquet(path: Path, bad: Bad, progress) -> Iterator[tuple[int, dict]]:
 
 def _posts(path: Path, bad: Bad, progress) -> Iterator[tuple[int, dict]]:
     """Posts as text: title, then body with its markup taken off."""
-    parser = xml.parsers.expat.ParserCreate()
-    rows: list[dict] = []
-    parser.StartElementHandler = lambda tag, attributes: rows.append({"tag": tag, **attributes})
-    parser.StartDoctypeDeclHandler = _refuse_doctype
-    number, unread_bytes = 0, 0
-    try:
+    parser = xml.parsers.expat.ParserCreate("utf-8")  # whatever encoding the file claims to have
+    rows: deque[dict] = deque()
+    number, depth = 0, 0
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("elements nested too deeply")
+        if tag == "row":
+            rows.append(attributes)
+
+    def end(tag: str) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def doctype(name: str, *rest) -> None:
+        # StackExchange's dumps have none; all that it can bring is entities that expand.
+        raise ValueError(f"a document type, {name:.40}")
+
+    def parse() -> Iterator[None]:
+        """Feeds the parser until there are rows, again and again."""
+        fed_bytes = 0  # since the last row
         for chunk in chunks(path, progress):
-            for start in range(0, len(chunk), 1 << 16):
-                piece = chunk[start : start + (1 << 16)]
+            for at in range(0, len(chunk), PIECE_BYTES):
+                piece = chunk[at : at + PIECE_BYTES]
                 parser.Parse(piece)
-                unread_bytes = 0 if rows else unread_bytes + len(piece)
-                if unread_bytes > MAX_LINE_BYTES:
-                    raise ValueError(f"an element of over {MAX_LINE_BYTES:,} bytes")
-                for row in rows:
-                    if row["tag"] == "row":
-                        number += 1
-                        if len(row.get("Body", "")) > MAX_POST_BYTES:
-                            bad("document too long", number, row["Body"][:200])
-                        elif "Body" in row:
-                            yield number, {"text": post_text(row.get("Title", ""), row["Body"])}
-                rows.clear()
+                fed_bytes = 0 if rows else fed_bytes + len(piece)
+                if fed_bytes > MAX_BETWEEN_ROWS_BYTES:
+                    raise ValueError(f"no row in {fed_bytes:,} bytes")
+                yield
         parser.Parse(b"", True)
-    except (*DAMAGED, xml.parsers.expat.ExpatError, ValueError) as e:
-        bad("damaged file", number + 1, f"cannot be read past row {number}: {e}")
 
-
-def _refuse_doctype(name: str, *rest) -> None:
-    """StackExchange's dumps have none; all that it can bring is entities that expand."""
-    raise ValueError(f"a document type, {name:.40}")
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.StartDoctypeDeclHandler = doctype
+    fed, fault = parse(), None
+    while fault is None:
+        try:
+            next(fed)
+        except StopIteration:
+            fault = ""
+        except (*DAMAGED, xml.parsers.expat.ExpatError, ValueError) as e:
+            fault = str(e)
+        while rows:  # those before a fault too
+            number, row = number + 1, rows.popleft()
+            if len(row.get("Body", "")) > MAX_POST_BYTES:
+                bad("document too long", number, row["Body"][:200])
+            elif "Body" in row:
+                yield number, {"text": post_text(row.get("Title", ""), row["Body"])}
+    if fault:
+        bad("damaged file", number + 1, f"cannot be read past row {number}: {fault}")
 
 
 def post_text(title: str, markup: str) -> str:
