@@ -65,6 +65,7 @@ class Stage:
         self.result, self.scratch = self.work / "result", self.work / "scratch"
         self.reads = [file for path in reads for file in files_in(Path(path))]
         self.finished: list[dict] = []  # states of all maps' items
+        self.read: set[str] = set()  # files that an earlier map read
 
     def __enter__(self) -> "Stage":
         self.began = time.perf_counter()
@@ -90,6 +91,8 @@ class Stage:
     def __exit__(self, kind, error, trace) -> None:
         # A mistake of the user's is mended by another command; anything else may go on from here.
         if self.ranks.rank == 0:
+            if kind is not None:
+                self.report_quarantined()
             if kind is None or issubclass(kind, UserError):
                 shutil.rmtree(self.work, ignore_errors=True)
             os.close(self.lock)
@@ -127,12 +130,12 @@ class Stage:
         for of_rank in self.ranks.gather(done):
             everywhere |= of_rank
         self.finished += [everywhere[i] for i in range(len(items))]
+        self.read |= {i["path"] for state in everywhere.values() for i in state["inputs"]}
         return [everywhere[i]["result"] for i in range(len(items))]
 
     def finish(self, summary: dict) -> dict:
         """Add what was quarantined to `summary`, write it and give the folder its name."""
-        quarantined = total([state["quarantined"] for state in self.finished])
-        summary = {**summary, "quarantined": quarantined}
+        summary = {**summary, "quarantined": self.quarantined()}
         if self.ranks.rank == 0:
             inputs = {i["path"]: i for state in self.finished for i in state["inputs"]}
             seconds = time.perf_counter() - self.began
@@ -155,14 +158,21 @@ class Stage:
             write_json(self.result / "timing.json", timing)
             write_json(self.result / "lineage.json", lineage)
             write_json(self.result / "summary.json", summary)
-            for reason, n in quarantined.items():
-                print(f"quarantined: {n:,} {reason}", file=sys.stderr)
+            self.report_quarantined()
             old = self.work / "old"
             if self.out.exists():
                 self.out.rename(old)
             self.result.rename(self.out)
         self.ranks.gather(None)  # no rank goes on before the folder is there
         return summary
+
+    def quarantined(self) -> dict[str, int]:
+        """How much could not be read, by reason."""
+        return total([state["quarantined"] for state in self.finished])
+
+    def report_quarantined(self) -> None:
+        for reason, n in self.quarantined().items():
+            print(f"quarantined: {n:,} {reason}", file=sys.stderr)
 
     def identity(self) -> dict:
         """What decides the output: an interrupted run goes on only where all of it is equal."""
@@ -213,11 +223,13 @@ class Part:
         reason of what is bad too.
         """
         path = path or self.item
-        if not path.is_relative_to(self.stage.work):
+        again = str(path) in self.stage.read or path.is_relative_to(self.stage.work)
+        if not again:
             self.inputs.append(describe(path))
 
         def bad(reason: str, position: int, what: bytes | str) -> None:
-            self.bad(reason, str(path), position, what)
+            if not again:  # an earlier map has counted it
+                self.bad(reason, str(path), position, what)
             on_bad(reason)
 
         yield from read_documents_of(path, bad, self.progress, name)

@@ -1,0 +1,434 @@
+"""The layer beneath every data script, by itself and by the scripts that stand on it."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_filter import GOOD
+
+from config import UserError
+from data.documents import ShardWriter, document, read_documents, source_shards
+from data.ranks import Ranks
+from data.stage import Stage, describe, total
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+needs_mpi = pytest.mark.skipif(not MPIRUN, reason="no mpirun")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    out: Path
+    factor: int = 1
+
+
+def count_letters(config, shards, **how):
+    """A stage of two maps, the second of which needs the first's results from all shards."""
+
+    def measure(part):
+        n = [len(d["text"]) for d in part.documents()]
+        np.save(part.scratch / f"{part.name}.npy", n)
+        return {"letters": sum(n)}
+
+    def write(part):
+        lengths = np.load(part.stage.scratch / f"{part.name}.npy")
+        with part.writer() as out:
+            for d, n in zip(part.documents(), lengths, strict=True):
+                out.write(d | {"frac": config.factor * int(n) / letters})
+        return {"documents": out.documents, "bytes": out.bytes}
+
+    with Stage(config, shards, **how) as stage:
+        letters = total(stage.map("measure", stage.shards, measure))["letters"]
+        return stage.finish(total(stage.map("write", stage.shards, write)))
+
+
+def shards_of(folder, n_shards=4, each=10, planted=()):
+    """A folder of shards; `planted` are lines for the end of the first."""
+    folder.mkdir(parents=True)
+    for i in range(n_shards):
+        lines = [json.dumps(document(f"x{i} = {j}\n" * (i + j + 1), f"code:{i}.{j}"))
+                 for j in range(each)]  # fmt: skip
+        (folder / f"{i}.jsonl").write_text("\n".join(lines + list(planted if i == 0 else [])))
+    return folder
+
+
+def content(folder):
+    """All that must not differ from run to run."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "timing.json"
+    }
+
+
+def test_what_a_stage_leaves(tmp_path):
+    source = shards_of(tmp_path / "in", planted=['{"text": ', '{"text": "a\\u0000"}', '{"a": 1}'])
+    out = tmp_path / "out"
+    (tmp_path / "words.txt").write_text("further input")
+    shards = source_shards(source)
+    summary = count_letters(Config(out, 3), shards, reads=[tmp_path / "words.txt"])
+    quarantined = {"not JSON": 1, "NUL": 1, "no text or content": 1}
+    assert summary.pop("quarantined") == quarantined  # once, though both maps read them
+    documents = list(read_documents([out]))
+    assert summary == {"documents": 40, "bytes": sum(len(d["text"]) for d in documents)}
+    assert sum(d["frac"] for d in documents) == pytest.approx(3)
+    names = [f"shard-0000{i}.jsonl.zst" for i in range(4)]
+    assert [p.name for p in source_shards(out)] == names  # quarantine/ is no input of the next
+    [path] = (out / "quarantine").iterdir()
+    bad = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(b["position"], b["reason"]) for b in bad] == list(zip([11, 12, 13], quarantined))
+    assert bad[0] == {"path": str(shards[0]), "position": 11, "reason": "not JSON",
+                      "start": '{"text": '}  # fmt: skip
+    lineage = json.loads((out / "lineage.json").read_text())
+    assert lineage["script"] == "tests/test_stage.py"
+    assert lineage["arguments"] == {"factor": 3}
+    assert lineage["inputs"] == [describe(p) for p in [tmp_path / "words.txt", *shards]]
+    for output in lineage["outputs"]:
+        assert describe(out / output["path"])["blake2b"] == output["blake2b"]
+    assert {o["path"] for o in lineage["outputs"]} == {
+        *names, "quarantine/measure-00000.jsonl"}  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "words.txt"]
+
+
+def test_a_finished_shard_is_not_repeated(tmp_path):
+    config, shards = Config(tmp_path / "out"), source_shards(shards_of(tmp_path / "in"))
+    did = []
+
+    def work(part, fail_at):
+        if part.index == fail_at:
+            raise OSError("the machine")
+        did.append(part.index)
+        with part.writer() as out:
+            for d in part.documents():
+                out.write(d)
+
+    def go(config, fail_at):
+        did.clear()
+        with Stage(config, shards) as stage:
+            stage.map("copy", shards, lambda part: work(part, fail_at))
+            stage.finish({})
+        return did
+
+    with pytest.raises(OSError, match="the machine"):
+        go(config, 2)
+    assert not config.out.exists()
+    with pytest.raises(OSError, match="the machine"):
+        go(config, 3)
+    assert did == [2]
+    # A file that was changed behind our back is made again.
+    (tmp_path / ".out.work" / "result" / "shard-00001.jsonl.zst").write_bytes(b"short")
+    assert go(config, None) == [1, 3]
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert go(config, None) == [0, 1, 2, 3]  # complete: made anew
+    # Other arguments or inputs have nothing to go on with.
+    with pytest.raises(OSError, match="the machine"):
+        go(config, 3)
+    with pytest.raises(OSError, match="the machine"):
+        go(dataclasses.replace(config, factor=2), 3)
+    assert did == [0, 1, 2]
+    os.utime(shards[0], (1, 1))
+    assert go(dataclasses.replace(config, factor=2), None) == [0, 1, 2, 3]
+
+
+def test_a_users_mistake_leaves_the_old_output_and_nothing_else(tmp_path):
+    config, shards = Config(tmp_path / "out"), source_shards(shards_of(tmp_path / "in"))
+    count_letters(config, shards)
+    before = content(config.out)
+    with pytest.raises(UserError), Stage(config, shards):
+        raise UserError("mend it")
+    assert content(config.out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+    with (
+        pytest.raises(UserError, match="holds the input"),
+        Stage(config, source_shards(config.out)),
+    ):
+        pytest.fail("entered")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="no output of ours"), Stage(Config(tmp_path / "mine"), []):
+        pytest.fail("entered")
+
+
+def test_two_runs_of_one_output(tmp_path):
+    config, shards = Config(tmp_path / "out"), source_shards(shards_of(tmp_path / "in"))
+    with Stage(config, shards) as stage:
+        with pytest.raises(UserError, match="another run"), Stage(config, shards):
+            pytest.fail("entered")
+        stage.finish({})
+    assert config.out.exists()
+
+
+def test_total():
+    counts = [{"a": 1, "why": {"x": 1}}, {"b": 2.5, "why": {"y": 1, "x": 2}}, {"a": 1}]
+    assert total(counts) == {"a": 2, "why": {"x": 3, "y": 1}, "b": 2.5}
+    assert list(total(counts)["why"]) == ["x", "y"]
+    assert total([]) == {}
+
+
+def test_sources_that_are_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.csv").touch()
+    for name in ("empty", "a.csv", "nowhere"):
+        with pytest.raises(UserError, match=f"{name}: .*want .jsonl"):
+            source_shards(tmp_path / name)
+
+
+def in_threads(size, work):
+    """`work(ranks)` for each of `size` ranks that exchange through queues, in their order."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    barrier, board = Barrier(size), {}
+
+    class Threads(Ranks):
+        def __init__(self, rank):
+            self.rank, self.size = rank, size
+
+        def exchange(self, values):
+            barrier.wait()
+            board.update({(self.rank, to): value for to, value in enumerate(values)})
+            barrier.wait()
+            return [board[of, self.rank] for of in range(size)]
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: work(Threads(rank)), range(size)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_first_seen_is_what_a_set_says(size):
+    rng = np.random.default_rng(size)
+    keys = {i: rng.integers(0, 6, (n, 2)).astype(np.uint64) for i, n in enumerate([9, 0, 30, 1, 5])}
+    keys[2][:, 0] += np.uint64(2**63)
+    seen, expected = set(), {}
+    for i, rows in keys.items():
+        expected[i] = []
+        for row in map(tuple, rows.tolist()):
+            expected[i].append(row not in seen)
+            seen.add(row)
+    found = {}
+    for of_rank in in_threads(
+        size, lambda r: r.first_seen({i: keys[i] for i in keys if i % r.size == r.rank})
+    ):
+        found |= {i: flags.tolist() for i, flags in of_rank.items()}
+    assert found == expected
+
+
+# ---- The scripts, under mpirun and under fire
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    """A folder of Python files with copies among them, a shard of it, and a bad line."""
+    root = tmp_path_factory.mktemp("code")
+    for i in range(60):
+        name = f"f{i % 50}"  # ten are copies
+        text = (
+            f'def {name}(x):\n    """Adds {i % 50} to x, if x is small enough."""\n'
+            f"    if x < {i % 50}:\n        return x + {i % 50}\n    return x\n\n\n"
+        )
+        (root / f"m{i}.py").write_text(text * (1 if i % 50 % 3 else 20))
+    folder = root / "shards"
+    folder.mkdir()
+    with ShardWriter(folder, shard_bytes=3000) as writer:
+        for i in range(0, 60, 2):
+            writer.write(document((root / f"m{i}.py").read_text() + "#", f"old:m{i}.py"))
+    (folder / "x.jsonl").write_text('{"text": "x = 1"}\n{"text": "x = \\ud800"}\n')
+    return root
+
+
+FUNCTIONS = {"raw": "collect", "pairs": "pairs", "filtered": "filter_documents", "tokens": "pack"}
+
+# Runs commands of the layer's scripts, with groups and pieces so small that there are several.
+RUN = textwrap.dedent("""
+    import functools, importlib, json, sys
+    import data.collect
+    from config import parse
+    data.collect.GROUP_BYTES = 2000
+    data.collect.ShardWriter = functools.partial(data.collect.ShardWriter, shard_bytes=1000)
+
+    def run(module, function, *args):
+        script = importlib.import_module(module)
+        getattr(script, function)(parse(script.Config, list(args)))
+
+    commands = json.loads(sys.argv[1])
+""")
+
+
+def scripts(code, tokens, out):
+    """What `run` above takes, by the name of the folder in `out` that it writes."""
+    commands = {
+        "raw": ["data.collect", "--source", code, "--source", code / "shards", "--max_mb=0.03"],
+        "pairs": ["data.pairs", "--source", code / "shards"],
+        "filtered": ["data.filter", "--source", code / "shards", "--min_chars=1"],
+        "tokens": ["data.pack", "--source", out / "pairs", "--source", out / "raw", "--epochs=1",
+                   "--epochs=2", "--tokenizer", tokens, "--val_frac=0.2", "--shard_tokens=2000"],
+    }  # fmt: skip
+    return {
+        name: [module, FUNCTIONS[name], *map(str, args), "--out", str(out / name)]
+        for name, (module, *args) in commands.items()
+    }
+
+
+def mpirun(n, *args, **how):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1"}
+    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", str(n), sys.executable,
+               "-m", "mpi4py", *map(str, args)]  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True,
+                          timeout=120, **how)  # fmt: skip
+
+
+@needs_mpi
+def test_any_number_of_ranks_writes_the_same(cli, code, tokens, tmp_path):
+    found = []
+    for n in (1, 2, 3):
+        now = tmp_path / "now"
+        args = (
+            "-c",
+            RUN + "for c in commands: run(*c)",
+            json.dumps(list(scripts(code, tokens, now).values())),
+        )
+        done = cli(*args) if n == 1 else mpirun(n, *args)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((now / "pairs" / "timing.json").read_text())["ranks"] == n
+        found.append(content(now))
+        now.rename(tmp_path / f"{n}")
+    assert found[0] == found[1] == found[2]
+    for name in ("raw", "pairs", "filtered"):
+        assert len([path for path in found[0] if path.startswith(f"{name}/shard")]) > 3
+    summary = json.loads(found[0]["raw/summary.json"])
+    assert summary["bytes"] > 30_000 > summary["bytes"] - 2000
+    assert summary["sources"][str(code)]["left_out"]["duplicate"] > 3
+
+
+# Runs a script again and again, each time in a process that kills itself when it is about to touch
+# a file for the nth time, n at random, until one run comes to its end.
+KILLER = RUN + textwrap.dedent("""
+    import os, random, shutil, signal
+    [command], rng, out = commands, random.Random(int(sys.argv[2])), commands[0][-1]
+    run(*command)  # so that all is imported
+
+    def child(die_at):
+        read, write = os.pipe()
+        if pid := os.fork():
+            status = os.waitpid(pid, 0)[1]
+            os.close(write)
+            events = os.read(read, 99)
+            os.close(read)
+            return status, int(events or 0)
+        seen = 0
+        def hook(event, args):
+            nonlocal seen
+            if event.startswith(("open", "os.", "shutil.")):
+                seen += 1
+                if seen == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        try:
+            run(*command)
+            os.write(write, str(seen).encode())
+        finally:
+            os._exit(0)
+
+    shutil.rmtree(out)
+    status, events = child(0)
+    assert events > 50, events
+    shutil.rmtree(out)
+    kills = 0
+    while kills < 12:
+        status, seen = child(rng.randrange(1, events))
+        if os.WIFSIGNALED(status):
+            kills += 1
+        else:
+            assert seen, "failed"
+            shutil.rmtree(out)  # it came to its end: from the start
+    status, seen = child(0)
+    assert seen
+""")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_killed_at_random_points_it_ends_with_the_same_bytes(cli, code, tokens, tmp_path, name):
+    commands = scripts(code, tokens, tmp_path)
+    before = list(FUNCTIONS)[: list(FUNCTIONS).index(name) + 1]
+    done = cli("-c", RUN + "for c in commands: run(*c)", json.dumps([commands[n] for n in before]))
+    assert done.returncode == 0, done.stderr
+    wanted = content(tmp_path / name)
+    done = cli("-c", KILLER, json.dumps([commands[name]]), 7)
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / name) == wanted
+    assert not list(tmp_path.glob(".*"))
+
+
+DYING = textwrap.dedent("""
+    import os, signal, sys
+    import tests.test_stage as t
+    from config import UserError, run
+    from data.ranks import Ranks
+
+    def work(part):
+        if Ranks().rank == 1:
+            {death}
+
+    def main():
+        with t.Stage(t.Config(t.Path(sys.argv[1])), []) as stage:
+            stage.map("work", [0, 1, 2, 3], work)
+            stage.finish({{}})
+    run(main)
+""")
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("death", "said"),
+    [
+        ("raise RuntimeError('of rank one')", "of rank one"),
+        ("raise UserError('of rank one')", "error: of rank one"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "signal 9"),
+        ("os._exit(3)", "exit"),
+    ],
+)
+def test_a_dead_rank_ends_the_job(tmp_path, death, said):
+    (tmp_path / "dying.py").write_text(DYING.format(death=death))
+    out = tmp_path / "out"
+    done = mpirun(2, "-c", f"import runpy; runpy.run_path({str(tmp_path / 'dying.py')!r})", out)
+    assert done.returncode != 0
+    assert said in done.stderr + done.stdout
+    assert not out.exists()
+
+
+@needs_mpi
+def test_mpirun_without_mpi4py_is_refused(code, tmp_path):
+    module, _, *args = scripts(code, None, tmp_path)["pairs"]
+    done = subprocess.run([MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", "2",
+                           sys.executable, "-m", module, *args],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode != 0
+    assert "mpirun -n 2 python -m mpi4py" in done.stderr
+
+
+def test_memory_does_not_grow_with_the_shard(cli, tmp_path):
+    """data.filter over 4 MB and 80 MB: documents of long lines, which it need not parse."""
+    code = (
+        "import resource, sys; from config import parse; import data.filter as f\n"
+        "f.filter_documents(parse(f.Config))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for n in (400, 8000):
+        folder = tmp_path / f"{n}"
+        folder.mkdir()
+        with ShardWriter(folder, shard_bytes=1 << 40) as writer:
+            writer.write(document(GOOD, "good"))
+            for i in range(n):
+                writer.write(document(f"x = '{i}' + '{'a' * 10_000}'\n", f"long:{i}"))
+        done = cli("-c", code, "--source", folder, "--out", tmp_path / f"out{n}")
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] < 1.2 * peaks[0], peaks
