@@ -63,6 +63,7 @@ class Stage:
         self.out = Path(config.out).resolve()
         self.work = self.out.with_name(f".{self.out.name}.work")
         self.result, self.scratch = self.work / "result", self.work / "scratch"
+        self.old = self.work / "old"  # what stood at OUT, for a moment
         self.reads = [file for path in reads for file in files_in(Path(path))]
         self.finished: list[dict] = []  # states of all maps' items
         self.read: set[str] = set()  # files that an earlier map read
@@ -74,10 +75,11 @@ class Stage:
             self.work.mkdir(parents=True, exist_ok=True)
             (self.work / MARK).touch()
             self.lock = lock(self.work / "lock", self.config.out)
-            identity = self.identity()
-            if read_json(self.work / "identity.json") != identity:
-                for folder in ("result", "scratch", "state", "tmp"):
-                    shutil.rmtree(self.work / folder, ignore_errors=True)
+            if self.old.exists() and not self.out.exists():  # killed between the two renames
+                self.old.rename(self.out)
+            identity, known = self.identity(), read_json(self.work / "identity.json")
+            if known != identity or not self.result.exists():
+                self.forget()
                 write_json(self.work / "identity.json", identity)
             shutil.rmtree(self.work / "tmp", ignore_errors=True)
             for folder in ("result", "scratch", "state", "tmp"):
@@ -94,8 +96,15 @@ class Stage:
             if kind is not None:
                 self.report_quarantined()
             if kind is None or issubclass(kind, UserError):
+                self.forget()
                 shutil.rmtree(self.work, ignore_errors=True)
             os.close(self.lock)
+
+    def forget(self) -> None:
+        """Remove what was done; the identity first, as half of the rest is nothing to go on with."""
+        (self.work / "identity.json").unlink(missing_ok=True)
+        for folder in ("state", "result", "scratch", "tmp", "old"):
+            shutil.rmtree(self.work / folder, ignore_errors=True)
 
     def map(
         self, name: str, items: list, work: Callable[["Part"], dict | None], first: int = 0
@@ -159,9 +168,8 @@ class Stage:
             write_json(self.result / "lineage.json", lineage)
             write_json(self.result / "summary.json", summary)
             self.report_quarantined()
-            old = self.work / "old"
             if self.out.exists():
-                self.out.rename(old)
+                self.out.rename(self.old)
             self.result.rename(self.out)
         self.ranks.gather(None)  # no rank goes on before the folder is there
         return summary
