@@ -67,6 +67,8 @@ class Windows:
             epochs = [float(source["epochs"]) for source in sources]
             named = [name for source in sources for name in source["shards"]]
             shards = [0, *itertools.accumulate(len(source["shards"]) for source in sources)]
+            if not all(0 < e < np.inf for e in epochs):
+                raise ValueError(f"epochs {epochs}")
         except (ValueError, TypeError, KeyError) as e:
             raise UserError(f"{path} is damaged ({e!r}); make it again with data.pack") from None
         if named != files:

@@ -101,7 +101,7 @@ class Stage:
             os.close(self.lock)
 
     def forget(self) -> None:
-        """Remove what was done; the identity first, as half of the rest is nothing to go on with."""
+        """Remove what was done; the identity first, as with half of the rest none can go on."""
         (self.work / "identity.json").unlink(missing_ok=True)
         for folder in ("state", "result", "scratch", "tmp", "old"):
             shutil.rmtree(self.work / folder, ignore_errors=True)

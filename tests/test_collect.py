@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import UserError
+from data import collect as script
 from data.collect import MAX_DOCUMENT_BYTES, Config, collect, left_out, left_out_path, newlines
-from data.documents import document, read_documents
+from data.documents import ShardWriter, document, read_documents, read_jsonl
 
 
 def tree(root, files):
@@ -118,6 +120,11 @@ def test_every_reason_is_counted_and_the_rest_kept(tmp_path):
     assert counts["files"] == counts["documents"] + sum(counts["left_out"].values())
     assert counts["documents"] == summary["documents"] == 2
     assert counts["bytes"] == summary["bytes"] == 7 + 12
+    assert summary["quarantined"] == {"not UTF-8": 1, "NUL": 1, "unreadable": 2}
+    [path] = (tmp_path / "out" / "quarantine").iterdir()
+    named = {r["path"]: r["reason"] for r in read_jsonl(path)}
+    assert named["code:latin.py"] == "not UTF-8"
+    assert named["code:pipe.py"] == named["code:dangling.py"] == "unreadable"
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
@@ -166,8 +173,9 @@ def test_jsonl_sources(tmp_path, name, pack, whole_folder):
         (f"{prefix}:1", "x = 1\n"),
         (f"{prefix}:2", "x = 2\n"),
     ]
-    left_out = {"no text or content": 2, "lone surrogate": 1, "duplicate": 1}
-    assert summary["sources"][str(source)]["left_out"] == left_out
+    unreadable = {"no text or content": 2, "lone surrogate": 1}
+    assert summary["sources"][str(source)]["left_out"] == unreadable | {"duplicate": 1}
+    assert summary["quarantined"] == unreadable
 
 
 def test_a_folder_of_code_is_not_searched_for_jsonl(tmp_path):
@@ -202,6 +210,22 @@ def test_a_sample_is_the_beginning_of_a_larger_one(tmp_path, monkeypatch):
     assert run_collect(tmp_path / "again", root, max_mb=0.005)[1] == sample
 
 
+def test_groups_and_pieces_change_nothing(tmp_path, monkeypatch):
+    root = many(tmp_path / "code", 80)
+    tree(root, {f"copies/c{i}.py": (root / f"pkg{i % 7}/m{i}.py").read_text() for i in range(40)})
+    lines = "".join(json.dumps({"text": f"x = {i % 70}\n" * 30}) + "\n" for i in range(90))
+    tree(tmp_path, {"dump.jsonl": lines})
+    for max_mb in (0.0, 0.004, 0.02):
+        wanted = run_collect(tmp_path / "whole", root, tmp_path / "dump.jsonl", max_mb=max_mb)
+        with monkeypatch.context() as m:
+            m.setattr(script, "GROUP_BYTES", 1500)
+            m.setattr(script, "ShardWriter", partial(ShardWriter, shard_bytes=700))
+            found = run_collect(tmp_path / "parts", root, tmp_path / "dump.jsonl", max_mb=max_mb)
+        assert found == wanted
+        assert len(list((tmp_path / "parts").glob("shard-*"))) > 3
+        assert len(list((tmp_path / "whole").glob("shard-*"))) == 1
+
+
 def test_the_cap_holds_inside_a_jsonl_file(tmp_path):
     lines = "".join(json.dumps({"text": f"x = {i:06}\n"}) + "\n" for i in range(1000))
     tree(tmp_path, {"dump.jsonl": lines})
@@ -218,7 +242,7 @@ def test_the_cap_holds_inside_a_jsonl_file(tmp_path):
         ({"code/README.md": "x"}, "code", "0 files"),
         ({"code/a.py": "", "code/b.py": "# do not edit\n"}, "code", "1 empty, 1 generated"),
         ({"d.jsonl": '{"body": "x"}\n'}, "d.jsonl", "1 no text or content"),
-        ({"d.jsonl": '{"text": "x"}\n{"text": \n'}, "d.jsonl", "d.jsonl line 2"),
+        ({"d.jsonl": '{"text": \n'}, "d.jsonl", "1 not JSON"),
     ],
 )
 def test_a_source_with_nothing_is_named_and_the_old_output_stays(tmp_path, files, source, message):

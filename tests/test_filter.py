@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import data.filter
 from config import UserError
-from data.documents import ShardWriter, document, read_documents, read_jsonl, write_json
+from data.documents import ShardWriter, document, read_documents, read_jsonl
 from data.filter import Config, filter_documents, measures, parse_python, rejection, strip_licence
 
 CONFIG = Config(source=None, out=None)
@@ -239,11 +239,18 @@ def test_where_nothing_is_python_no_option_is_blamed(tmp_path):
         filter_documents(Config(source=source, out=tmp_path / "out"))
 
 
-def test_records_from_elsewhere_are_refused(tmp_path):
-    write_json(tmp_path / "summary.json", {})
-    (tmp_path / "a.jsonl").write_text('{"content": "x = 1"}\n')
-    with pytest.raises(UserError, match="text, origin and sha256"):
-        filter_documents(Config(source=tmp_path, out=tmp_path / "out"))
+def test_documents_from_elsewhere_and_several_shards(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.jsonl").write_text(json.dumps({"content": GOOD, "stars": 3}) + "\n{\n")
+    (tmp_path / "raw" / "b.jsonl").write_text(json.dumps(document("x = 1\n", "short")) + "\n")
+    (tmp_path / "raw" / "c.jsonl").write_text(json.dumps(document(GOOD, "c", stars=3)) + "\n")
+    summary = filter_documents(Config(source=tmp_path / "raw", out=tmp_path / "out"))
+    assert list(read_documents([tmp_path / "out"])) == [
+        document(GOOD, "a.jsonl:1"),
+        document(GOOD, "c", stars=3),
+    ]
+    assert summary["quarantined"] == {"not JSON": 1}
+    assert summary["rejected"] == {"min_chars": 1}
 
 
 def test_the_command(tmp_path, cli):

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -88,3 +90,67 @@ def test_clear_errors(folder, tmp_path):
         Windows(folder, "val", T, 500, FINGERPRINT)
     with pytest.raises(UserError, match="fewer than one sequence"):
         Windows(folder, "train", 4096, 500, FINGERPRINT)
+
+
+def mixture(folder, *epochs):
+    """The two shards of `folder` as two sources."""
+    sources = [
+        {"source": name, "shards": [f"train_0000{i}.bin"], "epochs": e}
+        for i, (name, e) in enumerate(zip("ab", epochs))
+    ]
+    (folder / "mixture.json").write_text(json.dumps({"sources": sources}))
+    return windows(folder)
+
+
+@pytest.mark.parametrize(("a", "b"), [(1, 1), (1, 3), (0.5, 2), (2.5, 0.3)])
+def test_a_mixture_goes_through_each_source_evenly(folder, a, b):
+    plain, mixed = windows(folder), mixture(folder, a, b)
+    sizes = (100 - 1) // T, (61 - 1) // T
+    in_pass = [round(e * n) for e, n in zip((a, b), sizes)]
+    assert len(mixed) == sum(in_pass)
+    assert mixed.tokens == round(100 * a + 61 * b)
+    assert mixed.checksum != plain.checksum
+    passes = 10
+    seen = mixed.order(np.arange(passes * len(mixed)), 0)
+    of_pass = seen.reshape(passes, -1)
+    for n, in_b in zip(in_pass[::-1], (True, False)):
+        assert (((of_pass >= sizes[0]) == in_b).sum(1) == n).all()
+    counts = np.bincount(seen, minlength=len(plain))
+    for of, n, size in [(counts[: sizes[0]], in_pass[0], sizes[0]),
+                        (counts[sizes[0] :], in_pass[1], sizes[1])]:  # fmt: skip
+        assert of.sum() == passes * n
+        assert of.max() - of.min() <= 1, size
+    # In an order that is random, and the same for any part of it that is asked for.
+    np.testing.assert_array_equal(mixed.order(np.arange(30, 50), 0), seen[30:50])
+    assert (mixed.order(np.arange(len(mixed)), 1) != seen[: len(mixed)]).any()
+
+
+BOTH = ["train_00000.bin", "train_00001.bin"]
+
+
+def test_a_mixture_of_one_source_is_that_source(folder):
+    plain = windows(folder).order(np.arange(100), 3)
+    manifest = {"sources": [{"shards": BOTH, "epochs": 1.0}]}
+    (folder / "mixture.json").write_text(json.dumps(manifest))
+    np.testing.assert_array_equal(windows(folder).order(np.arange(100), 3), plain)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([{"shards": BOTH[:1], "epochs": 1}], "names other shards"),
+        ([{"shards": BOTH, "epochs": float("nan")}], "damaged"),
+        ([{"shards": BOTH, "epochs": -1}], "damaged"),
+        ([{"shards": BOTH}], "damaged"),
+        (3, "damaged"),
+    ],
+)
+def test_a_mixture_that_is_wrong(folder, sources, message):
+    (folder / "mixture.json").write_text(json.dumps({"sources": sources}))
+    with pytest.raises(UserError, match=message):
+        windows(folder)
+
+
+def test_a_source_without_a_window(folder):
+    with pytest.raises(UserError, match="61 tokens, fewer than one sequence"):
+        mixture(folder, 1, 0.01)
