@@ -32,7 +32,7 @@ from typing import TypeVar
 import numpy as np
 
 from config import UserError, parse, run
-from data.documents import FORMATS, ShardWriter, document, lines, shard_files
+from data.documents import FORMATS, Seen, ShardWriter, document, lines, shard_files
 from data.ranks import Ranks, digest_key, say
 from data.stage import Part, Stage, size_and_time, total
 
@@ -226,7 +226,7 @@ def read_group(max_bytes: float, part: Part) -> dict:
 
     Stops at `max_bytes` of different texts: whatever the groups before it hold, no more is needed.
     """
-    log, pieces, kept_bytes, seen = Log(), [], 0, set()
+    log, pieces, kept_bytes, seen = Log(), [], 0, Seen()
     folder = part.scratch / part.name
     folder.mkdir()
     with ShardWriter(folder) as shards:
@@ -237,10 +237,9 @@ def read_group(max_bytes: float, part: Part) -> dict:
                 key = digest_key(record["sha256"]) if record else None
                 if reason in UNREADABLE:
                     part.bad(reason, origin, 1, text)
-                if reason or key in seen:
+                if reason or not seen.add(key[0]):
                     log.add(number, reason or "duplicate")
                     continue
-                seen.add(key)
                 shards.write(record)
                 pieces += [0] * (shards.shards - len(pieces))
                 pieces[-1] += 1

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -38,6 +39,33 @@ def document(text: str, origin: str, **fields) -> dict:
     """A document dict for `text`. Raises UnicodeEncodeError if it holds lone surrogates."""
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     return {"id": sha256[:16], "origin": origin, "sha256": sha256, "text": text, **fields}
+
+
+class Seen:
+    """A set of 64-bit hashes in 16 to 32 bytes each, where Python's takes 70.
+
+    Of 35 million documents, two different ones have the same hash with a chance of 3e-5.
+    """
+
+    def __init__(self):
+        self.table, self.size = array("Q", bytes(8 << 10)), 0
+
+    def add(self, key: int) -> bool:
+        """Whether `key` is new, which it then no longer is."""
+        if 2 * self.size >= len(self.table):
+            old, self.table, self.size = self.table, array("Q", bytes(16 * len(self.table))), 0
+            for known in filter(None, old):
+                self.add(known)
+        key = key or 1  # 0 is an empty place
+        mask = len(self.table) - 1
+        at = key & mask
+        while self.table[at] != key:
+            if not self.table[at]:
+                self.table[at] = key
+                self.size += 1
+                return True
+            at = (at + 1) & mask
+        return False
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:

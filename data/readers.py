@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from config import UserError
-from data.documents import DAMAGED, MAX_LINE_BYTES, PIECE_BYTES, chunks, document, lines
+from data.documents import DAMAGED, MAX_LINE_BYTES, PIECE_BYTES, Seen, chunks, document, lines
 
 # bad(reason, position, what stands there): the position is a line, a row or an element, from 1.
 Bad = Callable[[str, int, bytes | str], None]
@@ -50,7 +50,7 @@ def read_documents_of(
     The origin of another's is `name`, that of the file by default, and where in it.
     Raises UserError for a file that is not there, of an unknown format, or that needs an extra.
     """
-    seen: set[int] = set()  # ids of our own documents in this file
+    seen = Seen()  # ids of our own documents in this file
     for position, record in read_records(path, bad, progress):
         text = record.get("text", record.get("content"))
         if not isinstance(text, str):
@@ -71,10 +71,9 @@ def read_documents_of(
             yield made
         elif record["sha256"] != made["sha256"] or record.get("id", made["id"]) != made["id"]:
             bad("wrong sha256", position, text)
-        elif (key := int(made["id"], 16)) in seen:
+        elif not seen.add(int(made["id"], 16)):
             bad("duplicate id", position, text)
         else:
-            seen.add(key)
             yield record | made
 
 

@@ -1,14 +1,18 @@
 import contextlib
 import gzip
 import json
+import random
 
 import pytest
 import zstandard
 
+import data.documents
 from config import UserError
 from data.documents import (
+    Seen,
     ShardWriter,
     document,
+    lines,
     new_folder,
     read_documents,
     read_jsonl,
@@ -86,6 +90,27 @@ def test_a_bad_line_is_named(tmp_path, name, line):
     path = write(tmp_path / name, b"\n".join(lines))
     with pytest.raises(UserError, match=rf"{name} line 7:"):
         list(read_jsonl(path))
+
+
+def test_seen_is_a_set():
+    rng = random.Random(0)
+    keys = [rng.choice([0, 1, rng.randrange(2**64), rng.randrange(3000) << 40, rng.randrange(99)])
+            for _ in range(20_000)]  # fmt: skip
+    ours, known = Seen(), set()
+    for key in keys:
+        assert ours.add(key) is (max(key, 1) not in known)
+        known.add(max(key, 1))
+    assert ours.size == len(known) > 3000
+
+
+def test_a_line_is_whole_or_none_wherever_it_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.documents, "MAX_LINE_BYTES", 40)
+    monkeypatch.setattr(data.documents, "PIECE_BYTES", 7)
+    rng = random.Random(0)
+    for _ in range(30):
+        wanted = [b"x" * rng.randrange(60) for _ in range(20)] + [b"end"]
+        (tmp_path / "a").write_bytes(b"\n".join(wanted))
+        assert list(lines(tmp_path / "a")) == [w if len(w) <= 40 else None for w in wanted]
 
 
 def test_missing_files_and_folders_without_shards(tmp_path):
