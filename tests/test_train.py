@@ -159,11 +159,12 @@ def test_another_shape_and_another_tokenizer(cli, tiny, tokens, corpus, referenc
     assert not (tmp_path / "b").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(cli, tiny, tokens, tmp_path):
+def test_gradients_that_stay_not_finite_stop_the_run(cli, tiny, tokens, tmp_path):
     done = train(cli, tiny, tokens, tmp_path / "run", "--lr=1e30", "--warmup_steps=1",
-                 "--grad_clip=0", "--log_interval=1", ok=False)  # fmt: skip
+                 "--grad_clip=0", "--log_interval=1", "--max_skips=3", ok=False)  # fmt: skip
     assert done.returncode == 2
-    assert "the loss is nan at step" in done.stderr
+    assert "the gradients of 3 steps in a row, up to step 4, were not finite" in done.stderr
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
 
 
 def test_get_lr():
