@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import threading
+import warnings
 import zlib
 from pathlib import Path
 
@@ -37,6 +38,9 @@ from config import UserError
 from data.documents import write_json
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
+
+# It says so each time that a single process saves or loads.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk or a quota says
 

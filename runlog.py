@@ -1,11 +1,13 @@
-"""What a run tells: metrics, events, its status and progress, and what a result is traced by."""
+"""A run's folder: whose it is, what it tells while it trains, and what a result is traced by."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoint
 from config import UserError
 from data.documents import write_json
 
@@ -136,6 +139,52 @@ def _wandb(out: Path, project: str, config: dict):
     return lambda record: run.log(record, step=record["step"])
 
 
+def open_run(c, mine: dict, resume: bool) -> Path | None:
+    """Decide what to do with a run already in c.out; the checkpoint to resume from, or None."""
+    saved = c.out / "config.json"
+    if not saved.exists():
+        if c.out.exists() and any(c.out.iterdir()):
+            raise UserError(f"out {c.out} is there and holds no run; name a new folder")
+        return None
+    theirs = json.loads(saved.read_text())
+    changed = [k for k in mine if mine[k] != theirs.get(k)]
+    if changed and c.restart:
+        shutil.rmtree(c.out)
+        return None
+    changed = [k for k in changed if k != "code"]  # mending code is no reason not to resume
+    if not resume:
+        raise UserError(f"out {c.out} already holds a run; --resume it, or name another --out")
+    if changed:
+        k = changed[0]
+        raise UserError(
+            f"cannot resume {c.out}: {k} was {theirs.get(k)!r} and is {mine[k]!r} now "
+            f"({len(changed)} changed); name another --out, or --restart"
+        )
+    checkpoint.sweep(c.out)
+    return checkpoint.newest_good(c.out)
+
+
+def run_identity(c, tokenizer, windows, init_from: Path | None) -> dict:
+    """All that shapes a run's result, as JSON values; how and where it runs is left out."""
+    how = {"out", "resume", "restart", "micro_batch", "device", "threads", "keep", "log_interval",
+           "keep_every", "max_skips", "recompute", "shard", "regather", "timeout_s", "tensorboard",
+           "wandb"}  # fmt: skip
+    here = Path(__file__).parent
+    files = ("train.py", "parallel.py", "model.py", "data/loader.py")
+    code = b"".join((here / f).read_bytes() for f in files)
+    return {k: v for k, v in plain(c).items() if k not in how} | {
+        "tokenizer": tokenizer.fingerprint,
+        "data_checksum": windows.checksum,
+        "init_checksum": checkpoint.checksum(init_from) if init_from else None,
+        "code": f"{zlib.crc32(code):08x}",
+    }
+
+
+def plain(c) -> dict:
+    """The fields of `c` as JSON values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(c).items()}
+
+
 def peak_flops(device: torch.device) -> tuple[float, str]:
     """The roof for MFU in FLOP/s and what it is: a GPU's bf16 peak, else a matmul timed here."""
     if device.type == "cuda":
@@ -145,7 +194,10 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
                 return peak, f"{name}, {peak / 1e12:.0f} TFLOP/s"
     n, best_s = 1024, math.inf
     a, out = torch.randn(n, n, device=device), torch.empty(n, n, device=device)
-    for _ in range(50):  # the best of many, as other programs may be running
+    until = time.perf_counter() + 0.3
+    while (
+        best_s is math.inf or time.perf_counter() < until
+    ):  # others may be running: the best counts
         began = time.perf_counter()
         torch.mm(a, a, out=out)[0, 0].item()
         best_s = min(best_s, time.perf_counter() - began)

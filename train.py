@@ -21,14 +21,11 @@ Within a step nothing waits for the GPU; numbers are read from it when a log lin
 """
 
 import dataclasses
-import json
 import math
 import os
-import shutil
 import statistics
 import sys
 import time
-import zlib
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +41,15 @@ from data.documents import write_json
 from data.loader import Loader, Windows, arguments
 from diff import show_differences
 from model import ModelConfig, Phi, flops_per_token
-from runlog import RunLog, environment, peak_flops, peak_memory_gib
+from runlog import (
+    RunLog,
+    environment,
+    open_run,
+    peak_flops,
+    peak_memory_gib,
+    plain,
+    run_identity,
+)
 from tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -182,52 +187,6 @@ def evaluate(model, val: Windows, c: TrainConfig, ranks, end_of_text: int | None
     return (total[0] / total[1]).item()
 
 
-def open_run(c: TrainConfig, mine: dict, resume: bool) -> Path | None:
-    """Decide what to do with a run already in c.out; the checkpoint to resume from, or None."""
-    saved = c.out / "config.json"
-    if not saved.exists():
-        if c.out.exists() and any(c.out.iterdir()):
-            raise UserError(f"out {c.out} is there and holds no run; name a new folder")
-        return None
-    theirs = json.loads(saved.read_text())
-    changed = [k for k in mine if mine[k] != theirs.get(k)]
-    if changed and c.restart:
-        shutil.rmtree(c.out)
-        return None
-    changed = [k for k in changed if k != "code"]  # mending code is no reason not to resume
-    if not resume:
-        raise UserError(f"out {c.out} already holds a run; --resume it, or name another --out")
-    if changed:
-        k = changed[0]
-        raise UserError(
-            f"cannot resume {c.out}: {k} was {theirs.get(k)!r} and is {mine[k]!r} now "
-            f"({len(changed)} changed); name another --out, or --restart"
-        )
-    checkpoint.sweep(c.out)
-    return checkpoint.newest_good(c.out)
-
-
-def run_identity(c: TrainConfig, tokenizer, windows: Windows, init_from: Path | None) -> dict:
-    """All that shapes a run's result, as JSON values; how and where it runs is left out."""
-    how = {"out", "resume", "restart", "micro_batch", "device", "threads", "keep", "log_interval",
-           "keep_every", "max_skips", "recompute", "shard", "regather", "timeout_s", "tensorboard",
-           "wandb"}  # fmt: skip
-    here = Path(__file__).parent
-    files = ("train.py", "parallel.py", "model.py", "data/loader.py")
-    code = b"".join((here / f).read_bytes() for f in files)
-    return {k: v for k, v in plain(c).items() if k not in how} | {
-        "tokenizer": tokenizer.fingerprint,
-        "data_checksum": windows.checksum,
-        "init_checksum": checkpoint.checksum(init_from) if init_from else None,
-        "code": f"{zlib.crc32(code):08x}",
-    }
-
-
-def plain(c: TrainConfig) -> dict:
-    """The fields of `c` as JSON values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(c).items()}
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--diff"]:
         return show_differences(TrainConfig, sys.argv[2:])
@@ -283,7 +242,7 @@ def main() -> None:
         windows, c.seqs_per_step, micro_batch, c.seed, rank, world_size, device, end_of_text
     )
     tokens_per_step = c.seqs_per_step * c.seq_len
-    roof, roof_name = peak_flops(device)
+    roof, roof_name = ranks.from_first(lambda: peak_flops(device))
     flops = flops_per_token(c.model)
     resolved = plain(c) | identity | {
         "world_size": world_size,
