@@ -1,6 +1,9 @@
 import json
 import math
 import shutil
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from conftest import read_metrics
 from ranks import Run, curve, status
 
 import checkpoint
+import parallel
 from config import parse
 from model import ModelConfig, Phi, parameter_count
 from train import TrainConfig, get_lr, make_optimizer
@@ -176,3 +180,110 @@ def test_paper_presets():
     for name, parameters in want.items():
         c = parse(TrainConfig, [f"configs/{name}.toml"], toml=True)
         assert parameter_count(c.model) == parameters
+
+
+@pytest.fixture(scope="module")
+def of_two(tiny, tokens, tmp_path_factory):
+    """A run of two ranks and two micro-steps, with dropout."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    train(tiny, tokens, out, "--max_steps=4", "--eval_interval=4", *TWO, ranks=2)
+    return out
+
+
+TWO = ["--log_interval=1", "--dropout=0.1", "--micro_batch=1"]
+
+
+@pytest.mark.parametrize("flags", [["--recompute"], ["--regather"], ["--shard=1"],
+                                   ["--recompute", "--regather"]])  # fmt: skip
+def test_where_things_are_kept_changes_nothing(tiny, tokens, of_two, tmp_path, flags):
+    out = tmp_path / "run"
+    train(tiny, tokens, out, "--max_steps=4", "--eval_interval=4", *TWO, *flags, ranks=2)
+    # With replicas, the norm that clips is summed in another order.
+    if "--shard=1" in flags:
+        assert [r["loss"] for r in curve(out) if "loss" in r] == pytest.approx(
+            [r["loss"] for r in curve(of_two) if "loss" in r], rel=1e-6
+        )
+    else:
+        assert curve(out) == curve(of_two)
+        assert weights(out) == weights(of_two)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_half_precision_is_the_same_on_one_rank_and_two(tiny, tokens, tmp_path, dtype):
+    flags = ["--max_steps=4", "--eval_interval=4", "--log_interval=1", f"--dtype={dtype}"]
+    for ranks in (1, 2):
+        train(tiny, tokens, tmp_path / str(ranks), *flags, "--micro_batch=2", ranks=ranks)
+    one, two = (curve(tmp_path / n) for n in "12")
+    tolerance = {"float32": 1e-5, "float16": 2e-3}[dtype]
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=tolerance)
+
+
+def test_the_loss_scale_finds_its_place():
+    """It halves while a gradient overflows, and the weights stay; then the step is as unscaled."""
+    guard = parallel.Guard(torch.device("cpu"), scaled=True)
+    model = torch.nn.Linear(1, 1, bias=False).half()
+    master = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.AdamW(master.parameters(), 0.1, fused=True, weight_decay=0.0)
+    before, taken_at = master.weight.item(), []
+    for step in range(4):
+        guard.backward((model.weight * 3).float().sum())  # 3 * 2^16 is beyond fp16's 65,504
+        master.weight.grad, model.weight.grad = model.weight.grad.float(), None
+        norm, taken = guard.finish_step(master, optimizer, max_norm=1.0)
+        if taken:
+            taken_at.append((step, guard.scale.item(), norm.item()))
+        else:
+            assert master.weight.item() == before
+    assert taken_at == [(2, 2.0**14, 3.0), (3, 2.0**14, 3.0)]
+    assert guard.skipped.item() == 2
+    assert guard.most_in_a_row.item() == 2
+    assert guard.in_a_row.item() == 0
+    assert master.weight.item() == pytest.approx(before - 0.2, abs=1e-5)
+
+
+def test_documents_can_be_told_apart(tiny, tokens, tmp_path):
+    flags = ["--max_steps=2", "--eval_interval=2", "--log_interval=1"]
+    for name, more in (("mixed", []), ("apart", ["--doc_mask"])):
+        train(tiny, tokens, tmp_path / name, *flags, *more)
+    mixed, apart = ([r.get("loss", r.get("val_loss")) for r in curve(tmp_path / n)]
+                    for n in ("mixed", "apart"))  # fmt: skip
+    assert mixed != apart
+    assert mixed == pytest.approx(apart, rel=0.05)
+
+
+def plant_wandb(_rank):
+    """A wandb that writes down what it is told."""
+
+    def init(project, id, resume, dir, config):
+        told = []
+
+        def log(record, step):
+            told.append([record, step])
+            (Path(dir) / "told.json").write_text(json.dumps([project, resume, told]))
+
+        return types.SimpleNamespace(log=log)
+
+    sys.modules["wandb"] = types.SimpleNamespace(init=init)
+
+
+def test_wandb_gets_every_record(tiny, tokens, tmp_path):
+    flags = [*tiny, f"--data={tokens}", "--max_steps=2", "--eval_interval=2", "--wandb=mine"]
+    Run(tmp_path / "run", flags, 1, plant_wandb).finish()
+    project, resume, told = json.loads((tmp_path / "run/told.json").read_text())
+    assert (project, resume) == ("mine", "allow")
+    assert [record for record, _ in told] == read_metrics(tmp_path / "run")
+    assert [step for _, step in told] == [2, 2]
+
+
+def test_tensorboard_gets_every_record(tiny, tokens, tmp_path):
+    pytest.importorskip("tensorboard")
+    flags = ["--max_steps=2", "--eval_interval=2", "--tensorboard"]
+    train(tiny, tokens, tmp_path / "run", *flags)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    read.Reload()
+    [record] = [r for r in read_metrics(tmp_path / "run") if "loss" in r]
+    [event] = read.Scalars("loss")
+    assert event.step == 2
+    assert event.value == pytest.approx(record["loss"])
