@@ -1,60 +1,194 @@
-"""Checkpoints on disk: folders that are whole or not there.
+"""Checkpoints on disk: folders that are whole or not there, and nothing in them can execute.
 
-    RUN/config.json                    the run's resolved configuration
-    RUN/best.json                      {"step", "val_loss"} of the best checkpoint
-    RUN/checkpoints/step-00000500/     model.safetensors   weights, fp32
-                                       training.pt         optimiser, scaler and RNG states
-                                       tokenizer.model     what its tokens mean
-                                       meta.json           step, model shape, losses, fingerprints
+    RUN/config.json                  the run's resolved configuration
+    RUN/best.json                    {"step", "val_loss"} of the best evaluation
+    RUN/checkpoints/step-00000500/   model.safetensors   weights, fp32, whole: inference reads them
+                                     tokenizer.model     what its tokens mean
+                                     meta.json           step, shape, fingerprints, counters
+                                     training/           Adam's moments and RNG states: a file of
+                                                         its own for each rank's part
+                                     manifest.json       size and CRC-32 of every file above
 
-A checkpoint is written under a temporary name, flushed to disk, then renamed. Weights are
-safetensors; training.pt holds tensors and plain values only and is read with `weights_only=True`.
+`training/` is written and read by torch.distributed.checkpoint in its safetensors format (its own
+format holds pickles), so that any number of ranks can load what another number saved; they read
+their parts of model.safetensors in the same way. A save copies the state to host memory, and the
+rest happens in a thread: write under a temporary name, flush, hash, write the manifest, rename.
 """
 
 import dataclasses
+import errno
+import hashlib
 import json
 import os
-import pickle
 import shutil
+import threading
+import warnings
 import zlib
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
 
 from config import UserError
 from data.documents import write_json
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
 
+# It says so each time that a single process saves or loads.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
-def save(
-    run: Path, step: int, model: Phi, training: dict, tokenizer: Tokenizer, meta: dict
-) -> Path:
-    """Write RUN/checkpoints/step-XXXXXXXX and return it; an interrupted save leaves no such one."""
-    final = run / "checkpoints" / f"step-{step:08d}"
-    if final.exists():
-        return final
-    temporary = final.with_name(f"tmp-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(weights, temporary / "model.safetensors")
-    torch.save(training, temporary / "training.pt")
-    tokenizer.save(temporary)
-    meta = {
-        "step": step,
-        **meta,
-        "tokenizer": tokenizer.fingerprint,
-        "model": dataclasses.asdict(model.c),
-    }
-    write_json(temporary / "meta.json", meta)
-    for path in [*temporary.iterdir(), temporary]:
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk or a quota says
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time, behind the training."""
+
+    def __init__(self, run: Path, rank: int, group, keep: int, keep_every: int):
+        """`group` is a CPU process group of all ranks that nothing else uses, None for one rank."""
+        self.run, self.rank, self.group = run, rank, group
+        self.keep, self.keep_every = keep, keep_every
+        self.stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self.thread, self.problem = None, None
+
+    def save(self, step: int, model: Phi, training: dict, tokenizer: Tokenizer, meta: dict) -> None:
+        """Copy the state, and start to write RUN/checkpoints/step-XXXXXXXX.
+
+        Waits for the copy, and for the save before. `training` holds tensors only. What goes wrong
+        later is left in `problem`.
+        """
+        self.wait()
+        meta = {"step": step, **meta, "tokenizer": tokenizer.fingerprint}
+        meta["model"] = dataclasses.asdict(model.c)
+        weights = {}
+        for name, p in model.state_dict().items():  # whole on rank 0, one after the other
+            whole = p.full_tensor() if isinstance(p, DTensor) else p
+            if self.rank == 0:
+                weights[name] = whole.to("cpu", copy=True)
+        training = self.stager.stage(training)
+        arguments = (step, weights, training, tokenizer, meta)
+        self.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self.thread:
+            self.thread.join()
+        self.thread = None
+
+    def finish(self) -> str | None:
+        """Wait; what went wrong since the last call, if anything."""
+        self.wait()
+        problem, self.problem = self.problem, None
+        return problem
+
+    def _write(self, step: int, weights: dict, training: dict, tokenizer, meta: dict) -> None:
+        final = self.run / "checkpoints" / f"step-{step:08d}"
+        temporary = final.with_name(f"tmp-{final.name}")
+        files, error = {}, None
+        try:  # the ranks' common part first: what fails on one of them fails on all
+            writer = dcp.HuggingFaceStorageWriter(temporary / "training", save_distributed=True)
+            alone = self.group is None
+            dcp.save(training, storage_writer=writer, process_group=self.group, no_dist=alone)
+            if self.rank == 0:
+                save_file(weights, temporary / "model.safetensors")
+                tokenizer.save(temporary)
+                write_json(temporary / "meta.json", meta)
+            mine = list((temporary / "training").glob(f"shard-{self.rank + 1:05d}-*"))
+            if self.rank == 0:
+                mine += [p for p in temporary.iterdir() if p.is_file()]
+            for path in mine:
+                _flush(path)
+                files[str(path.relative_to(temporary))] = _size_and_crc(path)
+        except dcp.api.CheckpointException as e:  # no Exception; of all ranks, so one will do
+            error = next(iter(e.failures.values()))[0]
+        except Exception as e:
+            error = e
+        try:
+            for files_there, their_error in self._gather((files, error and _explain(error))):
+                files, error = files | files_there, error or their_error
+            if self.rank == 0 and not error:
+                _finish(temporary, final, files)
+                prune(self.run, self.keep, self.keep_every)
+        except Exception as e:
+            error = e
+        if error:
+            error = error if isinstance(error, str) else _explain(error)
+            self.problem = f"checkpoint {final} was not written: {error}"
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _gather(self, mine: tuple) -> list[tuple]:
+        if not self.group:
+            return [mine]
+        everyone = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
+
+def _finish(temporary: Path, final: Path, files: dict) -> None:
+    """Add the manifest to a folder whose files are on disk, and give it its name."""
+    absent = [name for name in files if not (temporary / name).exists()]
+    if absent:
+        raise UserError(f"{absent[0]} of another machine is not seen here; `out` must be shared")
+    write_json(temporary / "manifest.json", {"files": files, "blake2b": _digest(files)})
+    for path in (temporary / "manifest.json", temporary / "training", temporary):
         _flush(path)
     temporary.rename(final)
     _flush(final.parent)
-    return final
+
+
+def _explain(e: BaseException) -> str:
+    full = getattr(e, "errno", None) in FULL or any(f"os error {n}" in str(e) for n in FULL)
+    where = f" ({e.filename})" if getattr(e, "filename", None) else ""
+    text = (getattr(e, "strerror", None) or str(e) or type(e).__name__).strip().splitlines()[-1]
+    return text + where + "; free space there, or lower `keep`" * full
+
+
+def damage(folder: Path, names: list[str] | None = None) -> str:
+    """What is wrong with a checkpoint's files (or with `names` of them), "" if nothing is."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        files = manifest["files"]
+        if manifest["blake2b"] != _digest(files):
+            return "manifest.json was changed"
+        for name in names or files:
+            path, want = folder / name, files[name]
+            if path.stat().st_size != want["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes of {want['bytes']:,}"
+            if _size_and_crc(path) != want:
+                return f"{name} was changed: its CRC-32 differs"
+    except OSError as e:
+        return f"{Path(e.filename).name}: {e.strerror}"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "manifest.json cannot be read"
+    return ""
+
+
+def newest_good(run: Path, report=print) -> Path | None:
+    """The newest checkpoint whose every file is what was written, or None.
+
+    Newer ones that are damaged are reported and renamed to damaged-step-XXXXXXXX.
+    """
+    for step in reversed(steps(run)):
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        if not (wrong := damage(folder)):
+            return folder
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        report(f"checkpoint {folder} is damaged: {wrong}; set aside as {aside.name}")
+    return None
+
+
+def sweep(run: Path) -> None:
+    """Delete what killed saves left."""
+    for path in (run / "checkpoints").glob("tmp-step-*"):
+        shutil.rmtree(path)
 
 
 def steps(run: Path) -> list[int]:
@@ -62,11 +196,17 @@ def steps(run: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-????????"))
 
 
-def keep(run: Path, newest: int, best: int | None) -> None:
-    """Delete all but the `newest` last checkpoints and the one of step `best`."""
-    for step in steps(run)[:-newest]:
-        if step != best:
+def prune(run: Path, keep: int, keep_every: int) -> None:
+    """Delete all checkpoints but the `keep` newest, the best, and those of every n-th step."""
+    best = best_step(run)
+    for step in steps(run)[:-keep]:
+        if step != best and not (keep_every and step % keep_every == 0):
             shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+
+
+def best_step(run: Path) -> int | None:
+    path = run / "best.json"
+    return json.loads(path.read_text())["step"] if path.exists() else None
 
 
 def find(path: Path, newest: bool = False) -> Path:
@@ -77,9 +217,8 @@ def find(path: Path, newest: bool = False) -> Path:
     done = steps(path)
     if not done:
         raise UserError(f"no checkpoint at {path}; want a run folder or one of its step folders")
-    step, best = done[-1], path / "best.json"
-    if not newest and best.exists():
-        step = json.loads(best.read_text())["step"]
+    best = best_step(path)  # its save may have failed
+    step = best if best in done and not newest else done[-1]
     return path / "checkpoints" / f"step-{step:08d}"
 
 
@@ -88,7 +227,13 @@ def read_meta(folder: Path) -> dict:
 
 
 def load_weights(model: Phi, folder: Path) -> None:
-    """Copy the weights in `folder` into `model`. Raises UserError if the shapes differ."""
+    """Copy the weights in `folder` into `model`, which is not sharded.
+
+    Raises UserError if the file is damaged or the shapes differ. A folder without a manifest (one
+    that was converted) is taken as it is.
+    """
+    if (folder / "manifest.json").exists() and (wrong := damage(folder, ["model.safetensors"])):
+        raise UserError(f"checkpoint {folder} is damaged: {wrong}; name another")
     try:
         weights = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as e:
@@ -104,21 +249,19 @@ def load_weights(model: Phi, folder: Path) -> None:
     model.load_state_dict(weights)
 
 
-def load_training(folder: Path) -> dict:
-    """The optimiser, scaler and RNG states in `folder`, on the CPU. Executes nothing it reads."""
-    try:
-        return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
-        raise UserError(f"{folder / 'training.pt'} cannot be read: {e}") from None
+def load_training(model: Phi, training: dict, folder: Path) -> None:
+    """Fill a (sharded) model's weights and the tensors of `training` from a verified checkpoint.
+
+    Every rank calls it, and reads its own parts only. Keys that `training` lacks are left out.
+    """
+    for state, where in ((model.state_dict(), folder), (training, folder / "training")):
+        reader = dcp.HuggingFaceStorageReader(where)
+        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def checksum(folder: Path) -> str:
     """CRC-32 of the weights' file, 8 hex digits."""
-    crc = 0
-    with open(folder / "model.safetensors", "rb") as f:
-        while part := f.read(1 << 24):
-            crc = zlib.crc32(part, crc)
-    return f"{crc:08x}"
+    return _size_and_crc(folder / "model.safetensors")["crc32"]
 
 
 def load_model(path: Path, device: torch.device) -> tuple[Phi, Tokenizer, Path]:
@@ -127,6 +270,18 @@ def load_model(path: Path, device: torch.device) -> tuple[Phi, Tokenizer, Path]:
     model = Phi(ModelConfig(**read_meta(folder)["model"]))
     load_weights(model, folder)
     return model.to(device).eval(), Tokenizer(folder), folder
+
+
+def _size_and_crc(path: Path) -> dict:
+    crc = 0
+    with open(path, "rb") as f:
+        while part := f.read(1 << 24):
+            crc = zlib.crc32(part, crc)
+        return {"bytes": f.tell(), "crc32": f"{crc:08x}"}
+
+
+def _digest(files: dict) -> str:
+    return hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -1,24 +1,23 @@
 """One self-contained HTML page about a demo: results, curves, data, samples, lineage.
 
     python -m report --demo out/demo
+    python -m report out/a out/b         instead: the curves of training runs, beside each other
 
 Reads what the stages left in the folder: eval/ARM/results.json, runs/*/metrics.jsonl and
 config.json, and the summaries of the data stages. Needs no network to write or to look at.
 """
 
-import html
-import io
+import itertools
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
+import curves
 from config import UserError, parse, run
 from data.documents import read_jsonl
+from pages import COLORS, escape, figure, page, table
 
-COLORS = ["#1f6feb", "#d9730d", "#2da44e", "#8250df", "#bf3989", "#6e7781"]
 # What each arm's last data set is, by its folder's name.
 ARMS = {
     "exercises": "filtered code, then exercises",
@@ -41,28 +40,15 @@ exercises resemble the test, and not that they are better.</li>
 <li>The exercises are made by a program and are all correct; the paper's came from an LLM, with
 errors, and far more varied.</li></ul>
 """
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1f2328; background: #fff; }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d1d9e0 }
-table { border-collapse: collapse; margin: 1rem 0 }
-th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #d1d9e0;
-  vertical-align: top }
-td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-pre { background: #f6f8fa; padding: .7rem 1rem; overflow-x: auto; border-radius: 6px;
-  font-size: 13px; line-height: 1.4 }
-pre b { color: #1f6feb; font-weight: normal } svg { max-width: 100%; height: auto }
-.note { color: #59636e; font-size: 14px } .pass { color: #1a7f37 } .fail { color: #cf222e }
-details { margin: .5rem 0 } summary { cursor: pointer }
-"""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Write the report of a demo and print its table."""
+    """Write the report of a demo and print its table; or, with RUN..., of training runs."""
 
+    run: tuple[Path, ...] = ()  # folders of runs to draw; they may stand without --run, first
     demo: Path = Path("out/demo")  # folder of the demo
-    out: Path | None = None  # file to write; DEMO/report.html if not given
+    out: Path | None = None  # file to write; DEMO/report.html or, of runs, RUN/curves.html
 
 
 @dataclass
@@ -84,14 +70,20 @@ class Arm:
 
 
 def main() -> None:
-    config = parse(Config)
+    folders = list(itertools.takewhile(lambda a: not a.startswith("-"), sys.argv[1:]))
+    argv = [f"--run={folder}" for folder in folders] + sys.argv[1 + len(folders) :]
+    config = parse(Config, argv)
+    if config.run:
+        out = config.out or config.run[0] / "curves.html"
+        out.write_text(curves.runs_page(list(config.run)), encoding="utf-8")
+        return print(f"report: {out}")
     demo = config.demo
     arms = [read_arm(demo, p.parent.name) for p in sorted(demo.glob("eval/*/results.json"))]
     if not arms:
         raise UserError(f"no eval/*/results.json in {demo}; run `make train` first")
     arms.sort(key=lambda arm: list(ARMS).index(arm.name) if arm.name in ARMS else len(ARMS))
     out = config.out or demo / "report.html"
-    out.write_text(page(demo, arms), encoding="utf-8")
+    out.write_text(demo_page(demo, arms), encoding="utf-8")
     print(text_table(arms))
     print(f"\nreport: {out}")
 
@@ -131,7 +123,7 @@ def text_table(arms: list[Arm]) -> str:
     return "\n".join(lines)
 
 
-def page(demo: Path, arms: list[Arm]) -> str:
+def demo_page(demo: Path, arms: list[Arm]) -> str:
     run = arms[0].stages[-1]
     body = f"""
 <h1>nanophi: phi-1 in miniature</h1>
@@ -142,7 +134,7 @@ def page(demo: Path, arms: list[Arm]) -> str:
 <p>The same model, trained on different data for nearly the same number of tokens, then asked to
 write {arms[0].result["problems"]} functions that it has never seen, greedily, once each. A problem
 counts as solved if its {tests_each(demo)} tests pass.</p>
-{figure(score_bars, arms)}
+{figure(score_bars, arms, height=0.8 + 0.6 * len(arms))}
 {score_table(arms)}
 {CAVEATS}
 <h2>Training</h2>
@@ -159,28 +151,7 @@ from and ended with.</p>
 <details><summary>Every setting of the last run of the first arm</summary>
 <pre>{escape(json.dumps(arms[0].stages[-1], indent=2))}</pre></details>
 """
-    title = "nanophi demo report"
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
-
-
-def figure(draw, arms: list[Arm]) -> str:
-    """What `draw(axes, arms)` draws, as inline SVG."""
-    style = {
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "nanophi",
-    }
-    with matplotlib.rc_context(style):
-        fig = Figure(figsize=(9, 0.8 + 0.6 * len(arms) if draw is score_bars else 3.6))
-        draw(fig.subplots(), arms)
-        buffer = io.StringIO()
-        fig.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return page("nanophi demo report", body)
 
 
 def score_bars(axes, arms: list[Arm]) -> None:
@@ -333,22 +304,6 @@ def data_section(demo: Path) -> str:
         parts.append("</details>")
     return "\n".join(parts)
 
-
-def table(head: list[str], rows: list[list[str]], numbers=()) -> str:
-    def line(cells, tag):
-        return (
-            "<tr>"
-            + "".join(
-                f"<{tag}{' class=n' if i in numbers else ''}>{escape(c)}</{tag}>"
-                for i, c in enumerate(cells)
-            )
-            + "</tr>"
-        )
-
-    return f"<table>{line(head, 'th')}{''.join(line(r, 'td') for r in rows)}</table>"
-
-
-escape = html.escape
 
 if __name__ == "__main__":
     run(main)

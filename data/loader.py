@@ -9,10 +9,14 @@ state: the loader starts at sequence k * seqs_per_step.
 A folder with a mixture.json (data.pack) holds several sources, each with the number of epochs that
 an epoch of the whole, a pass, sees of it. A pass is then as many sequences, in an order as random;
 each source is gone through evenly, and where a pass ends within it, the next one goes on there.
+
+Shards are memory-mapped. A window's CRC-32, taken when the shard was verified, is compared when it
+is read, and so is the file's size: under the map of a file cut short, reading ends in SIGBUS.
 """
 
 import itertools
 import json
+import os
 import time
 import zlib
 from collections import deque
@@ -27,21 +31,30 @@ from config import UserError
 from data.shards import MIXTURE, open_shard, read_header
 
 PREFETCH = 4  # micro-batches made ahead of the one in use
+ORDER = 4096  # sequences whose places are computed at once
 ROUNDS = 4  # of the Feistel network; 4 give a permutation indistinguishable from random
 
 
 class Windows:
-    """The windows of `folder/{split}_*.bin`; indexed by an int array [n], gives int64 [n, T+1]."""
+    """The windows of `folder/{split}_*.bin`; indexed by an int array [n], gives uint16 [n, T+1]."""
 
     def __init__(self, folder: Path, split: str, seq_len: int, vocab_size: int, fingerprint: str):
         files = sorted(Path(folder).glob(f"{split}_*.bin"))
         if not files:
             raise UserError(f"no {split}_*.bin in {folder}; make token shards with data.pack")
-        self.seq_len = seq_len
-        self.shards = [open_shard(f, vocab_size, fingerprint) for f in files]
+        self.seq_len, self.files = seq_len, files
+        counts, crcs, self.shards = [0], [], []
+        for file in files:
+            shard = open_shard(file, vocab_size, fingerprint)
+            counts.append((len(shard) - 1) // seq_len)
+            starts = range(0, counts[-1] * seq_len, seq_len)
+            crcs += [zlib.crc32(shard[i : i + seq_len + 1].data) for i in starts]
+            self.shards.append(shard)
+        self.first, self.crcs = np.cumsum(counts), np.array(crcs, np.uint32)
+        self.handles = [os.open(file, os.O_RDONLY) for file in files]
+        self.sizes = [os.fstat(handle).st_size for handle in self.handles]
         headers = b"".join(read_header(f).tobytes() for f in files)
         self.checksum = f"{zlib.crc32(headers):08x}"  # headers hold each shard's own checksum
-        self.first = np.cumsum([0] + [(len(s) - 1) // seq_len for s in self.shards])
         # Of each source: its first shard, then its first window, windows, and windows in a pass.
         shard, epochs = self._mixture(Path(folder), split, [f.name for f in files])
         tokens = [sum(len(s) for s in self.shards[a:b]) for a, b in itertools.pairwise(shard)]
@@ -89,16 +102,27 @@ class Windows:
         return self.source_first[source] + seen % self.source_windows[source]
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
-        out = np.empty((len(index), self.seq_len + 1), np.int64)
-        shard = np.searchsorted(self.first, index, side="right") - 1
-        for row, (s, i) in enumerate(zip(shard, index)):
-            start = (i - self.first[s]) * self.seq_len
-            out[row] = self.shards[s][start : start + self.seq_len + 1]
+        out = np.empty((len(index), self.seq_len + 1), np.uint16)
+        shards = np.searchsorted(self.first, index, side="right") - 1
+        starts = self.seq_len * (index - self.first[shards])
+        for row, i, shard, start in zip(out, index, shards.tolist(), starts.tolist()):
+            whole = os.fstat(self.handles[shard]).st_size == self.sizes[shard]
+            if whole:
+                row[:] = self.shards[shard][start : start + self.seq_len + 1]
+            if not whole or zlib.crc32(row.data) != self.crcs[i]:
+                raise UserError(
+                    f"{self.files[shard]} was damaged while it was in use (window {i}, token "
+                    f"{start:,}); make it again with data.pack, and --resume"
+                )
         return out
 
 
 class Loader:
-    """Micro-batches of one rank: int64 [micro_batch, T+1] on `device`, for steps from any start."""
+    """One rank's micro-batches, for steps from any start.
+
+    With `end_of_text`, its token, batches say where each document begins, for attention that stays
+    within documents.
+    """
 
     def __init__(
         self,
@@ -109,22 +133,32 @@ class Loader:
         rank: int,
         world_size: int,
         device: torch.device,
+        end_of_text: int | None = None,
     ):
         assert seqs_per_step % (micro_batch * world_size) == 0
         self.windows, self.seed, self.device = windows, seed, device
         self.seqs_per_step, self.micro_batch = seqs_per_step, micro_batch
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.end_of_text = rank, world_size, end_of_text
         self.micro_steps = seqs_per_step // (micro_batch * world_size)
+        self.order, self.order_from = np.empty(0, np.int64), 0  # a part of the run's order
         self.waited_s = 0.0  # time the training loop spent waiting here
 
     def sequences(self, step: int, micro_step: int) -> np.ndarray:
         """The window of each row of this rank's micro-batch, int64 [micro_batch]."""
         row = (micro_step * self.world_size + self.rank) * self.micro_batch
-        g = step * self.seqs_per_step + row + np.arange(self.micro_batch)
-        return self.windows.order(g, self.seed)
+        i = step * self.seqs_per_step + row - self.order_from
+        if not 0 <= i <= len(self.order) - self.micro_batch:
+            self.order_from, i = self.order_from + i, 0
+            g = self.order_from + np.arange(max(ORDER, self.micro_batch))
+            self.order = self.windows.order(g, self.seed)
+        return self.order[i : i + self.micro_batch]
 
-    def stream(self, start_step: int) -> Iterator[torch.Tensor]:
-        """Endless micro-batches from `start_step` on, made ahead by a thread."""
+    def stream(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Endless micro-batches from `start_step` on, made ahead by a thread.
+
+        Each is the arguments of a model: idx and targets, int64 [micro_batch, T], and doc_start,
+        int32 [micro_batch, T], if documents are told apart; on the loader's device.
+        """
         where = ((s, m) for s in itertools.count(start_step) for m in range(self.micro_steps))
         with ThreadPoolExecutor(1, "loader") as thread:
             ahead = deque(thread.submit(self._make, *next(where)) for _ in range(PREFETCH))
@@ -133,11 +167,25 @@ class Loader:
                 batch = ahead.popleft().result()
                 self.waited_s += time.perf_counter() - began
                 ahead.append(thread.submit(self._make, *next(where)))
-                yield batch.to(self.device, non_blocking=True)
+                yield arguments(batch.to(self.device, non_blocking=True), self.end_of_text)
 
     def _make(self, step: int, micro_step: int) -> torch.Tensor:
-        batch = torch.from_numpy(self.windows[self.sequences(step, micro_step)])
+        batch = torch.from_numpy(self.windows[self.sequences(step, micro_step)].astype(np.int64))
         return batch.pin_memory() if self.device.type == "cuda" else batch
+
+
+def arguments(batch: torch.Tensor, end_of_text: int | None) -> dict[str, torch.Tensor]:
+    """A model's arguments from windows, int64 [B, T+1]: see Loader.stream.
+
+    A document begins at the <|endoftext|> before it, as in generation; the first of a window, which
+    the window may cut, at 0.
+    """
+    idx, targets = batch[:, :-1], batch[:, 1:]
+    if end_of_text is None:
+        return {"idx": idx, "targets": targets}
+    t = torch.arange(idx.shape[1], device=idx.device, dtype=torch.int32)
+    doc_start = torch.where(idx == end_of_text, t, 0).cummax(1).values.int()
+    return {"idx": idx, "targets": targets, "doc_start": doc_start}
 
 
 def permute(i: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:

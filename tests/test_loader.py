@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from config import UserError
-from data.loader import Loader, Windows, permute
+from data.loader import Loader, Windows, arguments, permute
 from data.shards import write_shard
 
 FINGERPRINT = "0123456789abcdef" * 2
@@ -70,18 +70,59 @@ def test_a_step_sees_the_same_for_any_ranks(folder, world_size, micro_batch):
 def test_stream_resumes_where_it_would_have_been(folder):
     w = windows(folder)
     loader = Loader(w, 4, 2, 0, 0, 1, torch.device("cpu"))
-    stream, resumed = loader.stream(0), loader.stream(5)
+    again = Loader(w, 4, 2, 0, 0, 1, torch.device("cpu"))
+    stream, resumed = loader.stream(0), again.stream(5)
     first = [next(stream) for _ in range(14)]
-    assert first[0].dtype == torch.int64
-    assert first[0].shape == (2, T + 1)
+    assert first[0].keys() == {"idx", "targets"}
+    assert first[0]["idx"].dtype == torch.int64
+    assert first[0]["idx"].shape == first[0]["targets"].shape == (2, T)
+    torch.testing.assert_close(first[0]["idx"][:, 1:], first[0]["targets"][:, :-1])
     for batch in first[10:]:
         torch.testing.assert_close(next(resumed), batch, rtol=0, atol=0)
 
 
+def test_sequences_in_any_order_of_asking(folder):
+    w = windows(folder)
+    loader = Loader(w, 4, 2, 7, 0, 1, torch.device("cpu"))
+    n = len(w)
+    for step, micro_step in [(0, 0), (5000, 1), (1023, 1), (1024, 0), (2, 0)]:
+        g = 4 * step + 2 * micro_step + np.arange(2)
+        want = [permute(np.array([i % n]), n, 7, i // n)[0] for i in g]
+        assert loader.sequences(step, micro_step).tolist() == want
+
+
+def test_documents_begin_at_the_token_before_them():
+    batch = torch.tensor([[5, 6, 9, 7, 9, 9, 4], [9, 1, 2, 3, 4, 5, 9]])
+    got = arguments(batch, end_of_text=9)
+    assert got["doc_start"].dtype == torch.int32
+    assert got["doc_start"].tolist() == [[0, 0, 2, 2, 4, 5], [0, 0, 0, 0, 0, 0]]
+    assert got["targets"].tolist() == batch[:, 1:].tolist()  # the next token, over the border too
+
+
+def test_every_change_to_a_shard_in_use_is_noticed(folder):
+    w = windows(folder)
+    every = np.arange(len(w))
+    expected = w[every]
+    file = folder / "train_00001.bin"
+    whole = file.read_bytes()
+    used = 1024 + 2 * ((61 - 1) // T * T + 1)  # the rest of the shard is no window
+    for byte in range(1024, used):
+        file.write_bytes(whole[:byte] + bytes([whole[byte] ^ 16]) + whole[byte + 1 :])
+        with pytest.raises(UserError, match=r"train_00001\.bin was damaged while it was in use"):
+            w[every]
+    for size in (0, 1024, 1026, used - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="was damaged while it was in use"):
+            w[every]
+    file.write_bytes(whole)
+    np.testing.assert_array_equal(w[every], expected)
+
+
 def test_a_fault_in_the_thread_reaches_the_loop(folder):
     loader = Loader(windows(folder), 2, 2, 0, 0, 1, torch.device("cpu"))
-    loader.windows.shards[:] = []
-    with pytest.raises(IndexError):
+    for file in folder.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="was damaged while it was in use"):
         next(loader.stream(0))
 
 

@@ -1,41 +1,35 @@
 import json
 import math
 import shutil
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import read_metrics
+from ranks import Run, curve, status
 
 import checkpoint
+import parallel
 from config import parse
 from model import ModelConfig, Phi, parameter_count
 from train import TrainConfig, get_lr, make_optimizer
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
-
-def train(cli, tiny, tokens, out, *flags, ranks=0, ok=True):
-    launch = [*TORCHRUN, ranks] if ranks else []
-    flags = [*tiny, f"--data={tokens}", f"--out={out}", "--threads=1", *flags]
-    done = cli(*launch, "train.py", *flags)
-    if ok:
-        assert done.returncode == 0, done.stderr
-    return done
+def train(tiny, tokens, out, *flags, ranks=1, ok=True):
+    """What a run says that must end well, or, if not `ok`, with a UserError."""
+    run = Run(out, [*tiny, f"--data={tokens}", *flags], ranks)
+    return run.finish(*[0 if ok else 2] * ranks)
 
 
 @pytest.fixture(scope="module")
-def reference(cli, tiny, tokens, tmp_path_factory):
+def reference(tiny, tokens, tmp_path_factory):
     """A run of 12 steps with dropout, never interrupted."""
     out = tmp_path_factory.mktemp("train") / "reference"
-    train(cli, tiny, tokens, out, "--max_steps=12", "--eval_interval=4", "--log_interval=2",
+    train(tiny, tokens, out, "--max_steps=12", "--eval_interval=4", "--log_interval=2",
           "--dropout=0.1", "--keep=9")  # fmt: skip
     return out
-
-
-def curve(run):
-    """What a run logged that must be repeatable: everything but times."""
-    return [{k: r[k] for k in ("step", "loss", "val_loss", "grad_norm", "lr") if k in r}
-            for r in read_metrics(run)]  # fmt: skip
 
 
 def weights(run):
@@ -55,38 +49,38 @@ def test_learns_and_keeps_the_best(reference):
     assert summary["weights"] == weights(reference)
 
 
-def test_resume_is_bitwise(cli, tiny, tokens, reference, tmp_path):
+def test_resume_is_bitwise(tiny, tokens, reference, tmp_path):
     # The run as it was at step 8: later checkpoints gone, later lines in the log.
     shutil.copytree(reference, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000012")
     (tmp_path / "run/checkpoints/tmp-step-00000012").mkdir()  # of a save that was killed
-    train(cli, tiny, tokens, tmp_path / "run", "--max_steps=12", "--eval_interval=4",
+    train(tiny, tokens, tmp_path / "run", "--max_steps=12", "--eval_interval=4",
           "--log_interval=2", "--dropout=0.1", "--keep=9", "--resume")  # fmt: skip
     assert curve(tmp_path / "run") == curve(reference)
     assert weights(tmp_path / "run") == weights(reference)
 
 
-def test_two_ranks_see_the_same_as_one(cli, tiny, tokens, tmp_path):
+def test_two_ranks_see_the_same_as_one(tiny, tokens, tmp_path):
     flags = ["--max_steps=6", "--eval_interval=3", "--log_interval=1", "--grad_clip=0"]
-    train(cli, tiny, tokens, tmp_path / "one", *flags)
-    train(cli, tiny, tokens, tmp_path / "two", *flags, ranks=2)
+    train(tiny, tokens, tmp_path / "one", *flags)
+    train(tiny, tokens, tmp_path / "two", *flags, ranks=2)
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(one) == len(two) == 8
     for a, b in zip(one, two):
         assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_init_from_starts_at_the_other_runs_loss(cli, tiny, tokens, reference, tmp_path):
+def test_init_from_starts_at_the_other_runs_loss(tiny, tokens, reference, tmp_path):
     out = tmp_path / "finetuned"
-    train(cli, tiny, tokens, out, "--max_steps=2", "--eval_interval=1", "--lr=1e-9",
+    train(tiny, tokens, out, "--max_steps=2", "--eval_interval=1", "--lr=1e-9",
           f"--init_from={reference}")  # fmt: skip
     best = json.loads((reference / "best.json").read_text())["val_loss"]
     assert read_metrics(out)[-1]["val_loss"] == pytest.approx(best, abs=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_mixed_precision_learns(cli, tiny, tokens, tmp_path, dtype):
-    train(cli, tiny, tokens, tmp_path / "run", "--max_steps=6", "--eval_interval=6",
+def test_mixed_precision_learns(tiny, tokens, tmp_path, dtype):
+    train(tiny, tokens, tmp_path / "run", "--max_steps=6", "--eval_interval=6",
           "--log_interval=1", f"--dtype={dtype}", "--lr=5e-3")  # fmt: skip
     losses = [r["loss"] for r in read_metrics(tmp_path / "run") if "loss" in r]
     assert losses[-1] < losses[0] - 0.05
@@ -94,7 +88,7 @@ def test_mixed_precision_learns(cli, tiny, tokens, tmp_path, dtype):
     assert loaded.embed.weight.dtype == torch.float32  # masters stay fp32
 
 
-def test_a_run_is_not_overwritten(cli, tiny, tokens, reference, tmp_path):
+def test_a_run_is_not_overwritten(tiny, tokens, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "run")
     before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
     same = ["--max_steps=12", "--eval_interval=4", "--log_interval=2", "--dropout=0.1"]
@@ -102,21 +96,19 @@ def test_a_run_is_not_overwritten(cli, tiny, tokens, reference, tmp_path):
         (same, "already holds a run; --resume it"),
         ([*same, "--resume", "--lr=3e-3"], "lr was 0.001 and is 0.003 now (1 changed)"),
     ]:
-        done = train(cli, tiny, tokens, tmp_path / "run", *flags, ok=False)
-        assert done.returncode == 2
-        assert message in done.stderr
+        said = train(tiny, tokens, tmp_path / "run", *flags, ok=False)
+        assert message in said
         after = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
         assert after == before
-    done = train(cli, tiny, tokens, tmp_path / "run", "--max_steps=2", "--resume", "--restart")
+    train(tiny, tokens, tmp_path / "run", "--max_steps=2", "--resume", "--restart")
     assert checkpoint.steps(tmp_path / "run") == [2]
 
 
-def test_restart_leaves_a_folder_that_is_no_run(cli, tiny, tokens, tmp_path):
+def test_restart_leaves_a_folder_that_is_no_run(tiny, tokens, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("three years of work")
-    done = train(cli, tiny, tokens, tmp_path / "mine", "--restart", ok=False)
-    assert done.returncode == 2
-    assert "holds no run" in done.stderr
+    said = train(tiny, tokens, tmp_path / "mine", "--restart", ok=False)
+    assert "holds no run" in said
     assert (tmp_path / "mine/thesis.txt").exists()
 
 
@@ -132,19 +124,17 @@ def test_restart_leaves_a_folder_that_is_no_run(cli, tiny, tokens, tmp_path):
         (["--lr=0"], "lr is 0.0"),
     ],
 )
-def test_bad_input(cli, tiny, tokens, tmp_path, flags, message):
-    done = train(cli, tiny, tokens, tmp_path / "run", *flags, ok=False)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_bad_input(tiny, tokens, tmp_path, flags, message):
+    said = train(tiny, tokens, tmp_path / "run", *flags, ok=False)
+    assert message in said
+    assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
 
 
 def test_another_shape_and_another_tokenizer(cli, tiny, tokens, corpus, reference, tmp_path):
-    done = train(cli, tiny, tokens, tmp_path / "a", f"--init_from={reference}", "--mlp_width=48",
+    said = train(tiny, tokens, tmp_path / "a", f"--init_from={reference}", "--mlp_width=48",
                  ok=False)  # fmt: skip
-    assert done.returncode == 2
-    assert "blocks.0.b_in is [160] there, [144] here" in done.stderr
+    assert "blocks.0.b_in is [160] there, [144] here" in said
     for args in (
         ["-m", "tokenizer.train", "--source", corpus, "--vocab_size", 512, "--max_mb", 0.02,
          "--out", tmp_path / "tok"],
@@ -152,18 +142,17 @@ def test_another_shape_and_another_tokenizer(cli, tiny, tokens, corpus, referenc
          "--out", tmp_path / "bin", "--val_frac", 0.1],
     ):  # fmt: skip
         assert cli(*args).returncode == 0
-    done = train(cli, tiny, tmp_path / "bin", tmp_path / "b", f"--init_from={reference}", ok=False)
-    assert done.returncode == 2
-    assert "trained with another tokenizer" in done.stderr
+    said = train(tiny, tmp_path / "bin", tmp_path / "b", f"--init_from={reference}", ok=False)
+    assert "trained with another tokenizer" in said
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(cli, tiny, tokens, tmp_path):
-    done = train(cli, tiny, tokens, tmp_path / "run", "--lr=1e30", "--warmup_steps=1",
-                 "--grad_clip=0", "--log_interval=1", ok=False)  # fmt: skip
-    assert done.returncode == 2
-    assert "the loss is nan at step" in done.stderr
+def test_gradients_that_stay_not_finite_stop_the_run(tiny, tokens, tmp_path):
+    said = train(tiny, tokens, tmp_path / "run", "--lr=1e30", "--warmup_steps=1",
+                 "--grad_clip=0", "--log_interval=1", "--max_skips=3", ok=False)  # fmt: skip
+    assert "the gradients of 3 steps in a row, up to step 4, were not finite" in said
+    assert status(tmp_path / "run")["status"] == "failed"
 
 
 def test_get_lr():
@@ -191,3 +180,110 @@ def test_paper_presets():
     for name, parameters in want.items():
         c = parse(TrainConfig, [f"configs/{name}.toml"], toml=True)
         assert parameter_count(c.model) == parameters
+
+
+@pytest.fixture(scope="module")
+def of_two(tiny, tokens, tmp_path_factory):
+    """A run of two ranks and two micro-steps, with dropout."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    train(tiny, tokens, out, "--max_steps=4", "--eval_interval=4", *TWO, ranks=2)
+    return out
+
+
+TWO = ["--log_interval=1", "--dropout=0.1", "--micro_batch=1"]
+
+
+@pytest.mark.parametrize("flags", [["--recompute"], ["--regather"], ["--shard=1"],
+                                   ["--recompute", "--regather"]])  # fmt: skip
+def test_where_things_are_kept_changes_nothing(tiny, tokens, of_two, tmp_path, flags):
+    out = tmp_path / "run"
+    train(tiny, tokens, out, "--max_steps=4", "--eval_interval=4", *TWO, *flags, ranks=2)
+    # With replicas, the norm that clips is summed in another order.
+    if "--shard=1" in flags:
+        assert [r["loss"] for r in curve(out) if "loss" in r] == pytest.approx(
+            [r["loss"] for r in curve(of_two) if "loss" in r], rel=1e-6
+        )
+    else:
+        assert curve(out) == curve(of_two)
+        assert weights(out) == weights(of_two)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_half_precision_is_the_same_on_one_rank_and_two(tiny, tokens, tmp_path, dtype):
+    flags = ["--max_steps=4", "--eval_interval=4", "--log_interval=1", f"--dtype={dtype}"]
+    for ranks in (1, 2):
+        train(tiny, tokens, tmp_path / str(ranks), *flags, "--micro_batch=2", ranks=ranks)
+    one, two = (curve(tmp_path / n) for n in "12")
+    tolerance = {"float32": 1e-5, "float16": 2e-3}[dtype]
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=tolerance)
+
+
+def test_the_loss_scale_finds_its_place():
+    """It halves while a gradient overflows, and the weights stay; then the step is as unscaled."""
+    guard = parallel.Guard(torch.device("cpu"), scaled=True)
+    model = torch.nn.Linear(1, 1, bias=False).half()
+    master = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.AdamW(master.parameters(), 0.1, fused=True, weight_decay=0.0)
+    before, taken_at = master.weight.item(), []
+    for step in range(4):
+        guard.backward((model.weight * 3).float().sum())  # 3 * 2^16 is beyond fp16's 65,504
+        master.weight.grad, model.weight.grad = model.weight.grad.float(), None
+        norm, taken = guard.finish_step(master, optimizer, max_norm=1.0)
+        if taken:
+            taken_at.append((step, guard.scale.item(), norm.item()))
+        else:
+            assert master.weight.item() == before
+    assert taken_at == [(2, 2.0**14, 3.0), (3, 2.0**14, 3.0)]
+    assert guard.skipped.item() == 2
+    assert guard.most_in_a_row.item() == 2
+    assert guard.in_a_row.item() == 0
+    assert master.weight.item() == pytest.approx(before - 0.2, abs=1e-5)
+
+
+def test_documents_can_be_told_apart(tiny, tokens, tmp_path):
+    flags = ["--max_steps=2", "--eval_interval=2", "--log_interval=1"]
+    for name, more in (("mixed", []), ("apart", ["--doc_mask"])):
+        train(tiny, tokens, tmp_path / name, *flags, *more)
+    mixed, apart = ([r.get("loss", r.get("val_loss")) for r in curve(tmp_path / n)]
+                    for n in ("mixed", "apart"))  # fmt: skip
+    assert mixed != apart
+    assert mixed == pytest.approx(apart, rel=0.05)
+
+
+def plant_wandb(_rank):
+    """A wandb that writes down what it is told."""
+
+    def init(project, id, resume, dir, config):
+        told = []
+
+        def log(record, step):
+            told.append([record, step])
+            (Path(dir) / "told.json").write_text(json.dumps([project, resume, told]))
+
+        return types.SimpleNamespace(log=log)
+
+    sys.modules["wandb"] = types.SimpleNamespace(init=init)
+
+
+def test_wandb_gets_every_record(tiny, tokens, tmp_path):
+    flags = [*tiny, f"--data={tokens}", "--max_steps=2", "--eval_interval=2", "--wandb=mine"]
+    Run(tmp_path / "run", flags, 1, plant_wandb).finish()
+    project, resume, told = json.loads((tmp_path / "run/told.json").read_text())
+    assert (project, resume) == ("mine", "allow")
+    assert [record for record, _ in told] == read_metrics(tmp_path / "run")
+    assert [step for _, step in told] == [2, 2]
+
+
+def test_tensorboard_gets_every_record(tiny, tokens, tmp_path):
+    pytest.importorskip("tensorboard")
+    flags = ["--max_steps=2", "--eval_interval=2", "--tensorboard"]
+    train(tiny, tokens, tmp_path / "run", *flags)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    read.Reload()
+    [record] = [r for r in read_metrics(tmp_path / "run") if "loss" in r]
+    [event] = read.Scalars("loss")
+    assert event.step == 2
+    assert event.value == pytest.approx(record["loss"])

@@ -1,0 +1,240 @@
+"""One process or many: ranks, sharding, and what every rank must decide alike.
+
+Masters and optimiser states are fp32 and sharded over `shard` ranks, and that group is replicated
+over the rest: torch's FSDP2, on a mesh of replicate x shard. A forward gathers the weights in the
+compute dtype, and they stay gathered for all micro-steps of a step. Gradients are summed in fp32
+where they arise and reduced once a step, while the last backward goes on. One process with fp32
+weights needs none of this and is not wrapped; one process in half precision is a mesh of one.
+
+Nothing here waits for the device, except where it says so: `finish_step` leaves to the fused AdamW
+kernel what depends on the gradients' norm (unscaling, clipping, and skipping a step that is not
+finite).
+"""
+
+import datetime
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint as recompute
+
+from config import UserError
+from model import Phi
+
+GROWTH_STEPS = 2000  # finite steps until fp16's loss scale doubles: torch.amp.GradScaler's default
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together, as torchrun's environment says."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # on this machine
+    local_world_size: int
+    restarts: int  # of this job, by torchrun
+    device: torch.device
+
+    def from_first(self, decide: Callable):
+        """On every rank what `decide()` gives on rank 0; a UserError there is raised everywhere."""
+        answer = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = decide()
+            except UserError as e:
+                answer[1] = str(e)
+        if self.world_size > 1:
+            dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
+
+
+def start(device: str, threads: int, timeout_s: int, in_group: bool) -> Ranks:
+    """Find this process's place and device; join the others if there are any (or if `in_group`)."""
+    env = {k: int(os.environ.get(k, d)) for k, d in [
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
+        ("TORCHELASTIC_RESTART_COUNT", 0)]}  # fmt: skip
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    if device == "cuda" and not use_cuda:
+        raise UserError("device is cuda, but torch sees no GPU; use --device=cpu")
+    ranks = Ranks(
+        *env.values(), torch.device("cuda", env["LOCAL_RANK"]) if use_cuda else torch.device("cpu")
+    )
+    if use_cuda:
+        torch.cuda.set_device(ranks.device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+    backend, timeout = "nccl" if use_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
+    if ranks.world_size > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    elif in_group:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return ranks
+
+
+def cpu_group(timeout_s: int) -> dist.ProcessGroup | None:
+    """A group of all ranks for messages that no GPU takes part in; None for a single process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def shard_model(
+    model: Phi,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    shard: int,
+    regather: bool,
+    recomputed: bool,
+    compiled: bool,
+) -> None:
+    """Make `model`'s parameters shards on `ranks.device` that compute in `dtype`, in place.
+
+    shard       ranks that share one copy of the masters and states, 0 = those of a machine
+    regather    gather a block's weights each time they are used, and free them after
+    recomputed  keep a block's input only, and compute the block again in the backward
+    """
+    for block in model.blocks:
+        if recomputed:
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
+        if compiled:
+            block.compile()
+    if not dist.is_initialized():
+        model.to(ranks.device)
+        return
+    shard = shard or ranks.local_world_size
+    if ranks.world_size % shard:
+        raise UserError(f"shard is {shard}, and {ranks.world_size} ranks cannot be divided by it")
+    shape, names = (ranks.world_size // shard, shard), ("replicate", "shard")
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the rotary tables stay fp32
+    )
+    wrap = partial(fully_shard, mesh=mesh if shape[0] > 1 else mesh["shard"], mp_policy=policy)
+    for block in model.blocks:
+        wrap(block, reshard_after_forward=regather)
+    wrap(model, reshard_after_forward=False)  # its backward follows its forward
+
+
+def begin_micro_step(model: Phi, last: bool, regather: bool) -> None:
+    """Reduce gradients, and free the gathered weights, in the last micro-step of a step only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+        model.set_reshard_after_backward(last or regather)
+
+
+class Guard:
+    """Decides, on the device, which steps are taken, and keeps fp16's loss scale.
+
+    A step whose gradient norm is inf or NaN anywhere is skipped everywhere: the norm is global. The
+    loss is scaled for fp16 only; the scale halves with each skipped step, and doubles after
+    GROWTH_STEPS without one (Micikevicius et al. 2018, arXiv 1710.03740, 3.2).
+    """
+
+    def __init__(self, device: torch.device, scaled: bool):
+        self.scaled = scaled
+        # scale of the loss; steps since it changed; steps skipped in all, and since the last taken
+        self.scale = torch.tensor(2.0**16 if scaled else 1.0, device=device)
+        self.since, self.skipped, self.in_a_row = (torch.zeros((), device=device) for _ in range(3))
+        self.most_in_a_row = torch.zeros((), device=device)  # since the last log line
+
+    def state(self) -> dict[str, torch.Tensor]:
+        names = ("scale", "since", "skipped", "in_a_row")
+        return {f"guard.{name}": getattr(self, name) for name in names}
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss * self.scale if self.scaled else loss).backward()
+
+    def finish_step(
+        self, model: Phi, optimizer, max_norm: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take or skip the step; gives the gradients' norm, and whether it was taken (1.0 or 0.0).
+
+        The fused AdamW kernel divides the gradients by `grad_scale`, and does nothing at all where
+        `found_inf` is 1; torch.amp.GradScaler speaks to it in the same way.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        if isinstance(model, FSDPModule):
+            norm = norm.full_tensor()
+        norm = norm / self.scale
+        finite = norm.isfinite().float()
+        too_large = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else 1.0
+        optimizer.grad_scale = self.scale * too_large
+        optimizer.found_inf = 1 - finite
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped += 1 - finite
+        self.in_a_row = (self.in_a_row + 1) * (1 - finite)
+        self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
+        if self.scaled:
+            self.since = (self.since + 1) * finite
+            grow = self.since >= GROWTH_STEPS
+            self.scale *= torch.where(finite == 0, 0.5, torch.where(grow, 2.0, 1.0))
+            self.since *= ~grow
+        return norm, finite
+
+
+def optimizer_state(model: Phi, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """AdamW's tensors by name, zero where it has not stepped yet; sharded as the weights are."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        if not state:  # as AdamW itself begins
+            state["step"] = torch.zeros((), device=p.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        tensors |= {f"{kind}.{name}": tensor for kind, tensor in state.items()}
+    return tensors
+
+
+def lost_rank(e: Exception, rank: int) -> UserError | None:
+    """What to tell the user if `e` says that another rank is gone or does not answer."""
+    said = str(e)
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out")
+    if isinstance(e, dist.DistError) or any(sign in said for sign in signs):
+        return UserError(
+            f"rank {rank} lost touch with another, which died or hangs: see its own message if it "
+            f"has one; --resume goes on from the newest checkpoint ({said.splitlines()[0]:.200})"
+        )
+    return None
+
+
+class Signals:
+    """SIGTERM, SIGUSR1 or Ctrl-C on any rank, heard by all ranks at the same step.
+
+    The message travels between the hosts while the step runs, and is read a step later: no rank
+    waits for a device. In a single process, a second Ctrl-C ends it at once.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group, self.received, self.sent = group, 0, None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _frame) -> None:
+        self.received = number
+        if number == signal.SIGINT and not self.group:
+            signal.signal(number, signal.default_int_handler)
+
+    def heard(self) -> int:
+        """The number of a signal that all ranks now know of, or 0. Call it once a step."""
+        if self.group is None:
+            return self.received
+        heard = 0
+        if self.sent:
+            work, number = self.sent
+            work.wait()
+            heard = int(number)
+        number = torch.tensor(self.received)
+        self.sent = dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True), number
+        return heard

@@ -1,0 +1,266 @@
+"""What can go wrong while a run trains: each fault ends in a resumed run or in one clear error."""
+
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from ranks import Run, curve, events, status
+from safetensors.torch import load_file
+
+import checkpoint
+import parallel
+from data import loader
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, tokens):
+    """A run of 12 steps with dropout, a checkpoint each 4 and a log line each 2."""
+    return [*tiny, f"--data={tokens}", f"--max_steps={STEPS}", "--eval_interval=4",
+            "--log_interval=2", "--dropout=0.1", "--keep=9", "--timeout_s=60"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """whole(ranks): the run of that many ranks to which nothing happens."""
+    runs = {}
+
+    def run(ranks):
+        if ranks not in runs:
+            runs[ranks] = tmp_path_factory.mktemp("whole") / f"of{ranks}"
+            Run(runs[ranks], flags, ranks).finish()
+        return runs[ranks]
+
+    return run
+
+
+def weights(run):
+    return checkpoint.checksum(checkpoint.find(run, newest=True))
+
+
+def assert_same(run, other):
+    assert curve(run) == curve(other)
+    assert weights(run) == weights(other)
+    assert status(run)["status"] == "done"
+
+
+def back_to(run, step, copy):
+    """A copy of a finished run as it was when it had saved `step` (and logged more)."""
+    shutil.copytree(run, copy)
+    for later in checkpoint.steps(copy):
+        if later > step:
+            shutil.rmtree(copy / f"checkpoints/step-{later:08d}")
+    return copy
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_moment(flags, whole, tmp_path, ranks):
+    """Three SIGKILLs of one rank; `python tests/kill_points.py` has more of them."""
+    out, draw = tmp_path / "run", random.Random(ranks)
+    for kill in range(3):
+        run = Run(out, [*flags, "--resume"], ranks)
+        run.wait_for(3 * (kill + 1))
+        time.sleep(draw.random() * 0.05)
+        draw.choice(run.processes).kill()
+        for process in run.processes:
+            process.join()
+        assert sorted(p.exitcode for p in run.processes)[0] == -signal.SIGKILL
+        if ranks > 1:
+            assert "lost touch with another" in run.said()
+            assert "Traceback" not in run.said()
+    Run(out, [*flags, "--resume"], ranks).finish()
+    assert_same(out, whole(ranks))
+
+
+def test_a_rank_that_hangs_is_given_up(flags, whole, tmp_path):
+    short = [f for f in flags if "timeout" not in f] + ["--timeout_s=8"]
+    run = Run(tmp_path / "run", short, 2)
+    run.wait_for(4)
+    os.kill(run.processes[1].pid, signal.SIGSTOP)
+    run.processes[0].join(60)
+    run.processes[1].kill()
+    run.finish(2, -signal.SIGKILL)
+    assert "rank 0 lost touch with another, which died or hangs" in run.said()
+    assert status(tmp_path / "run")["status"] == "failed"
+    Run(tmp_path / "run", [*flags, "--resume"], 2).finish()
+    assert_same(tmp_path / "run", whole(2))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number", "told"),
+    [(1, signal.SIGTERM, [0]), (2, signal.SIGTERM, [0, 1]), (2, signal.SIGUSR1, [1])],
+)
+def test_a_signal_saves_and_stops(flags, whole, tmp_path, ranks, number, told):
+    run = Run(tmp_path / "run", flags, ranks)
+    run.wait_for(2)
+    for rank in told:
+        os.kill(run.processes[rank].pid, number)
+    said = run.finish(*[128 + number] * ranks)
+    stopped = status(tmp_path / "run")
+    assert stopped["status"] == "preempted, saved"
+    assert checkpoint.steps(tmp_path / "run")[-1] == stopped["step"] < STEPS
+    assert f"saved at step {stopped['step']}" in said
+    Run(tmp_path / "run", [*flags, "--resume"], ranks).finish()
+    assert_same(tmp_path / "run", whole(ranks))
+    assert events(tmp_path / "run") == ["start", "stop", "start", "done"]
+
+
+def plant_nan(rank, step=5):
+    """The gradients of rank 1 (or the only one) are NaN in one step."""
+    backward, calls = parallel.Guard.backward, []
+
+    def planted(self, loss):
+        calls.append(loss)
+        bad = len(calls) == step and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
+        backward(self, loss * math.nan if bad else loss)
+
+    parallel.Guard.backward = planted
+
+
+def test_nan_on_one_rank_skips_the_step_on_all(flags, tmp_path):
+    shape = [*flags, "--log_interval=1", "--seqs_per_step=4", "--micro_batch=2"]
+    run = Run(tmp_path / "run", shape, 2, plant_nan)
+    said = run.finish()
+    assert "1 steps up to 5 skipped" in said
+    records = [r for r in curve(tmp_path / "run") if "lr" in r]
+    assert [r["skipped"] for r in records] == [0] * 4 + [1] * 8
+    assert [r["step"] for r in records if "loss" not in r] == [5]
+    assert all(math.isfinite(r["grad_norm"]) for r in records if r["step"] != 5)
+    # AdamW did not count the step: nothing in the optimiser knows that it was there.
+    folder = checkpoint.find(tmp_path / "run", newest=True) / "training"
+    saved = {k: v for f in folder.iterdir() for k, v in load_file(f).items()}
+    assert saved["step.embed.weight"].item() == STEPS - 1
+    assert all(v.isfinite().all() for k, v in saved.items() if k.startswith("exp_avg"))
+
+
+def plant_strange_data(_rank):
+    """The data of steps 40 to 43 is one token, again and again, that no trained model expects."""
+    make = loader.Loader._make
+
+    def planted(self, step, micro_step):
+        batch = make(self, step, micro_step)
+        return batch.fill_(500) if 40 <= step < 44 else batch
+
+    loader.Loader._make = planted
+
+
+def test_a_loss_spike_is_reported_and_rewound(flags, tmp_path):
+    shape = [*flags, "--max_steps=48", "--lr=1e-2", "--log_interval=1", "--spike_nats=1",
+             "--eval_interval=12", "--dropout=0"]  # fmt: skip
+    said = Run(tmp_path / "told", shape, 1, plant_strange_data).finish()
+    assert "the loss rose to" in said
+    assert "rewind" not in events(tmp_path / "told")
+    Run(tmp_path / "run", [*shape, "--rewinds=1"], 1, plant_strange_data).finish()
+    assert events(tmp_path / "run")[:3] == ["start", "spike", "rewind"]
+    loss = {r["step"]: r["loss"] for r in curve(tmp_path / "run") if "loss" in r}
+    assert list(loss) == list(range(1, 49))
+    meta = checkpoint.read_meta(checkpoint.find(tmp_path / "run", newest=True))
+    assert (meta["rewound"], meta["data_offset"]) == (1, 41 - 36)
+    # A second run that is killed after its rewind ends the same.
+    run = Run(tmp_path / "again", [*shape, "--rewinds=1"], 1, plant_strange_data)
+    while "rewind" not in (events(run.out) if (run.out / "events.jsonl").exists() else []):
+        time.sleep(0.002)
+    run.end()
+    Run(tmp_path / "again", [*shape, "--rewinds=1", "--resume"], 1, plant_strange_data).finish()
+    assert_same(tmp_path / "again", tmp_path / "run")
+
+
+def plant_full_disk(rank):
+    """The second save finds the disk full, on the last rank."""
+    write = checkpoint.Saver._write
+
+    def planted(self, step, *args):
+        if step == 8 and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        write(self, step, *args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    checkpoint.Saver._write = planted
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_costs_one_checkpoint(flags, whole, tmp_path, ranks):
+    out = tmp_path / "run"
+    said = Run(out, flags, ranks, plant_full_disk).finish()
+    assert f"checkpoint {out}/checkpoints/step-00000008 was not written: File too large" in said
+    assert "free space there, or lower `keep`" in said
+    assert checkpoint.steps(out) == [4, 12]
+    assert not list((out / "checkpoints").glob("tmp-*"))
+    assert_same(out, whole(ranks))
+
+
+def test_a_shard_damaged_while_it_is_read(flags, whole, tokens, tmp_path):
+    shutil.copytree(tokens, tmp_path / "tokens")
+    flags = [f for f in flags if "--data" not in f] + [f"--data={tmp_path / 'tokens'}"]
+    run = Run(tmp_path / "run", flags)
+    run.wait_for(4)
+    shard = tmp_path / "tokens/train_00000.bin"
+    shard.write_bytes(shard.read_bytes()[:2000])
+    said = run.finish(2)
+    assert f"error: {shard} was damaged while it was in use" in said
+    assert "Traceback" not in said
+    said = Run(tmp_path / "run", [*flags, "--resume"]).finish
+    assert "is damaged: its header says" in said(2)
+    shutil.copy(tokens / shard.name, shard)
+    Run(tmp_path / "run", [*flags, "--resume"]).finish()
+    assert_same(tmp_path / "run", whole(1))
+
+
+def test_a_damaged_checkpoint_is_passed_over(flags, whole, tmp_path):
+    out = back_to(whole(2), 8, tmp_path / "run")
+    shard = sorted((out / "checkpoints/step-00000008/training").iterdir())[1]
+    content = bytearray(shard.read_bytes())
+    content[-1000] ^= 1
+    shard.write_bytes(content)
+    said = Run(out, [*flags, "--resume"], 2).finish()
+    assert f"step-00000008 is damaged: training/{shard.name} was changed" in said
+    assert "resuming from step 4" in said
+    assert_same(out, whole(2))
+    assert (out / "checkpoints/damaged-step-00000008").exists()
+
+
+@pytest.mark.parametrize(("ranks", "shard"), [(2, 2), (2, 1), (4, 2), (1, 0)])
+def test_resumed_by_another_number_of_ranks(flags, tmp_path_factory, tmp_path, ranks, shard):
+    flags = [*flags, "--dropout=0", "--grad_clip=0", "--micro_batch=1"]
+    base = tmp_path_factory.getbasetemp() / "without-dropout"
+    if not base.exists():
+        Run(base, flags, 1).finish()
+    out = back_to(base, 4, tmp_path / "run")
+    said = Run(out, [*flags, "--resume", f"--shard={shard}"], ranks).finish()
+    assert "resuming from step 4" in said
+    assert len(curve(out)) == len(curve(base))
+    for a, b in zip(curve(out), curve(base)):
+        assert a == pytest.approx(b, rel=2e-5)
+
+
+def test_two_torchrun_agents_and_a_restart(flags, tmp_path):
+    """Two "machines" on loopback; a rank is killed, both agents start theirs again, and go on."""
+    out, flags = tmp_path / "run", [*flags, "--max_steps=80"]
+    with socket.create_server(("localhost", 0)) as probe:
+        port = probe.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+             "--max-restarts=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
+             "--rdzv_id=test", "train.py", f"--out={out}", "--threads=1", *flags]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    agents = [subprocess.Popen(agent, cwd=ROOT, env=env, **pipes) for _ in range(2)]
+    while not checkpoint.steps(out):
+        assert all(a.poll() is None for a in agents), [a.communicate()[0] for a in agents]
+        time.sleep(0.002)
+    os.kill(status(out)["pid"], signal.SIGKILL)
+    said = [a.communicate(timeout=240)[0] for a in agents]
+    assert [a.returncode for a in agents] == [0, 0], said
+    assert "resuming from step" in "".join(said)
+    assert events(out) == ["start", "start", "done"]
+    Run(tmp_path / "whole", [*flags, "--shard=1"], 2).finish()
+    assert_same(out, tmp_path / "whole")
