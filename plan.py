@@ -44,9 +44,6 @@ class Config(TrainConfig):
 
     gpu: str = "a100-80"  # a100-40, a100-80, h100 or h200
     gpus: int = 8  # how many; beyond 8 in whole nodes of 8
-    shard: int = 0  # GPUs that share a copy of masters and states, 0 = those of a node
-    regather: bool = False  # gather a block's weights for each use, rather than once a step
-    recompute: bool = False  # keep only the blocks' inputs, and compute the rest again in backward
     fraction: float = 0.0  # of the kernels' roofline that the run reaches, 0 = as published runs
     price: float = 0.0  # of a GPU for an hour, for the cost
     score: Path | None = None  # a run folder to compare with what would have been predicted

@@ -40,7 +40,7 @@ from config import UserError, differences, parse, run
 from data.documents import write_json
 from data.loader import Loader, Windows, arguments
 from diff import show_differences
-from model import ModelConfig, Phi, flops_per_token
+from model import ModelConfig, Phi, flops_per_token, select_kernels
 from runlog import (
     RunLog,
     environment,
@@ -93,7 +93,7 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32, bfloat16 or float16 (with loss scaling); auto is bfloat16
     # on a GPU, float32 elsewhere
-    compile: bool = False  # torch.compile the blocks
+    compile: bool = False  # torch.compile the blocks, where they are torch's (see kernels)
     recompute: bool = False  # keep only the blocks' inputs, and compute the rest again in backward
     shard: int = 0  # ranks that share one copy of masters and optimiser states, 0 = a machine's
     regather: bool = False  # gather a block's weights for each use, rather than once a step: less
@@ -231,7 +231,9 @@ def main() -> None:
             raise UserError(f"{init_from} was trained with another tokenizer than {c.data}")
         checkpoint.load_weights(model, init_from)
     parameters = sum(p.numel() for p in model.parameters())
-    parallel.shard_model(model, ranks, dtype, c.shard, c.regather, c.recompute, c.compile)
+    kernels, how = select_kernels(c.model, device)
+    compiled = c.compile and kernels == "torch"
+    parallel.shard_model(model, ranks, dtype, c.shard, c.regather, c.recompute, compiled)
     optimizer = make_optimizer(model, c)
     guard = parallel.Guard(device, scaled=dtype == torch.float16)
     identity = run_identity(c, tokenizer, windows, init_from)
@@ -249,6 +251,7 @@ def main() -> None:
         "compute_dtype": str(dtype)[6:],
         "parameters": parameters,
         "roof": roof_name,
+        "kernels_selected": kernels,
     } | environment()  # fmt: skip
     if rank == 0:
         c.out.mkdir(parents=True, exist_ok=True)
@@ -260,7 +263,8 @@ def main() -> None:
         f"{parameters:,} parameters in {str(dtype)[6:]} on {world_size} x {device.type}; "
         f"{c.max_steps:,} steps x {tokens_per_step:,} tokens = "
         f"{c.max_steps * c.seqs_per_step / len(windows):.2f} epochs of {windows.tokens:,}\n"
-        f"{flops / 1e6:,.1f} MFLOP a token, causal; MFU is the share of {roof_name}"
+        f"{flops / 1e6:,.1f} MFLOP a token, causal; MFU is the share of {roof_name}\n"
+        f"kernels: {kernels} ({how})"
     )
     saver = checkpoint.Saver(c.out, rank, parallel.cpu_group(c.timeout_s), c.keep, c.keep_every)
     signals = parallel.Signals(parallel.cpu_group(c.timeout_s))
