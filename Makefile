@@ -19,6 +19,10 @@ EXERCISES      ?= 30000
 HELDOUT        ?= 500
 BASE_STEPS     ?= 400
 FINETUNE_STEPS ?= 3200
+
+# Where the model's programs run: the best sandbox that is here. SANDBOX=C runs them with limits
+# alone, where there is neither bubblewrap nor Landlock; they are of a model trained on your own data.
+SANDBOX        ?= auto
 TOTAL_STEPS    := $(shell echo $$(($(BASE_STEPS) + $(FINETUNE_STEPS))))
 
 # A stage is made again when a setting that it uses changes: each value has a file, made when new.
@@ -33,7 +37,7 @@ set = $(foreach x,$(1),$(OUT)/.settings/$(x)@$($(x)))
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo; echo "Settings, as in make train BASE_STEPS=100:"
-	@$(foreach v,OUT PYTHON RAW_MB EXERCISES HELDOUT BASE_STEPS FINETUNE_STEPS,echo "  $v=$($v)";)
+	@$(foreach v,OUT PYTHON RAW_MB EXERCISES HELDOUT BASE_STEPS FINETUNE_STEPS SANDBOX,echo "  $v=$($v)";)
 
 train: $(OUT)/report.html  ## raw code -> evaluated model and report; start here
 
@@ -138,7 +142,7 @@ eval: $(OUT)/eval/exercises/results.json  ## score the finetuned model on held-o
 
 $(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json sample.py $(wildcard eval/*.py)
 	$(PYTHON) -m eval.exercises --checkpoint $(OUT)/runs/$* \
-	  --problems $(OUT)/exercises/heldout.jsonl --out $(@D) --max_new_tokens 128
+	  --problems $(OUT)/exercises/heldout.jsonl --out $(@D) --max_new_tokens 128 --sandbox $(SANDBOX)
 
 results = $(foreach x,$(1),$(OUT)/eval/$(x)/results.json)
 
