@@ -56,7 +56,7 @@ class Config(TrainConfig):
 class Numbers:
     """A tokenizer whose text is its token ids."""
 
-    end_of_text = 0
+    start, end_of_text = (0,), 0
 
     def encode(self, text: str) -> list[int]:
         return list(map(int, text.split()))

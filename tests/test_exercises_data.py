@@ -333,6 +333,24 @@ def test_benchmark_problems_are_found_by_name_text_and_behaviour(tmp_path):
     assert not found & {"count(ints, x > 8)", "count(ints, x > 10)", "count(ints, x < 9)"}
 
 
+def test_problems_of_two_lists_are_found_by_behaviour(tmp_path):
+    tests = [
+        "assert larger([1, 5], [2, 3]) == [2, 5]",
+        "assert larger([7], [7]) == [7]",
+        "assert larger([0, -1, 4], [3, -2, 9]) == [3, -1, 9]",
+    ]
+    row = {"text": "The larger ones.", "code": "def larger(a, b):\n    pass", "test_list": tests}
+    path = tmp_path / "mbpp.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    benchmarks = Benchmarks((path,))
+    found = [
+        str(task)
+        for task in FAMILIES["combine"]
+        if benchmarks.has(task, [task.oracle(*x) for x in exercises.pool(task.args)])
+    ]
+    assert found == ["combine(two lists, max(x, y), [{e} {loop}])"]
+
+
 def test_a_file_that_is_no_benchmark_is_refused(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"entry_point": "f"}\n')
     with pytest.raises(UserError, match=r"other\.jsonl: a problem lacks 'prompt'"):
