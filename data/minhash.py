@@ -117,7 +117,7 @@ def bucket_pairs(keys: np.ndarray, members: np.ndarray) -> Iterator[tuple[np.nda
     for leader in range(min(LEADERS, size.max(initial=0) - 1)):
         larger = size > leader + 1
         begin, count = first[larger] + leader, size[larger] - leader - 1
-        for part in _split(count, CHUNK_PAIRS):
+        for part in split(count, CHUNK_PAIRS):
             i = np.repeat(begin[part], count[part])
             within = np.arange(len(i)) - np.repeat(np.cumsum(count[part]) - count[part], count[part])
             yield members[i], members[i + 1 + within]
@@ -201,7 +201,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ x >> np.uint64(31)
 
 
-def _split(count: np.ndarray, limit: int) -> Iterator[slice]:
+def split(count: np.ndarray, limit: int) -> Iterator[slice]:
     """Slices of `count` that sum to about `limit`, or hold one item."""
     total = np.cumsum(count)
     begin = 0
