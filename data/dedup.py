@@ -10,7 +10,7 @@ less what was removed, so the result does not depend on the number of ranks.
 
 Connected groups can drift: a is like b, b like c, a not like c. The summary counts the removed
 documents that are below the threshold to the one that was kept in their place ("drifted"), and
-removed/*.jsonl has each with its Jaccard index. Read samples.txt before you trust the threshold.
+removed/ has each with its Jaccard index. Read samples.txt before you trust the threshold.
 
 Memory holds about 100 bytes a document on each rank; sketches of 0.5 kB and the shingles, as large
 as the text, are on disk while it runs.
@@ -25,11 +25,12 @@ import numpy as np
 
 from config import UserError, parse, run
 from data import minhash
-from data.documents import source_shards
+from data.documents import DocumentFile, source_shards
 from data.minhash import Bands
+from data.ranks import say
 from data.readers import read_documents_of
 from data.side_by_side import side_by_side
-from data.stage import Part, Stage, say, total
+from data.stage import Part, Stage, total
 
 RECALL = 0.99  # of pairs at the threshold that become candidates; more at a higher similarity
 BATCH_BYTES = 1 << 20  # of text sketched at once
@@ -110,7 +111,7 @@ def dedup(config: Config) -> dict:
     with Stage(config, source_shards(*config.source)) as stage:
         shards = len(stage.shards)
         read = stage.map("sketch", stage.shards, lambda part: sketch(part, config.score, bands))
-        if not sum(r["documents"] for r in read):
+        if not sum(r["documents_in"] for r in read):
             raise UserError(f"--source {config.source[0]}: no document there")
         sketches = Sketches(stage.scratch, shards, bands.permutations)
         assert len(sketches) < 1 << 32, "a pair of indexes is packed into 64 bits"
@@ -135,7 +136,8 @@ def dedup(config: Config) -> dict:
             lambda part: write(part, sketches, first, keeper, config.threshold, wanted),
         )
         texts = {int(k): v for result in written for k, v in result.pop("texts").items()}
-        stage.map("samples", [0], lambda part: samples(part, sketches, wanted, texts))
+        if stage.ranks.rank == 0:
+            write_samples(stage.result / "samples.txt", sketches, wanted, texts)
         options = {"threshold": config.threshold, "bands": bands.bands, "rows": bands.rows}
         return stage.finish(total(read) | total(written) | groups | {"options": options})
 
@@ -144,8 +146,8 @@ def sketch(part: Part, score: str, bands: Bands) -> dict:
     """Hash the documents of a shard: what the comparison needs of them, as arrays on disk."""
     folder = part.scratch / f"sketch-{part.index:05d}"
     folder.mkdir()
-    names = ("shingles", "signatures", "sizes", "sha256", "score", "chars")
-    files = {name: open(folder / name, "wb") for name in names}
+    for name in ("shingles", "signatures", "sizes", "sha256", "score", "chars"):
+        (folder / name).touch()  # also for a shard without documents
     count = Counter(documents_in=0, bytes_in=0)
     for batch in _batches(part.documents()):
         texts = [record["text"].encode() for record in batch]
@@ -159,11 +161,10 @@ def sketch(part: Part, score: str, bands: Bands) -> dict:
             ("score", np.array([_number(record.get(score)) for record in batch])),
             ("chars", np.array([len(record["text"]) for record in batch], np.uint32)),
         ):
-            array.tofile(files[name])
+            with open(folder / name, "ab") as file:
+                array.tofile(file)
         count["documents_in"] += len(batch)
         count["bytes_in"] += sum(map(len, texts))
-    for file in files.values():
-        file.close()
     return dict(count)
 
 
@@ -242,8 +243,9 @@ def write(
     texts, wanted_here = {}, {k for pair in wanted for k in pair if begin <= k < end}
     count = Counter(documents=0, bytes=0, exact=0, near=0, drifted=0)
     ignore = lambda *bad: None  # noqa: E731 - it was counted when the shard was sketched
-    removed = part.result / "removed" / f"{part.name}.jsonl"
-    with part.writer() as kept, part.json_lines(removed) as lines:
+    (part.result / "removed").mkdir()
+    removed = part.result / "removed" / f"{part.name}.jsonl.zst"
+    with part.writer() as kept, DocumentFile(removed) as lines:
         for index, record in enumerate(read_documents_of(part.item, ignore, part.progress), begin):
             if index in wanted_here:
                 texts[str(index)] = [record["origin"], record["text"][:SAMPLE_CHARS]]
@@ -264,9 +266,9 @@ def write(
     return count | {"documents": kept.documents, "bytes": kept.bytes, "texts": texts}
 
 
-def samples(part: Part, sketches: Sketches, wanted: list[tuple[int, int]], texts: dict) -> None:
+def write_samples(path: Path, sketches: Sketches, wanted: list[tuple[int, int]], texts: dict):
     """Some removed documents beside the ones that were kept in their place."""
-    with open(part.result / "samples.txt", "w", encoding="utf-8") as f:
+    with open(path, "w", encoding="utf-8") as f:
         for keep, gone in wanted:
             (alike,) = sketches.jaccard(np.array([keep]), np.array([gone]))
             (left, left_text), (right, right_text) = texts[keep], texts[gone]

@@ -1,10 +1,10 @@
 """Near-duplicate texts: token shingles, MinHash signatures, LSH candidates, exact Jaccard.
 
-The similarity of two texts is the Jaccard index |A & B| / |A | B| of their sets of shingles: SHINGLE
-tokens in a row, where a token is a word ([A-Za-z0-9_] and all beyond ASCII) or one character of
-punctuation, and white space only separates. MinHash (Broder 1997) with banding (Leskovec, Rajaraman
-and Ullman, Mining of Massive Datasets, 3.4) finds pairs that may reach a threshold; what it finds
-is then compared exactly, so that a wrong candidate costs time and removes nothing.
+The similarity of two texts is the Jaccard index |A & B| / |A | B| of their sets of shingles: so
+many tokens in a row, where a token is a word ([A-Za-z0-9_] and all beyond ASCII) or one character
+of punctuation, and white space only separates. MinHash (Broder 1997) with banding (Leskovec,
+Rajaraman and Ullman, Mining of Massive Datasets, 3.4) finds pairs that may reach a threshold; these
+are then compared exactly, so that a wrong candidate costs time and removes nothing.
 
 Everything works on many texts at once: texts are joined into one array of bytes, and a token's hash
 is the difference of two prefix sums. Shingles are 32-bit hashes: two different ones of a document
@@ -28,13 +28,9 @@ BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2^
 MULTIPLIERS = _random.integers(0, 1 << 32, 1024, dtype=np.uint32) | np.uint32(1)  # one permutation
 # of the 32-bit hashes each: x -> x * odd, modulo 2^32
 WORD, PUNCTUATION = 1, 2  # classes of bytes; 0 is white space and control
-BYTE_CLASS = np.array(
-    [
-        WORD if chr(b).isalnum() and b < 128 or b == 95 or b >= 128 else PUNCTUATION * (32 < b < 127)
-        for b in range(256)
-    ],
-    np.uint8,
-)
+BYTE_CLASS = np.zeros(256, np.uint8)
+BYTE_CLASS[33:127] = PUNCTUATION
+BYTE_CLASS[[b for b in range(256) if b >= 128 or chr(b).isalnum() or chr(b) == "_"]] = WORD
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,9 @@ def bucket_pairs(keys: np.ndarray, members: np.ndarray) -> Iterator[tuple[np.nda
         begin, count = first[larger] + leader, size[larger] - leader - 1
         for part in split(count, CHUNK_PAIRS):
             i = np.repeat(begin[part], count[part])
-            within = np.arange(len(i)) - np.repeat(np.cumsum(count[part]) - count[part], count[part])
+            within = np.arange(len(i)) - np.repeat(
+                np.cumsum(count[part]) - count[part], count[part]
+            )
             yield members[i], members[i + 1 + within]
 
 
