@@ -55,9 +55,12 @@ def choose_bands(threshold: float, permutations: int, recall: float) -> Bands:
     return next(b for b in fits if b.recall(threshold) >= recall or b.rows == 1)
 
 
-def shingles(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The shingle sets of UTF-8 texts, end to end: hashes uint32 [N], ascending in each text, and
-    starts int64 [texts + 1]. A text of fewer tokens than SHINGLE has one of all its tokens."""
+def shingles(texts: list[bytes], width: int = SHINGLE) -> tuple[np.ndarray, np.ndarray]:
+    """The sets of shingles of `width` tokens, of UTF-8 texts end to end: hashes uint32 [N],
+    ascending in each text, and starts int64 [texts + 1].
+
+    A text of fewer tokens has one shingle of them all, a text without tokens none.
+    """
     sets, sizes = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
     for block in _blocks(texts):
         token_hash, token_text = _tokens(block)
@@ -66,10 +69,10 @@ def shingles(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         bounds = np.searchsorted(token_text, np.arange(len(block) + 1))
         left = bounds[1:][token_text] - np.arange(len(token_text))  # tokens from here to the end
         total = token_hash.copy()
-        for j in range(1, SHINGLE):
+        for j in range(1, width):
             term = token_hash[j:] * BASE ** np.uint64(j)
             total[: len(total) - j] += np.where(left[: len(left) - j] > j, term, np.uint64(0))
-        whole = (left >= SHINGLE) | (np.arange(len(left)) == bounds[token_text])
+        whole = (left >= width) | (np.arange(len(left)) == bounds[token_text])
         of_text = token_text[whole].astype(np.uint64)
         keys = np.sort(of_text << np.uint64(32) | _mix(total[whole]) >> np.uint64(32))
         keys = keys[np.r_[True, keys[1:] != keys[:-1]][: len(keys)]]

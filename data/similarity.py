@@ -17,6 +17,7 @@ number of nodes in common, as multisets, over the longer.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from data.filter import FUNCTIONS, docstring, parse_python
 
+FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
 WORD_BITS = 64
 LANES = 4096  # sequences compared at once: 20 arrays of them stay in the L2 cache
 LEFT_OUT = {"ctx", "annotation", "returns", "decorator_list", "type_params", "type_comment"}
@@ -61,6 +63,21 @@ def functions(source: str) -> list[Function]:
         )
         for node in sorted(found, key=lambda n: (n.lineno, n.col_offset))
     ]
+
+
+def functions_anywhere(text: str) -> list[Function] | None:
+    """The functions in a text that is Python, or in its fenced code blocks; None if neither."""
+    try:
+        return functions(text)
+    except SyntaxError:
+        found, any_python = [], False
+    for block in FENCE.findall(text):
+        try:
+            found += functions(block)
+            any_python = True
+        except SyntaxError:
+            continue
+    return found if any_python else None
 
 
 def node_codes(tree: ast.AST) -> bytes:
