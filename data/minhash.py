@@ -1,0 +1,213 @@
+"""Near-duplicate texts: token shingles, MinHash signatures, LSH candidates, exact Jaccard.
+
+The similarity of two texts is the Jaccard index |A & B| / |A | B| of their sets of shingles: so
+many tokens in a row, where a token is a word ([A-Za-z0-9_] and all beyond ASCII) or one character
+of punctuation, and white space only separates. MinHash (Broder 1997) with banding (Leskovec,
+Rajaraman and Ullman, Mining of Massive Datasets, 3.4) finds pairs that may reach a threshold; these
+are then compared exactly, so that a wrong candidate costs time and removes nothing.
+
+Everything works on many texts at once: texts are joined into one array of bytes, and a token's hash
+is the difference of two prefix sums. Shingles are 32-bit hashes: two different ones of a document
+of 1,000 shingles collide with a chance of 1e-4, and then the index is off by 1e-3.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+SHINGLE = 5  # tokens; The Stack was deduplicated with 5-grams (Kocetkov 2022, arXiv 2211.15533)
+LEADERS = 64  # members of an LSH bucket that the others are compared with: bounds n^2
+CHUNK_PAIRS = 1 << 16  # pairs compared at once
+BLOCK_BYTES = 1 << 18  # of text hashed at once: larger blocks leave the cache and are slower
+SEPARATOR = b"\n\n"  # between texts: a token never spans it
+
+_random = np.random.default_rng(20230620)  # fixed: the date of arXiv 2306.11644
+BYTE_HASH = _random.integers(0, 1 << 64, 256, dtype=np.uint64)
+BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2^64
+MULTIPLIERS = _random.integers(0, 1 << 32, 1024, dtype=np.uint32) | np.uint32(1)  # one permutation
+# of the 32-bit hashes each: x -> x * odd, modulo 2^32
+WORD, PUNCTUATION = 1, 2  # classes of bytes; 0 is white space and control
+BYTE_CLASS = np.zeros(256, np.uint8)
+BYTE_CLASS[33:127] = PUNCTUATION
+BYTE_CLASS[[b for b in range(256) if b >= 128 or chr(b).isalnum() or chr(b) == "_"]] = WORD
+
+
+@dataclass(frozen=True)
+class Bands:
+    """How a signature is cut into LSH bands: equal in all rows of one band is a candidate."""
+
+    bands: int
+    rows: int
+
+    @property
+    def permutations(self) -> int:
+        return self.bands * self.rows
+
+    def recall(self, jaccard: float) -> float:
+        """The chance that a pair of this similarity becomes a candidate."""
+        return 1 - (1 - jaccard**self.rows) ** self.bands
+
+
+def choose_bands(threshold: float, permutations: int, recall: float) -> Bands:
+    """The most rows, so the fewest wrong candidates, that keep `recall` at the threshold."""
+    fits = (Bands(permutations // rows, rows) for rows in range(permutations, 0, -1))
+    return next(b for b in fits if b.recall(threshold) >= recall or b.rows == 1)
+
+
+def shingles(texts: list[bytes], width: int = SHINGLE) -> tuple[np.ndarray, np.ndarray]:
+    """The sets of shingles of `width` tokens, of UTF-8 texts end to end: hashes uint32 [N],
+    ascending in each text, and starts int64 [texts + 1].
+
+    A text of fewer tokens has one shingle of them all, a text without tokens none.
+    """
+    sets, sizes = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
+    for block in _blocks(texts):
+        token_hash, token_text = _tokens(block)
+        # A shingle begins at each token and is cut at the end of its text; a cut one counts only
+        # where the text is shorter than a shingle.
+        bounds = np.searchsorted(token_text, np.arange(len(block) + 1))
+        left = bounds[1:][token_text] - np.arange(len(token_text))  # tokens from here to the end
+        total = token_hash.copy()
+        for j in range(1, width):
+            term = token_hash[j:] * BASE ** np.uint64(j)
+            total[: len(total) - j] += np.where(left[: len(left) - j] > j, term, np.uint64(0))
+        whole = (left >= width) | (np.arange(len(left)) == bounds[token_text])
+        of_text = token_text[whole].astype(np.uint64)
+        keys = np.sort(of_text << np.uint64(32) | _mix(total[whole]) >> np.uint64(32))
+        keys = keys[np.r_[True, keys[1:] != keys[:-1]][: len(keys)]]
+        sets.append(keys.astype(np.uint32))
+        sizes.append(np.bincount(keys >> np.uint64(32), minlength=len(block)))
+    starts = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum(np.concatenate(sizes), out=starts[1:])
+    return np.concatenate(sets), starts
+
+
+def signatures(hashes: np.ndarray, starts: np.ndarray, permutations: int) -> np.ndarray:
+    """MinHash signatures uint32 [texts, permutations] of `shingles`; all ones for an empty set."""
+    out = np.full((permutations, len(starts) - 1), 0xFFFFFFFF, np.uint32)
+    full = np.flatnonzero(np.diff(starts))
+    where, row = starts[full], np.empty(len(full), np.uint32)
+    permuted = np.empty_like(hashes)
+    for i in range(permutations if len(full) else 0):
+        np.multiply(hashes, MULTIPLIERS[i], out=permuted)
+        np.minimum.reduceat(permuted, where, out=row)
+        out[i, full] = row
+    return np.ascontiguousarray(out.T)
+
+
+def band_keys(signature: np.ndarray, bands: Bands, band: int) -> np.ndarray:
+    """One hash uint64 [texts] of each signature's rows in this band."""
+    rows = signature[:, band * bands.rows : (band + 1) * bands.rows].astype(np.uint64)
+    return _mix((rows * BASE ** np.arange(1, bands.rows + 1, dtype=np.uint64)).sum(1))
+
+
+def bucket_pairs(keys: np.ndarray, members: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Chunks of (i, j), i < j, of `members` (ascending) whose keys are equal.
+
+    In a bucket of more than LEADERS each member is paired with the first LEADERS only: a bucket of
+    n then costs n pairs, not n^2, and copies of one text still meet in its first members.
+    """
+    order = np.argsort(keys, kind="stable")
+    members, ordered = members[order], keys[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])[: len(keys)]
+    size = np.diff(np.r_[first, len(keys)])
+    first, size = first[size > 1], size[size > 1]
+    for leader in range(min(LEADERS, size.max(initial=0) - 1)):
+        larger = size > leader + 1
+        begin, count = first[larger] + leader, size[larger] - leader - 1
+        for part in split(count, CHUNK_PAIRS):
+            i = np.repeat(begin[part], count[part])
+            within = np.arange(len(i)) - np.repeat(
+                np.cumsum(count[part]) - count[part], count[part]
+            )
+            yield members[i], members[i + 1 + within]
+
+
+def jaccard(sets: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
+    """The Jaccard index float64 [pairs] of each set of `sets` with its other, both as `shingles`
+    gives them; 0 for two empty sets."""
+    sizes = np.array([[len(a), len(b)] for a, b in zip(sets, others)]).reshape(-1, 2)
+    pair = np.repeat(np.arange(len(sets), dtype=np.uint64), sizes.sum(1))
+    both = [s for ab in zip(sets, others) for s in ab]
+    keys = np.sort(pair << np.uint64(32) | np.concatenate([*both, np.zeros(0, np.uint32)]))
+    twice = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)
+    common = np.bincount(twice.astype(np.int64), minlength=len(sets))
+    return common / np.maximum(sizes.sum(1) - common, 1)
+
+
+def components(count: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """For each of `count` nodes the smallest node, int64, that edges (i, j) connect it to."""
+    root = np.arange(count)
+    while len(i):
+        low, high = np.minimum(root[i], root[j]), np.maximum(root[i], root[j])
+        apart = low != high
+        i, j = i[apart], j[apart]
+        np.minimum.at(root, high[apart], low[apart])
+        while (root != root[root]).any():
+            root = root[root]
+    return root
+
+
+def _blocks(texts: list[bytes]) -> Iterator[list[bytes]]:
+    """The texts in lists of about BLOCK_BYTES."""
+    block, size = [], 0
+    for text in texts:
+        block.append(text)
+        size += len(text)
+        if size >= BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _tokens(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all texts: hashes uint64 and the text of each, int64, both [tokens]."""
+    data = np.frombuffer(SEPARATOR.join([b"", *texts, b""]), np.uint8)
+    kind = BYTE_CLASS[data]
+    word = kind == WORD
+    single = kind == PUNCTUATION
+    begin = np.flatnonzero(word[1:] & ~word[:-1] | single[1:]) + 1
+    end = np.flatnonzero(word[:-1] & ~word[1:] | single[:-1]) + 1
+    # sum of BYTE_HASH[data[i]] BASE^i over the token, divided by BASE^begin: a polynomial that
+    # depends on the token alone.
+    prefix = np.zeros(len(data) + 1, np.uint64)
+    np.cumsum(BYTE_HASH[data] * _powers(BASE, len(data)), out=prefix[1:])
+    inverse = np.uint64(pow(int(BASE), -1, 1 << 64))
+    token_hash = _mix((prefix[end] - prefix[begin]) * _powers(inverse, len(data))[begin])
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    text_begin = np.cumsum(lengths + len(SEPARATOR)) - lengths
+    return token_hash, np.searchsorted(text_begin, begin, side="right") - 1
+
+
+_power_cache: dict[int, np.ndarray] = {}
+
+
+def _powers(base: np.uint64, count: int) -> np.ndarray:
+    """base^0, ..., base^(count - 1), uint64, modulo 2^64."""
+    have = _power_cache.get(int(base), np.zeros(0, np.uint64))
+    if len(have) < count:
+        have = np.full(count + BLOCK_BYTES, base, np.uint64)
+        have[0] = 1
+        np.multiply.accumulate(have, out=have)
+        _power_cache[int(base)] = have
+    return have[:count]
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele 2014): every bit of the input reaches every other."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+def split(count: np.ndarray, limit: int) -> Iterator[slice]:
+    """Slices of `count` that sum to about `limit`, or hold one item."""
+    total = np.cumsum(count)
+    begin = 0
+    while begin < len(count):
+        done = total[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(total, done + limit, side="right")))
+        yield slice(begin, end)
+        begin = end
