@@ -19,20 +19,20 @@ Every document keeps its fields and gets `score`, `points` (of the five question
 """
 
 import ast
+import contextlib
 import hashlib
-import heapq
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from config import UserError, parse, run
-from data.documents import ShardWriter, new_folder, read_jsonl, write_json
+from data.documents import read_jsonl, source_shards, write_json
 from data.filter import (
     COMMENT,
     FUNCTIONS,
@@ -40,11 +40,13 @@ from data.filter import (
     docstring,
     foreign_names,
     parse_python,
-    raw_documents,
     root_name,
     strip_licence,
 )
 from data.llm import Client, Options, Refused
+from data.ranks import say
+from data.readers import read_documents_of
+from data.stage import Part, Stage, total
 
 QUESTIONS = {
     "self_contained": "Can it be read without knowing the rest of a project or a special library?",
@@ -87,6 +89,8 @@ class Config(Options):
     seed: int = 0  # another seed is another sample
     max_chars: int = 6000  # of a document that the endpoint sees: its head and its middle
     draws: int = 3  # replies to ask for until one can be parsed
+    temperature: float = 0.3  # low, so that labels repeat; not 0, or so would a reply that cannot be
+    # parsed
     against: Path | None = None  # labels to compare with; only the documents that they name
 
 
@@ -210,96 +214,154 @@ def label(points: dict, reason: str, labeller: str) -> dict:
 # ---- The sample, and the whole job
 
 
-def sample(config: Config) -> Iterator[dict]:
-    """The documents to label, in the order of the source. Holds their hashes, not their texts."""
-    if config.against:
-        wanted = set(read_labels(config.against))
-    elif config.sample:
+def annotate(config: Config) -> dict:
+    """Write `config.out` and return its summary, or the price for a dry run. Raises UserError."""
+    if config.labeller not in ("rules", "llm"):
+        raise UserError(f"--labeller {config.labeller}: want rules or llm")
+    if config.sample < 0 or config.draws < 1 or config.max_chars < 100:
+        raise UserError("--sample, --draws or --max_chars is too small")
+    if config.dry_run:
+        return price(config)
+    truth = read_labels(config.against) if config.against else {}
+    reads = [config.against] if config.against else []
+    with Stage(config, source_shards(config.source), reads) as stage:
+        if config.sample and not truth:
+            stage.map("sample", stage.shards, lambda part: save_keys(config, part))
+            files = [stage.scratch / f"shard-{i:05d}.npy" for i in range(len(stage.shards))]
+            last = last_key(config, map(np.load, files))
+        else:
+            last = None
+        wanted = lambda record: is_wanted(config, record, truth, last)  # noqa: E731
+        if config.labeller == "llm":  # one item, so that one rank asks and holds the budget
+            stage.map("ask", ["all"], lambda part: ask(config, part, wanted))
+        results = stage.map("write", stage.shards, lambda part: write(config, part, wanted, truth))
+        pairs = sorted(pair for result in results for pair in result.pop("pairs"))
+        count = total(results)
+        if not count["documents"]:
+            raise UserError(f"--source {config.source}: nothing was labelled ({count})")
+        count["labeller"] = config.model if config.labeller == "llm" else "rules"
+        if pairs:
+            count["agreement"] = agreement(*zip(*pairs))
+        return stage.finish(count)
 
-        def order(sha256: str) -> bytes:
-            return hashlib.sha256(f"{config.seed}:{sha256}".encode()).digest()
 
-        hashes = {record["sha256"] for record in raw_documents(config.source)}
-        wanted = set(heapq.nsmallest(config.sample, hashes, key=order))
-    else:
-        yield from raw_documents(config.source)
-        return
-    for record in raw_documents(config.source):
-        if record["sha256"] in wanted:
-            wanted.remove(record["sha256"])  # a copy of it is not labelled again
-            yield record
+def documents(path: Path) -> Iterator[dict]:
+    """The documents of a shard; what is bad goes to quarantine once, when it is read by `write`."""
+    return read_documents_of(path, lambda *_: None)
+
+
+def key(config: Config, record: dict) -> int:
+    """Where a document stands in the order of the sample, a hash of 64 bits."""
+    digest = hashlib.sha256(f"{config.seed}:{record['sha256']}".encode()).digest()
+    return int.from_bytes(digest[:8])
+
+
+def save_keys(config: Config, part: Part) -> None:
+    """Leave the smallest keys of a shard for `last_key`."""
+    keys = np.unique(np.array([key(config, r) for r in documents(part.item)], np.uint64))
+    np.save(part.scratch / f"{part.name}.npy", keys[: config.sample])
+
+
+def last_key(config: Config, arrays: Iterable[np.ndarray]) -> int:
+    """The largest key that belongs to the sample."""
+    smallest = np.zeros(0, np.uint64)
+    for keys in arrays:
+        smallest = np.union1d(smallest, keys)[: config.sample]
+    return int(smallest[-1]) if len(smallest) else 0
+
+
+def is_wanted(config: Config, record: dict, truth: dict, last: int | None) -> bool:
+    if truth:
+        return record["sha256"] in truth
+    return last is None or key(config, record) <= last
+
+
+def ask(config: Config, part: Part, wanted: Callable[[dict], bool]) -> None:
+    """Ask the endpoint for every label, and leave them in the order of the documents."""
+
+    def asked(pair: tuple[int, dict]) -> tuple[int, dict | str]:
+        return pair[0], by_endpoint(client, pair[1]["text"], config)
+
+    pairs = (
+        (i, r) for i, shard in enumerate(part.stage.shards) for r in documents(shard) if wanted(r)
+    )
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(Client(config, cache(config)))
+        bar = stack.enter_context(tqdm(desc="labels", unit=" documents", disable=None))
+        files = {}
+        for i, found in client.in_order(asked, pairs):
+            if i not in files:  # the shards come one after the other
+                for file in files.values():
+                    file.close()
+                path = part.scratch / f"labels-{i:05d}.jsonl"
+                files[i] = stack.enter_context(open(path, "w", encoding="utf-8"))
+            files[i].write(json.dumps(found) + "\n")
+            bar.update()
+            bar.set_postfix_str(client.ledger.describe())
+        # Apart from the summary: it differs where a run was killed and went on.
+        write_json(part.stage.result / "endpoint.json", client.summary())
+
+
+def cache(config: Config) -> Path:
+    return config.cache or Path(f"{config.out}.replies.jsonl")
+
+
+def write(config: Config, part: Part, wanted: Callable[[dict], bool], truth: dict) -> dict:
+    """Write the labelled documents of one shard; its counts, and pairs to compare."""
+    count, scores, pairs = Counter(documents=0), Counter(), []
+    labels: Iterator[dict | str] = iter(())
+    if config.labeller == "llm":
+        path = part.stage.scratch / f"labels-{part.index:05d}.jsonl"
+        if path.exists():  # a shard with nothing wanted has none
+            labels = iter([json.loads(line) for line in path.read_text().splitlines()])
+    with part.writer() as out:
+        for record in part.documents():
+            if not wanted(record):
+                continue
+            found = next(labels) if config.labeller == "llm" else by_rules(record["text"])
+            count["documents_in"] += 1
+            if isinstance(found, str):
+                count[found] += 1
+                continue
+            out.write(record | found)
+            scores[str(int(found["score"]))] += 1
+            if record["sha256"] in truth:
+                pairs.append((found["score"], truth[record["sha256"]]))
+    count.update(documents=out.documents, bytes=out.bytes)
+    return {**count, "scores": dict(sorted(scores.items())), "pairs": pairs}
+
+
+def price(config: Config) -> dict:
+    """What the labels would cost; nothing is asked and nothing written."""
+    if config.labeller != "llm":
+        raise UserError("--dry_run prices the endpoint's work; the rules cost nothing")
+    shards = source_shards(config.source)
+    truth = read_labels(config.against) if config.against else {}
+    keys = ([key(config, r) for r in documents(shard)] for shard in shards)
+    last = None
+    if config.sample and not truth:
+        last = last_key(config, (np.array(k, np.uint64) for k in keys))
+    with Client(config, cache(config)) as client:
+        return client.price(
+            (prompt(r["text"], config.max_chars), REPLY_TOKENS)
+            for shard in shards
+            for r in documents(shard)
+            if is_wanted(config, r, truth, last)
+        )
 
 
 def read_labels(path: Path) -> dict[str, float]:
     """{sha256: score} of a file of labels."""
     labels = {}
     for record in read_jsonl(path):
-        if not isinstance(record.get("sha256"), str) or type(record.get("score")) not in (
-            int,
-            float,
-        ):
-            raise UserError(f"--against {path}: a label without sha256 and score")
-        labels[record["sha256"]] = record["score"]
+        match record:
+            case {"sha256": str(sha256), "score": int() | float() as score}:
+                labels[sha256] = score
+            case _:
+                raise UserError(f"--against {path}: a label without sha256 and score")
+    if not labels:
+        raise UserError(f"--against {path}: it holds no labels")
     return labels
-
-
-def labelled(config: Config, client: Client | None) -> Iterator[tuple[dict, dict | str]]:
-    """(document, its label or why it has none), in the order of the source."""
-    if client is None:
-        yield from ((record, by_rules(record["text"])) for record in sample(config))
-        return
-    yield from client.in_order(
-        lambda r: (r, by_endpoint(client, r["text"], config)), sample(config)
-    )
-
-
-def annotate(config: Config) -> dict:
-    """Write `config.out` and return its summary. Raises UserError."""
-    if config.labeller not in ("rules", "llm"):
-        raise UserError(f"--labeller {config.labeller}: want rules or llm")
-    if config.sample < 0 or config.draws < 1 or config.max_chars < 100:
-        raise UserError("--sample, --draws or --max_chars is too small")
-    if config.labeller == "rules":
-        return write(config, None)
-    with Client(config, config.cache or Path(f"{config.out}.replies.jsonl")) as client:
-        if not config.dry_run:
-            return write(config, client)
-        requests = ((prompt(r["text"], config.max_chars), REPLY_TOKENS) for r in sample(config))
-        return client.price(requests)
-
-
-def write(config: Config, client: Client | None) -> dict:
-    count, scores, pairs = Counter(), Counter(), []
-    against = read_labels(config.against) if config.against else {}
-    with new_folder(config.out, [config.source]) as folder, ShardWriter(folder) as shards:
-        progress = tqdm(labelled(config, client), "annotate", unit=" documents", disable=None)
-        for record, found in progress:
-            count["documents_in"] += 1
-            if isinstance(found, str):
-                count[found] += 1
-                continue
-            shards.write(record | found)
-            scores[int(found["score"])] += 1
-            if record["sha256"] in against:
-                pairs.append((found["score"], against[record["sha256"]]))
-        if not shards.documents:
-            raise UserError(f"--source {config.source}: nothing was labelled ({dict(count)})")
-        summary = {
-            **count,
-            "documents": shards.documents,
-            "bytes": shards.bytes,
-            "scores": {str(score): scores[score] for score in range(11)},
-            "labeller": config.model if client else "rules",
-            **({"agreement": agreement(*zip(*pairs))} if pairs else {}),
-            "options": {k: v for k, v in asdict(config).items() if k in OWN_OPTIONS},
-        }
-        write_json(folder / "summary.json", summary)
-        if client:  # apart: it differs between a run in one go and one that was killed and went on
-            write_json(folder / "endpoint.json", client.summary())
-    return summary
-
-
-OWN_OPTIONS = ("labeller", "model", "sample", "seed", "max_chars", "draws", "temperature", "extra")
 
 
 # ---- Agreement of two rankings
@@ -342,14 +404,14 @@ def auc(scores, positive) -> float:
 def main() -> None:
     config = parse(Config)
     summary = annotate(config)
-    if config.dry_run and config.labeller == "llm":
-        print(json.dumps(summary, indent=2))
+    if config.dry_run:
+        say(json.dumps(summary, indent=2))
         return
-    for score, n in summary["scores"].items():
-        print(f"{n:9,} scored {score}")
+    for score in sorted(map(int, summary["scores"])):
+        say(f"{summary['scores'][str(score)]:9,} scored {score}")
     if "agreement" in summary:
-        print(json.dumps(summary["agreement"]))
-    print(f"{config.out}: {summary['documents']:,} documents labelled by {summary['labeller']}")
+        say(f"agreement with {config.against}: {json.dumps(summary['agreement'])}")
+    say(f"{config.out}: {summary['documents']:,} documents labelled by {summary['labeller']}")
 
 
 if __name__ == "__main__":

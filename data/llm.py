@@ -247,7 +247,7 @@ class Client:
         )
 
     def _wait(self, attempt: int) -> None:
-        """Until the next try is due: exponential backoff with jitter, Retry-After for all threads."""
+        """Until the next try is due: exponential backoff, or a Retry-After, which is for all."""
         backoff_s = min(60.0, self.options.backoff_s * 2 ** (attempt - 1)) if attempt else 0.0
         due = time.monotonic() + backoff_s * random.uniform(0.5, 1.0)
         while not self._stop.is_set():
