@@ -89,7 +89,9 @@ class Config(Options):
     seed: int = 0  # another seed is another sample
     max_chars: int = 6000  # of a document that the endpoint sees: its head and its middle
     draws: int = 3  # replies to ask for until one can be parsed
-    temperature: float = 0.3  # low, so that labels repeat; not 0, or so would a reply that cannot be
+    temperature: float = (
+        0.3  # low, so that labels repeat; not 0, or so would a reply that cannot be
+    )
     # parsed
     against: Path | None = None  # labels to compare with; only the documents that they name
 
@@ -100,8 +102,9 @@ class Config(Options):
 def rule_points(text: str) -> dict[str, float]:
     """Points from 0 to 2 for each of QUESTIONS, of what the syntax tree shows.
 
-    The bounds of each ramp were set on half of the labels in tests/data/labels.jsonl (sha256 from
-    0 to 7); the other half judges them (LOG.md). Raises SyntaxError if it is not Python.
+    The bounds of each ramp were set on half of the labels in tests/data/labels.jsonl, those whose
+    sha256 ends in 0 to 7; the other half judges them (LOG.md). Raises SyntaxError if it is not
+    Python.
     """
     tree = parse_python(text)
     c, nodes = count_syntax(tree), list(ast.walk(tree))
