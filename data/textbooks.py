@@ -93,13 +93,6 @@ class Topic:
         return [text for k, text in self.sections if k == kind]
 
 
-@dataclass(frozen=True)
-class Lesson:
-    text: str  # Markdown, code in ```python fences
-    topic: str
-    audience: str
-
-
 def read_topics(text: str) -> list[Topic]:
     """The topics in a text that is written as the head of this file says."""
     return [_topic(part) for part in re.split(r"^=====+\n", text, flags=re.MULTILINE)]
@@ -120,9 +113,11 @@ TOPICS = read_topics(Path(__file__).with_name("lessons.txt").read_text(encoding=
 # ---- Write a lesson
 
 
-def write(topic: Topic, audience: Audience, level: str, rng: random.Random) -> Lesson:
-    """A lesson on `topic`, in one of many wordings. Raises whatever its code raises: a mistake of
-    ours, which the tests look for."""
+def write(topic: Topic, audience: Audience, level: str, rng: random.Random) -> str:
+    """A lesson on `topic` as Markdown, its code in ```python fences.
+
+    Raises whatever its code raises: a mistake in lessons.txt, which the tests look for.
+    """
     return _Writer(topic, audience, level, rng).lesson()
 
 
@@ -153,7 +148,7 @@ class _Writer:
             expression = self.fill(expression)
             self.filled[key] = repr(eval(expression, {"__builtins__": {}, **makers}))
 
-    def lesson(self) -> Lesson:
+    def lesson(self) -> str:
         rng, topic = self.rng, self.topic
         parts = [self.opening(), self.prose(rng.choice(topic.of("why")))]
         explained = [self.code(topic.of("code")[0]), self.prose(topic.of("how")[0])]
@@ -174,9 +169,7 @@ class _Writer:
         parts += ending
         if topic.of("task") and rng.random() < 0.8:
             parts += self.task()
-        text = "\n\n".join(parts) + "\n"
-        who = f"{self.audience.who} who {LEVELS[self.level]}"
-        return Lesson(text, topic.title, who)
+        return "\n\n".join(parts) + "\n"
 
     def opening(self) -> str:
         rng, title, who = self.rng, self.topic.title, f"$who who {LEVELS[self.level]}"
