@@ -46,10 +46,11 @@ from data.stage import Part, Stage, total
 from data.textbooks import AUDIENCES, LEVELS, TOPICS, Audience
 from eval.execute import run_programs
 
-BATCH = 200  # candidates that one rank makes and runs at a time
+BATCH = 100  # candidates that one rank makes and runs at a time
 SHARD = 10_000  # documents in a shard
 PERMUTATIONS, RECALL = 128, 0.99  # of the search for near-duplicates, as data.dedup has them
 MIN_GAIN = 0.02  # of the candidates of a round; below it, there is no more to be had
+MOST_AT_ONCE = 4  # candidates in a round for each document that is missing
 BUILTIN_ASSERTS = 5  # with which an exercise of the builtin writer is run; it was checked before
 TAIL_SHARE = 0.6  # of the function names have a third part
 LIKE_BENCHMARK = "like a benchmark problem"
@@ -217,7 +218,7 @@ def synthesize(config: Config) -> dict:
         for turn in itertools.count():
             missing = config.count - accepted
             rate = accepted / candidates if candidates else 1.0
-            upto = candidates + math.ceil(missing / max(rate, MIN_GAIN))
+            upto = candidates + math.ceil(missing / max(rate, 1 / MOST_AT_ONCE))
             items = [[start, min(start + BATCH, upto)] for start in range(candidates, upto, BATCH)]
             if config.writer == "llm":  # one item, so that one rank asks and holds the budget
                 stage.map("ask", [[items, batches]], lambda part: ask(config, part), first=turn)
@@ -231,8 +232,8 @@ def synthesize(config: Config) -> dict:
             if gained < MIN_GAIN * sum(stop - start for start, stop in items):
                 raise UserError(
                     f"--count {config.count}: only {accepted} different ones were found in "
-                    f"{candidates} candidates ({total([*refused, chosen])}); ask for fewer, or "
-                    "raise --max_similarity"
+                    f"{candidates} candidates ({total([*refused, chosen])}); ask for fewer, raise "
+                    "--max_similarity, or take another --seed if --existing was made with this one"
                 )
         places = np.load(stage.scratch / f"chosen-{turn:05d}.npy")[: config.count]
         shards = [places[i : i + SHARD].tolist() for i in range(0, len(places), SHARD)]
