@@ -21,7 +21,6 @@ alone, and candidates are judged in their order, so the output is the same for a
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -36,19 +35,19 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, parse, run
-from data import exercises, minhash, prompts, textbooks
+from data import exercises, prompts, textbooks
 from data.documents import document, source_shards, write_json
 from data.exercises import Benchmarks, ngrams, normalize
 from data.llm import Client, Options, Refused
 from data.ranks import say
 from data.readers import read_documents_of
+from data.seen import Seen
 from data.stage import Part, Stage, total
 from data.textbooks import AUDIENCES, LEVELS, TOPICS, Audience
 from eval.execute import run_programs
 
 BATCH = 100  # candidates that one rank makes and runs at a time
 SHARD = 10_000  # documents in a shard
-PERMUTATIONS, RECALL = 128, 0.99  # of the search for near-duplicates, as data.dedup has them
 MIN_GAIN = 0.02  # of the candidates of a round; below it, there is no more to be had
 MOST_AT_ONCE = 4  # candidates in a round for each document that is missing
 BUILTIN_ASSERTS = 5  # with which an exercise of the builtin writer is run; it was checked before
@@ -358,45 +357,6 @@ def price(config: Config) -> dict:
 def batched(items: Iterator, n: int) -> Iterator[list]:
     while batch := list(itertools.islice(items, n)):
         yield batch
-
-
-class Seen:
-    """The texts accepted so far, to find near-duplicates among: MinHash, then the exact index."""
-
-    def __init__(self, threshold: float):
-        self.threshold = threshold
-        self.bands = minhash.choose_bands(threshold, PERMUTATIONS, RECALL)
-        self.hashes: set[bytes] = set()
-        self.sets: list[np.ndarray] = []  # shingles
-        self.buckets: dict[tuple[int, int], list[int]] = {}  # (band, key): indexes of sets
-
-    def add(self, texts: list[str], always: bool = False) -> list[str]:
-        """Why each text is refused, "" if it is accepted and known from now on."""
-        shingles, starts = minhash.shingles([text.encode() for text in texts])
-        signatures = minhash.signatures(shingles, starts, self.bands.permutations)
-        keys = [minhash.band_keys(signatures, self.bands, b) for b in range(self.bands.bands)]
-        reasons = []
-        for i, text in enumerate(texts):
-            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-            mine = shingles[starts[i] : starts[i + 1]]
-            places = [(b, int(keys[b][i])) for b in range(self.bands.bands)]
-            reason = "duplicate" if digest in self.hashes else ""
-            if not reason and not always and self.near(mine, places):
-                reason = "near-duplicate"
-            if not reason:
-                self.hashes.add(digest)
-                for place in places:
-                    self.buckets.setdefault(place, []).append(len(self.sets))
-                self.sets.append(mine)
-            reasons.append(reason)
-        return reasons
-
-    def near(self, mine: np.ndarray, places: list[tuple[int, int]]) -> bool:
-        others = {i for place in places for i in self.buckets.get(place, ())[: minhash.LEADERS]}
-        if not others:
-            return False
-        alike = minhash.jaccard([mine] * len(others), [self.sets[i] for i in others])
-        return bool((alike >= self.threshold).any())
 
 
 def main() -> None:

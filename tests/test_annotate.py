@@ -17,12 +17,10 @@ from hypothesis import strategies as st
 
 from config import UserError
 from data.annotate import (
-    QUESTIONS,
     Config,
     agreement,
     annotate,
     auc,
-    by_rules,
     excerpt,
     parse_reply,
     prompt,
@@ -31,7 +29,8 @@ from data.annotate import (
 )
 from data.documents import ShardWriter, document, read_documents
 from data.filter import rejection
-from data.llm import Ledger, Options
+from data.ledger import Budget, Ledger
+from data.rules import QUESTIONS, by_rules
 from tests.fake_endpoint import FakeEndpoint, some_faults
 
 ROOT = Path(__file__).parents[1]
@@ -343,7 +342,7 @@ class Killer:
         stderr = process.communicate(timeout=120)[1].decode()
         gone.set()
         assert process.returncode in (0, -signal.SIGKILL), stderr
-        ledger = Ledger(self.cache, Options(dry_run=True))
+        ledger = Ledger(self.cache, Budget(dry_run=True))
         now, committed = set(ledger._index), sum(vars(ledger.committed()).values())
         ledger.close()
         assert now >= self.known  # nothing that was paid for is lost

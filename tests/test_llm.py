@@ -7,7 +7,8 @@ import pytest
 
 from config import UserError
 from data import llm
-from data.llm import BudgetReached, Client, Ledger, Options, Refused, Tokens
+from data.ledger import BudgetReached, Ledger, Tokens
+from data.llm import Client, Options, Refused
 from tests.fake_endpoint import FAULTS, LOST, REFUSALS, FakeEndpoint
 
 

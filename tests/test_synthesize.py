@@ -11,7 +11,8 @@ from config import UserError
 from data import exercises, prompts, textbooks
 from data.documents import ShardWriter, document, read_documents
 from data.minhash import jaccard, shingles
-from data.synthesize import KINDS, Exercises, Seen, Textbooks, synthesize
+from data.seen import Seen
+from data.synthesize import KINDS, Exercises, Textbooks, synthesize
 from tests.fake_endpoint import FakeEndpoint
 from tests.test_annotate import Killer, shards
 
