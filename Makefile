@@ -25,7 +25,7 @@ TOTAL_STEPS    := $(shell echo $$(($(BASE_STEPS) + $(FINETUNE_STEPS))))
 set = $(foreach x,$(1),$(OUT)/.settings/$(x)@$($(x)))
 
 .DEFAULT_GOAL := help
-.PHONY: help train demo-full test lint clean raw filtered exercises pairs tokenizer tokens \
+.PHONY: help train demo-full test resources gpu lint clean raw filtered exercises pairs tokenizer tokens \
         pretrain finetune eval report
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/tokens/%/summary.json $(OUT)/runs/%/summary.json $(OUT)/eval/%/results.json
@@ -42,6 +42,12 @@ test: $(VENV)  ## run the tests
 
 lint: $(VENV)  ## check the style
 	$(PYTHON) -m ruff check .
+
+resources: $(VENV)  ## compile every default kernel for sm_80 and sm_90; fails if one spills
+	$(PYTHON) -m kernels.resources --defaults
+
+gpu:  ## on a GPU: its tests and all benchmarks, 9 minutes, with your own python3
+	python3 -m kernels.gpu --out=$(OUT)/gpu
 
 clean:  ## delete what the stages wrote (out/), not .venv
 	rm -rf out

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from config import UserError, parse, run
 from kernels.timing import CudaTimer, WallTimer, measured_roof, percentiles
 from kernels.trace import floors_us, profile, show_profile, synchronize
-from model import ModelConfig, Phi, flops_per_token
+from model import ModelConfig, Phi, flops_per_token, select_kernels
 from runlog import environment, peak_flops
 from train import DTYPES, TrainConfig, make_optimizer
 
@@ -68,11 +68,9 @@ class Result:
 
 
 def phi(c: Config, kernels: str) -> Phi:
-    if "kernels" in {f.name for f in dataclasses.fields(ModelConfig)}:
-        return Phi(dataclasses.replace(c.model, kernels=kernels))
-    if kernels == "torch":
-        return Phi(c.model)
-    raise UserError("model.py has no kernels to choose yet")
+    shape = dataclasses.replace(c.model, kernels=kernels)
+    select_kernels(shape, device_of(c))  # or a UserError that says why not
+    return Phi(shape)
 
 
 class HuggingFace(torch.nn.Module):

@@ -8,9 +8,13 @@ D head dim, R rotary dims, M MLP width, V vocabulary, L layers, S positions in t
 
 The two projections into the block (qkv and MLP-up) read the same LayerNorm output, and the two out
 of it add into the same residual, so their weights lie side by side in `w_in` and `w_out`.
+
+What you read here is the reference. On a GPU the same sums are done by kernels/, a block in one
+call: `select_kernels` decides, and the two agree up to rounding.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
@@ -34,6 +38,8 @@ class ModelConfig:
     rotary_dim: int = 32  # R, dims of each head that rotary embedding turns; even
     rope_theta: float = 10000.0  # base of the rotary frequencies
     dropout: float = 0.0  # attention and residual dropout probability; the paper has 0.1
+    kernels: str = "auto"  # auto, triton or torch: what computes the blocks and the loss; auto is
+    # triton on a GPU that can run it
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "n_layer", "n_head", "width", "mlp_width"):
@@ -48,10 +54,38 @@ class ModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}, want 0 <= dropout < 1")
+        if self.kernels not in ("auto", "triton", "torch"):
+            raise UserError(f"kernels is {self.kernels!r}, want auto, triton or torch")
 
     @property
     def head_dim(self) -> int:
         return self.width // self.n_head
+
+
+@lru_cache
+def select_kernels(c: ModelConfig, device: torch.device) -> tuple[str, str]:
+    """("triton" or "torch", why) for a model on `device`; a KVCache always takes torch.
+
+    Raises UserError if c.kernels is "triton" and that cannot run there.
+    """
+    if c.kernels == "torch":
+        return "torch", "as asked"
+    on_gpu = device.type == "cuda"
+    if c.kernels == "auto" and not on_gpu:
+        return "torch", f"device is {device.type}"
+    try:
+        from kernels import block, mlp
+    except ImportError as e:
+        why = f"{e.name} is not installed"
+    else:
+        why = block.unsupported(c.width, c.n_head, c.mlp_width, c.rotary_dim)
+        if not block.runs_on(device):
+            why = f"device is {device}, want {block.WANTED_DEVICE}"
+    if not why:
+        return "triton", mlp.describe(device)
+    if c.kernels == "auto":
+        return "torch", f"no triton: {why}"
+    raise UserError(f"kernels is triton, but {why}; try --kernels=torch")
 
 
 class KVCache:
@@ -74,29 +108,51 @@ class Block(nn.Module):
         self.b_attn = nn.Parameter(torch.empty(c.width))
         self.b_mlp = nn.Parameter(torch.empty(c.width))
 
-    def forward(self, x, cos, sin, cache=None, positions=None):
+    def forward(
+        self, x, cos, sin, cache=None, positions=None, doc_start=None, triton: bool = False
+    ):
         C, M, p = self.c.width, self.c.mlp_width, self.c.dropout if self.training else 0.0
+        if triton:
+            return self.fused(x, cos, sin, p, doc_start)
         h = F.linear(self.ln(x), self.w_in, self.b_in)  # [B, T, 3C + M]
         qkv, up = h.split([3 * C, M], dim=-1)
-        y = attention(qkv, self.c.n_head, cos, sin, p, cache, positions)  # [B, T, C]
+        y = attention(qkv, self.c.n_head, cos, sin, p, cache, positions, doc_start)  # [B, T, C]
         a = F.gelu(up, approximate="tanh")  # [B, T, M]
         w_attn, w_mlp = self.w_out.split([C, M], dim=1)
         y = F.dropout(F.linear(y, w_attn, self.b_attn), p)
         a = F.dropout(F.linear(a, w_mlp, self.b_mlp), p)
         return x + y + a
 
+    def fused(self, x, cos, sin, p: float, doc_start):
+        """`forward` in one call of kernels/."""
+        from kernels.block import block  # here, as triton is not everywhere
 
-def attention(qkv, n_head: int, cos, sin, dropout: float = 0.0, cache=None, positions=None):
+        # On the CPU, where drawing a number does not wait for the GPU.
+        seeds = torch.randint(2**62, (2,), device="cpu").tolist() if p else (0, 0)
+        rope = (cos, sin) if self.c.rotary_dim else None
+        weights = self.ln.weight, self.ln.bias, self.w_in, self.b_in, self.w_out
+        weights = *weights, self.b_attn, self.b_mlp
+        return block(x, *weights, self.c.n_head, rope, p, seeds, doc_start)
+
+
+def attention(
+    qkv, n_head: int, cos, sin, dropout: float = 0.0, cache=None, positions=None, doc_start=None
+):
     """Causal rotary attention from the packed projection: [B, T, 3C] -> [B, T, C].
 
     `cos` and `sin` are fp32, [T, R/2], or [B, T, R/2] where each row has positions of its own. With
     a `cache` (a layer's k and v, [B, H, S, D]) the new keys and values are written at `positions`
-    [B, T], and each query attends to the cache up to its own position.
+    [B, T], and each query attends to the cache up to its own position. With `doc_start` int32
+    [B, T], where each position's document begins in its row, a query attends from there on only.
     """
     B, T, C3 = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # [B, H, T, D]
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if cache is None:
+    if doc_start is not None:
+        t = torch.arange(T, device=qkv.device)
+        seen = (t <= t[:, None]) & (t >= doc_start[:, :, None])  # [B, T, T]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], dropout_p=dropout)
+    elif cache is None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     else:
         rows = torch.arange(B, device=qkv.device)[:, None]  # [B, 1]
@@ -108,11 +164,10 @@ def attention(qkv, n_head: int, cos, sin, dropout: float = 0.0, cache=None, posi
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-def rope_tables(c: ModelConfig, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(T: int, R: int, theta: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, fp32 [T, R/2], of the angles: position t turns pair i by t theta^(-2i/R)."""
-    pairs = torch.arange(0, c.rotary_dim, 2, device=device, dtype=torch.float32)
-    frequency = 1.0 / c.rope_theta ** (pairs / max(1, c.rotary_dim))
-    angle = torch.arange(c.seq_len, device=device, dtype=torch.float32)[:, None] * frequency
+    frequency = 1.0 / theta ** (torch.arange(0, R, 2, dtype=torch.float32) / max(1, R))
+    angle = torch.arange(T, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -135,35 +190,67 @@ class Phi(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size)
-        cos, sin = rope_tables(c)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), self.rope_tables()):
+            self.register_buffer(name, table, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=INIT_STD)
             elif not (".ln." in name or name.startswith("ln_f")):
                 nn.init.zeros_(p)  # biases; LayerNorms start as the identity
 
-    def forward(self, idx, targets=None, cache: KVCache | None = None, positions=None):
+    def _apply(self, fn, recurse=True):
+        """What .to() and the like call: the angles' tables go along, but stay fp32."""
+        super()._apply(fn, recurse)
+        if not self.cos.is_meta:
+            self.cos, self.sin = (t.to(self.cos.device) for t in self.rope_tables())
+        return self
+
+    def rope_tables(self):
+        with torch.device("cpu"):  # on every device the same bits
+            return rope_tables(self.c.seq_len, self.c.rotary_dim, self.c.rope_theta)
+
+    def forward(
+        self, idx, targets=None, cache: KVCache | None = None, positions=None, doc_start=None
+    ):
         """Loss, a scalar (fp32, or fp64 for an fp64 model), or logits [B, T, V] without targets.
 
         idx        int64 [B, T]
         targets    int64 [B, T], the next token at each position; -1 is left out of the mean
         cache      positions already seen; `positions` int64 [B, T] then says where idx goes
+        doc_start  int32 [B, T], where the document of each position begins in its row: attention
+                   then stays within documents; without it, within rows
         """
         T = idx.shape[1]
         assert cache is not None or T <= self.c.seq_len
         where = slice(T) if positions is None else positions
         cos, sin = self.cos[where], self.sin[where]
+        triton = cache is None and select_kernels(self.c, idx.device)[0] == "triton"
         x = self.embed(idx)  # [B, T, C]
+        if triton and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else (cache.k[i], cache.v[i])
-            x = block(x, cos, sin, layer, positions)
+            x = block(x, cos, sin, layer, positions, doc_start, triton)
+        if triton and targets is not None:
+            return self.fused_loss(x, targets)
         logits = self.head(self.ln_f(x))  # [B, T, V]
         if targets is None:
             return logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+
+    def fused_loss(self, x, targets):
+        """The loss of the final x [B, T, C], without ever holding all of the logits."""
+        from kernels.cross_entropy import linear_cross_entropy
+        from kernels.layernorm import layernorm
+
+        x = layernorm(x, self.ln_f.weight, self.ln_f.bias, self.ln_f.eps).flatten(0, 1)
+        # In fp16 gradients of the mean would underflow: those of the sum are computed, then scaled.
+        expected_grad = float(len(x)) if x.dtype == torch.float16 else 1.0
+        head, targets = self.head, targets.flatten().contiguous()
+        return linear_cross_entropy(
+            x, head.weight, head.bias, targets, chunk_rows=8192, expected_grad=expected_grad
+        )
 
 
 def flops_per_token(c: ModelConfig) -> int:

@@ -50,8 +50,9 @@ class Generator:
         return cls(model.bfloat16() if device == "cuda" else model, tokenizer)
 
     def encode(self, prompt: str) -> list[int]:
-        """A prompt's tokens, after <|endoftext|>: in training every document follows one."""
-        return [self.tokenizer.end_of_text, *self.tokenizer.encode(prompt)]
+        """A prompt's tokens, after those that its tokenizer starts with; at least one in all."""
+        ids = [*self.tokenizer.start, *self.tokenizer.encode(prompt)]
+        return ids or [self.tokenizer.end_of_text]
 
     def fits(self, prompt: str, new_tokens: int = 1) -> bool:
         """Whether the context has room for the prompt and `new_tokens` more."""

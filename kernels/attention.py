@@ -39,6 +39,7 @@ from kernels.spec import Kernel, config, types
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WANTED_DEVICE = "a GPU of sm_80 or later, or TRITON_INTERPRET=1"
 PAD = 128  # statistics and dq's accumulator have T rounded up to this: no tile of theirs is cut
 
 
@@ -400,6 +401,13 @@ class _Attention(torch.autograd.Function):
         return attention_bwd(dout, *ctx.saved_tensors, *ctx.args), *(None,) * len(ctx.args)
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton's kernels can run there; on a CPU only in its interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and not isinstance(_fwd_kernel, triton.JITFunction)
+
+
 def _is_rows(x: Tensor) -> bool:
     """x [B, T, N]: rows of unit stride, evenly spaced, 16 bytes aligned, as the kernels read."""
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
@@ -424,16 +432,14 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """Causal attention [B, T, C] of qkv [B, T, 3C], whose q and k are ROTATED IN PLACE.
 
-    rope: cos and sin [T or more, R/2] fp32, of `rope_table`, R <= D; None does not rotate.
+    rope: cos and sin [T or more, R/2] fp32, of `model.rope_tables`, R <= D; None does not rotate.
     dropout_p: share of p to drop, to 16 bits; seed, an int or int64 [1], decides which.
     doc_start: int32 [B, T], the first key that each query sees, as above.
     Raises ValueError, before any launch, if an argument does not fit.
     """
     shape = tuple(qkv.shape) if isinstance(qkv, Tensor) else type(qkv).__name__
     _check(len(shape) == 3 and 0 not in shape, "qkv", shape, "[B, T, 3C], none of them 0")
-    usable = not isinstance(_fwd_kernel, triton.JITFunction)  # but interpreted
-    usable = torch.cuda.get_device_capability(qkv.device) >= (8, 0) if qkv.is_cuda else usable
-    _check(usable, "qkv", f"device {qkv.device}", "sm_80 or later, or TRITON_INTERPRET=1")
+    _check(runs_on(qkv.device), "qkv", f"device {qkv.device}", WANTED_DEVICE)
     _check(qkv.dtype in DTYPES, "qkv", qkv.dtype, f"one of {DTYPES}")
     B, T, D = *shape[:2], shape[2] / 3 / n_head
     _check(D in HEAD_DIMS, "n_head", f"{n_head}, a head dim of {D:g}", f"one of {HEAD_DIMS}")
@@ -448,17 +454,9 @@ def attention(
         _check_tensor("doc_start", doc_start, (B, T), torch.int32, qkv)
     if dropout_p > 0:
         seed = torch.randint(2**62, (1,), device=qkv.device) if seed is None else seed
-        seed = torch.tensor([seed], device=qkv.device) if isinstance(seed, int) else seed
+        seed = torch.full((1,), seed, device=qkv.device) if isinstance(seed, int) else seed
         _check_tensor("seed", seed, (1,), torch.int64, qkv)
     return _Attention.apply(qkv, n_head, rope, dropout_p, seed, doc_start)
-
-
-def rope_table(T: int, R: int, theta: float = 10000.0, device=None) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, R/2] fp32 of t theta^(-2i/R), for R rotary dims."""
-    _check(R >= 2 and R % 2 == 0, "R", R, "an even number of rotary dims")
-    rate = theta ** (-torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
-    angle = torch.arange(T, device=device, dtype=torch.float32)[:, None] * rate
-    return angle.cos(), angle.sin()
 
 
 def attention_reference(qkv: Tensor, n_head: int, rope=None, doc_start=None, keep=None) -> Tensor:

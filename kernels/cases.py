@@ -13,9 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
 from kernels import gemm, mlp, pointwise
-from kernels.attention import attention, attention_reference, rope_table
+from kernels.attention import attention, attention_reference
+from kernels.block import block
 from kernels.cross_entropy import cross_entropy
 from kernels.layernorm import layernorm, layernorm_reference
+from kernels.work import training_ops
 from model import ModelConfig
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None
@@ -49,7 +51,7 @@ def rows(c: ModelConfig, batch: int, width: int, like: dict, scale: float = 1.0)
 
 def attention_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Case:
     batch, T, C, H = max(1, batch // 4), c.seq_len, c.width, c.n_head
-    rope = rope_table(T, c.rotary_dim, c.rope_theta, device)
+    rope = [t.to(device) for t in model.rope_tables(T, c.rotary_dim, c.rope_theta)]
 
     def rotated(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.view(batch, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # [B, H, T, D]
@@ -149,12 +151,11 @@ def mlp_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Cas
 @contextlib.contextmanager
 def every_gemm(version: str):
     """Within, mlp.py takes this version of each op, on every device."""
-    table = dict(mlp.GEMM)
-    mlp.GEMM.update({sm: dict.fromkeys(ops, version) for sm, ops in table.items()})
+    was, mlp.choice = mlp.choice, lambda op, x: version
     try:
         yield
     finally:
-        mlp.GEMM.update(table)
+        mlp.choice = was
 
 
 def _gemm_case(name: str, inputs: list[Tensor], ours: Callable, reference: Callable, batch: int):
@@ -212,7 +213,35 @@ def gelu_bwd_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -
     return _gemm_case("gelu_bwd", inputs, ours, reference, batch)
 
 
+def block_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Case:
+    """A whole block as model.py calls it: ours against its own torch path."""
+    batch, C = max(1, batch // 4), c.width
+    rope = tuple(t.to(device) for t in model.rope_tables(c.seq_len, c.rotary_dim, c.rope_theta))
+    with torch.device(device):
+        net = model.Block(c)
+    for name, p in net.named_parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5, mean=float(name == "ln.weight"))
+    names, inputs = zip(*((n, p.detach().to(dtype)) for n, p in net.named_parameters()))
+    x = torch.randn(batch, c.seq_len, C, device=device, dtype=dtype)
+
+    def reference(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(net, dict(zip(names, parameters)), (x, *rope))
+
+    def ours(x: Tensor, *parameters: Tensor) -> Tensor:
+        w = dict(zip(names, parameters))
+        order = "ln.weight", "ln.bias", "w_in", "b_in", "w_out", "b_attn", "b_mlp"
+        return block(x, *(w[n] for n in order), c.n_head, rope)
+
+    outside = ("embedding", "ln_f", "head", "cross_entropy")
+    ops = [o for o in training_ops(c, batch) if not o.name.startswith(outside)]
+    work = {p: [o.name for o in ops if o.phase == p] for p in ("forward", "backward")}
+    providers = {"eager": reference, "ours": ours, "compile": compiled(reference)}
+    phases = both(work["forward"], work["backward"])
+    return Case("block", [x, *inputs], providers, reference, phases, batch)
+
+
 CASES: dict[str, Callable[[ModelConfig, int, torch.dtype, str], Case]] = {
+    "block": block_case,
     "attention": attention_case,
     "layernorm": layernorm_case,
     "cross_entropy": cross_entropy_case,

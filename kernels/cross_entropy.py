@@ -210,9 +210,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(t, dtype=torch.float32) if need and options["grad"] else None
             for t, need in zip((weight, bias), ctx.needs_input_grad[1:])
         )
-        loss, dx = linear_cross_entropy_fwd_bwd(x, weight, bias, targets, dweight, dbias, **options)
-        ctx.grads = dx, dweight, dbias
-        ctx.dtype, ctx.expected = x.dtype, _scalar(options["expected_grad"], x.device)
+        w, b = weight.to(x.dtype), bias.to(x.dtype)
+        loss, dx = linear_cross_entropy_fwd_bwd(x, w, b, targets, dweight, dbias, **options)
+        ctx.grads, ctx.dtypes = (dx, dweight, dbias), (x.dtype, weight.dtype, bias.dtype)
+        ctx.expected = _scalar(options["expected_grad"], x.device)
         return loss
 
     @staticmethod
@@ -221,8 +222,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grads is None:
             raise RuntimeError("the gradients of the forward pass are used up: backward runs once")
         scaled = (
-            _rescale_(t, g, ctx.expected).to(ctx.dtype) if need else None
-            for t, need in zip(grads, ctx.needs_input_grad)
+            _rescale_(t, g, ctx.expected).to(dtype) if need else None
+            for t, need, dtype in zip(grads, ctx.needs_input_grad, ctx.dtypes)
         )
         return *scaled, None, None
 
@@ -273,6 +274,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean loss ([] fp32) of the LM head x weight^T + bias: x [N, C], weight [V, C], bias [V].
 
+    Weight and bias may be fp32 whatever x is: they are cast, and their gradients are fp32.
     Never holds more than `chunk_rows` rows of logits. Raises ValueError.
     """
     _check("x", x, targets)
@@ -280,9 +282,11 @@ def linear_cross_entropy(
         ("weight", weight, (weight.shape[0], x.shape[1])),
         ("bias", bias, weight.shape[:1]),
     ):
-        if t.shape != shape or t.dtype != x.dtype or t.device != x.device or not t.is_contiguous():
+        fits = t.dtype in (x.dtype, torch.float32) and t.device == x.device and t.is_contiguous()
+        if t.shape != shape or not fits:
             got = f"{t.dtype} {tuple(t.shape)} on {t.device}"
-            raise ValueError(f"{name} is {got}, want contiguous {x.dtype} {shape} on {x.device}")
+            want = f"contiguous {x.dtype} or float32 {shape} on {x.device}"
+            raise ValueError(f"{name} is {got}, want {want}")
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}, want at least 1")
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))

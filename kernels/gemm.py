@@ -283,13 +283,14 @@ def gelu_bwd(d: Tensor, wm: Tensor, u: Tensor, du: Tensor, a: Tensor) -> Tensor:
     return partial.sum(0)
 
 
-def accumulate_(dw: Tensor, dout: Tensor, x: Tensor) -> None:
-    """dw += dout^T x: the weight gradient [R, S], fp32, of dout: [N, R] and x: [N, S].
+def accumulate_(dw: Tensor, dout: Tensor, x: Tensor, beta: float = 1.0) -> None:
+    """dw = beta dw + dout^T x: the weight gradient [R, S], fp32, of dout: [N, R] and x: [N, S].
 
-    cuBLAS adds in its epilogue, in fp32 (`out_dtype`: CUDA only, torch >= 2.8). A Triton GEMM could
-    sum dout's columns on the way, but would have to come within 1% of cuBLAS to gain by it.
+    With beta = 0, dw is written without being read. cuBLAS adds in its epilogue, in fp32
+    (`out_dtype`: CUDA only, torch >= 2.8). A Triton GEMM could sum dout's columns on the way, but
+    would have to come within 1% of cuBLAS to gain by it.
     """
     if x.is_cuda and x.dtype != torch.float32:
-        torch.addmm(dw, dout.t(), x, out_dtype=torch.float32, out=dw)
+        torch.addmm(dw, dout.t(), x, beta=beta, out_dtype=torch.float32, out=dw)
     else:
-        dw.addmm_(dout.t().float(), x.float())
+        dw.addmm_(dout.t().float(), x.float(), beta=beta)

@@ -187,7 +187,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def layernorm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm of x: [..., C] over its last dimension; w, b: [C]; differentiable.
+    """LayerNorm of x: [..., C] over its last dimension; w, b: [C], of x's dtype or fp32.
 
     Raises ValueError for a dtype, device, shape or stride that the kernels do not take.
     """
@@ -202,8 +202,8 @@ def layernorm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
     for name, t in (("w", w), ("b", b)):
         if t.shape != x.shape[-1:] or not t.is_contiguous():
             raise ValueError(f"{name} has shape {tuple(t.shape)}, want contiguous [{x.shape[-1]}]")
-        if t.dtype != x.dtype or t.device != x.device:
-            want = f"{x.dtype} on {x.device}, as x"
+        if t.dtype not in (x.dtype, torch.float32) or t.device != x.device:
+            want = f"{x.dtype} or float32 on {x.device}"
             raise ValueError(f"{name} is {t.dtype} on {t.device}, want {want}")
     return _LayerNorm.apply(x, w, b, eps)
 

@@ -11,7 +11,7 @@ a block saves h (or x), qkv, y and u; a = gelu(u) is rebuilt where du is made. P
 in fp32; activations are bf16 or fp16, rounded where they are stored; weight gradients are added in
 fp32 to a buffer of the caller's. 2 C (7C + 5C) FLOPs a row forward at M = 4C, twice that backward.
 
-Each op with an epilogue worth fusing has two versions, and GEMM says which one a device uses:
+Each op with an epilogue worth fusing has two versions; `choice` says which one a device uses:
     "triton"   one kernel of gemm.py
     "cublas"   torch.mm, and a memory-bound kernel of pointwise.py
 What the second pays for at N = 32768, C = 2048, M = 8192 in bf16, beside its GEMM's own traffic:
@@ -28,9 +28,10 @@ from torch import Tensor
 from kernels import gemm, pointwise
 from kernels.gemm import accumulate_
 from kernels.pointwise import column_sum
-from kernels.spec import capability
+from kernels.spec import capability, measured
 
-# Not measured yet: on sm_90 plain Triton GEMMs are behind cuBLAS, on sm_80 close to it.
+# What kernels.tune found faster is in tuning.json; this stands for a device it has not measured.
+# cuBLAS is ahead of plain Triton GEMMs on sm_90, and close to them on sm_80 (published figures).
 GEMM = {
     80: {"in_proj_fwd": "triton", "out_proj_fwd": "triton", "gelu_bwd": "triton"},
     90: {"in_proj_fwd": "cublas", "out_proj_fwd": "cublas", "gelu_bwd": "cublas"},
@@ -39,12 +40,17 @@ GEMM = {
 
 def choice(op: str, x: Tensor) -> str:
     """ "triton" or "cublas" for `op` on the device of x. fp32 on a GPU has no Triton GEMM."""
-    return "cublas" if x.is_cuda and x.dtype == torch.float32 else GEMM[capability(x)][op]
+    if x.is_cuda and x.dtype == torch.float32:
+        return "cublas"
+    sm = capability(x)
+    return measured(sm)["gemm"].get(op) or GEMM[sm][op]
 
 
-def describe(x: Tensor) -> str:
-    """One line for a run's log: which version of each op serves tensors like x."""
-    return "  ".join(f"{op}: {choice(op, x)}" for op in GEMM[80])
+def describe(device: torch.device) -> str:
+    """One line for a run's log: which version of each op serves half-precision tensors there."""
+    x = torch.empty(0, dtype=torch.bfloat16, device=device)
+    where = f"measured on {measured(capability(x))['device']}"
+    return ", ".join(f"{op} {choice(op, x)}" for op in GEMM[80]) + f" ({where})"
 
 
 def in_proj_fwd(h: Tensor, w_in: Tensor, b_in: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,10 +94,11 @@ def out_proj_bwd(
     w_out: Tensor,
     du: Tensor,
     dw_out: Tensor | None,
+    beta: float = 1.0,
     p: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dy, db_attn, db_mlp, db_up), the last three fp32; writes `du`, adds to `dw_out` (fp32).
+    """(dy, db_attn, db_mlp, db_up), the last three fp32; writes `du`; dw_out = beta dw_out + ...
 
     u and du: [N, M] are the last columns of [qkv | u] and of its gradient, so rows are strided.
     """
@@ -104,19 +111,9 @@ def out_proj_bwd(
     else:
         db_up = pointwise.gelu_bwd(d2 @ w_out[:, width:], u, du, a)
     if dw_out is not None:
-        accumulate_(dw_out[:, :width], d1, y)
-        accumulate_(dw_out[:, width:], d2, a)
+        accumulate_(dw_out[:, :width], d1, y, beta)
+        accumulate_(dw_out[:, width:], d2, a, beta)
     return dy, db_attn, db_mlp, db_up
-
-
-def in_proj_bwd(dqkvu: Tensor, h: Tensor, w_in: Tensor, dw_in: Tensor | None) -> Tensor:
-    """dh: [N, C] from [dqkv | du]: [N, 3C + M]; adds to `dw_in` (fp32).
-
-    The bias gradient is column_sum(dqkv), unless attention has it, then out_proj_bwd's db_up.
-    """
-    if dw_in is not None:
-        accumulate_(dw_in, dqkvu, h)
-    return dqkvu @ w_in
 
 
 class _Projections(torch.autograd.Function):
@@ -133,16 +130,19 @@ class _Projections(torch.autograd.Function):
         h, y, qkvu, w_in, w_out = ctx.saved_tensors
         need, split = ctx.needs_input_grad, dqkv.shape[1]
         dw_in, dw_out = (
-            torch.zeros(w.shape, dtype=torch.float32, device=w.device) if need[i] else None
+            torch.empty(w.shape, dtype=torch.float32, device=w.device) if need[i] else None
             for w, i in ((w_in, 3), (w_out, 5))
         )
         dqkvu = torch.empty_like(qkvu)
         dqkvu[:, :split] = dqkv
         dy, db_attn, db_mlp, db_up = out_proj_bwd(
-            dout.contiguous(), y, qkvu[:, split:], w_out, dqkvu[:, split:], dw_out, *ctx.dropout
-        )
+            dout.contiguous(), y, qkvu[:, split:], w_out, dqkvu[:, split:], dw_out, 0.0,
+            *ctx.dropout,
+        )  # fmt: skip
         db_in = torch.cat([column_sum(dqkvu[:, :split]), db_up])
-        dh = in_proj_bwd(dqkvu, h, w_in, dw_in)
+        dh = dqkvu @ w_in
+        if dw_in is not None:
+            accumulate_(dw_in, dqkvu, h, 0.0)
         grads = dout, dh, dy, dw_in, db_in, dw_out, db_attn, db_mlp
         return *(g.to(h.dtype) if n else None for g, n in zip(grads, need)), None, None
 

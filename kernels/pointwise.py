@@ -261,7 +261,7 @@ def residual_bwd(dout: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor, Ten
         DROPOUT=p > 0, **cfg,
     )  # fmt: skip
     sums = partial.sum(0).view(-1, dout.shape[1])
-    return d1, d2, sums[0], sums[-1]
+    return d1, d2, sums[0], sums[-1].clone()  # gradients of two parameters: never one tensor
 
 
 def column_sum(x: Tensor) -> Tensor:

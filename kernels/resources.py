@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 
 import kernels
 from config import UserError, parse, run
-from kernels.spec import TUNING, TUNING_FILE, Kernel
+from kernels.spec import TUNING, TUNING_FILE, Kernel, write_tuning
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 JOBS = 2
@@ -187,12 +187,10 @@ def prune(rows: list[Row]) -> None:
             raise UserError(f"sm_{sm} {name}: no configuration fits; add smaller ones to its table")
         TUNING.setdefault(f"sm_{sm}", {})[name] = fit
     known = all_kernels()
-    tables = {
-        sm: {n: [json.dumps(c) for c in table[n]] for n in sorted(known.keys() & table.keys())}
-        for sm, table in sorted(TUNING.items())
-    }
-    text = json.dumps(tables, indent=1)  # one configuration a line
-    TUNING_FILE.write_text(re.sub(r'"({.*})"', lambda m: m[1].replace(r"\"", '"'), text) + "\n")
+    for sm in ("sm_80", "sm_90"):
+        for name in TUNING.get(sm, {}).keys() - known.keys():
+            del TUNING[sm][name]
+    write_tuning()
 
 
 def main() -> None:

@@ -2,11 +2,12 @@
 
 Each kernel module exports `KERNELS`, a list of `Kernel`. `configs` are candidates written by hand,
 the default first. `kernels/tuning.json` is written by programs only: `kernels.resources --prune`
-keeps the candidates that fit the hardware, and a benchmark may put the fastest first. A launch
-takes the first entry for its device.
+keeps the candidates that fit the hardware, `kernels.tune` puts the fastest first and notes which
+version of each GEMM won. A launch takes the first entry for its device.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,19 @@ def config(kernel: Kernel, x: torch.Tensor) -> dict:
     """The launch configuration of `kernel` for the device of `x`."""
     sm = capability(x)
     return (TUNING.get(f"sm_{sm}", {}).get(kernel.name) or kernel.configs[sm])[0]
+
+
+def measured(sm: int) -> dict:
+    """What kernels.tune found on a device of this capability: its name, and op -> GEMM version."""
+    return TUNING.get("measured", {}).get(f"sm_{sm}", {"device": "no device yet", "gemm": {}})
+
+
+def write_tuning() -> None:
+    """TUNING as it is now to tuning.json, one configuration a line."""
+    tables = {
+        key: {n: [json.dumps(c) for c in v] if sm else v for n, v in sorted(table.items())}
+        for key, table in sorted(TUNING.items())
+        for sm in [key.startswith("sm_")]
+    }
+    text = json.dumps(tables, indent=1)
+    TUNING_FILE.write_text(re.sub(r'"({.*})"', lambda m: m[1].replace(r"\"", '"'), text) + "\n")

@@ -19,6 +19,12 @@ if not torch.cuda.is_available():  # read when a kernel is imported, by whicheve
 torch.set_num_threads(2)
 
 
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "slow: takes a minute or needs more than `make test` installs"
+    )
+
+
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:

@@ -8,8 +8,6 @@ import pytest
 import torch
 from three_way import DEVICE  # sets TRITON_INTERPRET before kernels are imported
 
-pytest.importorskip("kernels.attention")
-
 import bench
 from kernels import bench as kernel_bench
 from kernels import cases, mlp
@@ -148,10 +146,10 @@ def test_timing():
 
 
 def test_gemm_versions_are_forced_and_restored():
-    before = {sm: dict(ops) for sm, ops in mlp.GEMM.items()}
-    with cases.every_gemm("cublas"):
-        assert mlp.choice("gelu_bwd", torch.zeros(1)) == "cublas"
-    assert before == mlp.GEMM
+    before = mlp.choice("gelu_bwd", torch.zeros(1))
+    with cases.every_gemm("either"):
+        assert mlp.choice("gelu_bwd", torch.zeros(1)) == "either"
+    assert mlp.choice("gelu_bwd", torch.zeros(1)) == before != "either"
 
 
 def test_csv_grows(tmp_path):

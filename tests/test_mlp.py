@@ -22,6 +22,7 @@ def choose(monkeypatch):
         monkeypatch.setattr(mlp, "GEMM", {80: ops, 90: ops})
         tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "TMA": "tma" in choice}
         few = {"BLOCK_M": 16, "BLOCK_N": 64, "PROGRAMS": 2, "STAGES": 2, "num_warps": 4}
+        monkeypatch.delitem(TUNING, "measured", raising=False)
         for table in TUNING.values():
             for kernel in gemm.KERNELS:
                 monkeypatch.setitem(table, kernel.name, [tile | {"num_warps": 4, "num_stages": 2}])
@@ -120,7 +121,7 @@ def test_activation_is_rebuilt_bitwise_at_any_size(choice, choose, monkeypatch):
     torch.testing.assert_close(qkvu[0, 24:], u)
     torch.testing.assert_close(a[0], torch.nn.functional.gelu(u, approximate="tanh"))
     operands, du = [], torch.empty_like(a)
-    monkeypatch.setattr(mlp, "accumulate_", lambda dw, dout, x: operands.append(x))
+    monkeypatch.setattr(mlp, "accumulate_", lambda dw, dout, x, beta: operands.append(x))
     mlp.out_proj_bwd(h, h, qkvu[:, 24:], w_out, du, torch.empty(8, 16))
     assert torch.equal(operands[1], a)
     assert not du.isnan().any()
@@ -161,10 +162,23 @@ def test_needs_input_grad():
     assert [a.grad is not None for a in args] == [False] * 3 + [True] + [False] * 4
 
 
+def test_bias_gradients_are_two_tensors():
+    """Without dropout they are equal; sharing memory, each would accumulate the other's too."""
+    *_, db1, db2 = pointwise.residual_bwd(torch.ones(5, 8, device=DEVICE), 0.0, 0)
+    assert torch.equal(db1, db2)
+    assert db1.data_ptr() != db2.data_ptr()
+
+
 def test_describe_names_the_choice_of_every_op(monkeypatch):
+    monkeypatch.delitem(TUNING, "measured", raising=False)
     monkeypatch.setattr(mlp, "GEMM", {80: {"in_proj_fwd": "cublas", "gelu_bwd": "triton"}})
     if DEVICE == "cpu":
-        assert mlp.describe(torch.ones(1)) == "in_proj_fwd: cublas  gelu_bwd: triton"
+        told = mlp.describe(torch.device("cpu"))
+        assert told == "in_proj_fwd cublas, gelu_bwd triton (measured on no device yet)"
+        found = {"sm_80": {"device": "a GPU", "gemm": {"gelu_bwd": "cublas"}}}
+        monkeypatch.setitem(TUNING, "measured", found)
+        told = mlp.describe(torch.device("cpu"))
+        assert told == "in_proj_fwd cublas, gelu_bwd cublas (measured on a GPU)"
 
 
 def replaced(i: int, t) -> list:
@@ -196,7 +210,7 @@ def test_bad_input(args, message):
 @pytest.mark.parametrize("choice", ["triton", "cublas"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_bf16_on_a_gpu(choice, p, monkeypatch):
-    monkeypatch.setattr(mlp, "GEMM", {sm: dict.fromkeys(mlp.GEMM[80], choice) for sm in (80, 90)})
+    monkeypatch.setattr(mlp, "choice", lambda op, x: choice)
     rows, width = 1100, 1024
     keep = masks(rows, width, p, 3) if p else None
     three_way(

@@ -176,3 +176,16 @@ def test_overfits_one_batch():
 def test_impossible_shapes(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(ODD, **change)
+
+
+def test_documents_in_a_row_do_not_see_each_other():
+    """A row of two documents gives each the logits that it has alone: positions are relative."""
+    model = randomised(ODD).double().eval()
+    first, second = torch.randint(61, (2, 8)), torch.randint(61, (2, 11))
+    doc_start = torch.tensor([0] * 8 + [8] * 11, dtype=torch.int32).expand(2, -1)
+    together = model(torch.cat([first, second], 1), doc_start=doc_start)
+    # The rotary tables are fp32, so that equal angles at other positions differ by its rounding.
+    torch.testing.assert_close(together[:, :8], model(first), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together[:, 8:], model(second), rtol=1e-5, atol=1e-5)
+    blind = model(torch.cat([first, second], 1))
+    assert (blind[:, 8:] - together[:, 8:]).abs().max() > 0.1

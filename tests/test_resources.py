@@ -91,12 +91,16 @@ def test_prune_keeps_what_fits_in_every_variant_and_the_order(tmp_path, monkeypa
         replace(row, config=odd, variant={"DROPOUT": True}, problems=("spills 4 bytes",)),
         replace(row, config=small),
     ]
+    found = {"sm_90": {"device": "a GPU", "gemm": {"gelu_bwd": "triton"}}}
     tuning = {"sm_80": {"gelu_fwd": [odd], "a kernel that is gone": [odd]}, "sm_90": {}}
+    tuning["measured"] = found
     monkeypatch.setattr(resources, "TUNING", tuning)
-    monkeypatch.setattr(resources, "TUNING_FILE", tmp_path / "tuning.json")
+    monkeypatch.setattr(spec, "TUNING", tuning)
+    monkeypatch.setattr(spec, "TUNING_FILE", tmp_path / "tuning.json")
     prune(rows)
     text = (tmp_path / "tuning.json").read_text()
-    assert json.loads(text) == {"sm_80": {"gelu_fwd": [large, small]}, "sm_90": {}}
+    want = {"sm_80": {"gelu_fwd": [large, small]}, "sm_90": {}, "measured": found}
+    assert json.loads(text) == want
     assert '   {"BLOCK_M": 128, "num_warps": 4},\n' in text, "one configuration a line"
 
 

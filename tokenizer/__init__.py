@@ -1,4 +1,7 @@
-"""The tokenizer: SentencePiece BPE with byte fallback that gives back every string exactly."""
+"""The tokenizer: SentencePiece BPE with byte fallback that gives back every string exactly.
+
+A model that comes from elsewhere may bring a byte-level BPE in its place: see byte_level.py.
+"""
 
 import hashlib
 import shutil
@@ -7,8 +10,10 @@ from pathlib import Path
 import sentencepiece
 
 from config import UserError
+from tokenizer.byte_level import ByteLevelBPE
 
 MODEL_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"  # of a byte-level BPE
 END_OF_TEXT = "<|endoftext|>"
 # SentencePiece stores a space as U+2581, so a literal U+2581 would come back as a space. It is kept
 # from SentencePiece and written as its three UTF-8 bytes instead.
@@ -19,46 +24,75 @@ class Tokenizer:
     """Text to token ids and back: `decode(encode(text)) == text` for every str UTF-8 can encode."""
 
     def __init__(self, path: Path):
-        """Load `path`, a model file or the folder that holds `tokenizer.model`."""
+        """Load `path`: a model file, or a folder with tokenizer.model or else tokenizer.json."""
         path = Path(path)
-        self.path = path / MODEL_FILE if path.is_dir() else path
+        if path.is_dir():
+            only_json = (path / JSON_FILE).exists() and not (path / MODEL_FILE).exists()
+            path = path / (JSON_FILE if only_json else MODEL_FILE)
+        self.path = path
         try:
-            model = self.path.read_bytes()
+            self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
         except OSError as e:
-            raise UserError(f"no tokenizer at {self.path} ({e.strerror})") from None
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
-            raise UserError(f"{self.path} is not a SentencePiece model") from None
-        self.vocab_size = self._model.vocab_size()
-        self.fingerprint = hashlib.sha256(model).hexdigest()[:32]
-        self.end_of_text = self._model.piece_to_id(END_OF_TEXT)
-        if self._model.is_unknown(self.end_of_text):
-            raise UserError(
-                f"{self.path} has no {END_OF_TEXT} piece; train it with tokenizer.train"
-            )
-        self._space_mark = [self._model.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
+            raise UserError(f"no tokenizer at {path} ({e.strerror})") from None
+        kind = ByteLevelBPE if path.suffix == ".json" else Pieces
+        self.backend = kind(path, END_OF_TEXT)
+        self.vocab_size = self.backend.vocab_size
+        self.end_of_text = self.backend.end_of_text
+        self.start = self.backend.start  # token ids that stand before the text of a prompt
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, never END_OF_TEXT. Raises UserError for lone surrogates."""
-        try:
-            first, *rest = self._model.encode(text.split(SPACE_MARK))
-        except (UnicodeEncodeError, RuntimeError, TypeError):  # it differs by version
-            raise UserError(f"text with lone surrogates cannot be encoded: {text!r:.60}") from None
-        for ids in rest:
-            first += self._space_mark + ids
-        return first
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """`encode` for many texts, on several threads."""
-        if any(SPACE_MARK in text for text in texts):
-            return [self.encode(text) for text in texts]
-        return self._model.encode(texts, num_threads=threads)
+        try:
+            return self.backend.encode(texts, threads)
+        except (UnicodeEncodeError, RuntimeError, TypeError):  # it differs by library and version
+            text = next((t for t in texts if _has_surrogates(t)), None)
+            if text is None:
+                raise
+            raise UserError(f"text with lone surrogates cannot be encoded: {text!r:.60}") from None
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; END_OF_TEXT decodes to nothing, broken UTF-8 to U+FFFD."""
-        return self._model.decode(ids)
+        return self.backend.decode(ids)
 
     def save(self, folder: Path) -> None:
         """Copy the model file into `folder`."""
-        shutil.copyfile(self.path, Path(folder) / MODEL_FILE)
+        json = self.path.suffix == ".json"
+        shutil.copyfile(self.path, Path(folder) / (JSON_FILE if json else MODEL_FILE))
+
+
+class Pieces:
+    """A SentencePiece model that tokenizer.train made."""
+
+    def __init__(self, path: Path, end_of_text: str):
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        except RuntimeError:
+            raise UserError(f"{path} is not a SentencePiece model") from None
+        self.vocab_size = self.model.vocab_size()
+        self.end_of_text = self.model.piece_to_id(end_of_text)
+        if self.model.is_unknown(self.end_of_text):
+            raise UserError(f"{path} has no {end_of_text} piece; train it with tokenizer.train")
+        self.start = [self.end_of_text]  # in training every document follows one
+        self._space_mark = [self.model.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
+
+    def encode(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        if not any(SPACE_MARK in text for text in texts):
+            return self.model.encode(texts, num_threads=threads)
+        encoded = []
+        for text in texts:
+            first, *rest = self.model.encode(text.split(SPACE_MARK), num_threads=threads)
+            for ids in rest:
+                first += self._space_mark + ids
+            encoded.append(first)
+        return encoded
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)

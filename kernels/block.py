@@ -1,0 +1,163 @@
+"""A parallel block, x + drop(attention(ln(x))) + drop(mlp(ln(x))), as one autograd node.
+
+Autograd alone would keep what each op wants for itself. This node keeps, for a token, 9 C elements:
+
+    x     C       qkv  3C, rotated     u  M = 4C     y  C, attention's output
+
+(and fp32 statistics: 8 bytes of LayerNorm, 4 a head of attention). h = ln(x) and a = gelu(u) are
+made again in backward by kernels that read their inputs anyway. qkv and u are columns of one buffer
+[N, 3C + M], and so are their gradients: in_proj's backward is one GEMM for each of dx and dw.
+
+Activations and their gradients are bf16, fp16 or fp32. Weights may be fp32 whatever x is: they are
+cast once a call, and their gradients are fp32 sums that were never rounded to less. If an fp32
+parameter has a gradient already, dw is added to it in the GEMM's epilogue, with no pass of its own;
+autograd then sees None for it, so use `backward`, not `torch.autograd.grad`, to accumulate.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import mlp
+from kernels.attention import (
+    DTYPES,
+    HEAD_DIMS,
+    WANTED_DEVICE,
+    attention_bwd,
+    attention_fwd,
+    runs_on,
+)
+from kernels.gemm import accumulate_
+from kernels.layernorm import MAX_WIDTH, layernorm_bwd, layernorm_fwd
+from kernels.pointwise import column_sum
+
+EPS = 1e-5  # of the LayerNorm
+PARAMETERS = ("ln_w", "ln_b", "w_in", "b_in", "w_out", "b_attn", "b_mlp")
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ln_w, ln_b, w_in, b_in, w_out, b_attn, b_mlp, n_head, rope, p, seeds, doc):
+        (B, T, C), dtype = x.shape, x.dtype
+        rows = x.view(B * T, C)
+        w_in_, b_in_, w_out_, b_attn_, b_mlp_ = (
+            w.to(dtype) for w in (w_in, b_in, w_out, b_attn, b_mlp)
+        )
+        seed = None if p == 0 else torch.full((1,), seeds[0], device=x.device)
+        h, mean, rstd = layernorm_fwd(rows, ln_w, ln_b, EPS)
+        qkvu, a = mlp.in_proj_fwd(h, w_in_, b_in_)
+        qkv = qkvu.view(B, T, -1)[..., : 3 * C]
+        y, lse, peak = attention_fwd(qkv, n_head, rope, p, seed, doc)
+        out = mlp.out_proj_fwd(y.view(-1, C), a, w_out_, b_attn_, b_mlp_, rows, p, seeds[1])
+        ctx.save_for_backward(
+            *(x, mean, rstd, qkvu, y, lse, peak, seed, doc),
+            *(ln_w, ln_b, w_in, w_in_, w_out, w_out_),
+        )
+        ctx.options, ctx.rope = (n_head, p, seeds[1]), rope
+        ctx.dtypes = [w.dtype for w in (ln_w, ln_b, w_in, b_in, w_out, b_attn, b_mlp)]
+        return out.view(B, T, C)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        x, mean, rstd, qkvu, y, lse, peak, seed, doc, ln_w, ln_b, *weights = ctx.saved_tensors
+        (w_in, w_in_, w_out, w_out_), (n_head, p, residual_seed) = weights, ctx.options
+        (B, T, C), need = x.shape, ctx.needs_input_grad
+        rows, dout = x.view(B * T, C), dout.contiguous().view(B * T, C)
+        dqkvu = torch.empty_like(qkvu)
+        qkv, dqkv = (t.view(B, T, -1)[..., : 3 * C] for t in (qkvu, dqkvu))
+        into_in, dw_in = _gradient(w_in, need[3])
+        into_out, dw_out = _gradient(w_out, need[5])
+
+        dy, db_attn, db_mlp, db_up = mlp.out_proj_bwd(
+            dout, y.view(-1, C), qkvu[:, 3 * C :], w_out_, dqkvu[:, 3 * C :], *into_out,
+            p=p, seed=residual_seed,
+        )  # fmt: skip
+        dy = dy.view(B, T, C)
+        attention_bwd(dy, qkv, y, lse, peak, n_head, ctx.rope, p, seed, doc, dqkv)
+        db_in = torch.cat([column_sum(dqkvu[:, : 3 * C]), db_up])
+        dh = dqkvu @ w_in_
+        dx, dln_w, dln_b, h = layernorm_bwd(dh, rows, ln_w, mean, rstd, dout, bias=ln_b)
+        if need[3]:
+            accumulate_(into_in[0], dqkvu, h, into_in[1])
+        gradients = dln_w, dln_b, dw_in, db_in, dw_out, db_attn, db_mlp
+        cast = (
+            g.to(dtype) if n and g is not None else None
+            for g, n, dtype in zip(gradients, need[1:], ctx.dtypes)
+        )
+        return dx.view(B, T, C), *cast, *(None,) * 5
+
+
+def _gradient(w: Tensor, needed: bool) -> tuple[tuple, Tensor | None]:
+    """((fp32 buffer, beta) for the weight's gradient, what autograd is to be given)."""
+    if not needed:
+        return (None, 0.0), None
+    if w.is_leaf and w.grad is not None and w.grad.dtype == torch.float32:
+        return (w.grad, 1.0), None
+    dw = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    return (dw, 0.0), dw
+
+
+def unsupported(width: int, n_head: int, mlp_width: int, rotary_dim: int) -> str:
+    """Why the kernels do not take a block of this shape; empty if they do."""
+    if width // n_head not in HEAD_DIMS:
+        return f"head dim {width // n_head} (width / n_head) is none of {HEAD_DIMS}"
+    if width > MAX_WIDTH:
+        return f"width {width} is more than {MAX_WIDTH}"
+    if width % 8 or mlp_width % 8:
+        return f"width {width} and mlp_width {mlp_width} are not both multiples of 8"
+    if rotary_dim % 2:
+        return f"rotary_dim {rotary_dim} is odd"
+    return ""
+
+
+def block(
+    x: Tensor,
+    ln_w: Tensor, ln_b: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_attn: Tensor,
+    b_mlp: Tensor,
+    n_head: int,
+    rope: tuple[Tensor, Tensor] | None,
+    dropout_p: float = 0.0,
+    seeds: tuple[int, int] = (0, 0),
+    doc_start: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A block's output [B, T, C] from its input x [B, T, C]; differentiable in x and parameters.
+
+    ln_w, ln_b, b_attn, b_mlp [C]; w_in [3C + M, C], b_in [3C + M]; w_out [C, C + M]
+    rope        cos and sin, fp32 [T or more, R/2], contiguous; None for no rotation
+    dropout_p   of attention and of both branches; `seeds` decide which: attention's, branches'
+    doc_start   int32 [B, T], the first key that each query sees, or None
+    Raises ValueError, before any launch, for what the kernels do not take.
+    """
+    if x.dim() != 3 or 0 in x.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}, want [B, T, C], none of them 0")
+    if x.dtype not in DTYPES or not x.is_contiguous():
+        raise ValueError(f"x is {x.dtype} with strides {x.stride()}, want contiguous, of {DTYPES}")
+    if not runs_on(x.device):
+        raise ValueError(f"x is on {x.device}, want {WANTED_DEVICE}")
+    (B, T, C), hidden = x.shape, w_in.shape[0] - 3 * x.shape[2]
+    R = 0 if rope is None else 2 * rope[0].shape[-1]
+    if hidden < 1 or n_head < 1 or C % n_head:
+        raise ValueError(f"w_in is {tuple(w_in.shape)}, n_head {n_head}; x has {C} columns")
+    if why := unsupported(C, n_head, hidden, R):
+        raise ValueError(f"x, n_head, w_in: {why}")
+    shapes = (C,), (C,), (3 * C + hidden, C), (3 * C + hidden,), (C, C + hidden), (C,), (C,)
+    parameters = ln_w, ln_b, w_in, b_in, w_out, b_attn, b_mlp
+    for name, w, shape in zip(PARAMETERS, parameters, shapes):
+        if w.shape != shape or not w.is_contiguous():
+            raise ValueError(f"{name} has shape {tuple(w.shape)}, want contiguous {shape}")
+        if w.dtype not in (x.dtype, torch.float32) or w.device != x.device:
+            want = f"{x.dtype} or float32 on {x.device}"
+            raise ValueError(f"{name} is {w.dtype} on {w.device}, want {want}")
+    for t in rope or ():
+        if t.dtype != torch.float32 or t.device != x.device or not t.is_contiguous():
+            raise ValueError(f"rope is {t.dtype} on {t.device}, want contiguous fp32 on {x.device}")
+        if t.dim() != 2 or t.shape[0] < T or not 2 <= R <= C // n_head:
+            raise ValueError(f"rope has shape {tuple(t.shape)}, want [{T} or more, R/2]")
+    if doc_start is not None and (
+        doc_start.shape != (B, T) or doc_start.dtype != torch.int32 or doc_start.device != x.device
+    ):
+        got = f"{doc_start.dtype} {tuple(doc_start.shape)} on {doc_start.device}"
+        raise ValueError(f"doc_start is {got}, want int32 {(B, T)} on {x.device}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}, want 0 <= p < 1")
+    return _Block.apply(x, *parameters, n_head, rope, dropout_p, seeds, doc_start)

@@ -1,0 +1,290 @@
+"""The block's autograd node against model.py's torch path, which is the reference."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from three_way import DEVICE, check
+
+from config import UserError
+from kernels.block import block
+from model import ModelConfig, Phi, select_kernels
+
+# No tile is full anywhere; widths are multiples of 8, as asked.
+SHAPE = ModelConfig(vocab_size=61, seq_len=37, n_layer=2, n_head=2, width=64, mlp_width=136,
+                    rotary_dim=12)  # fmt: skip
+
+
+def models(dtype=torch.float32, **changes) -> tuple[Phi, Phi]:
+    """Two models of the same random weights, biases and LayerNorms too: triton's and torch's."""
+    torch.manual_seed(0)
+    shape = dataclasses.replace(SHAPE, **changes)
+    ours, reference = (
+        Phi(dataclasses.replace(shape, kernels=k)).to(DEVICE, dtype) for k in ("triton", "torch")
+    )
+    with torch.no_grad():
+        for p, q in zip(ours.parameters(), reference.parameters()):
+            q.copy_(p.normal_(0.1, 0.2))
+    return ours, reference
+
+
+def tokens(shape=(2, 37), seed=1) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    idx = torch.randint(61, (shape[0], shape[1] + 1), device=DEVICE)
+    targets = idx[:, 1:].clone()
+    targets[0, :5] = -1
+    return idx[:, :-1], targets
+
+
+def gradients(model: Phi, idx, targets, scale: float = 1.0, doc_start=None) -> dict:
+    model.zero_grad()
+    loss = model(idx, targets, doc_start=doc_start)
+    (loss * scale).backward()
+    grads = {name: p.grad / scale for name, p in model.named_parameters()}
+    return {"loss": loss.detach()} | grads
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes"),
+    [
+        (torch.float32, {}),
+        (torch.float16, {}),
+        (torch.float32, {"rotary_dim": 0, "n_head": 1}),
+        (torch.float32, {"rotary_dim": 32, "mlp_width": 40}),
+    ],
+)
+def test_same_loss_and_gradients_as_the_torch_path(dtype, changes):
+    ours, same = models(dtype, **changes)
+    _, exact = models(torch.float32, **changes)
+    exact.load_state_dict({k: v.float() for k, v in same.state_dict().items()})
+    exact.double()
+    batch, scale = tokens(), 64.0 if dtype is torch.float16 else 1.0
+    a, b, c = (gradients(m, *batch, scale) for m in (ours, same, exact))
+    for name in c:
+        check(name, a[name], b[name], c[name])
+
+
+def test_documents_are_kept_apart_as_on_the_torch_path():
+    ours, reference = models()
+    starts = torch.tensor([[0, 9, 30], [0, 1, 17]])
+    doc_start = torch.zeros(2, 37, dtype=torch.int32).scatter_(1, starts, starts.int())
+    doc_start = doc_start.cummax(1).values.int().to(DEVICE)
+    a, b = (gradients(m, *tokens(), doc_start=doc_start) for m in (ours, reference))
+    for name in b:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert abs(a["loss"] - ours(*tokens())) > 1e-4
+
+
+def test_same_logits_in_eval_mode():
+    ours, reference = models()
+    idx, _ = tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(idx), reference.eval()(idx), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_keeps_the_stream_in_half_precision_and_gradients_in_fp32():
+    ours, reference = models()
+    batch = tokens()
+    seen = []
+    for b in ours.blocks:
+        b.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    with torch.autocast(DEVICE, torch.float16):
+        loss = ours(*batch)
+    (loss * 256).backward()
+    exact = gradients(reference, *batch)
+    assert seen == [torch.float16] * 2
+    for name, p in ours.named_parameters():
+        assert p.grad.dtype == torch.float32
+        error = (p.grad / 256 - exact[name]).norm() / exact[name].norm()
+        assert error < 0.02, (name, error)
+    rounded = ours.blocks[0].w_in.grad.half().float()
+    assert not torch.equal(rounded, ours.blocks[0].w_in.grad), "was it ever fp16?"
+
+
+def test_gradients_accumulate_in_place():
+    """A second backward adds to the first, into the same memory for the projections."""
+    ours, _ = models()
+    first = gradients(ours, *tokens(seed=1))
+    second = gradients(ours, *tokens(seed=2))
+    ours.zero_grad()
+    ours(*tokens(seed=1)).backward()
+    where = {n: p.grad.data_ptr() for n, p in ours.named_parameters() if ".w_" in n}
+    ours(*tokens(seed=2)).backward()
+    for name, p in ours.named_parameters():
+        want = first[name] + second[name]
+        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5, msg=name)
+        assert where.get(name, p.grad.data_ptr()) == p.grad.data_ptr()
+
+
+def test_dropout_is_replayed_and_drawn_from_the_seed():
+    """Central differences of the loss along the gradient: they agree if masks are replayed."""
+    ours, _ = models(dropout=0.2)
+    batch = tokens()
+
+    def loss(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return ours(*batch)
+
+    assert loss(3) == loss(3)
+    assert loss(3) != loss(4)
+    ours.zero_grad()
+    loss(3).backward()
+    assert not torch.equal(loss(3), ours.eval()(*batch))
+    ours.train()
+    p = ours.blocks[0].w_in
+    grad, step = p.grad.clone(), 1e-3 / p.grad.norm()
+    with torch.no_grad():
+        up = p.add_(grad * step) is p and loss(3).double()
+        down = p.sub_(2 * grad * step) is p and loss(3).double()
+    assert (up - down).item() / (2 * step.item()) == pytest.approx(
+        grad.square().sum().item(), rel=0.02
+    )
+
+
+def test_bitwise_repeat():
+    ours, _ = models(torch.float16, dropout=0.1)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        results.append(gradients(ours, *tokens(), 64.0))
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name]), name
+
+
+def test_frozen_weights_and_inputs():
+    ours, reference = models()
+    for model in (ours, reference):
+        model.blocks[0].w_in.requires_grad_(False)
+        model.blocks[1].b_mlp.requires_grad_(False)
+        model.embed.requires_grad_(False)
+        model(*tokens()).backward()
+    for p, q in zip(ours.parameters(), reference.parameters()):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+
+
+def saved_bytes(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> int:
+    """Bytes that a forward pass keeps for backward, beyond the parameters; each storage once."""
+    model, kept = Phi(c).to(DEVICE, dtype), {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    idx = torch.zeros(B, T, dtype=torch.int64, device=DEVICE)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(idx, idx)
+    for t in (*model.parameters(), *model.buffers()):
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    del loss
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("dtype", "p"), [(torch.float16, 0.0), (torch.float32, 0.1)])
+def test_saved_bytes_of_a_block(dtype, p):
+    """9 C elements a token, LayerNorm's two statistics, attention's log-sum-exp: no more."""
+    c = dataclasses.replace(SHAPE, mlp_width=256, seq_len=128, kernels="triton", dropout=p)
+    B, T, H, C = 2, 128, c.n_head, c.width
+    one, three = (saved_bytes(dataclasses.replace(c, n_layer=n), dtype, B, T) for n in (1, 3))
+    a_head = 2 * 4 * B * H + 8 * (p > 0)  # the largest |k| and |v|; the seed
+    per_token = 9 * C * dtype.itemsize + 2 * 4 + 4 * H
+    assert (three - one) / 2 == B * T * per_token + a_head
+
+
+def test_phi1_fits_80_gb():
+    """Micro-batch 16 x 2048 in bf16, without recomputation: 80e9 bytes hold states and blocks."""
+    c, tokens = ModelConfig(), 16 * 2048
+    per_token = 9 * c.width * 2 + 2 * 4 + 4 * c.n_head
+    blocks = c.n_layer * tokens * per_token
+    states = 18 * 1_418_270_720  # bf16 weights, fp32 weights, gradients and two moments
+    largest = 2 * tokens * (3 * c.width + c.mlp_width) + 2 * 2 * tokens * c.mlp_width  # backward's
+    head = 2 * 8192 * c.vocab_size + 4 * c.vocab_size * c.width
+    assert blocks + states + largest + head < 0.85 * 80e9
+
+
+def test_selection(monkeypatch):
+    cpu = torch.device("cpu")
+    assert select_kernels(dataclasses.replace(SHAPE, kernels="torch"), cpu)[0] == "torch"
+    assert select_kernels(SHAPE, cpu) == ("torch", "device is cpu")
+    asked = dataclasses.replace(SHAPE, kernels="triton")
+    kernels, how = select_kernels(asked, torch.device(DEVICE))
+    assert kernels == "triton"
+    assert "in_proj_fwd" in how
+    with pytest.raises(UserError, match="head dim 16"):
+        select_kernels(dataclasses.replace(asked, n_head=4), cpu)
+    with pytest.raises(UserError, match="want auto, triton or torch"):
+        dataclasses.replace(SHAPE, kernels="cuda")
+    with pytest.raises(UserError, match="sm_80"):
+        select_kernels(asked, torch.device("meta"))
+
+
+def arguments() -> dict:
+    C, M, T = 64, 72, 8
+    names = {"ln_w": (C,), "ln_b": (C,), "w_in": (3 * C + M, C), "b_in": (3 * C + M,),
+             "w_out": (C, C + M), "b_attn": (C,), "b_mlp": (C,)}  # fmt: skip
+    values = {name: torch.zeros(shape, device=DEVICE) for name, shape in names.items()}
+    rope = (torch.ones(T, 4, device=DEVICE), torch.zeros(T, 4, device=DEVICE))
+    return {"x": torch.zeros(2, T, C, device=DEVICE)} | values | {"n_head": 2, "rope": rope}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("x", torch.zeros(2, 64), "x has shape"),
+        ("x", torch.zeros(2, 8, 64, dtype=torch.float64), "x is torch.float64"),
+        ("x", torch.zeros(8, 2, 64).transpose(0, 1), "contiguous"),
+        ("x", torch.zeros(2, 8, 64, device="meta"), "sm_80"),
+        ("w_in", torch.zeros(100, 64), "w_in"),
+        ("w_in", torch.zeros(64, 264).t(), "w_in"),
+        ("b_in", torch.zeros(1), "b_in has shape"),
+        ("w_out", torch.zeros(64, 136, dtype=torch.float16), "w_out is torch.float16"),
+        ("n_head", 4, "head dim 16"),
+        ("n_head", 5, "n_head"),
+        ("rope", (torch.ones(4, 4), torch.ones(4, 4)), "rope has shape"),
+        ("rope", (torch.ones(8, 4).double(), torch.ones(8, 4)), "rope is"),
+        ("rope", (torch.ones(8, 20), torch.ones(8, 20)), "rope has shape"),
+        ("dropout_p", 1.0, "dropout_p"),
+        ("doc_start", torch.zeros(2, 8, dtype=torch.int64), "doc_start"),
+    ],
+)
+def test_wrong_arguments(name, value, says):
+    def place(v):
+        return v.to(DEVICE) if isinstance(v, torch.Tensor) and v.device.type != "meta" else v
+
+    value = tuple(map(place, value)) if isinstance(value, tuple) else place(value)
+    with pytest.raises(ValueError, match=says):
+        block(**arguments() | {name: value})
+
+
+def test_these_arguments_are_right():
+    """Or the test above proves nothing. A block of zeros is the identity."""
+    x = torch.randn(2, 8, 64, device=DEVICE)
+    doc_start = torch.zeros(2, 8, dtype=torch.int32, device=DEVICE)
+    out = block(**arguments() | {"x": x, "doc_start": doc_start, "dropout_p": 0.5})
+    assert torch.equal(out, x)
+
+
+@pytest.mark.gpu
+def test_bf16_training_step_at_phi1_width():
+    """bf16 on a GPU: loss and gradients near the torch path's, at a real width."""
+    changes = {"width": 2048, "n_head": 32, "mlp_width": 8192, "seq_len": 512, "vocab_size": 1000}
+    shape = dataclasses.replace(SHAPE, rotary_dim=32, **changes)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        ours = Phi(dataclasses.replace(shape, kernels="triton"))
+        reference = Phi(dataclasses.replace(shape, kernels="torch"))
+    reference.load_state_dict(ours.state_dict())
+    idx = torch.randint(1000, (4, 513), device="cuda")
+    results = []
+    for model, dtype in ((ours, torch.bfloat16), (reference, torch.bfloat16), (reference, None)):
+        model.zero_grad()
+        with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters()} | {"loss": loss})
+    for name, exact in results[2].items():
+        a, b = ((r[name] - exact).norm() / exact.norm() for r in results[:2])
+        assert math.isfinite(a)
+        assert a <= 2 * b + 0.004, (name, a, b)
