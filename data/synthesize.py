@@ -43,7 +43,7 @@ from data.ranks import say
 from data.readers import read_documents_of
 from data.seen import Seen
 from data.stage import Part, Stage, total
-from data.textbooks import AUDIENCES, LEVELS, TOPICS, Audience
+from data.textbooks import AUDIENCES, LEVELS, TOPICS, Audience, Topic
 from eval.execute import run_programs
 
 BATCH = 100  # candidates that one rank makes and runs at a time
@@ -64,9 +64,7 @@ class Config(Options):
     count: int  # documents to write
     writer: str = "builtin"  # builtin (offline) or llm (an endpoint)
     seed: int = 0  # of all choices
-    existing: tuple[
-        Path, ...
-    ] = ()  # documents that may not be repeated; may be given several times
+    existing: tuple[Path, ...] = ()  # documents that may not be repeated
     max_similarity: float = 0.8  # Jaccard index over 5-token shingles from which one is refused
     run_timeout_s: float = 10.0  # for the code of one candidate
     workers: int = 1  # programs run at once, on each rank
@@ -85,9 +83,8 @@ class Exercises(Config):
     """Writes exercises: a docstring to be completed, and a solution that passes its tests."""
 
     reply_tokens: int = 600  # at most, in a reply
-    heldout: int = (
-        500  # of the builtin writer: leave out the problems that data.exercises holds out
-    )
+    heldout: int = 500  # leave out the tasks of the problems that data.exercises holds out, where
+    # the writer is builtin
     benchmarks: tuple[Path, ...] = ()  # HumanEval or MBPP file (.jsonl, .jsonl.gz, .json) to avoid
 
 
@@ -123,7 +120,7 @@ class Lessons:
         text = reply.strip().replace("\r\n", "\n") + "\n"
         return self.judge(text, topic, audience, level, writer=config.model, words=words)
 
-    def judge(self, text: str, topic, audience, level, **fields) -> Made:
+    def judge(self, text: str, topic: Topic, audience: Audience, level: str, **fields) -> Made:
         program, why_not = prompts.lesson_program(text)
         if why_not:
             return why_not

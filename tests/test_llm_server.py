@@ -20,7 +20,10 @@ from data.llm import Client, Options
 from data.synthesize import Exercises, synthesize
 
 MISSING = [n for n in ("fastapi", "uvicorn", "accelerate") if not importlib.util.find_spec(n)]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 import re
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import config as config_module
 from config import UserError
 from data import exercises, prompts, textbooks
 from data.documents import ShardWriter, document, read_documents
@@ -349,6 +351,12 @@ def test_a_dry_run_prices_the_job_and_asks_nothing(tmp_path):
 def test_wrong_options(wrong, told, tmp_path):
     with pytest.raises(UserError, match=told):
         synthesize(Textbooks(**{"out": tmp_path / "out", "count": 3, **wrong}))
+
+
+def test_every_option_has_a_help_text():
+    for cls, _ in KINDS.values():
+        names = {f.name for f in dataclasses.fields(cls)}
+        assert set(config_module._comments(cls)) >= names
 
 
 def test_the_command_says_what_it_wants(cli):
