@@ -1,0 +1,377 @@
+"""Writes synthetic data, textbooks or exercises, as the paper had GPT-3.5 write them.
+
+    python -m data.synthesize textbooks --out out/textbooks --count 2000
+    python -m data.synthesize exercises --out out/exercises --count 30_000
+    OPENAI_BASE_URL=http://host:8000/v1 python -m data.synthesize textbooks --out out/textbooks \\
+        --writer llm --model NAME --count 10_000 --budget_tokens 30_000_000 --dry_run
+
+The paper (section 2.2) gets diversity by constraining what is asked for: textbooks by topic and
+audience, exercises by the function's name, and points to prompts that demand a random subset of
+words (TinyStories, arXiv 2305.07759). So does this. PAPER: its prompts, topics and names are
+undisclosed; ours are in data/prompts.py.
+
+    builtin  data/textbooks.py and data/exercises.py: offline, correct by construction, and as
+             diverse as their templates, which ends somewhere: the command says where
+    llm      any OpenAI-compatible endpoint, with a budget, a cache and a dry run (data/llm.py)
+
+Nothing is taken on trust. All code is parsed and run in the sandbox, an exercise together with its
+tests, a lesson from its first to its last block. What is a duplicate, or a near-duplicate, of what
+was accepted before or of `--existing` is refused as it goes. Candidate i depends on i and the seed
+alone, and candidates are judged in their order, so the output is the same for any number of ranks.
+"""
+
+import functools
+import itertools
+import json
+import math
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError, parse, run
+from data import exercises, prompts, textbooks
+from data.documents import document, source_shards, write_json
+from data.exercises import Benchmarks, ngrams, normalize
+from data.llm import Client, Options, Refused
+from data.ranks import say
+from data.readers import read_documents_of
+from data.seen import Seen
+from data.stage import Part, Stage, total
+from data.textbooks import AUDIENCES, LEVELS, TOPICS, Audience, Topic
+from eval.execute import run_programs
+
+BATCH = 100  # candidates that one rank makes and runs at a time
+SHARD = 10_000  # documents in a shard
+MIN_GAIN = 0.02  # of the candidates of a round; below it, there is no more to be had
+MOST_AT_ONCE = 4  # candidates in a round for each document that is missing
+BUILTIN_ASSERTS = 5  # with which an exercise of the builtin writer is run; it was checked before
+TAIL_SHARE = 0.6  # of the function names have a third part
+LIKE_BENCHMARK = "like a benchmark problem"
+LESSONS = Path(textbooks.__file__).with_name("lessons.txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """What textbooks and exercises have in common."""
+
+    out: Path  # folder to write
+    count: int  # documents to write
+    writer: str = "builtin"  # builtin (offline) or llm (an endpoint)
+    seed: int = 0  # of all choices
+    existing: tuple[Path, ...] = ()  # documents that may not be repeated
+    max_similarity: float = 0.8  # Jaccard index over 5-token shingles from which one is refused
+    run_timeout_s: float = 10.0  # for the code of one candidate
+    workers: int = 1  # programs run at once, on each rank
+    words: int = 3  # random words that a request demands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Textbooks(Config):
+    """Writes lessons: prose interleaved with code that runs."""
+
+    reply_tokens: int = 1500  # at most, in a reply
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exercises(Config):
+    """Writes exercises: a docstring to be completed, and a solution that passes its tests."""
+
+    reply_tokens: int = 600  # at most, in a reply
+    heldout: int = 500  # leave out the tasks of the problems that data.exercises holds out, where
+    # the writer is builtin
+    benchmarks: tuple[Path, ...] = ()  # HumanEval or MBPP file (.jsonl, .jsonl.gz, .json) to avoid
+
+
+# ---- One candidate: (document, program to run), or why there is none
+
+Made = tuple[dict, str] | str
+
+
+class Lessons:
+    """Candidates of textbooks."""
+
+    def draw(self, config: Textbooks, index: int) -> tuple:
+        """Topic, audience, level, words, and the generator to go on with. Topics take turns."""
+        turn, place = divmod(index, len(TOPICS))
+        topic = random.Random(f"topics {config.seed} {turn}").sample(TOPICS, len(TOPICS))[place]
+        rng = random.Random(f"lesson {config.seed} {index}")
+        audience, level = rng.choice(AUDIENCES), rng.choice([*LEVELS])
+        return topic, audience, level, rng.sample(prompts.WORDS, config.words), rng
+
+    def make(self, config: Textbooks, index: int) -> Made:
+        topic, audience, level, _, rng = self.draw(config, index)
+        text = textbooks.write(topic, audience, level, rng)
+        return self.judge(text, topic, audience, level, writer="builtin")
+
+    def prompt(self, config: Textbooks, index: int) -> str:
+        topic, audience, level, words, _ = self.draw(config, index)
+        return prompts.TEXTBOOK_PROMPT.format(
+            topic=topic.title, audience=reader(audience, level), words=", ".join(words)
+        )
+
+    def read(self, config: Textbooks, index: int, reply: str) -> Made:
+        topic, audience, level, words, _ = self.draw(config, index)
+        text = reply.strip().replace("\r\n", "\n") + "\n"
+        return self.judge(text, topic, audience, level, writer=config.model, words=words)
+
+    def judge(self, text: str, topic: Topic, audience: Audience, level: str, **fields) -> Made:
+        program, why_not = prompts.lesson_program(text)
+        if why_not:
+            return why_not
+        fields |= {"topic": topic.title, "audience": reader(audience, level)}
+        return document(text, f"textbooks:{topic.title}", **fields), program
+
+
+class Tasks:
+    """Candidates of exercises."""
+
+    def make(self, config: Exercises, index: int) -> Made:
+        """An exercise of data/exercises.py, with asserts for some of its pool of inputs."""
+        outputs, families, weights = tasks_of(config.heldout, config.benchmarks)
+        rng = random.Random(f"exercise {config.seed} {index}")
+        task = rng.choice(rng.choices(families, cum_weights=weights)[0])
+        exercise = exercises.tell(task, rng)
+        if benchmarks_of(config.benchmarks).overlap(exercise):
+            return LIKE_BENCHMARK
+        inputs, text = exercises.pool(task.args), exercise.prompt() + exercise.solution()
+        asserts = "".join(
+            f"assert {exercise.name}({', '.join(map(repr, inputs[i]))}) == {outputs[task][i]!r}\n"
+            for i in rng.sample(range(len(inputs)), BUILTIN_ASSERTS)
+        )
+        return exercises.record(exercise, text) | {"writer": "builtin"}, f"{text}\n{asserts}"
+
+    def draw(self, config: Exercises, index: int) -> tuple[str, list[str]]:
+        """The function's name and the words to ask for."""
+        rng = random.Random(f"exercise {config.seed} {index}")
+        parts = [rng.choice(prompts.VERBS), rng.choice(prompts.NOUNS)]
+        parts += [rng.choice(prompts.TAILS)] * (rng.random() < TAIL_SHARE)
+        return "_".join(parts), rng.sample(prompts.WORDS, config.words)
+
+    def prompt(self, config: Exercises, index: int) -> str:
+        name, words = self.draw(config, index)
+        return prompts.EXERCISE_PROMPT.format(name=name, words=", ".join(words))
+
+    def read(self, config: Exercises, index: int, reply: str) -> Made:
+        name, words = self.draw(config, index)
+        fields, why_not = prompts.read_exercise(reply, name)
+        if why_not:
+            return why_not
+        benchmarks, told = benchmarks_of(config.benchmarks), normalize(fields["prompt"])
+        if name in benchmarks.names or not benchmarks.ngrams.isdisjoint(ngrams(told)):
+            return LIKE_BENCHMARK
+        code = fields["prompt"] + fields["solution"]
+        fields |= {"words": words, "writer": config.model}
+        return document(code, f"exercises:{config.model}", **fields), f"{code}\n{fields['tests']}"
+
+
+def reader(audience: Audience, level: str) -> str:
+    return f"{audience.who} who {LEVELS[level]}"
+
+
+@functools.cache
+def benchmarks_of(paths: tuple[Path, ...]) -> Benchmarks:
+    return Benchmarks(paths)
+
+
+@functools.cache
+def tasks_of(heldout: int, paths: tuple[Path, ...]) -> tuple[dict, list, list]:
+    """The tasks that may be set with their outputs, and the families of them with their weights.
+
+    What data.exercises holds out, and what solves a benchmark's problem, is left out. A family with
+    n tasks gets a share in proportion to sqrt(n), as in data.exercises.
+    """
+    outputs, _ = exercises.run_tasks(benchmarks_of(paths))
+    held = exercises.hold_out(outputs, heldout, benchmarks_of(paths))
+    left = {task: results for task, results in outputs.items() if str(task) not in held}
+    families: dict[str, list] = {}
+    for task in left:
+        families.setdefault(task.family, []).append(task)
+    weights = itertools.accumulate(len(tasks) ** 0.5 for tasks in families.values())
+    return left, [*families.values()], [*weights]
+
+
+KINDS = {"textbooks": (Textbooks, Lessons()), "exercises": (Exercises, Tasks())}
+
+
+# ---- The whole job
+
+
+def synthesize(config: Config) -> dict:
+    """Write `config.out` and return its summary, or the price for a dry run. Raises UserError."""
+    check(config)
+    if config.dry_run:
+        return price(config)
+    reads = [*config.existing, *getattr(config, "benchmarks", ()), LESSONS]
+    with Stage(config, [], reads) as stage:
+        candidates = accepted = batches = 0
+        refused: list[dict] = []
+        for turn in itertools.count():
+            missing = config.count - accepted
+            rate = accepted / candidates if candidates else 1.0
+            upto = candidates + math.ceil(missing / max(rate, 1 / MOST_AT_ONCE))
+            items = [[start, min(start + BATCH, upto)] for start in range(candidates, upto, BATCH)]
+            if config.writer == "llm":  # one item, so that one rank asks and holds the budget
+                stage.map("ask", [[items, batches]], lambda part: ask(config, part), first=turn)
+            refused += stage.map("make", items, lambda part: make(config, part), first=batches)
+            batches += len(items)
+            (chosen,) = stage.map("choose", [batches], lambda p: choose(config, p), first=turn)
+            gained, candidates = chosen["accepted"] - accepted, upto
+            accepted = chosen["accepted"]
+            if accepted >= config.count:
+                break
+            if gained < MIN_GAIN * sum(stop - start for start, stop in items):
+                raise UserError(
+                    f"--count {config.count}: only {accepted} different ones were found in "
+                    f"{candidates} candidates ({total([*refused, chosen])}); ask for fewer, raise "
+                    "--max_similarity, or take another --seed if --existing was made with this one"
+                )
+        places = np.load(stage.scratch / f"chosen-{turn:05d}.npy")[: config.count]
+        shards = [places[i : i + SHARD].tolist() for i in range(0, len(places), SHARD)]
+        count = total(stage.map("write", shards, write))
+        refused.append({k: v for k, v in chosen.items() if k != "accepted"})
+        reasons = dict(sorted(total(refused).items(), key=lambda kv: (-kv[1], kv[0])))
+        return stage.finish({**count, "candidates": candidates, "refused": reasons})
+
+
+def check(config: Config) -> None:
+    if config.writer not in ("builtin", "llm"):
+        raise UserError(f"--writer {config.writer}: want builtin or llm")
+    if config.count < 1 or config.workers < 1 or not 0 <= config.words <= len(prompts.WORDS):
+        raise UserError("--count, --workers or --words: want at least 1")
+    if not 0 < config.max_similarity <= 1:
+        raise UserError(f"--max_similarity {config.max_similarity:g}: want above 0 and at most 1")
+
+
+def writer_of(config: Config) -> Lessons | Tasks:
+    return next(writer for cls, writer in KINDS.values() if isinstance(config, cls))
+
+
+def messages(config: Config, index: int) -> list[dict]:
+    return [{"role": "user", "content": writer_of(config).prompt(config, index)}]
+
+
+def ask(config: Config, part: Part) -> None:
+    """Ask the endpoint for the candidates of all batches, and leave the replies batch by batch."""
+    items, first = part.item
+
+    def asked(index: int) -> dict:
+        try:
+            reply = client.ask(messages(config, index), config.reply_tokens)
+        except Refused:
+            return {"refused": "refused by the endpoint"}
+        return {"text": reply.text} if reply.complete else {"refused": "cut short"}
+
+    with Client(config, cache(config)) as client:
+        indexes = (i for start, stop in items for i in range(start, stop))
+        replies = client.in_order(asked, indexes)
+        bar = tqdm(desc="replies", unit=" replies", disable=None)
+        for number, (start, stop) in enumerate(items, first):
+            with open(part.scratch / f"replies-{number:05d}.jsonl", "w", encoding="utf-8") as f:
+                for reply in itertools.islice(replies, stop - start):
+                    f.write(json.dumps(reply) + "\n")
+                    bar.update()
+                    bar.set_postfix_str(client.ledger.describe())
+        bar.close()
+        next(replies, None)  # lets it end
+        # Apart from the summary: it differs where a run was killed and went on.
+        write_json(part.stage.result / "endpoint.json", client.summary())
+
+
+def cache(config: Config) -> Path:
+    return config.cache or Path(f"{config.out}.replies.jsonl")
+
+
+def make(config: Config, part: Part) -> dict:
+    """Make a batch of candidates, run them, and leave those that pass; why the others did not."""
+    start, stop = part.item
+    if config.writer == "llm":
+        path = part.stage.scratch / f"replies-{part.index:05d}.jsonl"
+        replies = [json.loads(line) for line in path.read_text().splitlines()]
+        found = [
+            reply.get("refused") or writer_of(config).read(config, i, reply["text"])
+            for i, reply in zip(range(start, stop), replies, strict=True)
+        ]
+    else:
+        found = [writer_of(config).make(config, i) for i in range(start, stop)]
+    refused = Counter(f for f in found if isinstance(f, str))
+    made = [f for f in found if not isinstance(f, str)]
+    programs = [program for _, program in made]
+    verdicts = run_programs(programs, config.run_timeout_s, config.workers)
+    with open(part.scratch / f"made-{part.index:05d}.jsonl", "w", encoding="utf-8") as f:
+        for (record, _), verdict in zip(made, verdicts):
+            if verdict.status == "infrastructure":
+                raise UserError(f"the sandbox does not work here: {verdict.detail}")
+            if verdict.status == "passed":
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            else:
+                refused[f"code: {verdict.status}"] += 1
+    return dict(refused)
+
+
+def choose(config: Config, part: Part) -> dict:
+    """Accept, in their order, the candidates that are unlike all before them."""
+    seen = Seen(config.max_similarity)
+    for path in source_shards(*config.existing):
+        for batch in batched(read_documents_of(path, lambda *_: None), BATCH):
+            seen.add([record["text"] for record in batch], always=True)
+    places, refused = [], Counter()
+    for number in range(part.item):
+        with open(part.stage.scratch / f"made-{number:05d}.jsonl", encoding="utf-8") as f:
+            texts = [json.loads(line)["text"] for line in f]
+        for line, reason in enumerate(seen.add(texts)):
+            refused[reason] += bool(reason)
+            if not reason:
+                places.append((number, line))
+    np.save(part.scratch / f"chosen-{part.index:05d}.npy", np.array(places).reshape(-1, 2))
+    return {"accepted": len(places), **{k: v for k, v in refused.items() if k}}
+
+
+def write(part: Part) -> dict:
+    """Write one shard of the accepted candidates."""
+    with part.writer() as out:
+        for number, places in itertools.groupby(part.item, key=lambda place: place[0]):
+            path = part.stage.scratch / f"made-{number:05d}.jsonl"
+            lines = path.read_text(encoding="utf-8").split("\n")
+            for _, line in places:
+                out.write(json.loads(lines[line]))
+    return {"documents": out.documents, "bytes": out.bytes}
+
+
+def price(config: Config) -> dict:
+    """What `count` replies would cost; those that are refused come on top."""
+    if config.writer != "llm":
+        raise UserError("--dry_run prices the endpoint's work; the builtin writer costs nothing")
+    with Client(config, cache(config)) as client:
+        return client.price((messages(config, i), config.reply_tokens) for i in range(config.count))
+
+
+def batched(items: Iterator, n: int) -> Iterator[list]:
+    while batch := list(itertools.islice(items, n)):
+        yield batch
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in KINDS:
+        raise UserError(f"say what to write: {' or '.join(KINDS)}, then the options or --help")
+    config = parse(KINDS[name][0], sys.argv[2:])
+    summary = synthesize(config)
+    if config.dry_run:
+        say(json.dumps(summary, indent=2))
+        return
+    for reason, n in summary["refused"].items():
+        say(f"{n:9,} refused, {reason}")
+    say(
+        f"{config.out}: {summary['documents']:,} {name} of {summary['candidates']:,} candidates, "
+        f"{summary['bytes'] / 1e6:.1f} MB"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
