@@ -33,8 +33,9 @@ import numpy as np
 
 from config import UserError, parse, run
 from data.documents import FORMATS, Seen, ShardWriter, document, lines, shard_files
+from data.lineage import size_and_time
 from data.ranks import Ranks, digest_key, say
-from data.stage import Part, Stage, size_and_time, total
+from data.stage import Part, Stage, total
 
 T = TypeVar("T")
 SYSTEM = {"stdlib": ("stdlib",), "site-packages": ("purelib", "platlib")}  # names of sysconfig

@@ -25,7 +25,6 @@ timing.json (the one file that differs from run to run) and summary.json.
 import dataclasses
 import fcntl
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -37,16 +36,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import config as config_module
-import data.documents
-import data.ranks
-import data.readers
 from config import UserError
 from data.documents import MARK, DocumentFile, check_out, write_json
+from data.lineage import ROOT, code_hash, describe, files_in, plain, size_and_time
 from data.ranks import Ranks
 from data.readers import read_documents_of
 
-ROOT = Path(__file__).resolve().parents[1]
 MAX_ITEMS = 100_000  # names are five digits wide, so that sorted names are the items' order
 
 
@@ -306,52 +301,6 @@ def total(counts: Iterable[dict]) -> dict:
             else:
                 added[key] = added.get(key, 0) + value
     return added
-
-
-def describe(path: Path) -> dict:
-    """The path, size and hash of a file, for lineage."""
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    return {"path": str(path), "bytes": path.stat().st_size, "blake2b": digest}
-
-
-def code_hash(script) -> str:
-    """A hash of the source of `script`, of the project's modules it uses, and of this layer."""
-    used = [inspect.getmodule(value) for value in vars(script).values()]
-    modules = [
-        script,
-        *used,
-        config_module,
-        data.documents,
-        data.ranks,
-        data.readers,
-        sys.modules[__name__],
-    ]
-    files = {Path(m.__file__).resolve() for m in modules if getattr(m, "__file__", None)}
-    sources = sorted(f for f in files if f.is_relative_to(ROOT) and f.suffix == ".py"
-                     and "site-packages" not in f.parts)  # fmt: skip
-    return hashlib.blake2b(b"".join(f.read_bytes() for f in sources), digest_size=16).hexdigest()
-
-
-def size_and_time(path: Path) -> tuple[int, int]:
-    """The size and time of change of a file, zeros for a link that leads nowhere."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return 0, 0
-    return stat.st_size, stat.st_mtime_ns
-
-
-def files_in(path: Path) -> list[Path]:
-    """`path` if it is a file, else the files under it, sorted."""
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-
-
-def plain(value):
-    """`value` as JSON has it."""
-    if isinstance(value, (tuple, list)):
-        return [plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def read_json(path: Path):

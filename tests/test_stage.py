@@ -16,8 +16,9 @@ from test_filter import GOOD
 
 from config import UserError
 from data.documents import ShardWriter, document, read_documents, source_shards
+from data.lineage import describe
 from data.ranks import Ranks
-from data.stage import Stage, describe, total
+from data.stage import Stage, total
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 needs_mpi = pytest.mark.skipif(not MPIRUN, reason="no mpirun")
