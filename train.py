@@ -223,6 +223,7 @@ def main() -> None:
 
     # Model and optimiser. An existing run is not touched until all that can be wrong with the input
     # has been found.
+    kernels, why = select_kernels(c.model, device)
     torch.manual_seed(c.seed)
     model = Phi(c.model).train()
     init_from = checkpoint.find(c.init_from) if c.init_from else None
@@ -249,6 +250,7 @@ def main() -> None:
     resolved = plain(c) | identity | {
         "world_size": world_size,
         "compute_dtype": str(dtype)[6:],
+        "kernels_used": kernels,
         "parameters": parameters,
         "roof": roof_name,
         "kernels_selected": kernels,
@@ -260,7 +262,8 @@ def main() -> None:
     for key, value in differences(c).items():
         say(f"  {key} = {value}")
     say(
-        f"{parameters:,} parameters in {str(dtype)[6:]} on {world_size} x {device.type}; "
+        f"{parameters:,} parameters in {str(dtype)[6:]} on {world_size} x {device.type}, "
+        f"kernels: {kernels} ({why}); "
         f"{c.max_steps:,} steps x {tokens_per_step:,} tokens = "
         f"{c.max_steps * c.seqs_per_step / len(windows):.2f} epochs of {windows.tokens:,}\n"
         f"{flops / 1e6:,.1f} MFLOP a token, causal; MFU is the share of {roof_name}\n"
