@@ -3,19 +3,28 @@
     python sample.py --checkpoint out/demo/runs/demo --prompt "def add(a, b):"
     cat prompt.py | python sample.py --checkpoint out/demo/runs/demo --temperature 0.8 --samples 3
 
-`Generator` is what the evaluators use too: batches of prompts of unequal length over one KV cache.
+`Generator` is what the evaluators use too. It keeps a batch of rows, each somewhere in a prompt of
+its own. A row that has finished is refilled with the next prompt; when none is left, the last row
+takes its place and the batch shrinks. What a prompt is completed with depends on the prompt, its
+index and the seed, not on the batch: see decoder.py, and draw i of prompt p comes from Philox keyed
+by (seed, p), at count i.
 """
 
+import json
 import sys
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import checkpoint
 from config import UserError, parse, run
-from model import KVCache, Phi
+from decoder import GREEDY, Decoder, Sampling
+from model import Phi
 from tokenizer import Tokenizer
 
 
@@ -31,15 +40,43 @@ class Config:
     samples: int = 1  # completions of the prompt
     stop: tuple[str, ...] = ()  # end a completion before this text ("\n" works); may be repeated
     seed: int = 0  # of the sampling
+    logprobs: bool = False  # print, instead of text, a JSON line a sample: its tokens too, their
+    # log-probabilities, and why it ended
     device: str = "auto"  # auto, cpu or cuda
+
+
+@dataclass
+class Completion:
+    """What a prompt was completed with."""
+
+    text: str  # without prompt, cut before a stop string
+    tokens: list[int]  # whole ones: the last may hold the start of the stop string too
+    logprobs: list[float]  # of `tokens`, natural logarithm; empty unless asked for
+    finish: str  # stop (a stop string), end (<|endoftext|>), length (max_new_tokens), context
+
+
+@dataclass
+class _Row:
+    """A row of the batch: which prompt it completes, and how far it has come."""
+
+    index: int  # of the prompt
+    prompt_tokens: int
+    room: int  # new tokens at most
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sent: int = 0  # characters given to on_text
 
 
 class Generator:
     """A model and its tokenizer, ready to complete prompts."""
 
-    def __init__(self, model: Phi, tokenizer: Tokenizer):
+    def __init__(self, model: Phi, tokenizer: Tokenizer, kernels: bool | None = None):
+        """`kernels` of kernels/decode.py, or torch; by default as the model is on a GPU or not."""
         self.model, self.tokenizer = model, tokenizer
         self.context_tokens = model.c.seq_len
+        self.end_of_text = tokenizer.end_of_text
+        self.kernels = model.embed.weight.is_cuda if kernels is None else kernels
+        self._decoder: Decoder | None = None
 
     @classmethod
     def load(cls, path: Path, device: str = "auto") -> "Generator":
@@ -68,10 +105,30 @@ class Generator:
         seed: int = 0,
         batch_size: int = 64,
     ) -> list[str]:
-        """Completions without prompts, up to a stop string, <|endoftext|> or the context's end.
+        """The texts that `stream` gives, in the order of `prompts`."""
+        sampling = Sampling(temperature, top_p)
+        done = self.stream(prompts, max_new_tokens, sampling, stop, seed, batch_size)
+        texts = [""] * len(prompts)
+        for index, completion in tqdm(
+            done, total=len(prompts), unit="prompt", desc="generate", disable=None
+        ):
+            texts[index] = completion.text
+        return texts
 
-        What a prompt is completed with depends on `seed` and its place in `prompts`, not on the
-        batch it falls in (up to rounding). Raises UserError if a prompt fills the context.
+    def stream(
+        self,
+        prompts: list[str],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop: tuple[str, ...] = (),
+        seed: int = 0,
+        batch_size: int = 64,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """(index of the prompt, its completion), each when it is finished.
+
+        `on_text(index, text)` is told of text as soon as no later token can change it or turn it
+        into a stop string. Raises UserError if a prompt fills the context.
         """
         ids = [self.encode(prompt) for prompt in prompts]
         for prompt, tokens in zip(prompts, ids):
@@ -80,86 +137,87 @@ class Generator:
                     f"the prompt {prompt!r:.50} has {len(tokens):,} tokens, and the model's "
                     f"context of {self.context_tokens:,} leaves no room to answer; shorten it"
                 )
-        draws = torch.rand(
-            len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed)
+        longest = max((len(tokens) for tokens in ids), default=0)
+        need = (
+            min(batch_size, len(ids)),
+            min(self.context_tokens, longest + max_new_tokens),
+            max_new_tokens,
         )
-        completions = [""] * len(prompts)
-        by_length = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
-        with tqdm(total=len(prompts), unit="prompt", desc="generate", disable=None) as bar:
-            for i in range(0, len(prompts), batch_size):
-                rows = by_length[i : i + batch_size]
-                done = self._complete([ids[r] for r in rows], draws[rows], temperature, top_p, stop)
-                for row, text in zip(rows, done):
-                    completions[row] = text
-                bar.update(len(rows))
-        return completions
+        if prompts and not (self._decoder and self._decoder.fits(*need)):
+            self._decoder = None  # frees its cache before there is another
+            self._decoder = Decoder(self.model, *need, self.kernels)
+        decoder, waiting, rows = self._decoder, deque(range(len(ids))), []
 
-    @torch.inference_mode()
-    def _complete(self, ids, draws, temperature, top_p, stop) -> list[str]:
-        """Complete one batch: `ids` are B token lists, `draws` uniform [B, max_new_tokens]."""
-        parameter = self.model.embed.weight
-        lengths = torch.tensor([len(row) for row in ids], device=parameter.device)  # [B]
-        B, longest, limit = len(ids), max(map(len, ids)), self.context_tokens
-        cache = KVCache(
-            self.model.c, B, min(limit, longest + draws.shape[1]), parameter.device, parameter.dtype
-        )
-        # Prompts stand at the left, and what is behind a shorter one is never attended to: a token
-        # sees positions up to its own, and each new token overwrites the next of them.
-        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-        positions = torch.arange(longest).expand(B, -1)
-        logits = self.model(padded.to(lengths), cache=cache, positions=positions.to(lengths))
-        logits = logits[torch.arange(B), lengths - 1]  # [B, V]
-        new: list[list[int]] = [[] for _ in ids]
-        text: list[str | None] = [None] * B  # filled in when a row is finished
-        rows = list(range(B))  # that are still in the batch
-        for i in range(draws.shape[1]):
-            token = sample(logits, draws[:, i].to(logits.device), temperature, top_p)  # [rows]
-            for row, t in zip(rows, token.tolist()):
-                if text[row] is None:
-                    if t != self.tokenizer.end_of_text:
-                        new[row].append(t)
-                    full = len(ids[row]) + len(new[row]) == limit
-                    if t == self.tokenizer.end_of_text or full or self._stopped(new[row], stop):
-                        text[row] = self._text(new[row], stop)
-            going = [j for j, row in enumerate(rows) if text[row] is None]
-            if not going or i + 1 == draws.shape[1]:
-                break
-            if len(going) <= len(rows) // 2:  # finished rows leave, half of the batch at a time
-                rows = [rows[j] for j in going]
-                draws, lengths, token = draws[going], lengths[going], token[going]
-                cache.k, cache.v = cache.k[:, going], cache.v[:, going]
-            where = (lengths + i).clamp(max=cache.k.shape[3] - 1)[:, None]  # [rows, 1]
-            logits = self.model(token[:, None], cache=cache, positions=where)[:, -1]
-        return [self._text(new[row], stop) if t is None else t for row, t in enumerate(text)]
+        def admit(at: int) -> _Row:
+            index = waiting.popleft()
+            twin = next((i for i, r in enumerate(rows) if ids[r.index] == ids[index]), None)
+            room = min(max_new_tokens, self.context_tokens - len(ids[index]))
+            philox = np.random.Generator(np.random.Philox(key=[seed, index]))
+            decoder.load(at, ids[index], torch.from_numpy(philox.random(room)), twin)
+            return _Row(index, len(ids[index]), room)
 
-    def _stopped(self, new: list[int], stop: tuple[str, ...]) -> bool:
-        """Whether a stop string ends in the newest token (a token is at least one byte)."""
-        reach = max((len(s.encode()) for s in stop), default=0) + 1
-        tail = self.tokenizer.decode(new[-reach:]) if stop else ""
-        return any(s in tail for s in stop)
+        while waiting or rows:
+            while waiting and len(rows) < batch_size:
+                rows.append(admit(len(rows)))
+            span = max(row.prompt_tokens + len(row.tokens) for row in rows)
+            tokens, logprobs = decoder.steps(len(rows), span, sampling)
+            for i in reversed(range(len(rows))):
+                row = rows[i]
+                finish = self._extend(row, tokens[i], logprobs[i], stop)
+                if finish or on_text:
+                    text = self._text(row, stop, finish)
+                if on_text and len(text) > row.sent:
+                    on_text(row.index, text[row.sent :])
+                    row.sent = len(text)
+                if finish:
+                    yield row.index, self._completion(row, text, sampling, finish)
+                    if waiting:
+                        rows[i] = admit(i)
+                    else:
+                        last = rows.pop()
+                        if i < len(rows):
+                            decoder.move(len(rows), i)
+                            rows[i] = last
 
-    def _text(self, new: list[int], stop: tuple[str, ...]) -> str:
-        text = self.tokenizer.decode(new)
-        return text[: min((i for s in stop if (i := text.find(s)) >= 0), default=len(text))]
+    def _extend(self, row: _Row, tokens: list[int], logprobs: list[float], stop) -> str:
+        """Add new tokens to a row until it is finished; why it is, or "" if it is not."""
+        reach = max((len(s.encode()) for s in stop), default=0) + 1  # a token has a byte or more
+        for token, logprob in zip(tokens, logprobs):
+            if token == self.end_of_text:
+                return "end"
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            if stop:
+                tail = self.tokenizer.decode(row.tokens[-reach:])
+                if any(s in tail for s in stop):
+                    return "stop"
+            if len(row.tokens) == row.room:
+                full = row.prompt_tokens + row.room == self.context_tokens
+                return "context" if full else "length"
+        return ""
 
+    def _text(self, row: _Row, stop: tuple[str, ...], finish: str) -> str:
+        """The text of a row up to a stop string; if it is not finished, what of it will stay."""
+        text = self.tokenizer.decode(row.tokens)
+        if finish:
+            return text[: min((i for s in stop if (i := text.find(s)) >= 0), default=len(text))]
+        text = text.rstrip("\ufffd")  # a character of which bytes are missing
+        for held in range(max(map(len, stop), default=1) - 1, 0, -1):
+            if any(s.startswith(text[-held:]) for s in stop):
+                return text[:-held]
+        return text
 
-def sample(logits, draws, temperature: float, top_p: float) -> torch.Tensor:
-    """A token [B] for each row of logits [B, V], by inverting its distribution at draws [B]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    total = p.cumsum(-1)  # [B, V]
-    keep = total - p < top_p  # the token that crosses top_p is in
-    mass = torch.where(keep, total, 0.0).amax(-1, keepdim=True)
-    choice = torch.searchsorted(total, draws[:, None] * mass, right=True)
-    choice = choice.minimum(keep.sum(-1, keepdim=True) - 1)  # rounding may step past the last
-    return order.gather(-1, choice)[:, 0]
+    def _completion(self, row: _Row, text: str, sampling: Sampling, finish: str) -> Completion:
+        tokens = row.tokens  # without those that lie behind the end of the text
+        while finish == "stop" and tokens and len(self.tokenizer.decode(tokens[:-1])) >= len(text):
+            tokens = tokens[:-1]
+        logprobs = row.logprobs[: len(tokens)] if sampling.logprobs else []
+        return Completion(text, tokens, logprobs, finish)
 
 
 def main() -> None:
     config = parse(Config)
-    if config.temperature < 0 or not 0 < config.top_p <= 1:
-        raise UserError("want temperature >= 0 and 0 < top_p <= 1")
+    sampling = Sampling(config.temperature, config.top_p, config.logprobs)
     if config.samples < 1 or config.max_new_tokens < 1:
         raise UserError("want samples and max_new_tokens of at least 1")
     if not config.prompt and sys.stdin.isatty():
@@ -167,15 +225,30 @@ def main() -> None:
     prompt = config.prompt or sys.stdin.read()
     generator = Generator.load(config.checkpoint, config.device)
     stop = tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in config.stop)
-    completions = generator.generate(
-        [prompt] * config.samples,
-        config.max_new_tokens,
-        config.temperature,
-        config.top_p,
-        stop,
-        config.seed,
-    )
-    print(("\n" + "-" * 40 + "\n").join(prompt + completion for completion in completions))
+    options = (config.max_new_tokens, sampling, stop, config.seed)
+    prompts = [prompt] * config.samples
+    if config.logprobs:
+        for index, completion in generator.stream(prompts, *options):
+            pieces = [generator.tokenizer.decode([token]) for token in completion.tokens]
+            print(json.dumps({"sample": index, **asdict(completion), "pieces": pieces}))
+        return
+
+    # The first sample is printed as it grows, what the others have so far when their turn comes.
+    shown, held, finished = 0, [""] * config.samples, set()
+
+    def on_text(index: int, text: str) -> None:
+        if index == shown:
+            print(text, end="", flush=True)
+        else:
+            held[index] += text
+
+    print(prompt, end="", flush=True)
+    for index, _ in generator.stream(prompts, *options, on_text=on_text):
+        finished.add(index)
+        while shown in finished:
+            shown += 1
+            rule = "-" * 40 + f"\n{prompt}{held[shown]}" if shown < config.samples else ""
+            print(f"\n{rule}", end="", flush=True)
 
 
 if __name__ == "__main__":

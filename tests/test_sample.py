@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from config import UserError
+from decoder import choose
 from model import ModelConfig, Phi
-from sample import Generator, sample
+from sample import Generator
 from tokenizer import Tokenizer
 
 PROMPTS = ["def append_0(", "x", "    return y * append + 9\n", "class", "def f(a, b):\n    if a"]
@@ -69,12 +70,12 @@ def test_a_prompt_that_fills_the_context(generator):
         generator.generate(["x", "x y " * 200])
 
 
-def test_sample_follows_the_distribution():
+def test_choices_follow_the_distribution():
     logits = torch.log(torch.tensor([0.1, 0.6, 0.05, 0.25])).expand(20000, -1)
     draws = torch.rand(20000, generator=torch.Generator().manual_seed(0))
 
     def shares(temperature, top_p):
-        return torch.bincount(sample(logits, draws, temperature, top_p), minlength=4) / 20000
+        return torch.bincount(choose(logits, draws, temperature, top_p), minlength=4) / 20000
 
     close = {"rtol": 0, "atol": 0.01}
     torch.testing.assert_close(shares(1.0, 1.0), torch.tensor([0.1, 0.6, 0.05, 0.25]), **close)

@@ -1,0 +1,246 @@
+"""The next token of every row of a batch: static KV cache, one pass through the model, a choice.
+
+In plain torch on a CPU; on a GPU with the kernels of kernels/decode.py, as one CUDA graph. A row's
+tokens depend on its prompt and its draws, never on the batch:
+
+    prompts      go through the model alone, before they join the batch
+    steps, GPU   products are of tiles of 16 rows with K in one order, attention is by row
+    steps, CPU   a BLAS sums in another order for another number of rows, so that products are of
+                 groups of rows, in numbers that `same_rows` has found to agree bit by bit
+    choices      are integer arithmetic on exp(logit), which no order of summing changes
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import UserError
+from kernels import decode
+from model import KVCache, Phi
+
+SPAN = 64  # positions; the CPU's attention reads the cache up to a multiple of this
+TILE = 16  # rows of a tile in kernels/decode.py
+GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0  # 0 takes the likeliest token each time
+    top_p: float = 1.0  # sample from the likeliest tokens that hold this probability
+    logprobs: bool = False  # also give each token's log-probability, at temperature 1
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError("want temperature >= 0 and 0 < top_p <= 1")
+
+
+GREEDY = Sampling()
+
+
+class Decoder:
+    """The next token of up to `rows` texts at a time, over static buffers."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Phi, rows: int, positions: int, draws: int, kernels: bool):
+        """For texts of up to `positions` tokens with up to `draws` new ones.
+
+        `kernels` takes those of kernels/decode.py instead of torch.
+        """
+        c, like = model.c, model.embed.weight
+        self.model, self.kernels, self.rows = model, kernels, rows
+        self.tile = TILE if kernels else same_rows(model)
+        rows, self.positions = self.padded(rows), -(-positions // SPAN) * SPAN
+        shape = (c.n_layer, 2, rows, c.n_head, self.positions, c.head_dim)
+        self.cache = like.new_zeros(shape)  # [L, k or v, B, H, S, D]
+        self.token = torch.zeros(rows, dtype=torch.int64, device=like.device)  # newest of each row
+        self.position = torch.zeros_like(self.token)  # where it stands
+        self.start = torch.zeros_like(self.token)  # where the prompt's last token stands
+        self.draws = torch.zeros(rows, draws, dtype=torch.float64, device=like.device)
+        self.logprob = torch.zeros(rows, device=like.device)
+        # The rotary tables for pairs laid side by side, so that one product turns both halves, and
+        # the two biases that add into the residual as one.
+        self.cos = torch.cat([model.cos, model.cos], -1)[:, None]  # [T, 1, R]
+        self.sin = torch.cat([-model.sin, model.sin], -1)[:, None]
+        self.b_out = [b.b_attn + b.b_mlp for b in model.blocks]
+        slot = torch.arange(2 * rows * c.n_head, device=like.device) * self.positions
+        self.slot = slot.view(2, rows, c.n_head)  # where each head's keys and values begin
+        self.graphs: dict = {}
+        if kernels:
+            self.scratch = decode.scratch(rows, c.n_head, self.positions, c.head_dim, like.device)
+
+    def padded(self, rows: int) -> int:
+        """How many rows a step of `rows` computes."""
+        if self.kernels:
+            return rows if rows == 1 else -(-rows // TILE) * TILE
+        return rows + rows % 2  # as BLAS has another routine for one row than for two
+
+    def fits(self, rows: int, positions: int, draws: int) -> bool:
+        """Whether the buffers have room for a batch like that."""
+        return rows <= self.rows and positions <= self.positions and draws <= self.draws.shape[1]
+
+    @torch.inference_mode()
+    def load(self, row: int, ids: list[int], draws: Tensor, twin: int | None = None) -> None:
+        """Put a prompt into `row`; `twin` is a row that holds the same prompt already.
+
+        All but its last token go through the model here. The first step takes the last one, so that
+        every choice of a token is made by `step`.
+        """
+        last = len(ids) - 1
+        if twin is not None:
+            self.cache[:, :, row, :, :last] = self.cache[:, :, twin, :, :last]
+        elif last:
+            idx = torch.tensor([ids[:-1]], device=self.token.device)
+            seen = KVCache(self.model.c, 1, last, self.token.device, self.cache.dtype)
+            self.model(idx, cache=seen, positions=torch.arange(last, device=idx.device)[None])
+            self.cache[:, 0, row, :, :last] = seen.k[:, 0]
+            self.cache[:, 1, row, :, :last] = seen.v[:, 0]
+        self.token[row], self.position[row], self.start[row] = ids[-1], last, last
+        self.draws[row, : len(draws)] = draws
+
+    @torch.inference_mode()
+    def move(self, source: int, row: int) -> None:
+        """Put what `source` holds into `row`."""
+        self.cache[:, :, row] = self.cache[:, :, source]
+        for x in (self.token, self.position, self.start, self.draws):
+            x[row] = x[source]
+
+    @torch.inference_mode()
+    def steps(self, rows: int, span: int, sampling: Sampling) -> tuple[list, list]:
+        """The next tokens of the first `rows` rows, and their log-probabilities: [rows][steps].
+
+        `span` is one more than the furthest position that the first of these steps reads.
+        """
+        tokens, logprobs = [], []
+        for _ in range(GPU_STEPS if self.token.is_cuda else 1):
+            if self.token.is_cuda:
+                self._replay(self.padded(rows), sampling)
+            else:
+                self._step(self.padded(rows), -(-span // SPAN) * SPAN, sampling)
+            tokens.append(self.token[:rows].clone())
+            logprobs.append(self.logprob[:rows].clone())
+        return torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
+
+    def _replay(self, rows: int, sampling: Sampling) -> None:
+        """A step as one CUDA graph, captured when it is first needed."""
+        key = (rows, sampling)
+        if key not in self.graphs:
+            state = [(x, x.clone()) for x in (self.token, self.position)]
+            side = torch.cuda.Stream()  # torch wants a warm-up outside the default stream
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._step(rows, self.positions, sampling)
+            torch.cuda.current_stream().wait_stream(side)
+            for x, old in state:  # what the step wrote to the cache, the next one writes again
+                x.copy_(old)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(rows, self.positions, sampling)
+            self.graphs[key] = graph
+        self.graphs[key].replay()
+
+    def _step(self, n: int, span: int, sampling: Sampling) -> None:
+        logits = self._logits_kernels(n) if self.kernels else self._logits_torch(n, span)
+        position, start = self.position[:n], self.start[:n]
+        count = (position - start).clamp(max=self.draws.shape[1] - 1)
+        draw = self.draws[:n].gather(1, count[:, None])[:, 0]
+        token = choose(logits, draw, sampling.temperature, sampling.top_p)
+        if sampling.logprobs:
+            chosen = logits.gather(1, token[:, None])[:, 0]
+            self.logprob[:n] = chosen - logits.logsumexp(-1)
+        self.token[:n] = token
+        # A row that is full is stepped on until it leaves; it then overwrites its last position.
+        position.add_(1).clamp_(max=min(self.positions, len(self.cos)) - 1)
+
+    def _logits_kernels(self, n: int) -> Tensor:
+        """fp32 logits [n, V]; kernels/decode.py: three launches a block."""
+        m, c = self.model, self.model.c
+        C, position = c.width, self.position[:n]
+        x = m.embed(self.token[:n])
+        qkv, ya = x.new_empty(n, 3 * C), x.new_empty(n, C + c.mlp_width)
+        for i, b in enumerate(m.blocks):
+            norm = (b.ln.weight, b.ln.bias, b.ln.eps)
+            decode.linear(x, b.w_in, b.b_in, qkv, norm=norm, act=ya[:, C:])
+            k, v = self.cache[i, :, :n]
+            decode.attention(qkv, k, v, position, m.cos, m.sin, ya[:, :C], *self.scratch)
+            decode.linear(ya, b.w_out, self.b_out[i], x)
+        logits = x.new_empty(n, c.vocab_size, dtype=torch.float32)
+        norm = (m.ln_f.weight, m.ln_f.bias, m.ln_f.eps)
+        decode.linear(x, m.head.weight, m.head.bias, logits, norm=norm)
+        return logits
+
+    def _logits_torch(self, n: int, span: int) -> Tensor:
+        """fp32 logits [n, V]; what the model does, for one token a row and in fewer operations."""
+        m, c, position = self.model, self.model.c, self.position[:n]
+        C, H, D, R = c.width, c.n_head, c.head_dim, c.rotary_dim
+        cos, sin = self.cos[position], self.sin[position]  # [n, 1, R]
+        far = torch.arange(span, device=position.device) > position[:, None, None, None]
+        mask = torch.zeros(far.shape, dtype=self.cache.dtype).masked_fill_(far, float("-inf"))
+        at = (self.slot[:, :n] + position[:, None]).flatten()
+        x = m.embed(self.token[:n])
+        for i, block in enumerate(m.blocks):
+            h = self._linear(block.ln(x), block.w_in, block.b_in)
+            qk = h[:, : 2 * C].view(n, 2 * H, D)[..., :R]
+            qk.copy_(torch.addcmul(qk * cos, qk.roll(R // 2, -1), sin))
+            q, kv = h[:, :C].view(n, H, 1, D), h[:, C : 3 * C].view(n, 2, H, D)
+            self.cache[i].view(-1, D).index_copy_(0, at, kv.transpose(0, 1).reshape(-1, D))
+            k, v = self.cache[i, :, :n, :, :span]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [n, H, 1, D]
+            a = F.gelu(h[:, 3 * C :], approximate="tanh")
+            ya = torch.cat([y.view(n, C), a], -1)
+            x = x + self._linear(ya, block.w_out, self.b_out[i])
+        return self._linear(m.ln_f(x), m.head.weight, m.head.bias).float()
+
+    def _linear(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        """x w^T + b, of at most `tile` rows at a time."""
+        if len(x) <= self.tile:
+            return F.linear(x, w, b)
+        out = x.new_empty(len(x), len(w))
+        for rows, part in zip(x.split(self.tile), out.split(self.tile)):
+            torch.addmm(b, rows, w.t(), out=part)
+        return out
+
+
+@torch.inference_mode()
+def same_rows(model: Phi) -> int:
+    """The most rows that a matrix product may have here for a row's bits to depend on it alone.
+
+    Even, and products of 2, 4, .. rows up to it agree. Measured with MKL 2024.2 and AVX-512: up to
+    8 rows, or 2 where two threads share a small product; one row, or 16, give other bits.
+    """
+    block, most = model.blocks[0], 8
+    for w in (block.w_in, block.w_out, model.head.weight):
+        generator = torch.Generator(w.device).manual_seed(0)
+        x = torch.randn(8, w.shape[1], generator=generator, device=w.device).to(w.dtype)
+        bias, out = w.new_ones(len(w)), {}
+        for rows in (2, 4, 6, 8):
+            out[rows] = F.linear(x[:rows], w, bias)
+            turned = F.linear(x[:rows].roll(1, 0), w, bias).roll(-1, 0)
+            if not (torch.equal(out[rows], turned) and torch.equal(out[rows][:2], out[2])):
+                most = min(most, max(2, rows - 2))
+    return most
+
+
+@torch.inference_mode()
+def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:
+    """A token [B] for each row of logits [B, V], by inverting its distribution at draws [B].
+
+    Probabilities are summed as integers: exact, and so the same however a sum is split.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    mass = (logits.exp() * 2.0**40).long()  # 2^40: sums of 2^22 tokens fit 63 bits
+    if top_p < 1:
+        mass, order = mass.sort(dim=-1, descending=True, stable=True)
+    total = mass.cumsum(-1)  # [B, V]
+    kept = total[:, -1:]
+    if top_p < 1:  # the token that crosses top_p is in
+        inside = total - mass < (top_p * kept.double()).long()
+        kept = torch.where(inside, total, 0).amax(-1, keepdim=True)
+    at = (draws[:, None].double() * kept.double()).long()
+    choice = torch.searchsorted(total, at, right=True)
+    return (order.gather(-1, choice) if top_p < 1 else choice)[:, 0]

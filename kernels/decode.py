@@ -1,0 +1,241 @@
+"""One token for each of a few texts: a linear layer with what surrounds it, and attention.
+
+    linear      out = LN(x) W^T + b,  out += x W^T + b,  and from a column on  act = gelu(..)
+    attention   q, k turned by the angles of position p; k, v written to the cache at p;
+                out = softmax(q K^T / sqrt(D)) V over the cache up to p
+
+Memory bound: a launch reads W, or the keys and values, once; a block of the model is three launches
+(LN + in_proj + GELU, attention, out_proj + residual). bf16, fp16 or fp32 with fp32 accumulation,
+LayerNorm statistics, softmax and angles. No autograd.
+
+A row's bits do not depend on how many rows there are, nor on what is in the others: `linear` works
+on tiles of 16 rows, padded, with K in one order and never split; `attention` cuts the cache at
+multiples of BLOCK_S, a program to each piece, and whichever program of a head is last adds all the
+pieces in order. It is told by an atomic counter, which it leaves at zero for the next launch.
+Split softmax: Flash-Decoding (Dao et al., 2023).
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.pointwise import gelu
+from kernels.spec import Kernel, config, types
+
+ROWS = 16  # of a tile: the least that a tensor core takes
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, w_ptr, b_ptr, ln_w_ptr, ln_b_ptr, out_ptr, act_ptr, n_rows, n_cols, K, first_act,
+    stride_x, stride_out, stride_act, eps,
+    NORM: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles_m = tl.cdiv(n_rows, BLOCK_M)  # neighbours share a tile of W in L2
+    m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    k = tl.arange(0, BLOCK_K)
+    x_ptr += m.to(tl.int64) * stride_x + k[None, :]
+    w_ptr += n.to(tl.int64) * K + k[:, None]
+    rows, cols = m < n_rows, n < n_cols
+    if NORM:
+        total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            inside = rows & (k[None, :] < K - k0)
+            total += tl.load(x_ptr + k0, mask=inside, other=0.0).to(tl.float32)
+        mean = (tl.sum(total, 1) / K)[:, None]
+        total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            inside = rows & (k[None, :] < K - k0)
+            x = tl.load(x_ptr + k0, mask=inside, other=0.0).to(tl.float32) - mean
+            total += tl.where(inside, x * x, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(total, 1) / K + eps)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        left = K - k0
+        x = tl.load(x_ptr + k0, mask=rows & (k[None, :] < left), other=0.0)
+        w = tl.load(w_ptr + k0, mask=cols & (k[:, None] < left), other=0.0)
+        if NORM:
+            ln_w = tl.load(ln_w_ptr + k0 + k, mask=k < left, other=0.0).to(tl.float32)
+            ln_b = tl.load(ln_b_ptr + k0 + k, mask=k < left, other=0.0).to(tl.float32)
+            x = ((x.to(tl.float32) - mean) * rstd * ln_w + ln_b).to(w.dtype)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    acc += tl.load(b_ptr + n, mask=cols, other=0.0).to(tl.float32)
+    out_ptr += m.to(tl.int64) * stride_out + n
+    if RESIDUAL:
+        acc += tl.load(out_ptr, mask=rows & cols, other=0.0).to(tl.float32)
+    tl.store(out_ptr, acc, mask=rows & cols & (n < first_act))
+    if ACT:
+        a = gelu(acc.to(act_ptr.dtype.element_ty).to(tl.float32))  # rounded first, as in the model
+        act_ptr += m.to(tl.int64) * stride_act + (n - first_act)
+        tl.store(act_ptr, a, mask=rows & cols & (n >= first_act))
+
+
+@triton.jit
+def _turned(ptr, d, cos, sin, D: tl.constexpr, R: tl.constexpr):
+    """q or k [DP] at ptr, its pairs (i, i + R/2) turned; cos is 1 and sin 0 beyond R."""
+    pair = tl.where(d < R // 2, d + R // 2, tl.where(d < R, d - R // 2, d))
+    x = tl.load(ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    other = tl.load(ptr + pair, mask=d < D, other=0.0).to(tl.float32)
+    turned = x * cos + tl.where(d < R // 2, -other, other) * sin
+    return turned.to(ptr.dtype.element_ty).to(tl.float32)  # rounded as in the model
+
+
+@triton.jit
+def _attention_kernel(
+    qkv_ptr, k_ptr, v_ptr, out_ptr, position_ptr, cos_ptr, sin_ptr, part_ptr, count_ptr,
+    stride_qkv, stride_b, stride_h, stride_out, scale_log2e,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    h, b, H = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    position = tl.load(position_ptr + b).to(tl.int32)
+    first = tl.program_id(0) * BLOCK_S
+    if first > position:
+        return
+    d, s = tl.arange(0, DP), first + tl.arange(0, BLOCK_S)
+    angle = position * (R // 2) + tl.where(d < R // 2, d, d - R // 2)
+    cos = tl.load(cos_ptr + angle, mask=d < R, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=d < R, other=0.0)
+    qkv_ptr += b.to(tl.int64) * stride_qkv + h * D
+    q = _turned(qkv_ptr, d, cos, sin, D, R)
+    cache = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+    k_ptr, v_ptr = k_ptr + cache, v_ptr + cache
+    old = (s < position)[:, None] & (d < D)[None, :]
+    k = tl.load(k_ptr + s[:, None] * D + d[None, :], mask=old, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + s[:, None] * D + d[None, :], mask=old, other=0.0).to(tl.float32)
+    if position < first + BLOCK_S:  # the new key and value are in this piece
+        new_k = _turned(qkv_ptr + H * D, d, cos, sin, D, R)
+        new_v = tl.load(qkv_ptr + 2 * H * D + d, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(k_ptr + position * D + d, new_k, mask=d < D)
+        tl.store(v_ptr + position * D + d, new_v, mask=d < D)
+        k = tl.where((s == position)[:, None], new_k[None, :], k)
+        v = tl.where((s == position)[:, None], new_v[None, :], v)
+    score = tl.sum(q[None, :] * k, 1) * scale_log2e
+    score = tl.where(s <= position, score, float("-inf"))
+    peak = tl.max(score, 0)
+    p = tl.exp2(score - peak)
+    acc, total = tl.sum(p[:, None] * v, 0), tl.sum(p, 0)
+    out_ptr += b.to(tl.int64) * stride_out + h * D
+    pieces = position // BLOCK_S + 1
+    if pieces == 1:
+        tl.store(out_ptr + d, acc / total, mask=d < D)
+        return
+    # a piece is DP sums, the peak and the total, in DP + 16 numbers
+    bh = (b * H + h).to(tl.int64)
+    part_ptr += bh * tl.num_programs(0) * (DP + 16)
+    mine = part_ptr + tl.program_id(0) * (DP + 16)
+    tl.store(mine + d, acc)
+    tl.store(mine + DP, peak)
+    tl.store(mine + DP + 1, total)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    if tl.atomic_add(count_ptr + bh, 1) == pieces - 1:
+        tl.debug_barrier()
+        peak = tl.full([], float("-inf"), tl.float32)
+        total = tl.zeros([], tl.float32)
+        acc = tl.zeros([DP], tl.float32)
+        for i in range(0, pieces):
+            its = part_ptr + i * (DP + 16)
+            its_peak = tl.load(its + DP)
+            top = tl.maximum(peak, its_peak)
+            fade, weight = tl.exp2(peak - top), tl.exp2(its_peak - top)
+            acc = acc * fade + tl.load(its + d) * weight
+            total = total * fade + tl.load(its + DP + 1) * weight
+            peak = top
+        tl.store(out_ptr + d, acc / total, mask=d < D)
+        tl.store(count_ptr + bh, 0)
+
+
+# BLOCK_M is not tuned: another one would change the bits. Neither is BLOCK_S, for the same reason.
+def _tiles(text: str) -> list[dict]:
+    """ "columns K warps stages, ..": candidates, the default first; none is measured."""
+    names = ("BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    return [dict(zip(names, map(int, tile.split()))) for tile in text.split(", ")]
+
+
+_POINTERS = "x_ptr w_ptr b_ptr ln_w_ptr ln_b_ptr act_ptr"
+_SIZES = "n_rows n_cols K first_act stride_x stride_out stride_act"
+_IN = "32 128 4 4, 32 128 4 3, 64 128 4 3, 32 256 4 3, 64 64 4 4, 16 256 4 3"
+_OUT = "16 256 4 4, 16 256 4 3, 16 128 4 4, 32 128 4 4, 16 512 8 3"
+IN, OUT, HEAD, ATTENTION = KERNELS = [
+    *(
+        Kernel(
+            name,
+            _linear_kernel,
+            {sm: _tiles(tiles) for sm in (80, 90)},
+            types(_POINTERS, _SIZES, out_ptr=out, eps="fp32"),
+            {"BLOCK_M": ROWS, "NORM": norm, "ACT": act, "RESIDUAL": not norm},
+            tensor_core=True,
+        )
+        for name, tiles, out, norm, act in (
+            ("decode_in_proj", _IN, "*T", True, True),
+            ("decode_out_proj", _OUT, "*T", False, False),
+            ("decode_head", _IN, "*fp32", True, False),
+        )
+    ),
+    Kernel(
+        "decode_attention",
+        _attention_kernel,
+        {sm: [{"BLOCK_S": 128, "num_warps": 4}] for sm in (80, 90)},
+        types(
+            "qkv_ptr k_ptr v_ptr out_ptr", "stride_qkv stride_b stride_h stride_out",
+            position_ptr="*i64", cos_ptr="*fp32", sin_ptr="*fp32", part_ptr="*fp32",
+            count_ptr="*i32", scale_log2e="fp32",
+        ),
+        {"D": 64, "DP": 64, "R": 32},
+        tensor_core=False,
+    ),
+]  # fmt: skip
+
+
+def linear(
+    x: Tensor, w: Tensor, b: Tensor, out: Tensor,
+    norm: tuple[Tensor, Tensor, float] | None = None, act: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write LN(x) w^T + b to `out` with `norm` (weight, bias, eps), else add x w^T + b to it.
+
+    x [N, K] and w [J, K], contiguous, and b [J] of one dtype; out [N, J], or its first columns and
+    gelu of the rest to `act`. Rows of x, out and act may be strided. `out` may be fp32.
+    """
+    assert w.is_contiguous()
+    assert x.stride(1) == out.stride(1) == 1
+    assert w.shape == (out.shape[1] + (0 if act is None else act.shape[1]), x.shape[1])
+    kernel = OUT if norm is None else HEAD if act is None else IN
+    cfg = config(kernel, x) | kernel.constexprs
+    programs = triton.cdiv(len(x), ROWS) * triton.cdiv(len(w), cfg["BLOCK_N"])
+    ln_w, ln_b, eps = norm or (None, None, 0.0)
+    _linear_kernel[(programs,)](
+        x, w, b, ln_w, ln_b, out, act, len(x), len(w), x.shape[1], out.shape[1],
+        x.stride(0), out.stride(0), 0 if act is None else act.stride(0), eps, **cfg,
+    )  # fmt: skip
+
+
+def scratch(rows: int, n_head: int, positions: int, head_dim: int, device) -> tuple[Tensor, Tensor]:
+    """What `attention` needs between its programs: pieces of sums, and counters of zero."""
+    pieces = triton.cdiv(positions, ATTENTION.configs[80][0]["BLOCK_S"])
+    part = torch.empty(rows * n_head, pieces, triton.next_power_of_2(head_dim) + 16, device=device)
+    return part, torch.zeros(rows * n_head, dtype=torch.int32, device=device)
+
+
+def attention(
+    qkv: Tensor, k: Tensor, v: Tensor, position: Tensor, cos: Tensor, sin: Tensor, out: Tensor,
+    part: Tensor, count: Tensor,
+) -> None:  # fmt: skip
+    """Write attention [N, C] of qkv [N, 3C] at `position` [N], int64, to `out`.
+
+    k and v [N, H, S, D], D innermost, receive the new keys and values; cos and sin fp32 [S, R/2] as
+    of model.rope_tables; part and count of `scratch`.
+    """
+    (N, H, S, D), cfg = k.shape, dict(config(ATTENTION, qkv))
+    assert qkv.shape == (N, 3 * H * D)
+    assert k.stride() == v.stride()
+    assert k.stride()[2:] == (D, 1)
+    grid = (triton.cdiv(S, cfg["BLOCK_S"]), H, N)
+    _attention_kernel[grid](
+        qkv, k, v, out, position, cos, sin, part, count, qkv.stride(0), k.stride(0), k.stride(1),
+        out.stride(0), D**-0.5 / math.log(2), D=D, DP=triton.next_power_of_2(D),
+        R=2 * cos.shape[1], **cfg,
+    )  # fmt: skip
