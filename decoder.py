@@ -20,7 +20,7 @@ from config import UserError
 from kernels import decode
 from model import KVCache, Phi
 
-SPAN = 64  # positions; the CPU's attention reads the cache up to a multiple of this
+SPAN = 16  # positions: on a CPU attention reads the cache up to a multiple of it
 TILE = 16  # rows of a tile in kernels/decode.py
 GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
 
@@ -76,7 +76,8 @@ class Decoder:
         """How many rows a step of `rows` computes."""
         if self.kernels:
             return rows if rows == 1 else -(-rows // TILE) * TILE
-        return rows + rows % 2  # as BLAS has another routine for one row than for two
+        rows += rows % 2  # as BLAS has another routine for one row than for two
+        return rows if rows <= self.tile else -(-rows // self.tile) * self.tile
 
     def fits(self, rows: int, positions: int, draws: int) -> bool:
         """Whether the buffers have room for a batch like that."""
@@ -177,51 +178,57 @@ class Decoder:
         m, c, position = self.model, self.model.c, self.position[:n]
         C, H, D, R = c.width, c.n_head, c.head_dim, c.rotary_dim
         cos, sin = self.cos[position], self.sin[position]  # [n, 1, R]
-        far = torch.arange(span, device=position.device) > position[:, None, None, None]
-        mask = torch.zeros(far.shape, dtype=self.cache.dtype).masked_fill_(far, float("-inf"))
+        heads = position.repeat_interleave(H)[:, None, None]  # [n H, 1, 1]
+        mask = torch.where(torch.arange(span) > heads, float("-inf"), 0.0)  # [n H, 1, span]
         at = (self.slot[:, :n] + position[:, None]).flatten()
         x = m.embed(self.token[:n])
         for i, block in enumerate(m.blocks):
             h = self._linear(block.ln(x), block.w_in, block.b_in)
             qk = h[:, : 2 * C].view(n, 2 * H, D)[..., :R]
             qk.copy_(torch.addcmul(qk * cos, qk.roll(R // 2, -1), sin))
-            q, kv = h[:, :C].view(n, H, 1, D), h[:, C : 3 * C].view(n, 2, H, D)
+            q, kv = h[:, :C].reshape(n * H, 1, D), h[:, C : 3 * C].view(n, 2, H, D)
             self.cache[i].view(-1, D).index_copy_(0, at, kv.transpose(0, 1).reshape(-1, D))
-            k, v = self.cache[i, :, :n, :, :span]
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [n, H, 1, D]
+            k, v = self.cache[i, :, :n, :, :span].flatten(1, 2)  # [n H, span, D]
+            # Half the time of scaled_dot_product_attention for one query a head.
+            s = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # [n H, 1, span]
+            y = torch.bmm(s.softmax(-1), v)
             a = F.gelu(h[:, 3 * C :], approximate="tanh")
             ya = torch.cat([y.view(n, C), a], -1)
             x = x + self._linear(ya, block.w_out, self.b_out[i])
         return self._linear(m.ln_f(x), m.head.weight, m.head.bias).float()
 
     def _linear(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        """x w^T + b, of at most `tile` rows at a time."""
-        if len(x) <= self.tile:
-            return F.linear(x, w, b)
-        out = x.new_empty(len(x), len(w))
-        for rows, part in zip(x.split(self.tile), out.split(self.tile)):
-            torch.addmm(b, rows, w.t(), out=part)
-        return out
+        """x w^T + b, of `tile` rows at a time."""
+        return grouped_linear(x, w, b, min(len(x), self.tile))
+
+
+def grouped_linear(x: Tensor, w: Tensor, b: Tensor, rows: int) -> Tensor:
+    """x w^T + b of x [n, K], as n / rows products of `rows` rows each."""
+    groups = len(x) // rows
+    x, w = x.view(groups, rows, x.shape[1]), w.t().expand(groups, -1, -1)
+    return torch.baddbmm(b, x, w).view(groups * rows, -1)
 
 
 @torch.inference_mode()
 def same_rows(model: Phi) -> int:
-    """The most rows that a matrix product may have here for a row's bits to depend on it alone.
+    """How many rows a matrix product may have, at most, for a row's bits to depend on it alone.
 
-    Even, and products of 2, 4, .. rows up to it agree. Measured with MKL 2024.2 and AVX-512: up to
-    8 rows, or 2 where two threads share a small product; one row, or 16, give other bits.
+    An even number such that products of 2, 4, .. rows up to it, and several of that many at once,
+    agree here on the model's matrices. With MKL 2024.2 and AVX-512 it is 8, as 16 rows give other
+    bits (and one row, so that there are always two); with two threads it is 2 for small matrices.
     """
-    block, most = model.blocks[0], 8
+    block, tile = model.blocks[0], 8
     for w in (block.w_in, block.w_out, model.head.weight):
         generator = torch.Generator(w.device).manual_seed(0)
-        x = torch.randn(8, w.shape[1], generator=generator, device=w.device).to(w.dtype)
-        bias, out = w.new_ones(len(w)), {}
-        for rows in (2, 4, 6, 8):
-            out[rows] = F.linear(x[:rows], w, bias)
-            turned = F.linear(x[:rows].roll(1, 0), w, bias).roll(-1, 0)
-            if not (torch.equal(out[rows], turned) and torch.equal(out[rows][:2], out[2])):
-                most = min(most, max(2, rows - 2))
-    return most
+        x = torch.randn(16, w.shape[1], generator=generator, device=w.device).to(w.dtype)
+        want = grouped_linear(x, w, w.new_ones(len(w)), 2)
+        while tile > 2 and not all(
+            torch.equal(grouped_linear(x[:n], w, w.new_ones(len(w)), rows), want[:n])
+            for rows in range(2, tile + 1, 2)
+            for n in (rows, tile // rows * rows, 16 // rows * rows)
+        ):
+            tile -= 2
+    return tile
 
 
 @torch.inference_mode()
