@@ -179,7 +179,7 @@ IN, OUT, HEAD, ATTENTION = KERNELS = [
     Kernel(
         "decode_attention",
         _attention_kernel,
-        {sm: [{"BLOCK_S": 128, "num_warps": 4}] for sm in (80, 90)},
+        {sm: [{"BLOCK_S": 128, "num_warps": n} for n in (8, 4)] for sm in (80, 90)},
         types(
             "qkv_ptr k_ptr v_ptr out_ptr", "stride_qkv stride_b stride_h stride_out",
             position_ptr="*i64", cos_ptr="*fp32", sin_ptr="*fp32", part_ptr="*fp32",
