@@ -20,7 +20,10 @@ from config import UserError
 from kernels import decode
 from model import KVCache, Phi
 
-SPAN = 16  # positions: on a CPU attention reads the cache up to a multiple of it
+# On a CPU attention reads the cache up to a multiple of 16 positions, and so many that its products
+# are of 400 multiplications or more, as torch has another kernel for fewer: with either otherwise,
+# the bits of a row depend on the longest row beside it.
+SPAN, SPAN_PRODUCT = 16, 400
 TILE = 16  # rows of a tile in kernels/decode.py
 GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
 
@@ -53,7 +56,7 @@ class Decoder:
         c, like = model.c, model.embed.weight
         self.model, self.kernels, self.rows = model, kernels, rows
         self.tile = TILE if kernels else same_rows(model)
-        rows, self.positions = self.padded(rows), -(-positions // SPAN) * SPAN
+        rows, self.positions = self.padded(rows), self.span(positions)
         shape = (c.n_layer, 2, rows, c.n_head, self.positions, c.head_dim)
         self.cache = like.new_zeros(shape)  # [L, k or v, B, H, S, D]
         self.token = torch.zeros(rows, dtype=torch.int64, device=like.device)  # newest of each row
@@ -78,6 +81,11 @@ class Decoder:
             return rows if rows == 1 else -(-rows // TILE) * TILE
         rows += rows % 2  # as BLAS has another routine for one row than for two
         return rows if rows <= self.tile else -(-rows // self.tile) * self.tile
+
+    def span(self, positions: int) -> int:
+        """How much of the cache a step reads for texts of up to `positions` tokens."""
+        least = SPAN_PRODUCT // self.model.c.head_dim + 1
+        return -(-max(positions, least) // SPAN) * SPAN
 
     def fits(self, rows: int, positions: int, draws: int) -> bool:
         """Whether the buffers have room for a batch like that."""
@@ -110,17 +118,17 @@ class Decoder:
             x[row] = x[source]
 
     @torch.inference_mode()
-    def steps(self, rows: int, span: int, sampling: Sampling) -> tuple[list, list]:
+    def steps(self, rows: int, longest: int, sampling: Sampling) -> tuple[list, list]:
         """The next tokens of the first `rows` rows, and their log-probabilities: [rows][steps].
 
-        `span` is one more than the furthest position that the first of these steps reads.
+        `longest` is the length of the longest of these texts.
         """
         tokens, logprobs = [], []
-        for _ in range(GPU_STEPS if self.token.is_cuda else 1):
+        for i in range(GPU_STEPS if self.token.is_cuda else 1):
             if self.token.is_cuda:
                 self._replay(self.padded(rows), sampling)
             else:
-                self._step(self.padded(rows), -(-span // SPAN) * SPAN, sampling)
+                self._step(self.padded(rows), self.span(longest + i), sampling)
             tokens.append(self.token[:rows].clone())
             logprobs.append(self.logprob[:rows].clone())
         return torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()

@@ -209,7 +209,7 @@ class Generator:
 
     def _completion(self, row: _Row, text: str, sampling: Sampling, finish: str) -> Completion:
         tokens = row.tokens  # without those that lie behind the end of the text
-        while finish == "stop" and tokens and len(self.tokenizer.decode(tokens[:-1])) >= len(text):
+        while finish == "stop" and tokens and self.tokenizer.decode(tokens[:-1]).startswith(text):
             tokens = tokens[:-1]
         logprobs = row.logprobs[: len(tokens)] if sampling.logprobs else []
         return Completion(text, tokens, logprobs, finish)

@@ -1,8 +1,10 @@
+import json
+
 import pytest
 import torch
 
 from config import UserError
-from decoder import choose
+from decoder import Sampling
 from model import ModelConfig, Phi
 from sample import Generator
 from tokenizer import Tokenizer
@@ -70,21 +72,123 @@ def test_a_prompt_that_fills_the_context(generator):
         generator.generate(["x", "x y " * 200])
 
 
-def test_choices_follow_the_distribution():
-    logits = torch.log(torch.tensor([0.1, 0.6, 0.05, 0.25])).expand(20000, -1)
-    draws = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-
-    def shares(temperature, top_p):
-        return torch.bincount(choose(logits, draws, temperature, top_p), minlength=4) / 20000
-
-    close = {"rtol": 0, "atol": 0.01}
-    torch.testing.assert_close(shares(1.0, 1.0), torch.tensor([0.1, 0.6, 0.05, 0.25]), **close)
-    torch.testing.assert_close(
-        shares(1.0, 0.8), torch.tensor([0, 0.6 / 0.85, 0, 0.25 / 0.85]), **close
+def stream(generator, prompts, new_tokens, **options):
+    """({index: completion}, {index: the text that on_text was given})."""
+    pieces = {i: [] for i in range(len(prompts))}
+    done = generator.stream(
+        prompts, new_tokens, on_text=lambda i, text: pieces[i].append(text), **options
     )
-    p2 = torch.tensor([0.1, 0.6, 0.05, 0.25]) ** 2
-    torch.testing.assert_close(shares(0.5, 1.0), p2 / p2.sum(), **close)
-    assert shares(1.0, 1e-6)[1] == shares(0, 1.0)[1] == 1
+    return dict(done), {i: "".join(p) for i, p in pieces.items()}, pieces
+
+
+def test_rows_are_refilled_as_they_finish(generator):
+    """Many prompts through two rows, with stops at different lengths: as each alone."""
+    prompts = [p + str(i) for i in range(3) for p in PROMPTS] + ["x"] * 3
+    options = {"stop": ("a", "9"), "sampling": Sampling(1.0, 0.95, logprobs=True), "seed": 3}
+    whole, texts, _ = stream(generator, prompts, 14, batch_size=16, **options)
+    assert len({len(done.tokens) for done in whole.values()}) > 4, "they end at many lengths"
+    for batch_size in (1, 3):
+        again, _, _ = stream(generator, prompts, 14, batch_size=batch_size, **options)
+        assert again == whole, "tokens and log-probabilities too"
+    assert texts == {i: done.text for i, done in whole.items()}
+
+
+def test_a_later_prompt_does_not_change_an_earlier_one(generator):
+    options = {"temperature": 1.0, "seed": 5}
+    few = generator.generate(PROMPTS[:2], 12, **options)
+    assert generator.generate(PROMPTS, 12, **options)[:2] == few
+    short = generator.generate(PROMPTS, 6, **options)
+    long = generator.generate(PROMPTS, 12, **options)
+    assert all(b.startswith(a.rstrip("\ufffd")) for a, b in zip(short, long))
+
+
+@torch.no_grad()
+def test_log_probabilities(generator):
+    sampling = Sampling(1.5, logprobs=True)
+    [(_, done)] = generator.stream(["def f"], 10, sampling, seed=2)
+    ids = generator.encode("def f")
+    p = generator.model(torch.tensor([ids + done.tokens]))[0, len(ids) - 1 : -1].log_softmax(-1)
+    want = p.gather(1, torch.tensor(done.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(done.logprobs), want, atol=1e-4, rtol=0)
+    assert not next(generator.stream(["def f"], 10))[1].logprobs
+
+
+class Bytes:
+    """A tokenizer of bytes, in which most tokens are parts of characters."""
+
+    end_of_text = 0
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def scripted(text: str, monkeypatch, prompt: str = "") -> Generator:
+    """A generator that answers every prompt with the bytes of `text`, then <|endoftext|>."""
+    answer = [*text.encode(), 0]
+
+    class Script:
+        def __init__(self, *args):
+            pass
+
+        def fits(self, *args):
+            return True
+
+        def load(self, row, ids, draws, twin=None):
+            self.at = 0
+
+        def move(self, source, row):
+            pass
+
+        def steps(self, rows, span, sampling):
+            self.at += 3  # three tokens at a time, as on a GPU
+            return [[*answer, *[0] * 9][self.at - 3 : self.at]], [[-1.0] * 3]
+
+    monkeypatch.setattr("sample.Decoder", Script)
+    return Generator(Phi(ModelConfig(256, 64, 1, 1, 8, 8, 2)), Bytes())
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "want", "tokens", "finish"),
+    [
+        ("no stop", ("\ndef",), "no stop", 7, "end"),
+        ("x = 1\n\ndef f", ("\ndef", "never"), "x = 1\n", 6, "stop"),
+        ("a\ndeb\nde", ("\ndef",), "a\ndeb\nde", 8, "end"),  # held back, then given
+        ("first, last", ("last", "st,"), "fir", 3, "stop"),
+        ("naïve → 日本", (), "naïve → 日本", 17, "end"),
+        ("日本", ("本",), "日", 3, "stop"),
+        ("stop at once", ("s",), "", 0, "stop"),
+        ("0123456789" * 7, (), ("0123456789" * 7)[:63], 63, "context"),
+    ],
+)
+def test_stop_strings_and_streaming(text, stop, want, tokens, finish, monkeypatch):
+    generator = scripted(text, monkeypatch)
+    done, texts, pieces = stream(generator, [""], 100, stop=stop)
+    assert (done[0].text, len(done[0].tokens), done[0].finish) == (want, tokens, finish)
+    assert texts[0] == want
+    assert not any("\ufffd" in piece for piece in pieces[0]), "characters are given whole"
+    assert "".join(pieces[0][:1]) != want or len(want) < 4, "text is given as it comes"
+
+
+def test_a_token_that_holds_more_than_the_stop_string_is_kept_whole(generator):
+    """Our pieces are longer than characters: the text is cut inside the last token."""
+    [(_, whole)] = generator.stream(["def f"], 20)
+    pieces = [generator.tokenizer.decode([token]) for token in whole.tokens]
+    at = next(i for i, piece in enumerate(pieces) if i > 3 and len(piece) > 2)
+    before = "".join(pieces[:at])
+    stop = whole.text[len(before) + 1 : len(before) + 3]
+    if stop in whole.text[: len(before) + 1]:
+        pytest.skip("the stop string happens to come earlier")
+    [(_, done)] = generator.stream(["def f"], 20, stop=(stop,))
+    assert done.text == whole.text[: len(before) + 1]
+    assert done.tokens == whole.tokens[: at + 1]
+
+
+def test_max_new_tokens(generator):
+    [(_, done)] = generator.stream(["x"], 5)
+    assert (len(done.tokens), done.finish) == (5, "length")
 
 
 def test_command(cli, tiny, tokens, tmp_path):
@@ -97,6 +201,15 @@ def test_command(cli, tiny, tokens, tmp_path):
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout == piped.stdout
     assert asked.stdout.startswith("def f")
+    two = cli(*command, "--prompt", "def f", "--samples=2", "--temperature=1")
+    first, second = two.stdout.split("-" * 40 + "\n")
+    assert first.startswith("def f")
+    assert second.startswith("def f")
+    done = cli(*command, "--prompt", "def f", "--logprobs")
+    [row] = map(json.loads, done.stdout.splitlines())
+    assert "def f" + row["text"] + "\n" == asked.stdout
+    assert len(row["tokens"]) == len(row["logprobs"]) == len(row["pieces"]) <= 5
+    assert all(p <= 0 for p in row["logprobs"])
     for flags, message in [
         (["--prompt", "x y " * 100], "leaves no room to answer; shorten it"),
         (["--prompt", "x", "--top_p=0"], "0 < top_p <= 1"),
