@@ -70,17 +70,14 @@ def calls(c: Config, model: Phi, batch: int) -> dict[str, Callable[[], None]]:
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     generator = Generator(model, Numbers())
     generator.end_of_text = -1  # no token is
-    # Generator.encode puts an <|endoftext|> first
-    idx = torch.randint(1, c.vocab_size, (batch, c.prompt_tokens)).index_fill_(
-        1, torch.tensor([0]), 0
-    )
+    idx = torch.randint(1, c.vocab_size, (batch, c.prompt_tokens))
+    idx[:, 0] = 0  # Generator.encode begins with <|endoftext|>
     prompts = [" ".join(map(str, row[1:].tolist())) for row in idx]
     peer = HuggingFace(c.model).net.to(device, dtype).eval()
     peer.config.use_cache = True
-    options = {
-        "attention_mask": torch.ones_like(idx, device=device), "do_sample": False, "pad_token_id": 0,
-        "min_new_tokens": c.new_tokens, "max_new_tokens": c.new_tokens, "use_cache": True,
-    }  # fmt: skip
+    options = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+    options |= {"attention_mask": torch.ones_like(idx, device=device)}
+    options |= {"min_new_tokens": c.new_tokens, "max_new_tokens": c.new_tokens}
     static = {"cache_implementation": "static", "disable_compile": device.type == "cpu"}
     if device.type == "cpu" and c.compile:
         peer.forward = torch.compile(peer.forward)
@@ -98,7 +95,7 @@ def calls(c: Config, model: Phi, batch: int) -> dict[str, Callable[[], None]]:
 
 def step_bytes(c: ModelConfig, batch: int, positions: float, itemsize: int) -> float:
     """Bytes that one token for each of `batch` texts must read: weights, keys and values."""
-    block = 4 * c.width**2 + 2 * c.width * c.mlp_width + 7 * c.width + c.mlp_width
+    block = 4 * c.width**2 + 2 * c.width * c.mlp_width + 4 * c.width + c.mlp_width
     weights = c.n_layer * block + c.vocab_size * (c.width + 1)
     return itemsize * (weights + 2 * batch * positions * c.n_layer * c.width)
 
@@ -127,7 +124,7 @@ def measure(c: Config) -> list[dict]:
     torch.manual_seed(c.seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = Phi(c.model).to(device, dtype).eval()
-    roof = measured_roof(CudaTimer(), "cuda", dtype).bytes_per_s if device.type == "cuda" else None
+    roof = measured_roof(CudaTimer(), "cuda", dtype).memory if device.type == "cuda" else None
     for batch in c.batch:
         functions = calls(c, model, batch)
         times = {name: [] for name in functions}
