@@ -117,6 +117,7 @@ class Bytes:
     """A tokenizer of bytes, in which most tokens are parts of characters."""
 
     end_of_text = 0
+    start = (0,)
 
     def encode(self, text):
         return list(text.encode())
