@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UserError
-from kernels import decode
 from model import KVCache, Phi
 
 # On a CPU attention reads the cache up to a multiple of 16 positions, and so many that its products
@@ -73,6 +72,8 @@ class Decoder:
         self.slot = slot.view(2, rows, c.n_head)  # where each head's keys and values begin
         self.graphs: dict = {}
         if kernels:
+            from kernels import decode  # here, as triton is not everywhere
+
             self.scratch = decode.scratch(rows, c.n_head, self.positions, c.head_dim, like.device)
 
     def padded(self, rows: int) -> int:
@@ -166,6 +167,8 @@ class Decoder:
 
     def _logits_kernels(self, n: int) -> Tensor:
         """fp32 logits [n, V]; kernels/decode.py: three launches a block."""
+        from kernels import decode
+
         m, c = self.model, self.model.c
         C, position = c.width, self.position[:n]
         x = m.embed(self.token[:n])
@@ -187,7 +190,8 @@ class Decoder:
         C, H, D, R = c.width, c.n_head, c.head_dim, c.rotary_dim
         cos, sin = self.cos[position], self.sin[position]  # [n, 1, R]
         heads = position.repeat_interleave(H)[:, None, None]  # [n H, 1, 1]
-        mask = torch.where(torch.arange(span) > heads, float("-inf"), 0.0)  # [n H, 1, span]
+        far = torch.arange(span, device=heads.device) > heads
+        mask = torch.where(far, float("-inf"), 0.0)  # [n H, 1, span]
         at = (self.slot[:, :n] + position[:, None]).flatten()
         x = m.embed(self.token[:n])
         for i, block in enumerate(m.blocks):

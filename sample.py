@@ -24,7 +24,7 @@ from tqdm import tqdm
 import checkpoint
 from config import UserError, parse, run
 from decoder import GREEDY, Decoder, Sampling
-from model import Phi
+from model import Phi, select_kernels
 from tokenizer import Tokenizer
 
 
@@ -71,11 +71,12 @@ class Generator:
     """A model and its tokenizer, ready to complete prompts."""
 
     def __init__(self, model: Phi, tokenizer: Tokenizer, kernels: bool | None = None):
-        """`kernels` of kernels/decode.py, or torch; by default as the model is on a GPU or not."""
+        """`kernels` of kernels/decode.py, or torch; by default what model.py would train with."""
         self.model, self.tokenizer = model, tokenizer
         self.context_tokens = model.c.seq_len
         self.end_of_text = tokenizer.end_of_text
-        self.kernels = model.embed.weight.is_cuda if kernels is None else kernels
+        chosen, _ = select_kernels(model.c, model.embed.weight.device)
+        self.kernels = chosen == "triton" if kernels is None else kernels
         self._decoder: Decoder | None = None
 
     @classmethod

@@ -3,9 +3,10 @@
     python -m eval.decode_bench configs/demo.toml [--batch=1 --batch=32] [--compile]
 
 Random weights, random prompts of one length, greedy, no end of text: each call gives batch x
-new_tokens tokens, prefill included. The peers are PhiForCausalLM with sdpa attention, with its
-growing cache and with its static one; --compile compiles the static one (a GPU always does). A
-ratio is between medians of rounds in which each had its turn, so that a busy machine slows all.
+new_tokens tokens, prefill included. The peers are PhiForCausalLM of the same weights with sdpa
+attention, with its growing cache and with its static one; --compile compiles both (a GPU always
+compiles the static one). A ratio is between medians of rounds in which each had its turn, so that a
+busy machine slows all. "same" is the share of tokens that are ours.
 
 The roof: a decoder's step against the bytes it must read, weights and keys and values, at the rate
 of a large copy measured in the same run.
@@ -18,11 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from bench import HuggingFace, device_of
 from config import UserError, parse, run
 from decoder import GPU_STEPS, GREEDY, Decoder
+from hf import parts
 from kernels.timing import CudaTimer, measured_roof, percentiles
 from kernels.trace import synchronize
 from model import ModelConfig, Phi
@@ -56,7 +59,8 @@ class Config(TrainConfig):
 class Numbers:
     """A tokenizer whose text is its token ids."""
 
-    start, end_of_text = (0,), 0
+    end_of_text = 0
+    start = (0,)
 
     def encode(self, text: str) -> list[int]:
         return list(map(int, text.split()))
@@ -65,15 +69,16 @@ class Numbers:
         return " ".join(map(str, ids))
 
 
-def calls(c: Config, model: Phi, batch: int) -> dict[str, Callable[[], None]]:
-    """What is timed, by name: functions that generate batch x new_tokens tokens."""
+def calls(c: Config, model: Phi, batch: int) -> dict[str, Callable[[], Tensor]]:
+    """What is timed, by name: functions that return batch x new_tokens tokens."""
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     generator = Generator(model, Numbers())
     generator.end_of_text = -1  # no token is
     idx = torch.randint(1, c.vocab_size, (batch, c.prompt_tokens))
-    idx[:, 0] = 0  # Generator.encode begins with <|endoftext|>
+    idx[:, 0] = 0  # as Numbers.start
     prompts = [" ".join(map(str, row[1:].tolist())) for row in idx]
     peer = HuggingFace(c.model).net.to(device, dtype).eval()
+    peer.load_state_dict(parts(model))
     peer.config.use_cache = True
     options = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
     options |= {"attention_mask": torch.ones_like(idx, device=device)}
@@ -82,14 +87,17 @@ def calls(c: Config, model: Phi, batch: int) -> dict[str, Callable[[], None]]:
     if device.type == "cpu" and c.compile:
         peer.forward = torch.compile(peer.forward)
 
-    def ours() -> None:
-        for _, done in generator.stream(prompts, c.new_tokens, batch_size=batch):
-            assert len(done.tokens) == c.new_tokens
+    def ours() -> Tensor:
+        done = dict(generator.stream(prompts, c.new_tokens, batch_size=batch))
+        return torch.tensor([done[row].tokens for row in range(batch)])
+
+    def theirs(**extra) -> Tensor:
+        return peer.generate(idx.to(device), **options, **extra)[:, c.prompt_tokens :].cpu()
 
     return {
         "ours": ours,
-        "transformers": lambda: peer.generate(idx.to(device), **options),
-        "transformers static": lambda: peer.generate(idx.to(device), **options, **static),
+        "transformers": theirs,
+        "transformers static": lambda: theirs(**static),
     }
 
 
@@ -127,12 +135,12 @@ def measure(c: Config) -> list[dict]:
     roof = measured_roof(CudaTimer(), "cuda", dtype).memory if device.type == "cuda" else None
     for batch in c.batch:
         functions = calls(c, model, batch)
-        times = {name: [] for name in functions}
+        times, tokens = {name: [] for name in functions}, {}
         for turn in tqdm(range(c.rounds + 1), desc=f"batch {batch}", disable=None):
             for name, function in functions.items():
                 synchronize(device)
                 began = time.perf_counter()
-                function()
+                tokens[name] = function()
                 synchronize(device)
                 if turn:
                     times[name].append((time.perf_counter() - began) * 1e3)
@@ -140,6 +148,7 @@ def measure(c: Config) -> list[dict]:
             p20, p50, p80 = percentiles(ms)
             row = {"batch": batch, "impl": name, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
             row["tokens_per_s"] = batch * c.new_tokens / p50 * 1e3
+            row["same_frac"] = (tokens[name] == tokens["ours"]).float().mean().item()
             row["ours_times"] = p50 / percentiles(times["ours"])[1]
             if roof and name == "ours":
                 row["bytes_per_s"], row["roof_frac"] = roof_frac(c, model, batch, roof)
@@ -157,11 +166,12 @@ def main() -> None:
         print(json.dumps({"environment": where, "config": config, "rows": rows}))
         return
     print(f"{c.prompt_tokens} prompt tokens, {c.new_tokens} new; ms a token of each text; ", end="")
-    print(f"{torch.get_num_threads()} threads; compiled static cache: {c.compile}")
-    print(f"{'batch':>5} {'':20}{'p20':>8}{'p50':>8}{'p80':>8}{'tokens/s':>10}{'/ ours':>8}")
+    print(f"{torch.get_num_threads()} threads; compiled: {c.compile}")
+    print(f"batch {'':20}{'p20':>8}{'p50':>8}{'p80':>8}{'tokens/s':>10}{'/ ours':>8}{'same':>6}")
     for r in rows:
         ms = "".join(f"{r[p] / c.new_tokens:8.2f}" for p in ("p20_ms", "p50_ms", "p80_ms"))
         line = f"{r['batch']:5} {r['impl']:20}{ms}{r['tokens_per_s']:10,.0f}{r['ours_times']:8.2f}"
+        line += f"{r['same_frac']:6.0%}"
         if "roof_frac" in r:
             line += f"  {r['bytes_per_s'] / 1e12:.2f} TB/s, {r['roof_frac']:.0%} of a copy"
         print(line)

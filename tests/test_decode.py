@@ -78,8 +78,7 @@ def attention_case(positions, H, D, R, dtype, S=400):
     N = len(positions)
     qkv, cache = rand(N, 3 * H * D, dtype=dtype), rand(2, N, H, S, D, dtype=dtype, seed=1)
     cache = cache.contiguous()
-    c = model.ModelConfig(width=H * D, n_head=H, rotary_dim=R, seq_len=S)
-    cos, sin = (t.to(DEVICE) for t in model.rope_tables(c))
+    cos, sin = (t.to(DEVICE) for t in model.rope_tables(S, R))
     position = torch.tensor(positions, device=DEVICE)
     after = cache.clone()
     for n, p in enumerate(positions):

@@ -25,6 +25,7 @@ def test_measure():
     rows = measure(config)
     assert [r["impl"] for r in rows] == ["ours", "transformers", "transformers static"]
     for row in rows:
+        assert row["same_frac"] == 1
         assert row["tokens_per_s"] == pytest.approx(2 * 6 / row["p50_ms"] * 1e3)
     assert rows[0]["ours_times"] == 1
 

@@ -116,7 +116,8 @@ def test_log_probabilities(generator):
 class Bytes:
     """A tokenizer of bytes, in which most tokens are parts of characters."""
 
-    start, end_of_text = (0,), 0
+    end_of_text = 0
+    start = (0,)
 
     def encode(self, text):
         return list(text.encode())
