@@ -232,7 +232,6 @@ def main() -> None:
             raise UserError(f"{init_from} was trained with another tokenizer than {c.data}")
         checkpoint.load_weights(model, init_from)
     parameters = sum(p.numel() for p in model.parameters())
-    kernels, how = select_kernels(c.model, device)
     compiled = c.compile and kernels == "torch"
     parallel.shard_model(model, ranks, dtype, c.shard, c.regather, c.recompute, compiled)
     optimizer = make_optimizer(model, c)
@@ -253,7 +252,6 @@ def main() -> None:
         "kernels_used": kernels,
         "parameters": parameters,
         "roof": roof_name,
-        "kernels_selected": kernels,
     } | environment()  # fmt: skip
     if rank == 0:
         c.out.mkdir(parents=True, exist_ok=True)
@@ -266,8 +264,7 @@ def main() -> None:
         f"kernels: {kernels} ({why}); "
         f"{c.max_steps:,} steps x {tokens_per_step:,} tokens = "
         f"{c.max_steps * c.seqs_per_step / len(windows):.2f} epochs of {windows.tokens:,}\n"
-        f"{flops / 1e6:,.1f} MFLOP a token, causal; MFU is the share of {roof_name}\n"
-        f"kernels: {kernels} ({how})"
+        f"{flops / 1e6:,.1f} MFLOP a token, causal; MFU is the share of {roof_name}"
     )
     saver = checkpoint.Saver(c.out, rank, parallel.cpu_group(c.timeout_s), c.keep, c.keep_every)
     signals = parallel.Signals(parallel.cpu_group(c.timeout_s))
