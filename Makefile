@@ -74,13 +74,15 @@ pairs:     $(OUT)/pairs/summary.json      ## docstring/function pairs cut from r
 exercises: $(OUT)/exercises/summary.json  ## make exercises with checked solutions
 tokenizer: $(OUT)/tokenizer/summary.json  ## train the tokenizer
 
-$(OUT)/raw/summary.json: data/collect.py data/documents.py $(call set,RAW_MB) | $(VENV)
+LAYER := $(addprefix data/,documents.py lineage.py ranks.py readers.py stage.py)
+
+$(OUT)/raw/summary.json: data/collect.py $(LAYER) $(call set,RAW_MB) | $(VENV)
 	$(PYTHON) -m data.collect --out $(@D) --max_mb $(RAW_MB)
 
-$(OUT)/filtered/summary.json: data/filter.py $(OUT)/raw/summary.json
+$(OUT)/filtered/summary.json: data/filter.py $(LAYER) $(OUT)/raw/summary.json
 	$(PYTHON) -m data.filter --source $(OUT)/raw --out $(@D)
 
-$(OUT)/pairs/summary.json: data/pairs.py $(OUT)/raw/summary.json
+$(OUT)/pairs/summary.json: data/pairs.py $(LAYER) $(OUT)/raw/summary.json
 	$(PYTHON) -m data.pairs --source $(OUT)/raw --out $(@D)
 
 $(OUT)/exercises/summary.json: data/exercises.py data/families.py data/documents.py \
@@ -103,13 +105,13 @@ tokens: $(foreach x,filtered exercises pairs,$(OUT)/tokens/$(x)/summary.json)  #
 documents = $(OUT)/$(if $(filter exercises shuffled,$(1)),$(1)/train,$(1))
 
 $(OUT)/tokens/%/summary.json: $(OUT)/%/summary.json $(OUT)/tokenizer/summary.json data/pack.py \
-    data/shards.py
+    data/shards.py $(LAYER)
 	$(PYTHON) -m data.pack --source $(call documents,$*) --tokenizer $(OUT)/tokenizer --out $(@D) \
 	  --val_frac 0.05
 
 # ---- training: runs/base on filtered code, then runs/X from it on the tokens of X ----
 
-CODE  := train.py model.py checkpoint.py data/loader.py configs/demo.toml
+CODE  := train.py model.py checkpoint.py parallel.py data/loader.py configs/demo.toml
 TRAIN  = $(PYTHON) train.py configs/demo.toml --out $(@D) --resume --restart
 
 pretrain: $(OUT)/runs/base/summary.json       ## train the base model on filtered code
@@ -140,7 +142,7 @@ $(OUT)/runs/raw_exercises/summary.json: $(OUT)/tokens/exercises/summary.json \
 
 eval: $(OUT)/eval/exercises/results.json  ## score the finetuned model on held-out exercises
 
-$(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json sample.py $(wildcard eval/*.py)
+$(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json sample.py decoder.py $(wildcard eval/*.py)
 	$(PYTHON) -m eval.exercises --checkpoint $(OUT)/runs/$* \
 	  --problems $(OUT)/exercises/heldout.jsonl --out $(@D) --max_new_tokens 128 --sandbox $(SANDBOX)
 

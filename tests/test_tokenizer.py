@@ -47,6 +47,15 @@ def test_end_of_text_decodes_to_nothing(tokenizer):
     assert tokenizer.decode([tokenizer.end_of_text, *ids, tokenizer.end_of_text]) == "a"
 
 
+def test_the_same_documents_give_the_same_bytes(cli, corpus, tmp_path):
+    for name in "ab":
+        args = ["--source", corpus, "--vocab_size", 512, "--out", tmp_path / name]
+        assert cli("-m", "tokenizer.train", *args).returncode == 0
+    a, b = ((tmp_path / name / "tokenizer.model").read_bytes() for name in "ab")
+    assert a == b
+    assert str(tmp_path).encode() not in a
+
+
 def test_fingerprint_follows_the_model(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     assert Tokenizer(tmp_path).fingerprint == tokenizer.fingerprint

@@ -4,6 +4,7 @@
         --vocab_size 2048 --out out/demo/tokenizer
 """
 
+import io
 import re
 import time
 from collections.abc import Iterator
@@ -37,12 +38,12 @@ def main() -> None:
     config = parse(Config)
     if not SMALLEST_VOCAB <= config.vocab_size <= 65536:
         raise UserError(f"--vocab_size {config.vocab_size}: want {SMALLEST_VOCAB} to 65536")
-    began, used = time.perf_counter(), {}
+    began, used, model = time.perf_counter(), {}, io.BytesIO()
     with new_folder(config.out, config.source) as folder:
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=chunks(config.source, config.max_mb, used),
-                model_prefix=str(folder / "tokenizer"),
+                model_writer=model,  # and no model_prefix: its path would be kept in the model
                 model_type="bpe",
                 vocab_size=config.vocab_size,
                 num_threads=config.threads,
@@ -65,7 +66,7 @@ def main() -> None:
                 f"{sum(used.values()):,} bytes; lower --vocab_size or add documents. It said: "
                 f"{str(e).splitlines()[-1]}"
             ) from None
-        (folder / "tokenizer.vocab").unlink()
+        (folder / MODEL_FILE).write_bytes(model.getvalue())
         tokenizer = Tokenizer(folder / MODEL_FILE)
         summary = {
             "vocab_size": tokenizer.vocab_size,
