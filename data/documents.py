@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import zstandard
-
 from config import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -136,6 +134,8 @@ class DocumentFile:
 
     def write_line(self, line: bytes) -> None:
         if self._file is None:
+            import zstandard  # here: a machine that trains on shards packed elsewhere needs none
+
             compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
             self._file = zstandard.open(self.path, "wb", cctx=compressor)
         self._file.write(line)
@@ -225,7 +225,7 @@ def write_json(path: Path, value) -> None:
     temporary.replace(path)
 
 
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)  # what `chunks` raises
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what `chunks` raises
 
 
 def lines(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[bytes | None]:
@@ -280,13 +280,19 @@ def _gzip(f: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd(f: BinaryIO) -> Iterator[bytes]:
+    import zstandard
+
     decompressor = zstandard.ZstdDecompressor()
     frame = decompressor.decompressobj()
     while fed := f.read(ZSTD_FEED_BYTES):
         while fed:
             if frame.eof:
                 frame = decompressor.decompressobj()
-            yield frame.decompress(fed)
+            try:
+                piece = frame.decompress(fed)
+            except zstandard.ZstdError as e:
+                raise EOFError(str(e)) from None
+            yield piece
             fed = frame.unused_data
     if not frame.eof:  # zstandard's own file reader takes a frame cut short for a whole one
         raise EOFError("the last zstd frame is cut short")

@@ -22,7 +22,14 @@ import torch
 from config import UserError, parse, run
 
 ROOT = Path(__file__).parents[1]
-TESTED = ("attention", "block", "mlp", "layernorm", "cross_entropy")  # what has tests for a GPU
+TESTED = (
+    "attention",
+    "block",
+    "mlp",
+    "layernorm",
+    "cross_entropy",
+    "plan",
+)  # what has tests for a GPU
 
 
 @dataclass(frozen=True)
