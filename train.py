@@ -159,8 +159,7 @@ class Progress:
     """How far a run is: saved in each checkpoint's meta.json, beside the tensors."""
 
     step: int = 0  # optimiser steps done
-    logged_step: int = 0  # of the last log line
-    trained_s: float = 0.0  # time in steps, up to that line
+    trained_s: float = 0.0  # time in steps, up to the last log line
     data_offset: int = 0  # steps of data left out by rewinds
     rewound: int = 0  # rewinds so far
 
@@ -320,7 +319,8 @@ def main() -> None:
         log.event("start", progress.step, world_size=world_size, restarts=ranks.restarts,
                   commit=resolved["commit"])  # fmt: skip
         log.status("running", progress.step)
-        began = time.perf_counter()  # of the steps since the last log line, evaluations left out
+        # Of the steps since the last log line; evaluations are left out.
+        timed_from, began = progress.step, time.perf_counter()
         while True:
             step = progress.step
             stop_signal = signals.heard()
@@ -331,7 +331,8 @@ def main() -> None:
                 saved_step = step
                 began += time.perf_counter() - paused
             if stop_signal:
-                saver.finish()
+                if problem := saver.finish():
+                    raise UserError(f"signal {stop_signal}, and {problem}")
                 log.event("stop", step, signal=stop_signal)
                 log.status("preempted, saved", step)
                 say(f"signal {stop_signal}: saved at step {step:,}; --resume goes on from there")
@@ -375,7 +376,7 @@ def main() -> None:
             loss_sum, steps_taken = losses.tolist()
             seconds = time.perf_counter() - began
             progress.trained_s += seconds
-            tokens_per_s = (step - progress.logged_step) * tokens_per_step / seconds
+            tokens_per_s = (step - timed_from) * tokens_per_step / seconds
             mfu = tokens_per_s * flops / (roof * world_size)
             skips, skips_in_a_row = int(guard.skipped), int(guard.most_in_a_row)
             record = {
@@ -433,8 +434,7 @@ def main() -> None:
                     batches, late_losses, best = begin()
                     log.warn("rewind", progress.step, f"back to step {progress.step:,}, and on "
                              f"without the data of {step - progress.step:,} steps")  # fmt: skip
-            progress.logged_step = progress.step
-            loader.waited_s, began = 0.0, time.perf_counter()
+            timed_from, loader.waited_s, began = progress.step, 0.0, time.perf_counter()
 
         if problem := saver.finish():
             raise UserError(f"{problem}; then --resume to write it")

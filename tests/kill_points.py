@@ -101,7 +101,7 @@ def main() -> None:
         processes, before, died = start("killed"), last_step(killed), time.perf_counter()
         victim = draw.choice(processes)
         if len(at) < c.kills:
-            wait_steps = draw.randrange(c.steps // 4)
+            wait_steps = draw.randrange(2 * max(1, c.steps // c.kills))
             while last_step(killed) <= before and all(p.poll() is None for p in processes):
                 time.sleep(0.005)
             if at:
