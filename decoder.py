@@ -63,11 +63,13 @@ class Decoder:
         self.start = torch.zeros_like(self.token)  # where the prompt's last token stands
         self.draws = torch.zeros(rows, draws, dtype=torch.float64, device=like.device)
         self.logprob = torch.zeros(rows, device=like.device)
-        # The rotary tables for pairs laid side by side, so that one product turns both halves, and
-        # the two biases that add into the residual as one.
+        # The rotary tables for pairs laid side by side, so that one product turns both halves.
         self.cos = torch.cat([model.cos, model.cos], -1)[:, None]  # [T, 1, R]
         self.sin = torch.cat([-model.sin, model.sin], -1)[:, None]
-        self.b_out = [b.b_attn + b.b_mlp for b in model.blocks]
+        self.layers = [
+            (b, b.w_in.t(), b.w_out.t(), b.b_attn + b.b_mlp, cache)
+            for b, cache in zip(model.blocks, self.cache)
+        ]
         slot = torch.arange(2 * rows * c.n_head, device=like.device) * self.positions
         self.slot = slot.view(2, rows, c.n_head)  # where each head's keys and values begin
         self.graphs: dict = {}
@@ -131,8 +133,10 @@ class Decoder:
             else:
                 self._step(self.padded(rows), self.span(longest + i), sampling)
             tokens.append(self.token[:rows].clone())
-            logprobs.append(self.logprob[:rows].clone())
-        return torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
+            if sampling.logprobs:
+                logprobs.append(self.logprob[:rows].clone())
+        logprobs = torch.stack(logprobs, 1).tolist() if logprobs else [[]] * rows
+        return torch.stack(tokens, 1).tolist(), logprobs
 
     def _replay(self, rows: int, sampling: Sampling) -> None:
         """A step as one CUDA graph, captured when it is first needed."""
@@ -154,9 +158,10 @@ class Decoder:
 
     def _step(self, n: int, span: int, sampling: Sampling) -> None:
         logits = self._logits_kernels(n) if self.kernels else self._logits_torch(n, span)
-        position, start = self.position[:n], self.start[:n]
-        count = (position - start).clamp(max=self.draws.shape[1] - 1)
-        draw = self.draws[:n].gather(1, count[:, None])[:, 0]
+        position, draw = self.position[:n], None
+        if sampling.temperature > 0:
+            count = (position - self.start[:n]).clamp(max=self.draws.shape[1] - 1)
+            draw = self.draws[:n].gather(1, count[:, None])[:, 0]
         token = choose(logits, draw, sampling.temperature, sampling.top_p)
         if sampling.logprobs:
             chosen = logits.gather(1, token[:, None])[:, 0]
@@ -173,12 +178,12 @@ class Decoder:
         C, position = c.width, self.position[:n]
         x = m.embed(self.token[:n])
         qkv, ya = x.new_empty(n, 3 * C), x.new_empty(n, C + c.mlp_width)
-        for i, b in enumerate(m.blocks):
+        for b, _, _, b_out, cache in self.layers:
             norm = (b.ln.weight, b.ln.bias, b.ln.eps)
             decode.linear(x, b.w_in, b.b_in, qkv, norm=norm, act=ya[:, C:])
-            k, v = self.cache[i, :, :n]
+            k, v = cache[:, :n]
             decode.attention(qkv, k, v, position, m.cos, m.sin, ya[:, :C], *self.scratch)
-            decode.linear(ya, b.w_out, self.b_out[i], x)
+            decode.linear(ya, b.w_out, b_out, x)
         logits = x.new_empty(n, c.vocab_size, dtype=torch.float32)
         norm = (m.ln_f.weight, m.ln_f.bias, m.ln_f.eps)
         decode.linear(x, m.head.weight, m.head.bias, logits, norm=norm)
@@ -191,35 +196,31 @@ class Decoder:
         cos, sin = self.cos[position], self.sin[position]  # [n, 1, R]
         heads = position.repeat_interleave(H)[:, None, None]  # [n H, 1, 1]
         far = torch.arange(span, device=heads.device) > heads
-        mask = torch.where(far, float("-inf"), 0.0)  # [n H, 1, span]
+        mask = torch.where(far, float("-inf"), 0.0).to(self.cache.dtype)  # [n H, 1, span]
         at = (self.slot[:, :n] + position[:, None]).flatten()
+        tile = min(n, self.tile)
         x = m.embed(self.token[:n])
-        for i, block in enumerate(m.blocks):
-            h = self._linear(block.ln(x), block.w_in, block.b_in)
+        for block, w_in, w_out, b_out, cache in self.layers:
+            h = grouped_linear(block.ln(x), w_in, block.b_in, tile)
             qk = h[:, : 2 * C].view(n, 2 * H, D)[..., :R]
             qk.copy_(torch.addcmul(qk * cos, qk.roll(R // 2, -1), sin))
             q, kv = h[:, :C].reshape(n * H, 1, D), h[:, C : 3 * C].view(n, 2, H, D)
-            self.cache[i].view(-1, D).index_copy_(0, at, kv.transpose(0, 1).reshape(-1, D))
-            k, v = self.cache[i, :, :n, :, :span].flatten(1, 2)  # [n H, span, D]
+            cache.view(-1, D).index_copy_(0, at, kv.transpose(0, 1).reshape(-1, D))
+            k, v = cache[:, :n, :, :span].flatten(1, 2)  # [n H, span, D]
             # Half the time of scaled_dot_product_attention for one query a head.
             s = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # [n H, 1, span]
             y = torch.bmm(s.softmax(-1), v)
             a = F.gelu(h[:, 3 * C :], approximate="tanh")
-            ya = torch.cat([y.view(n, C), a], -1)
-            x = x + self._linear(ya, block.w_out, self.b_out[i])
-        return self._linear(m.ln_f(x), m.head.weight, m.head.bias).float()
-
-    def _linear(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        """x w^T + b, of `tile` rows at a time."""
-        return grouped_linear(x, w, b, min(len(x), self.tile))
+            x = x + grouped_linear(torch.cat([y.view(n, C), a], -1), w_out, b_out, tile)
+        return grouped_linear(m.ln_f(x), m.head.weight.t(), m.head.bias, tile).float()
 
 
 def grouped_linear(x: Tensor, w: Tensor, b: Tensor, rows: int) -> Tensor:
-    """x w^T + b of x [n, K], as n / rows products of `rows` rows each."""
-    groups = len(x) // rows
+    """x w + b of x [n, K] and w [K, J], as n / rows products of `rows` rows each."""
+    groups = x.shape[0] // rows
     if groups == 1:  # the same in fewer calls
-        return torch.addmm(b, x, w.t())
-    x, w = x.view(groups, rows, x.shape[1]), w.t().expand(groups, -1, -1)
+        return torch.addmm(b, x, w)
+    x, w = x.view(groups, rows, x.shape[1]), w.expand(groups, -1, -1)
     return torch.baddbmm(b, x, w).view(groups * rows, -1)
 
 
@@ -232,12 +233,13 @@ def same_rows(model: Phi) -> int:
     bits (and one row, so that there are always two); with two threads it is 2 for small matrices.
     """
     block, tile = model.blocks[0], 8
-    for w in (block.w_in, block.w_out, model.head.weight):
+    for w in (block.w_in.t(), block.w_out.t(), model.head.weight.t()):
         generator = torch.Generator(w.device).manual_seed(0)
-        x = torch.randn(16, w.shape[1], generator=generator, device=w.device).to(w.dtype)
-        want = grouped_linear(x, w, w.new_ones(len(w)), 2)
+        x = torch.randn(16, len(w), generator=generator, device=w.device).to(w.dtype)
+        bias = w.new_ones(w.shape[1])
+        want = grouped_linear(x, w, bias, 2)
         while tile > 2 and not all(
-            torch.equal(grouped_linear(x[:n], w, w.new_ones(len(w)), rows), want[:n])
+            torch.equal(grouped_linear(x[:n], w, bias, rows), want[:n])
             for rows in range(2, tile + 1, 2)
             for n in (rows, tile // rows * rows, 16 // rows * rows)
         ):
@@ -246,7 +248,7 @@ def same_rows(model: Phi) -> int:
 
 
 @torch.inference_mode()
-def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:
+def choose(logits: Tensor, draws: Tensor | None, temperature: float, top_p: float) -> Tensor:
     """A token [B] for each row of logits [B, V], by inverting its distribution at draws [B].
 
     Probabilities are summed as integers: exact, and so the same however a sum is split.

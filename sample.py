@@ -171,7 +171,7 @@ class Generator:
                     on_text(row.index, text[row.sent :])
                     row.sent = len(text)
                 if finish:
-                    yield row.index, self._completion(row, text, sampling, finish)
+                    yield row.index, self._completion(row, text, finish)
                     if waiting:
                         rows[i] = admit(i)
                     else:
@@ -183,11 +183,11 @@ class Generator:
     def _extend(self, row: _Row, tokens: list[int], logprobs: list[float], stop) -> str:
         """Add new tokens to a row until it is finished; why it is, or "" if it is not."""
         reach = max((len(s.encode()) for s in stop), default=0) + 1  # a token has a byte or more
-        for token, logprob in zip(tokens, logprobs):
+        for i, token in enumerate(tokens):
             if token == self.end_of_text:
                 return "end"
             row.tokens.append(token)
-            row.logprobs.append(logprob)
+            row.logprobs += logprobs[i : i + 1]  # none if they were not asked for
             if stop:
                 tail = self.tokenizer.decode(row.tokens[-reach:])
                 if any(s in tail for s in stop):
@@ -208,12 +208,11 @@ class Generator:
                 return text[:-held]
         return text
 
-    def _completion(self, row: _Row, text: str, sampling: Sampling, finish: str) -> Completion:
+    def _completion(self, row: _Row, text: str, finish: str) -> Completion:
         tokens = row.tokens  # without those that lie behind the end of the text
         while finish == "stop" and tokens and self.tokenizer.decode(tokens[:-1]).startswith(text):
             tokens = tokens[:-1]
-        logprobs = row.logprobs[: len(tokens)] if sampling.logprobs else []
-        return Completion(text, tokens, logprobs, finish)
+        return Completion(text, tokens, row.logprobs[: len(tokens)], finish)
 
 
 def main() -> None:

@@ -93,8 +93,8 @@ def test_same_rows_agree():
     model = Phi(ModelConfig(2048, 64, 1, 6, 192, 768, 16))
     tile = same_rows(model)
     assert tile in (2, 4, 6, 8)
-    for w in (model.blocks[0].w_in, model.blocks[0].w_out):
-        x, bias = torch.randn(24, w.shape[1]), torch.randn(len(w))
+    for w in (model.blocks[0].w_in.t(), model.blocks[0].w_out.t()):
+        x, bias = torch.randn(24, len(w)), torch.randn(w.shape[1])
         want = grouped_linear(x[:tile], w, bias, tile)
         for rows in range(2, tile + 1, 2):
             assert torch.equal(grouped_linear(x[:rows], w, bias, rows), want[:rows])
