@@ -49,6 +49,7 @@ from data.filter import (
     docstring,
     measures,
     parse_python,
+    share_cut,
     strip_licence,
 )
 from data.ranks import Ranks, say
@@ -417,7 +418,7 @@ def score(config: ScoreConfig) -> dict:
         if not count.get("documents"):
             raise UserError(f"--source {config.source[0]}: no document there")
         quality = np.concatenate([np.load(f) for f in in_order(stage, "shard-*.npy")])
-        cut = threshold(quality, config.keep_frac)
+        cut = share_cut(quality, config.keep_frac)
         if stage.ranks.rank == 0:
             write_samples(stage, cut)
         deciles = [round(float(q), 4) for q in np.quantile(quality, np.linspace(0, 1, 11))]
@@ -439,12 +440,6 @@ def score_shard(part: Part, classifier: Classifier) -> dict:
     np.save(part.scratch / f"{part.name}.npy", np.array(scores))
     write_json(part.scratch / f"{part.name}.sample.json", sample)
     return {"documents": out.documents, "bytes": out.bytes}
-
-
-def threshold(quality: np.ndarray, keep_frac: float) -> float:
-    """The quality from which on a share of `keep_frac` is kept; equals stay together."""
-    keep = max(1, round(keep_frac * len(quality)))
-    return float(np.partition(quality, len(quality) - keep)[len(quality) - keep])
 
 
 def write_samples(stage: Stage, cut: float) -> None:
