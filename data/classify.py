@@ -11,11 +11,11 @@ to predict GPT-4's labels. PAPER: pooling, model size and threshold are undisclo
 --checkpoint the features of a document are the mean over up to WINDOWS pieces of it, evenly spaced,
 of the mean of the last hidden states; without one they are counts over its syntax tree.
 
-`train` learns whether a label reaches --good. All that it reports comes from cross-validation in
-which no package is on both sides (files of one resemble each other), and so does the calibration
-(Platt 1999) that turns the forest's vote into a probability. What the AUC means depends on the
-labels: where the rules of data/annotate.py made them it shows that the plumbing works, and nothing
-about quality.
+`train` learns the labels' scores, which ranks better than learning whether they reach --good
+(LOG.md); its AUC, its precision and the calibration (Platt 1999) from a vote to a probability are
+about reaching it. All of these come from cross-validation in which no package is on both sides:
+files of one resemble each other. What an AUC means depends on the labels: where the rules of
+data/annotate.py made them it shows that the plumbing works, and nothing about quality.
 
 `score` adds `quality`, the calibrated probability from 0 to 1, to each document, and data/filter.py
 cuts by it. Scoring costs a pass of the model, a threshold nothing: so they are two commands.
@@ -59,6 +59,7 @@ WINDOWS = 8  # pieces of a document that the model sees: 6 kB of it at a context
 CHARS_PER_TOKEN = 3  # of code (LOG.md): a piece fills the context
 BATCH = 64  # documents whose features are made at once
 TREES_PER_ITEM = 20
+SCALE = 10  # the largest score of a label: votes are from 0 to 1
 RESAMPLES = 500  # of the bootstrap behind the interval of the AUC
 SAMPLES, SAMPLE_CHARS = 20, 3000  # kept and rejected documents for a person to read
 
@@ -223,7 +224,8 @@ def train(config: TrainConfig) -> dict:
         ]
         edges = [trees.cuts(x[fold != side]) for side in range(config.folds + 1)]
         codes = [trees.binned(x, e) for e in edges]
-        stage.map("grow", items, lambda part: grow(part, config, codes, edges, y, fold))
+        target = score / SCALE
+        stage.map("grow", items, lambda part: grow(part, config, codes, edges, target, fold))
         forests = [
             trees.join([trees.load(f, features.width) for f in in_order(stage, f"{side}-*.npz")])
             for side in range(config.folds + 1)
@@ -307,13 +309,15 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def grow(part: Part, config: TrainConfig, codes, edges, y: np.ndarray, fold: np.ndarray) -> None:
+def grow(
+    part: Part, config: TrainConfig, codes, edges, target: np.ndarray, fold: np.ndarray
+) -> None:
     """Some trees for one fold: of the documents that are not in it."""
     side, first = part.item
     here = fold != side
     seeds = [[config.seed, side, t] for t in range(first, config.trees)][:TREES_PER_ITEM]
-    codes, edges, y = codes[side][here], edges[side], y[here]
-    made = [trees.grow(codes, edges, y, np.random.default_rng(seed)) for seed in seeds]
+    codes, edges, target = codes[side][here], edges[side], target[here]
+    made = [trees.grow(codes, edges, target, np.random.default_rng(seed)) for seed in seeds]
     trees.save(part.scratch / f"{side}-{first:06d}.npz", trees.join(made))
 
 

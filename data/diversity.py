@@ -15,6 +15,7 @@ A set may also be a file of problems (HumanEval's format); then their solutions 
 import ast
 import keyword
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -89,24 +90,28 @@ TOPICS = {
 MEANINGS = {
     "documents": ("documents", ""),
     "mb": ("text, MB", ""),
-    "topics_covered": (f"topics of {len(TOPICS)}", "that 1% of the documents or more have"),
-    "topic_balance": ("balance of topics", "1: all as frequent; entropy over its largest value"),
-    "near_duplicate_frac": ("near-duplicates", f"share with an earlier one at a Jaccard of {NEAR}"),
-    "distinct_1": ("distinct tokens", "of all, in the same amount of text"),
-    "distinct_2": ("distinct pairs of tokens", "high: varied"),
-    "distinct_4": ("distinct 4-grams", "low: the same phrases again and again"),
-    "compression": ("compression ratio", "of zstd at 19; high: redundant"),
-    "vendi": ("Vendi score", "as many documents without any likeness would be as diverse"),
-    "names": ("different names", "in the same amount of text, without keywords"),
+    "topics_covered": ("topics covered", f"of {len(TOPICS)}, those that 1% of the documents have; "
+                       "long documents have more of them"),
+    "topic_balance": ("balance of topics", "1 where all are as frequent: the entropy of topics "
+                      "over its largest value, a document's weight shared among its topics"),
+    "near_duplicate_frac": ("near-duplicates", "documents that are like an earlier one: a Jaccard "
+                            f"index of {NEAR} over shingles of {minhash.SHINGLE} tokens"),
+    "distinct_1": ("distinct tokens", "different ones over all, in the same amount of text"),
+    "distinct_2": ("distinct pairs of tokens", "the same; high: varied"),
+    "distinct_4": ("distinct 4-grams of tokens", "the same; low: the same phrases again and again"),
+    "compression": ("compression ratio", "of zstd at level 19, of the same amount of text; high: "
+                    "redundant"),
+    "vendi": ("Vendi score", "so many documents with no likeness at all would be as diverse"),
+    "names": ("different names", "in the same amount of text, keywords left out"),
     "imports_frac": ("documents that import", ""),
-    "modules": ("different modules imported", "in the sample"),
-    "parses_frac": ("is Python", "or holds fenced blocks that are"),
+    "modules": ("different modules", "that the sample imports"),
+    "parses_frac": ("Python", "documents that are, or that hold fenced blocks that are"),
     "chars": ("characters", "of a document: 10th, 50th and 90th percentile"),
-    "functions": ("functions", "of a document: the same"),
-    "complexity": ("cyclomatic complexity", "of a function: the same"),
-    "depth": ("depth of the tree", "of a document: the same"),
-    "runs_frac": ("solutions that run", "problem records alone: pass their own tests"),
-}
+    "functions": ("functions", "of a document: the same percentiles"),
+    "complexity": ("cyclomatic complexity", "of a function: the same percentiles"),
+    "depth": ("depth of the syntax tree", "of a document: the same percentiles"),
+    "runs_frac": ("solutions that run", "of problem records alone: those that pass their tests"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,13 +161,12 @@ def diversity(config: Config) -> dict:
 
 
 def set_names(sources: tuple[Path, ...]) -> list[str]:
-    """What to call the sets: the ends of their paths, as long as it takes to tell them apart."""
-    parts = [source.resolve().parts for source in sources]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-length:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError(f"--source {sources[0]}: given twice")
+    """What to call the sets: their paths, without the folders that all of them are in."""
+    paths = [source.resolve() for source in sources]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"--source {sources[0]}: a set is given twice")
+    above = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(above).as_posix() for path in paths]
 
 
 def scratch(stage: Stage, of_set: list[int], wanted: int, name: str, suffix: str) -> list[Path]:
@@ -427,22 +431,22 @@ def html_page(names: list[str], measured: list[dict]) -> str:
     except ImportError:
         raise UserError("the page needs matplotlib: pip install matplotlib") from None
     sets = list(zip(names, measured))
-    rows = [
-        [title, *(show(m[k]) for m in measured), meaning]
-        for k, (title, meaning) in MEANINGS.items()
-    ]
+    rows = [[title, *(show(k, m[k]) for m in measured)] for k, (title, _) in MEANINGS.items()]
+    meanings = [[title, meaning] for title, meaning in MEANINGS.values() if meaning]
     modules = [[name, ", ".join(f"{m} {n}" for m, n in s["top_modules"].items())]
                for name, s in sets]  # fmt: skip
     number = range(1, len(sets) + 1)
     body = f"""<h1>Diversity</h1>
 <p class="note">{pages.escape(", ".join(names))}. Sets are compared on the same amount of text of
 each; see data/diversity.py.</p>
-{pages.table(["", *names, "how to read it"], rows, number)}
+{pages.table(["", *names], rows, number)}
+<details><summary>How to read it</summary>{pages.table(["", ""], meanings)}</details>
 <h2>Topics</h2><p>Share of the documents that have something of each topic.</p>
 {pages.figure(draw_topics, sets, pages.COLORS, height=9)}
-<h2>Length</h2>{pages.figure(draw_quantiles, sets, pages.COLORS, "chars", "characters of a document")}
+<h2>Length</h2>
+{pages.figure(draw_quantiles, sets, pages.COLORS, "chars", "characters of a document")}
 <h2>Difficulty</h2>
-{pages.figure(draw_quantiles, sets, pages.COLORS, "complexity", "cyclomatic complexity of a function")}
+{pages.figure(draw_quantiles, sets, pages.COLORS, "complexity", "complexity of a function")}
 <h2>Vocabulary</h2><p>A set that runs out of new names bends; one that goes on inventing does
 not.</p>{pages.figure(draw_growth, sets, pages.COLORS)}
 <h2>Modules</h2><p>How many documents of the sample import them.</p>
@@ -451,7 +455,9 @@ not.</p>{pages.figure(draw_growth, sets, pages.COLORS)}
     return pages.page("Diversity", body)
 
 
-def show(value) -> str:
+def show(measured: str, value) -> str:
+    if measured.endswith("_frac") and value is not None:
+        return f"{100 * value:.3g}%"
     match value:
         case None:
             return "-"
@@ -499,10 +505,13 @@ def main() -> None:
     config = parse(Config)
     summary = diversity(config)
     sets = summary["sets"]
-    width = max(12, *map(len, sets)) + 2
-    say(" " * 28 + "".join(f"{name:>{width}}" for name in sets))
+    width = max(24, *map(len, sets)) + 2
+    say("".ljust(28) + "".join(f"{name:>{width}}" for name in sets))
     for measured, (title, _) in MEANINGS.items():
-        say(f"{title:28}" + "".join(f"{show(m[measured]):>{width}}" for m in sets.values()))
+        say(
+            f"{title:28}"
+            + "".join(f"{show(measured, m[measured]):>{width}}" for m in sets.values())
+        )
     say(f"page: {config.out / 'index.html'}")
 
 

@@ -6,6 +6,7 @@ impurity). A forest is five arrays, the nodes of all trees end to end, and the t
 is its own child, so that a walk may go on after its end.
 """
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def load(path: Path, features: int) -> Forest:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             forest = {name: arrays[name] for name in FIELDS}
-    except (OSError, ValueError, KeyError, EOFError) as e:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"{path}: no forest of ours ({e})") from None
     nodes, trees = len(forest["feature"]), len(forest["roots"])
     shapes = {name: (trees if name == "roots" else nodes,) for name in FIELDS}
