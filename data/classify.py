@@ -203,53 +203,70 @@ def train(config: TrainConfig) -> dict:
     with Stage(config, source_shards(*config.source), reads) as stage:
         features = Features(config.checkpoint, config.device, stage.ranks.rank)
         found = stage.map("features", stage.shards, lambda part: labelled(part, features, labels))
-        x = np.concatenate([np.load(f) for f in in_order(stage, "shard-*.npy")])
-        rows = [row for result in found for row in result["rows"]]
-        # A document that is in two shards must not be on both sides of a fold.
-        first = sorted({row["sha256"]: i for i, row in reversed([*enumerate(rows)])}.values())
-        x, rows = x[first], [rows[i] for i in first]
+        x, rows = gathered(stage, found)
         score = np.array([row["score"] for row in rows], float)
         y = (score >= config.good).astype(float)
         fold = folds([row["origin"] for row in rows], config.folds)
         if min(y.sum(), len(y) - y.sum()) < config.folds or fold.max(initial=0) < config.folds - 1:
             raise UserError(
                 f"--source: {len(y)} labelled documents, {int(y.sum())} of them good, of "
-                f"{len(set(map(group, (r['origin'] for r in rows))))} packages: too few for "
+                f"{len({group(row['origin']) for row in rows})} packages: too few for "
                 f"{config.folds} folds"
             )
-        items = [
-            [side, first]
-            for side in range(config.folds + 1)  # the last one has no held-out side: all documents
-            for first in range(0, config.trees, TREES_PER_ITEM)
-        ]
-        edges = [trees.cuts(x[fold != side]) for side in range(config.folds + 1)]
-        codes = [trees.binned(x, e) for e in edges]
-        target = score / SCALE
-        stage.map("grow", items, lambda part: grow(part, config, codes, edges, target, fold))
-        forests = [
-            trees.join([trees.load(f, features.width) for f in in_order(stage, f"{side}-*.npz")])
-            for side in range(config.folds + 1)
-        ]
-        vote = np.empty(len(y))
+        forests = forests_without(stage, config, x, score / SCALE, fold)
+        vote, calibrated = np.empty(len(y)), np.empty(len(y))
         for side in range(config.folds):
             vote[fold == side] = trees.predict(forests[side], x[fold == side])
-        slope, offset = platt(vote, y)
-        calibrated = np.empty(len(y))  # each fold by the calibration on the others
-        for side in range(config.folds):
+        for side in range(config.folds):  # each fold by the calibration on the others
             here = fold == side
             calibrated[here] = sigmoid(vote[here], *platt(vote[~here], y[~here]))
         report = evaluate(config, rows, vote, calibrated, y)
         if stage.ranks.rank == 0:
-            trees.save(stage.result / "forest.npz", forests[-1])
             about = {**features.kind, "checkpoint": str(config.checkpoint or ""),
-                     "width": features.width, "good": config.good,
-                     "calibration": [slope, offset]}  # fmt: skip
+                     "good": config.good, "calibration": platt(vote, y)}  # fmt: skip
+            trees.save(stage.result / "forest.npz", forests[-1])
             write_json(stage.result / "forest.json", about)
             with open(stage.result / "heldout.jsonl", "w", encoding="utf-8") as f:
                 for row, p in zip(rows, calibrated):
                     line = {k: row[k] for k in ("sha256", "origin", "score")}
                     f.write(json.dumps({**line, "quality": round(float(p), 4)}) + "\n")
         return stage.finish({**features.kind, **report})
+
+
+def gathered(stage: Stage, found: list[dict]) -> tuple[np.ndarray, list[dict]]:
+    """The features float32 [n, width] and the rows of all shards, each document once."""
+    x = np.concatenate([np.load(f) for f in in_order(stage, "shard-*.npy")])
+    rows = [row for result in found for row in result["rows"]]
+    # A document that is in two shards would be on both sides of the cross-validation.
+    first = sorted({row["sha256"]: i for i, row in reversed([*enumerate(rows)])}.values())
+    return x[first], [rows[i] for i in first]
+
+
+def forests_without(
+    stage: Stage, config: TrainConfig, x: np.ndarray, target: np.ndarray, fold: np.ndarray
+) -> list[trees.Forest]:
+    """For each fold the forest of the documents that are not in it, and the forest of all."""
+    sides = range(config.folds + 1)
+    edges = [trees.cuts(x[fold != side]) for side in sides]
+    codes = [trees.binned(x, e) for e in edges]
+
+    def grow(part: Part) -> None:
+        side, first = part.item
+        here = fold != side
+        seeds = [[config.seed, side, t] for t in range(first, config.trees)][:TREES_PER_ITEM]
+        made = [
+            trees.grow(codes[side][here], edges[side], target[here], np.random.default_rng(seed))
+            for seed in seeds
+        ]
+        trees.save(part.scratch / f"{side:03d}-{first:06d}.npz", trees.join(made))
+
+    items = [[side, first] for side in sides for first in range(0, config.trees, TREES_PER_ITEM)]
+    stage.map("grow", items, grow)
+    width = x.shape[1]
+    return [
+        trees.join([trees.load(f, width) for f in in_order(stage, f"{side:03d}-*.npz")])
+        for side in sides
+    ]
 
 
 def in_order(stage: Stage, pattern: str) -> list[Path]:
@@ -307,18 +324,6 @@ def folds(origins: list[str], count: int) -> np.ndarray:
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def grow(
-    part: Part, config: TrainConfig, codes, edges, target: np.ndarray, fold: np.ndarray
-) -> None:
-    """Some trees for one fold: of the documents that are not in it."""
-    side, first = part.item
-    here = fold != side
-    seeds = [[config.seed, side, t] for t in range(first, config.trees)][:TREES_PER_ITEM]
-    codes, edges, target = codes[side][here], edges[side], target[here]
-    made = [trees.grow(codes, edges, target, np.random.default_rng(seed)) for seed in seeds]
-    trees.save(part.scratch / f"{side}-{first:06d}.npz", trees.join(made))
 
 
 def platt(vote: np.ndarray, y: np.ndarray) -> tuple[float, float]:
