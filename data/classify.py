@@ -7,9 +7,8 @@
     python -m data.filter --source out/scored --keep_frac 0.2 --out out/filtered
 
 The paper (section 2.1) trains a random forest on the output embedding of a pretrained codegen model
-to predict GPT-4's labels. PAPER: pooling, model size and threshold are undisclosed. Ours: with
---checkpoint the features of a document are the mean over up to WINDOWS pieces of it, evenly spaced,
-of the mean of the last hidden states; without one they are counts over its syntax tree.
+to predict GPT-4's labels. PAPER: pooling, model size and threshold are undisclosed. Ours: the mean
+of a checkpoint's hidden states or, without --checkpoint, the syntax tree; see data/features.py.
 
 `train` learns the labels' scores, which ranks better than learning whether they reach --good
 (LOG.md); its AUC, its precision and the calibration (Platt 1999) from a vote to a probability are
@@ -22,7 +21,6 @@ cuts by it. Scoring costs a pass of the model, a threshold nothing: so they are 
 Read samples.html in the output before you trust a threshold.
 """
 
-import ast
 import hashlib
 import html
 import json
@@ -35,28 +33,16 @@ from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import checkpoint
 from config import UserError, parse, run
 from data import forest as trees
 from data.annotate import GOOD, auc, by_rules, read_labels
 from data.documents import source_shards, write_json
-from data.embed import Hidden
-from data.filter import (
-    COMPUTES,
-    FUNCTIONS,
-    docstring,
-    measures,
-    parse_python,
-    share_cut,
-    strip_licence,
-)
+from data.features import Features
+from data.filter import share_cut, strip_licence
 from data.ranks import Ranks, say
 from data.stage import Part, Stage, total
 
-WINDOWS = 8  # pieces of a document that the model sees: 6 kB of it at a context of 256 tokens
-CHARS_PER_TOKEN = 3  # of code (LOG.md): a piece fills the context
 BATCH = 64  # documents whose features are made at once
 TREES_PER_ITEM = 20
 SCALE = 10  # the largest score of a label: votes are from 0 to 1
@@ -96,99 +82,6 @@ class ScoreConfig:
 
 
 COMMANDS = {"train": TrainConfig, "score": ScoreConfig}
-
-
-# ---- Features
-
-
-def structure(text: str) -> list[float]:
-    """STRUCTURE of a text's syntax tree, those of data/filter.py first; -1s where there is none."""
-    try:
-        known = [value for _, value in measures(text)]
-        tree = parse_python(text)
-    except SyntaxError:
-        return [-1.0] * len(STRUCTURE)
-    c, names, arguments, lines, plain = Counter(), Counter(), 0, 0, 0
-    depth, stack = 0, [(tree, 1)]
-    while stack:
-        node, level = stack.pop()
-        depth = max(depth, level)
-        stack += [(child, level + 1) for child in ast.iter_child_nodes(node)]
-        c["nodes"] += 1
-        c["statements"] += isinstance(node, ast.stmt)
-        c["classes"] += isinstance(node, ast.ClassDef)
-        c["loops"] += isinstance(node, (ast.For, ast.While, ast.comprehension))
-        c["branches"] += isinstance(node, (ast.If, ast.IfExp, ast.BoolOp))
-        c["computes"] += isinstance(node, COMPUTES)
-        c["returns"] += isinstance(node, ast.Return) and node.value is not None
-        c["raises"] += isinstance(node, (ast.Raise, ast.Try))
-        c["calls"] += isinstance(node, ast.Call)
-        c["attributes"] += isinstance(node, ast.Attribute)
-        c["asserts"] += isinstance(node, ast.Assert)
-        if isinstance(node, ast.Name):
-            names[node.id] += 1
-        if isinstance(node, FUNCTIONS):
-            c["functions"] += 1
-            given = [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
-            arguments += len(given)
-            plain += given[:1] not in (["self"], ["cls"])
-            doc = docstring(node)
-            lines += node.end_lineno - (doc.end_lineno if doc else node.lineno)
-    statements, functions = max(c["statements"], 1), max(c["functions"], 1)
-    per_statement = ("functions", "classes", "returns", "raises", "calls", "asserts")
-    used = max(names.total(), 1)
-    more = [c[name] / statements for name in per_statement]
-    more += [c["loops"] / functions, c["branches"] / functions, c["computes"] / functions]
-    more += [arguments / functions, plain / functions, lines / functions, depth]
-    more += [c["attributes"] / c["nodes"], len(names) / used, text.count(">>>")]
-    more += [sum(len(name) * n for name, n in names.items()) / used]
-    return [float(v) for v in (*known, *more)]
-
-
-STRUCTURE = [*(option for option, _ in measures("x = 1")),
-             *("functions", "classes", "returns", "raises", "calls", "asserts"),
-             *("loops", "branches", "computes", "arguments", "plain", "lines", "depth"),
-             *("attributes", "distinct_names", "examples", "name_chars")]  # fmt: skip
-
-
-def pieces(text: str, chars: int) -> list[str]:
-    """Up to WINDOWS pieces of so many characters, evenly spaced from the first to the last one."""
-    count = min(WINDOWS, max(1, -(-len(text) // chars)))
-    starts = np.linspace(0, max(len(text) - chars, 0), count).astype(int)
-    return [text[start : start + chars] for start in starts]
-
-
-class Features:
-    """Documents as vectors, of the syntax tree or of a checkpoint's hidden states."""
-
-    def __init__(self, path: Path | None, device: str, rank: int):
-        self.path, self.hidden = path, None
-        if path is None:
-            self.kind, self.width = {"features": "structure"}, len(STRUCTURE)
-            return
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            device = f"cuda:{rank % torch.cuda.device_count()}"
-        else:
-            # A rank is one core, and sums of one thread do not depend on the machine's other cores.
-            torch.set_num_threads(1)
-        self.hidden = Hidden(path, [], device)
-        self.width = self.hidden.model.c.width
-        folder = checkpoint.find(path)
-        self.kind = {"features": "hidden", "weights": checkpoint.checksum(folder)}
-
-    def __call__(self, texts: list[str]) -> np.ndarray:
-        """float32 [texts, width]."""
-        texts = [strip_licence(text) for text in texts]
-        if self.hidden is None:
-            rows = [structure(text) for text in texts]
-            return np.array(rows, np.float32).reshape(-1, self.width)
-        cut = [pieces(text, self.hidden.model.c.seq_len * CHARS_PER_TOKEN) for text in texts]
-        vectors = self.hidden.vectors([piece for of_text in cut for piece in of_text])
-        starts = np.cumsum([0, *map(len, cut[:-1])])
-        counts = np.array([len(of_text) for of_text in cut], np.float32)[:, None]
-        return np.add.reduceat(vectors, starts) / counts
 
 
 # ---- Train

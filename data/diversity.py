@@ -12,7 +12,6 @@ can give. `index.html` has the tables and pictures, and says what each number me
 A set may also be a file of problems (HumanEval's format); then their solutions are run.
 """
 
-import ast
 import keyword
 import math
 import os
@@ -27,13 +26,13 @@ import zstandard
 
 from config import UserError, parse, run
 from data import minhash
+from data.diversity_page import MEANINGS, html_page, show
 from data.documents import DocumentFile, document, read_jsonl, source_shards
 from data.embed import Hidden, words
-from data.filter import FUNCTIONS, parse_python
 from data.ranks import digest_key, say
 from data.readers import read_records
-from data.similarity import FENCE
 from data.stage import Part, Stage, total
+from data.topics import TOPICS, facts
 from eval.execute import run_programs
 from eval.harness import FIELDS, program
 
@@ -45,73 +44,6 @@ RUN_PROBLEMS = 200  # solutions that are run
 TOKEN = re.compile(r"[^\W\d]\w*|\d+|[^\w\s]")
 NAME = re.compile(r"[^\W\d]\w*")
 STOP = {*keyword.kwlist, *keyword.softkwlist, "self"}  # words that tell no two programs apart
-BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler,
-            ast.comprehension, ast.match_case)  # fmt: skip
-
-# What a document is about, by what its syntax tree has: node types, `.attribute`s, `name()`s that
-# are called, `import module`s. Ours: the topics of an introduction to programming, and beyond it.
-TOPICS = {
-    topic: set(marks.split(" | "))
-    for topic, marks in {
-        "conditions": "If | IfExp | Match",
-        "loops": "For | While",
-        "functions as values": "Lambda | decorator | import functools | map() | filter()",
-        "recursion": "recursion",
-        "comprehensions": "ListComp | DictComp | SetComp",
-        "generators": "Yield | YieldFrom | GeneratorExp | import itertools",
-        "classes": "ClassDef",
-        "exceptions": "Try | Raise",
-        "context managers": "With",
-        "text": "JoinedStr | .split | .join | .strip | .replace | .format | .lower | .upper",
-        "regular expressions": "import re",
-        "lists": "List | .append | .extend | .pop | .insert",
-        "dictionaries": "Dict | DictComp | .items | .keys | .values | .setdefault",
-        "sets": "Set | SetComp | set() | frozenset()",
-        "sorting and searching": "sorted() | .sort | import bisect | import heapq",
-        "arithmetic": "Add | Sub | Mult | Div | FloorDiv | Mod | Pow",
-        "mathematics": "import math | import statistics | import fractions | import decimal",
-        "bits": "BitAnd | BitOr | BitXor | LShift | RShift",
-        "chance": "import random | import secrets",
-        "dates and times": "import datetime | import time | import calendar",
-        "files": "open() | import os | import pathlib | import shutil | import io",
-        "data formats": "import json | import csv | import xml | import pickle | import struct",
-        "command line": "import argparse | import optparse | import getopt | .argv",
-        "processes": "import threading | import subprocess | import multiprocessing",
-        "asynchronous code": "AsyncFunctionDef | Await | import asyncio",
-        "networks": "import socket | import http | import urllib | import ssl | import requests",
-        "databases": "import sqlite3 | import sqlalchemy",
-        "tests": "Assert | import unittest | import pytest | import doctest",
-        "type hints": "AnnAssign | import typing | annotation",
-        "arrays": "import numpy | import torch | import pandas | import scipy",
-    }.items()
-}
-
-# The table: a measure, its name, and how to read it.
-MEANINGS = {
-    "documents": ("documents", ""),
-    "mb": ("text, MB", ""),
-    "topics_covered": ("topics covered", f"of {len(TOPICS)}, those that 1% of the documents have; "
-                       "long documents have more of them"),
-    "topic_balance": ("balance of topics", "1 where all are as frequent: the entropy of topics "
-                      "over its largest value, a document's weight shared among its topics"),
-    "near_duplicate_frac": ("near-duplicates", "documents that are like an earlier one: a Jaccard "
-                            f"index of {NEAR} over shingles of {minhash.SHINGLE} tokens"),
-    "distinct_1": ("distinct tokens", "different ones over all, in the same amount of text"),
-    "distinct_2": ("distinct pairs of tokens", "the same; high: varied"),
-    "distinct_4": ("distinct 4-grams of tokens", "the same; low: the same phrases again and again"),
-    "compression": ("compression ratio", "of zstd at level 19, of the same amount of text; high: "
-                    "redundant"),
-    "vendi": ("Vendi score", "so many documents with no likeness at all would be as diverse"),
-    "names": ("different names", "in the same amount of text, keywords left out"),
-    "imports_frac": ("documents that import", ""),
-    "modules": ("different modules", "that the sample imports"),
-    "parses_frac": ("Python", "documents that are, or that hold fenced blocks that are"),
-    "chars": ("characters", "of a document: 10th, 50th and 90th percentile"),
-    "functions": ("functions", "of a document: the same percentiles"),
-    "complexity": ("cyclomatic complexity", "of a function: the same percentiles"),
-    "depth": ("depth of the syntax tree", "of a document: the same percentiles"),
-    "runs_frac": ("solutions that run", "of problem records alone: those that pass their tests"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -236,52 +168,6 @@ def look(part: Part, last_sample: int, last_near: int) -> dict:
     sign()
     np.save(part.scratch / f"near-{part.index:05d}.npy", np.concatenate(near))
     return dict(count)
-
-
-def facts(text: str) -> dict:
-    """What the syntax tree of a text tells: of the text itself, or of the fenced blocks in it."""
-    try:
-        tree = parse_python(text)
-    except SyntaxError:
-        try:
-            tree = parse_python("\n".join(FENCE.findall(text)))
-        except SyntaxError:
-            tree = None
-        if tree is None or not tree.body:
-            return {"topics": [], "modules": [], "complexity": [], "depth": None}
-    marks, complexity, depth, stack = set(), [], 0, [(tree, 1)]
-    while stack:
-        node, level = stack.pop()
-        depth = max(depth, level)
-        stack += [(child, level + 1) for child in ast.iter_child_nodes(node)]
-        marks.add(type(node).__name__)
-        if isinstance(node, ast.Import):
-            marks |= {f"import {alias.name.split('.')[0]}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            marks.add(f"import {node.module.split('.')[0]}")
-        elif isinstance(node, ast.Attribute):
-            marks.add(f".{node.attr}")
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            marks.add(f"{node.func.id}()")
-        elif isinstance(node, FUNCTIONS):
-            inside = list(ast.walk(node))
-            branches = sum(isinstance(n, BRANCHES) for n in inside)
-            complexity.append(
-                1 + branches + sum(len(n.values) - 1 for n in inside if isinstance(n, ast.BoolOp))
-            )
-            called = [n.func for n in inside if isinstance(n, ast.Call)]
-            if any(isinstance(f, ast.Name) and f.id == node.name for f in called):
-                marks.add("recursion")
-            if node.decorator_list:
-                marks.add("decorator")
-            if node.returns or any(a.annotation for a in node.args.args):
-                marks.add("annotation")
-    return {
-        "topics": [topic for topic, wanted in TOPICS.items() if wanted & marks],
-        "modules": sorted(mark[7:] for mark in marks if mark.startswith("import ")),
-        "complexity": complexity,
-        "depth": depth,
-    }
 
 
 # ---- Measuring
@@ -419,86 +305,6 @@ def solutions_that_run(problems: list[dict]) -> float | None:
     if any(v.status == "infrastructure" for v in verdicts):
         raise UserError(f"solutions cannot be run here: {verdicts[0].detail}")
     return round(sum(v.status == "passed" for v in verdicts) / len(verdicts), 3)
-
-
-# ---- The page
-
-
-def html_page(names: list[str], measured: list[dict]) -> str:
-    """Tables and pictures of all sets."""
-    try:
-        import pages
-    except ImportError:
-        raise UserError("the page needs matplotlib: pip install matplotlib") from None
-    sets = list(zip(names, measured))
-    rows = [[title, *(show(k, m[k]) for m in measured)] for k, (title, _) in MEANINGS.items()]
-    meanings = [[title, meaning] for title, meaning in MEANINGS.values() if meaning]
-    modules = [[name, ", ".join(f"{m} {n}" for m, n in s["top_modules"].items())]
-               for name, s in sets]  # fmt: skip
-    number = range(1, len(sets) + 1)
-    body = f"""<h1>Diversity</h1>
-<p class="note">{pages.escape(", ".join(names))}. Sets are compared on the same amount of text of
-each; see data/diversity.py.</p>
-{pages.table(["", *names], rows, number)}
-<details><summary>How to read it</summary>{pages.table(["", ""], meanings)}</details>
-<h2>Topics</h2><p>Share of the documents that have something of each topic.</p>
-{pages.figure(draw_topics, sets, pages.COLORS, height=9)}
-<h2>Length</h2>
-{pages.figure(draw_quantiles, sets, pages.COLORS, "chars", "characters of a document")}
-<h2>Difficulty</h2>
-{pages.figure(draw_quantiles, sets, pages.COLORS, "complexity", "complexity of a function")}
-<h2>Vocabulary</h2><p>A set that runs out of new names bends; one that goes on inventing does
-not.</p>{pages.figure(draw_growth, sets, pages.COLORS)}
-<h2>Modules</h2><p>How many documents of the sample import them.</p>
-{pages.table(["set", "most imported"], modules)}
-"""
-    return pages.page("Diversity", body)
-
-
-def show(measured: str, value) -> str:
-    if measured.endswith("_frac") and value is not None:
-        return f"{100 * value:.3g}%"
-    match value:
-        case None:
-            return "-"
-        case list():
-            return " / ".join(f"{v:,}" for v in value)
-        case int():
-            return f"{value:,}"
-        case _:
-            return f"{value:g}"
-
-
-def draw_topics(axes, sets: list[tuple[str, dict]], colors: list[str]) -> None:
-    height, order = 0.8 / len(sets), list(TOPICS)
-    for i, (name, found) in enumerate(sets):
-        y = np.arange(len(order)) + (i - (len(sets) - 1) / 2) * height
-        shares = [100 * found["topics"][topic] for topic in order]
-        axes.barh(y, shares, height, color=colors[i % len(colors)], label=name)
-    axes.set_yticks(range(len(order)), order)
-    axes.set_ylim(len(order) - 0.5, -0.5)
-    axes.set_xlabel("% of documents")
-    axes.legend(frameon=False, loc="lower right")
-
-
-def draw_quantiles(axes, sets, colors: list[str], measure: str, label: str) -> None:
-    for i, (name, found) in enumerate(sets):
-        values = found["curves"][measure]
-        shares = np.linspace(0, 100, len(values))
-        axes.plot(values, shares, color=colors[i % len(colors)], label=name)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes.set_xlabel(label)
-    axes.set_ylabel("% that have at most")
-    axes.legend(frameon=False)
-
-
-def draw_growth(axes, sets, colors: list[str]) -> None:
-    for i, (name, found) in enumerate(sets):
-        axes.plot(*zip(*found["curves"]["names"]), color=colors[i % len(colors)], label=name)
-    axes.set_xlabel("names seen")
-    axes.set_ylabel("different ones")
-    axes.legend(frameon=False)
 
 
 def main() -> None:

@@ -16,24 +16,20 @@ from data import forest as trees
 from data.annotate import Config as AnnotateConfig
 from data.annotate import annotate, auc
 from data.classify import (
-    STRUCTURE,
-    WINDOWS,
     Classifier,
-    Features,
     ScoreConfig,
     TrainConfig,
     folds,
     group,
     interval,
-    pieces,
     platt,
     score,
     sigmoid,
-    structure,
     train,
 )
 from data.documents import ShardWriter, document, read_documents, read_jsonl
 from data.embed import Hidden
+from data.features import STRUCTURE, WINDOWS, Features, pieces, structure
 from data.filter import filter_documents, share_cut
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer

@@ -7,22 +7,21 @@ import pytest
 
 from config import UserError
 from data.diversity import (
-    TOPICS,
     Config,
     balance,
     distinct,
     diversity,
-    facts,
     growth,
     is_problems,
     near_duplicates,
     set_names,
-    show,
     vectors,
     vendi,
 )
+from data.diversity_page import show
 from data.documents import ShardWriter, document, read_jsonl
 from data.minhash import shingles, signatures
+from data.topics import TOPICS, facts
 
 WORDS = [f"{a}{b}" for a in "bcdfgklmnprst" for b in ("ake", "ill", "ound", "ery", "isto", "ump")]
 
