@@ -30,7 +30,7 @@ TOPICS = {
         "sorting and searching": "sorted() | .sort | import bisect | import heapq",
         "arithmetic": "Add | Sub | Mult | Div | FloorDiv | Mod | Pow",
         "mathematics": "import math | import statistics | import fractions | import decimal",
-        "bits": "BitAnd | BitOr | BitXor | LShift | RShift",
+        "bits": "BitAnd | BitXor | LShift | RShift",  # not BitOr, which also joins types
         "chance": "import random | import secrets",
         "dates and times": "import datetime | import time | import calendar",
         "files": "open() | import os | import pathlib | import shutil | import io",
