@@ -66,6 +66,7 @@ def test_a_varied_set_is_told_from_a_uniform_one_by_every_measure(sets):
     assert same["near_duplicate_frac"] >= 29 / 120
     assert varied["documents"] == same["documents"] == 120
     assert varied["parses_frac"] == 1
+    assert all(round(100 * share, 6).is_integer() for share in varied["topics"].values())
     assert varied["runs_frac"] is None
     page = (sets / "out" / "index.html").read_text()
     assert page.count("<svg") == 4
@@ -153,6 +154,9 @@ def test_near_duplicates_are_counted_once_each():
     made = signatures(*shingles([t.encode() for t in base + near]), 128)
     assert near_duplicates(made) == pytest.approx(7 / 37)
     assert near_duplicates(made[:30]) == 0
+    # A Jaccard index of 0.63: some become candidates, none is a near-duplicate.
+    half = [" ".join([*text.split()[:155], *rng.choices(WORDS, k=45)]) for text in base]
+    assert near_duplicates(signatures(*shingles([t.encode() for t in base + half]), 128)) == 0
 
 
 def test_sets_are_called_by_what_tells_them_apart(tmp_path):
