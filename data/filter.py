@@ -11,6 +11,9 @@ The thresholds were set by reading what passes and what does not. Of a sample of
 library and site-packages a fifth stays, as of the paper's raw code (6 of 35 billion tokens); of the
 standard library alone, which is self-contained and documented, half of the files.
 
+Where `data.classify score` has given the documents a `quality`, --keep_frac or --min_quality cut by
+it, before the rules; with --rules=false it decides alone, as the paper's random forest did.
+
 Read `samples/rejected.jsonl` and `samples/kept.jsonl` in the output before you trust it.
 """
 
@@ -25,9 +28,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from config import UserError, parse, run
 from data.documents import document, source_shards, write_json
 from data.ranks import say
+from data.readers import read_documents_of
 from data.stage import Part, Stage, total
 
 LEADING_COMMENTS = re.compile(r"(?:[ \t]*(?:#.*)?\n)*")
@@ -68,13 +74,16 @@ class Config:
     max_foreign_names: int = 12  # names imported from outside the standard library: how much a
     # reader has to know from elsewhere
     max_foreign_frac: float = 0.3  # calls that go to those names: not self-contained
+    min_quality: float = 0.0  # probability that a document is good, from `data.classify score`
+    keep_frac: float = 1.0  # share of the documents, those of highest quality, that may pass
+    rules: bool = True  # false: quality alone decides
 
 
 def measures(text: str) -> Iterator[tuple[str, float]]:
     """The rules, as (option, measured value), in the order they are asked: the cheap ones first.
 
-    A rule more, such as a classifier's score, is one `yield` here and one field in Config. Lazy: a
-    document rejected by an early rule is never parsed. Raises SyntaxError.
+    A rule more is one `yield` here and one field in Config. Lazy: a document rejected by an early
+    rule is never parsed. Raises SyntaxError.
     """
     chars = max(len(text), 1)
     yield "min_chars", len(text)
@@ -190,18 +199,56 @@ def strip_licence(text: str) -> str:
 
 def filter_documents(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError if nothing is left."""
+    if not 0 < config.keep_frac <= 1:
+        raise UserError(f"--keep_frac {config.keep_frac:g}: want above 0 and at most 1")
     with Stage(config, source_shards(config.source)) as stage:
-        count = total(stage.map("filter", stage.shards, lambda part: filter_shard(config, part)))
+        cut = quality_cut(config, stage)
+        count = total(stage.map("filter", stage.shards, lambda p: filter_shard(config, p, cut)))
         reasons = Counter(count.pop("rejected", {}))
         if not count.get("documents"):
             raise UserError(f"--source {config.source}: nothing is left; {advice(reasons)}")
         if stage.ranks.rank == 0:
             merge_samples(stage)
         options = {k: v for k, v in asdict(config).items() if k not in ("source", "out")}
+        options["min_quality"] = cut
         return stage.finish({**count, "rejected": dict(reasons.most_common()), "options": options})
 
 
-def filter_shard(config: Config, part: Part) -> dict:
+def quality_cut(config: Config, stage: Stage) -> float:
+    """The quality from which on documents pass, 0 if none is asked for.
+
+    Raises UserError where a document has no quality.
+    """
+    if not config.min_quality and config.keep_frac == 1:
+        return 0.0
+    unscored = stage.map("quality", stage.shards, save_qualities)
+    if n := total(unscored).get("unscored"):
+        raise UserError(
+            f"--source {config.source}: {n:,} documents without `quality`; "
+            "run `python -m data.classify score` on it first"
+        )
+    files = [stage.scratch / f"quality-{i:05d}.npy" for i in range(len(stage.shards))]
+    quality = np.concatenate([np.load(file) for file in files])
+    share = share_cut(quality, config.keep_frac) if len(quality) and config.keep_frac < 1 else 0.0
+    return max(config.min_quality, share)
+
+
+def share_cut(quality: np.ndarray, keep_frac: float) -> float:
+    """The quality from which on a share of `keep_frac` is kept; equals stay together."""
+    keep = max(1, round(keep_frac * len(quality)))
+    return float(np.partition(quality, len(quality) - keep)[len(quality) - keep])
+
+
+def save_qualities(part: Part) -> dict:
+    """Leave the qualities of a shard's documents; what is bad is counted when it is filtered."""
+    records = read_documents_of(part.item, lambda *_: None, part.progress)
+    quality = [record.get("quality") for record in records]
+    known = [q for q in quality if type(q) in (int, float)]
+    np.save(part.scratch / f"quality-{part.index:05d}.npy", np.array(known, float))
+    return {"unscored": len(quality) - len(known)}
+
+
+def filter_shard(config: Config, part: Part, cut: float) -> dict:
     """Write what is kept of one shard, and samples of both; its counts."""
     count, reasons, samples = Counter(), Counter(), {}
     with part.writer() as kept:
@@ -210,7 +257,9 @@ def filter_shard(config: Config, part: Part) -> dict:
             count["documents_in"] += 1
             count["bytes_in"] += len(record["text"].encode())
             count["licences_cut"] += text != record["text"]
-            reason = rejection(text, config)
+            reason = "min_quality" if cut and record["quality"] < cut else ""
+            if config.rules:
+                reason = reason or rejection(text, config)
             if reason:
                 reasons[reason] += 1
             else:
