@@ -3,12 +3,14 @@ import math
 import shutil
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import read_metrics
 from ranks import Run, curve, status
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import parallel
@@ -206,6 +208,38 @@ def test_where_things_are_kept_changes_nothing(tiny, tokens, of_two, tmp_path, f
     else:
         assert curve(out) == curve(of_two)
         assert weights(out) == weights(of_two)
+
+
+def plant_counts(rank):
+    """The ranks' collectives so far, written down at the start of each step."""
+    totals, heard = [], parallel.Signals.heard
+    counts = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[func.name()] += 1
+            return func(*args, **(kwargs or {}))
+
+    Count().__enter__()
+
+    def begin_step(self):
+        totals.append({name: n for name, n in counts.items() if "c10d" in name})
+        [out] = (a.removeprefix("--out=") for a in sys.argv if a.startswith("--out="))
+        Path(f"{out}/counts{rank}.json").write_text(json.dumps(totals))
+        return heard(self)
+
+    parallel.Signals.heard = begin_step
+
+
+@pytest.mark.parametrize(("flags", "gathers"), [([], 3), (["--regather"], 10)])
+def test_gradients_are_reduced_once_a_step(tiny, tokens, tmp_path, flags, gathers):
+    """Two micro-steps of two blocks and the rest. Blocks are gathered once, or for each use."""
+    flags = [*tiny, f"--data={tokens}", "--max_steps=3", "--micro_batch=1", *flags]
+    Run(tmp_path / "run", flags, 2, plant_counts).finish()
+    totals = json.loads((tmp_path / "run/counts0.json").read_text())
+    for name, each in (("reduce_scatter", 3), ("allgather", gathers)):
+        steps = [sum(n for op, n in total.items() if name in op) for total in totals]
+        assert steps[2] - steps[1] == each
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
