@@ -50,7 +50,8 @@ class Decoder:
     def __init__(self, model: Phi, rows: int, positions: int, draws: int, kernels: bool):
         """For texts of up to `positions` tokens with up to `draws` new ones.
 
-        `kernels` takes those of kernels/decode.py instead of torch.
+        `kernels` takes those of kernels/decode.py instead of torch. The model's weights must stay
+        as they are.
         """
         c, like = model.c, model.embed.weight
         self.model, self.kernels, self.rows = model, kernels, rows
@@ -99,7 +100,7 @@ class Decoder:
         """Put a prompt into `row`; `twin` is a row that holds the same prompt already.
 
         All but its last token go through the model here. The first step takes the last one, so that
-        every choice of a token is made by `step`.
+        every choice of a token is made by `steps`.
         """
         last = len(ids) - 1
         if twin is not None:
@@ -266,4 +267,5 @@ def choose(logits: Tensor, draws: Tensor | None, temperature: float, top_p: floa
         kept = torch.where(inside, total, 0).amax(-1, keepdim=True)
     at = (draws[:, None].double() * kept.double()).long()
     choice = torch.searchsorted(total, at, right=True)
+    choice = choice.clamp(max=logits.shape[1] - 1)  # the logits of a model that diverged are NaN
     return (order.gather(-1, choice) if top_p < 1 else choice)[:, 0]

@@ -71,13 +71,15 @@ class Generator:
     """A model and its tokenizer, ready to complete prompts."""
 
     def __init__(self, model: Phi, tokenizer: Tokenizer, kernels: bool | None = None):
-        """`kernels` of kernels/decode.py, or torch; by default what model.py would train with."""
+        """`kernels` of kernels/decode.py, or torch; by default, on a GPU, as model.py chooses."""
         self.model, self.tokenizer = model, tokenizer
         self.context_tokens = model.c.seq_len
         self.end_of_text = tokenizer.end_of_text
-        chosen, _ = select_kernels(model.c, model.embed.weight.device)
-        self.kernels = chosen == "triton" if kernels is None else kernels
-        self._decoder: Decoder | None = None
+        device = model.embed.weight.device
+        if kernels is None:
+            kernels = device.type == "cuda" and select_kernels(model.c, device)[0] == "triton"
+        self.kernels = kernels
+        self._decoder: Decoder | None = None  # of the last call, for the next
 
     @classmethod
     def load(cls, path: Path, device: str = "auto") -> "Generator":
@@ -144,24 +146,26 @@ class Generator:
             min(self.context_tokens, longest + max_new_tokens),
             max_new_tokens,
         )
-        if prompts and not (self._decoder and self._decoder.fits(*need)):
-            self._decoder = None  # frees its cache before there is another
-            self._decoder = Decoder(self.model, *need, self.kernels)
-        decoder, waiting, rows = self._decoder, deque(range(len(ids))), []
+        decoder, self._decoder = self._decoder, None  # ours until we are done
+        if prompts and not (decoder and decoder.fits(*need)):
+            decoder = None  # frees its cache before there is another
+            decoder = Decoder(self.model, *need, self.kernels)
+        waiting, rows = deque(range(len(ids))), []
 
         def admit(at: int) -> _Row:
             index = waiting.popleft()
             twin = next((i for i, r in enumerate(rows) if ids[r.index] == ids[index]), None)
             room = min(max_new_tokens, self.context_tokens - len(ids[index]))
-            philox = np.random.Generator(np.random.Philox(key=[seed, index]))
-            decoder.load(at, ids[index], torch.from_numpy(philox.random(room)), twin)
+            key = np.array([seed % 2**64, index], dtype=np.uint64)
+            draws = np.random.Generator(np.random.Philox(key=key)).random(room)
+            decoder.load(at, ids[index], torch.from_numpy(draws), twin)
             return _Row(index, len(ids[index]), room)
 
         while waiting or rows:
             while waiting and len(rows) < batch_size:
                 rows.append(admit(len(rows)))
-            span = max(row.prompt_tokens + len(row.tokens) for row in rows)
-            tokens, logprobs = decoder.steps(len(rows), span, sampling)
+            longest = max(row.prompt_tokens + len(row.tokens) for row in rows)
+            tokens, logprobs = decoder.steps(len(rows), longest, sampling)
             for i in reversed(range(len(rows))):
                 row = rows[i]
                 finish = self._extend(row, tokens[i], logprobs[i], stop)
@@ -179,6 +183,7 @@ class Generator:
                         if i < len(rows):
                             decoder.move(len(rows), i)
                             rows[i] = last
+        self._decoder = decoder
 
     def _extend(self, row: _Row, tokens: list[int], logprobs: list[float], stop) -> str:
         """Add new tokens to a row until it is finished; why it is, or "" if it is not."""

@@ -140,3 +140,9 @@ def test_the_ends_of_a_draw():
     draws = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert choose(logits, draws, 1.0, 1.0).tolist() == [1, 3]
     assert choose(logits, draws, 1.0, 0.99).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_diverged_model_chooses_some_token(top_p):
+    logits = torch.full((2, 5), float("nan"))
+    assert (choose(logits, torch.rand(2), 1.0, top_p) < 5).all()

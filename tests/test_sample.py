@@ -62,6 +62,7 @@ def test_sampling_depends_on_the_seed_not_the_batch(generator):
 
     assert draw(seed=1) == draw(seed=1, batch_size=2)
     assert draw(seed=1) != draw(seed=2)
+    assert draw(seed=-1) != draw(seed=1)
     assert len(set(generator.generate(["x"] * 20, 8, temperature=1.0))) > 10
 
 
@@ -100,6 +101,15 @@ def test_a_later_prompt_does_not_change_an_earlier_one(generator):
     short = generator.generate(PROMPTS, 6, **options)
     long = generator.generate(PROMPTS, 12, **options)
     assert all(b.startswith(a.rstrip("\ufffd")) for a, b in zip(short, long))
+
+
+def test_two_streams_at_once(generator):
+    want = generator.generate(["def f", "x"], 8)
+    streams = [generator.stream([prompt], 8) for prompt in ("def f", "x")]
+    assert [next(s)[1].text for s in streams] == want
+    one, two = (generator.stream([p, p + "y"], 8, batch_size=1) for p in ("def f", "x"))
+    assert [next(one)[1].text, next(two)[1].text] == want
+    assert next(one)[1].text == generator.generate(["def fy"], 8)[0]
 
 
 @torch.no_grad()
