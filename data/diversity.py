@@ -28,19 +28,22 @@ from config import UserError, parse, run
 from data import minhash
 from data.diversity_page import MEANINGS, html_page, show
 from data.documents import DocumentFile, document, read_jsonl, source_shards
-from data.embed import Hidden, words
+from data.embed import Hidden
+from data.lexical import words
 from data.ranks import digest_key, say
 from data.readers import read_records
 from data.stage import Part, Stage, total
 from data.topics import TOPICS, facts
-from eval.execute import run_programs
-from eval.harness import FIELDS, program
+from eval.execute import run_checks
+from eval.harness import FIELDS
+from eval.self_check import check
 
 BUDGET_CHARS, EACH_CHARS = 1_000_000, 2_000  # of a set, of a document
 NEAR_DOCUMENTS, NEAR_BATCH = 50_000, 256  # signatures of these are held in memory: 25 MB
 NEAR, PERMUTATIONS, RECALL = 0.8, 128, 0.99  # as in data/dedup.py
 VENDI_DOCUMENTS, VENDI_DIMS = 1_000, 4_096
 RUN_PROBLEMS = 200  # solutions that are run
+TIMEOUT_S = 15.0  # for a solution and its test
 TOKEN = re.compile(r"[^\W\d]\w*|\d+|[^\w\s]")
 NAME = re.compile(r"[^\W\d]\w*")
 STOP = {*keyword.kwlist, *keyword.softkwlist, "self"}  # words that tell no two programs apart
@@ -301,7 +304,7 @@ def solutions_that_run(problems: list[dict]) -> float | None:
     complete = [p for p in problems if len(p) == len(FIELDS)][:RUN_PROBLEMS]
     if not complete:
         return None
-    verdicts = run_programs([program(p, p["canonical_solution"]) for p in complete])
+    verdicts = run_checks([check(p, p["canonical_solution"], TIMEOUT_S) for p in complete])
     if any(v.status == "infrastructure" for v in verdicts):
         raise UserError(f"solutions cannot be run here: {verdicts[0].detail}")
     return round(sum(v.status == "passed" for v in verdicts) / len(verdicts), 3)

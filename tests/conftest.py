@@ -102,3 +102,13 @@ def tiny() -> list[str]:
 
 def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def save_run(run: Path, model, tokenizer) -> Path:
+    """A run folder with one checkpoint of `model`; the checkpoint's folder."""
+    import checkpoint
+
+    saver = checkpoint.Saver(run, 0, None, keep=1, keep_every=0)
+    saver.save(1, model, {"nothing": torch.zeros(1)}, tokenizer, {"world_size": 1})
+    assert saver.finish() is None
+    return checkpoint.find(run)

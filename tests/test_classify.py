@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import save_run
 
-import checkpoint
 import data.filter
 from config import UserError
 from data import forest as trees
@@ -78,7 +78,7 @@ def model(tmp_path_factory, tokens) -> Path:
     shape = ModelConfig(vocab_size=512, seq_len=32, n_layer=2, n_head=2, width=32, mlp_width=64,
                         rotary_dim=8)  # fmt: skip
     run = tmp_path_factory.mktemp("model")
-    checkpoint.save(run, 0, Phi(shape), {}, Tokenizer(tokens.parent / "tok"), {})
+    save_run(run, Phi(shape), Tokenizer(tokens.parent / "tok"))
     return run
 
 

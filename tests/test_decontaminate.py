@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import save_run
 
-import checkpoint
 from config import UserError
 from data.decontaminate import Config, Finder, decontaminate, ngrams
 from data.documents import document, read_documents, read_jsonl, shard_files
@@ -225,7 +225,7 @@ def test_distance_by_a_checkpoint(source, problems, tokens, tmp_path):
     torch.manual_seed(0)
     model = Phi(ModelConfig(vocab_size=512, seq_len=64, n_layer=1, n_head=2, width=32,
                             mlp_width=64, rotary_dim=8))  # fmt: skip
-    folder = checkpoint.save(tmp_path / "run", 1, model, {}, Tokenizer(tokens), {})
+    folder = save_run(tmp_path / "run", model, Tokenizer(tokens))
     texts = [RENAMED, OTHER, RENAMED, OTHER * 20]
     hidden = Hidden(folder, [OTHER], "cpu")
     vectors = hidden.vectors(texts)
