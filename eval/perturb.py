@@ -22,38 +22,31 @@ TYPO_FRAC = 1 / 6  # of the words that may get a typo
 LITERAL = re.compile(r"([a-zA-Z]*)(\"\"\"|'''|\"|')(.*)\2", re.DOTALL)
 QUOTED = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|`[^`\n]*`|\S*[_(\[{<>=]\S*")  # no prose inside
 HEADER = re.compile(r"(for )?(an )?(examples?|instances?)\W*\d*\W*", re.IGNORECASE)
-# Words and others that say the same wherever a docstring has them.
+# Words, as patterns, and others that say the same wherever a docstring has them. No new word is an
+# old one.
 SYNONYMS = {
-    "return": "give back",
-    "returns": "gives back",
-    "compute": "work out",
-    "calculate": "work out",
-    "count": "tally",
-    "create": "construct",
-    "largest": "biggest",
-    "maximum": "largest possible",
-    "smallest": "lowest",
-    "minimum": "lowest possible",
-    "given": "provided",
-    "each": "every",
-    "find": "determine",
-    "check": "determine",
-    "remove": "take away",
-    "begins": "starts",
-    "contains": "includes",
-    "containing": "that includes",
-    "function": "routine",
-    "order": "sequence",
-    "only": "exclusively",
-    "otherwise": "in any other case",
-    "result": "outcome",
-    "decreasing": "descending",
-    "increasing": "ascending",
-    "keep": "retain",
-    "sort": "arrange",
-    "are": "happen to be",
-    "first": "initial",
-    "last": "final",
+    r"return(?! it\b| them\b)": "give back",
+    r"returns(?! it\b| them\b)": "gives back",
+    r"compute|calculate": "work out",
+    r"count(?! of\b)": "tally",
+    r"create": "construct",
+    r"largest": "biggest",
+    r"smallest": "lowest",
+    r"given": "provided",
+    r"find|check(?= if\b| whether\b)": "determine",
+    r"remove": "take away",
+    r"begins": "starts",
+    r"contains": "includes",
+    r"containing": "that includes",
+    r"function": "routine",
+    r"otherwise": "in any other case",
+    r"result": "outcome",
+    r"decreasing": "descending",
+    r"increasing": "ascending",
+    r"keep": "retain",
+    r"sort": "arrange",
+    r"first": "initial",
+    r"last": "final",
 }
 
 
@@ -112,30 +105,29 @@ def split(problem: dict) -> Parts | None:
 # ---- Names
 
 
-def rename(problem: dict, names: dict[str, str]) -> dict | None:
-    """`names` renamed in prompt, reference and docstring; None if a new one is there already."""
+def rename(problem: dict, names: dict[str, str], mention: str) -> dict | None:
+    """`names` renamed in prompt and reference, and in the docstring where {} of the pattern
+    `mention` stands for one; None if a new name is there already."""
     parts = split(problem)
-    lines = len(problem["prompt"].splitlines())
     source = problem["prompt"] + problem["canonical_solution"]
-    used = {t.string for t in _tokens(source)} | {t.string for t in _tokens(problem["test"])}
-    if parts is None or used & set(names.values()):
+    if parts is None or {t.string for t in _tokens(source)} & set(names.values()):
         return None
+    doc = parts.doc
+    for old, new in names.items():
+        doc = re.sub(mention.format(re.escape(old)), new, doc)
     renamed = _rename_tokens(source, names).splitlines(keepends=True)
-    prompt = "".join(renamed[:lines])
-    words = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, names))})(?!\w)")
-    doc = words.sub(lambda m: names[m[1]], parts.doc)
-    assert parts.doc in prompt, "tokens in a string are left as they are"
+    lines = len(problem["prompt"].splitlines())
     return {
         **problem,
-        "prompt": prompt.replace(parts.doc, doc, 1),
+        "prompt": "".join(renamed[:lines]).replace(parts.doc, doc, 1),
         "canonical_solution": "".join(renamed[lines:]),
     }
 
 
 def rename_function(problem: dict) -> dict | None:
-    """A name that says nothing."""
+    """A name that says nothing. In the docstring, a name of one word counts where it is called."""
     old = problem["entry_point"]
-    renamed = rename(problem, {old: "func"})
+    renamed = rename(problem, {old: "func"}, r"\b{}\b" if "_" in old else r"\b{}(?=\()")
     if renamed:
         renamed["test"] = _rename_tokens(problem["test"], {old: "func"})
         renamed["entry_point"] = "func"
@@ -143,12 +135,13 @@ def rename_function(problem: dict) -> dict | None:
 
 
 def rename_arguments(problem: dict) -> dict | None:
-    """arg1, arg2, ...; not where one is called as an English word is, and the text has that word
-    by chance."""
+    """numbers becomes given_numbers, say. As names are words of the prose, too, which must go on
+    making sense, the docstring keeps them but for those with an underscore or in quotes."""
     parts = split(problem)
-    if not parts or not parts.arguments or {"a", "i", "self"} & set(parts.arguments):
+    if not parts or not parts.arguments:
         return None
-    return rename(problem, {old: f"arg{i}" for i, old in enumerate(parts.arguments, 1)})
+    names = {old: f"given_{old}" for old in parts.arguments}
+    return rename(problem, names, r"(?<=[`'\"]){0}(?=[`'\"])|\b(?=\w*_){0}\b(?![(])")
 
 
 def _tokens(source: str) -> list[tokenize.TokenInfo]:
@@ -196,16 +189,18 @@ def _split_examples(problem: dict, parts: Parts) -> tuple[list[str], list[str]] 
     lines, marks = parts.doc.split("\n"), example_lines(problem, parts.doc)
     if marks[0]:
         return None  # its line has no indentation to keep
-    prose = _strip([line for line, mark in zip(lines, marks) if not mark])
-    examples = _strip([line for line, mark in zip(lines, marks) if mark])
+    prose = _tidy([line for line, mark in zip(lines, marks) if not mark])
+    examples = _tidy([line for line, mark in zip(lines, marks) if mark])
     return (prose, examples) if prose and examples else None
 
 
-def _strip(lines: list[str]) -> list[str]:
-    """Without blank lines at the end, and at the beginning but for one that opens a docstring."""
-    while lines and not lines[-1].strip():
-        lines = lines[:-1]
-    return lines if any(line.strip() for line in lines) else []
+def _tidy(lines: list[str]) -> list[str]:
+    """Without blank lines at the end, and one blank line for several."""
+    blank = [not line.strip() for line in lines]
+    kept = [line for i, line in enumerate(lines) if not (i and blank[i] and blank[i - 1])]
+    while kept and not kept[-1].strip():
+        kept.pop()
+    return kept
 
 
 def missing_examples(problem: dict) -> dict | None:
@@ -213,8 +208,8 @@ def missing_examples(problem: dict) -> dict | None:
     found = parts and _split_examples(problem, parts)
     if not found:
         return None
-    end = "\n" + parts.indent if len(found[0]) > 1 else ""
-    return {**problem, "prompt": parts.join("\n".join(found[0]) + end)}
+    prose = "\n".join(found[0])
+    return {**problem, "prompt": parts.join(prose + ("\n" + parts.indent) * ("\n" in prose))}
 
 
 def examples_first(problem: dict) -> dict | None:
@@ -222,9 +217,8 @@ def examples_first(problem: dict) -> dict | None:
     found = parts and _split_examples(problem, parts)
     if not found:
         return None
-    prose, examples = found
-    first = parts.indent + prose[0] if prose[0].strip() else ""
-    prose = [line for line in (first, *prose[1:]) if line] if not first else [first, *prose[1:]]
+    (first, *prose), examples = found
+    prose = [parts.indent + first.strip(), *prose] if first.strip() else prose
     lines = ["", *examples, "", *prose, parts.indent]
     return {**problem, "prompt": parts.join("\n".join(lines))}
 
@@ -271,17 +265,21 @@ def typos(problem: dict) -> dict | None:
 
 
 def reworded(problem: dict) -> dict | None:
-    """Words replaced by others of the same meaning."""
+    """Words replaced by others of the same meaning, but for those that are names."""
     names = {t.string for t in _tokens(problem["prompt"]) if t.type == tokenize.NAME}
 
-    def reword(match: re.Match) -> str:
-        word = match[0]
-        new = SYNONYMS.get(word.lower()) if word not in names else None
-        if not new:
-            return word
-        return new[0].upper() + new[1:] if word[0].isupper() else new
+    def reword(text: str) -> str:
+        for old, new in SYNONYMS.items():
 
-    return _change_prose(problem, lambda text: re.sub(r"\b[A-Za-z]+\b", reword, text))
+            def replacement(match: re.Match, new: str = new) -> str:
+                if match[0] in names:
+                    return match[0]
+                return new[0].upper() + new[1:] if match[0][0].isupper() else new
+
+            text = re.sub(rf"\b(?:{old})\b", replacement, text, flags=re.IGNORECASE)
+        return text
+
+    return _change_prose(problem, reword)
 
 
 # ---- Layout
@@ -311,9 +309,11 @@ def other_spacing(problem: dict) -> dict | None:
     inner, bracket, rest = parts.head[at:].rpartition(")")
     inner = f" {inner.strip().replace(', ', ',')} " if inner.strip() else " "
     head = parts.head[:at] + inner + bracket + rest
-    doc = parts.doc.strip(" \n")
-    if "\n" not in parts.doc[: len(parts.doc) - len(parts.doc.lstrip())]:
-        doc = f"\n{parts.indent}{doc}\n{parts.indent}"
+    text = parts.doc.lstrip()
+    if "\n" in parts.doc[: -len(text)]:
+        doc = parts.doc if text.startswith(parts.quote[0]) else text
+    else:
+        doc = f"\n{parts.indent}{text.rstrip()}\n{parts.indent}"
     return {**problem, "prompt": parts.join(doc, head=head)}
 
 

@@ -2,9 +2,9 @@
 
     python -m eval.robustness --problems HumanEval.jsonl.gz --checkpoint out/run --out out/robust
 
-The authors of phi-1 name it as a limit: the model is sensitive to style and to errors in a prompt.
-Each perturbation of eval/perturb.py keeps what is asked for. Where it touches code, that is checked:
-a problem whose reference fails under the perturbed prompt and test is left out, and counted. What it
+The authors of phi-1 name as a limit that it is sensitive to style and to errors in a prompt. Each
+perturbation of eval/perturb.py keeps what is asked for. Where it touches code, that is checked: a
+problem whose reference fails under the perturbed prompt and test is left out, and counted. What it
 does to prose cannot be run: read problems.jsonl.
 
 The drop is over the problems that a perturbation applies to, each paired with itself, with the
@@ -19,7 +19,6 @@ import math
 import os
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from config import UserError, parse, run
 from data.documents import new_folder, write_json

@@ -3,10 +3,10 @@
     python -m data.decontaminate --source out/exercises/train --out out/clean --benchmarks FILE
     python -m eval.similarity out/eval/a out/eval/b --report out/clean/report/problems.jsonl
 
-Section 5 of the phi-1 paper (arXiv 2306.11644): a model that has only memorised its exercises solves
-the problems that are similar to them, and no others. A problem is similar at tau if an exercise
-is close to it, as data/decontaminate.py says, with a match rate of at least tau. Intervals are of
-95 %, Wilson's for a score, Newcombe's (1998, method 10) for the difference of the two.
+Section 5 of the phi-1 paper (arXiv 2306.11644): a model that has only memorised its exercises
+solves the problems that are similar to them, and no others. A problem is similar at tau if an
+exercise is close to it, as data/decontaminate.py says, with a match rate of at least tau. Intervals
+are of 95 %, Wilson's for a score, Newcombe's (1998, method 10) for the difference of the two.
 
 Similar problems may also be the easier ones: short functions have more neighbours. So beside a
 model belongs one that has not seen the exercises, as StarCoder does in the paper's table: give the
