@@ -135,13 +135,13 @@ def rename_function(problem: dict) -> dict | None:
 
 
 def rename_arguments(problem: dict) -> dict | None:
-    """numbers becomes given_numbers, say. As names are words of the prose, too, which must go on
-    making sense, the docstring keeps them but for those with an underscore or in quotes."""
+    """numbers becomes given_numbers in code and docstring: as names are words of the prose, too, a
+    new one has to make sense where the old one did. Only "a" stays in the docstring."""
     parts = split(problem)
     if not parts or not parts.arguments:
         return None
     names = {old: f"given_{old}" for old in parts.arguments}
-    return rename(problem, names, r"(?<=[`'\"]){0}(?=[`'\"])|\b(?=\w*_){0}\b(?![(])")
+    return rename(problem, names, r"(?<![\w.\\])(?!a\b){}\b")
 
 
 def _tokens(source: str) -> list[tokenize.TokenInfo]:

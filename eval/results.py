@@ -41,7 +41,7 @@ def read_result(folder: Path) -> Result:
     """Raises UserError if `folder` is none that an evaluation wrote."""
     try:
         result = json.loads((folder / "results.json").read_text())
-        result["benchmark"], result["config"], result["pass@1"], result["problems"]
+        _ = [result[k] for k in ("benchmark", "protocol", "config", "pass@1", "ci95", "problems")]
     except OSError as e:
         raise UserError(
             f"{folder}/results.json: {e.strerror}; name the --out of an evaluation"

@@ -26,6 +26,7 @@ from eval.execute import choose
 from eval.harness import BODY, Evaluation, measure, read_problems
 from eval.pass_at_k import Z95
 from eval.perturb import PERTURBATIONS
+from eval.results import mean
 from eval.self_check import PATIENCE, check, run_all, slowdown
 
 
@@ -75,14 +76,14 @@ def paired(before: list[float], after: list[float]) -> dict:
     """
     n = len(before) + 2
     drops = [a - b for a, b in zip(before, after, strict=True)]
-    mean = math.fsum(drops) / n
-    spread = Z95 * math.sqrt((math.fsum(d * d for d in [*drops, 1, -1]) / n - mean**2) / n)
+    middle = math.fsum(drops) / n
+    spread = Z95 * math.sqrt((math.fsum(d * d for d in [*drops, 1, -1]) / n - middle**2) / n)
     return {
         "problems": len(drops),
         "before": math.fsum(before) / len(before),
         "after": math.fsum(after) / len(after),
         "drop": math.fsum(drops) / len(drops),
-        "ci95": [max(-1.0, mean - spread), min(1.0, mean + spread)],
+        "ci95": [max(-1.0, middle - spread), min(1.0, middle + spread)],
         "lost": sum(d > 0 for d in drops),
         "gained": sum(d < 0 for d in drops),
     }
@@ -106,9 +107,8 @@ def robustness(config: Config) -> tuple[dict, list[dict], list[dict]]:
         table[name] = {**counts, **(paired(*pairs) if after else {"problems": 0})}
     # The score over all prompts, perturbed ones among them, would be read as the benchmark's.
     result = {k: v for k, v in result.items() if not k.startswith(("pass@", "ci95", "intervals"))}
-    result["problems"] = len(problems)
-    result["pass@1"] = math.fsum(before.values()) / len(before)
-    return result | {"perturbations": table}, asked, samples
+    result |= {**mean(list(before.values())), "perturbations": table}
+    return result, asked, samples
 
 
 def main() -> None:
