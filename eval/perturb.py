@@ -72,10 +72,17 @@ class Parts:
 
 
 def split(problem: dict) -> Parts | None:
-    """The parts of the problem's prompt; None if it has no docstring in lines of its own."""
+    """The parts of the problem's prompt; None if it has no docstring in lines of its own, or the
+    problem is no Python, which the self-check reports."""
     prompt = problem["prompt"]
-    nodes = ast.walk(ast.parse(prompt + problem["canonical_solution"]))
-    named = [n for n in nodes if isinstance(n, FUNCTIONS) and n.name == problem["entry_point"]]
+    try:
+        tree = ast.parse(prompt + problem["canonical_solution"])
+        ast.parse(problem["test"])  # which is tokenized, too
+    except SyntaxError:
+        return None
+    named = [
+        n for n in ast.walk(tree) if isinstance(n, FUNCTIONS) and n.name == problem["entry_point"]
+    ]
     if not named or not prompt.endswith("\n"):
         return None
     for statement in named[-1].body:  # one of HumanEval's has an import before its docstring
@@ -240,7 +247,7 @@ def _change_prose(problem: dict, change: Callable[[str], str]) -> dict | None:
 
 def _names(problem: dict) -> set[str]:
     """The words that may be names of Python's or of the problem's."""
-    code = "".join(problem[k] for k in ("prompt", "canonical_solution", "test"))
+    code = "\n".join(problem[k] for k in ("prompt", "canonical_solution", "test"))
     names = {t.string for t in _tokens(code) if t.type == tokenize.NAME}
     return names | set(dir(builtins)) | set(keyword.kwlist) - {"return", "is", "in", "and", "or"}
 
@@ -267,6 +274,7 @@ def typos(problem: dict) -> dict | None:
 def reworded(problem: dict) -> dict | None:
     """Words replaced by others of the same meaning, but for those that are names."""
     names = {t.string for t in _tokens(problem["prompt"]) if t.type == tokenize.NAME}
+    names -= set(keyword.kwlist)
 
     def reword(text: str) -> str:
         for old, new in SYNONYMS.items():
