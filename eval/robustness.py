@@ -105,8 +105,9 @@ def robustness(config: Config) -> tuple[dict, list[dict], list[dict]]:
         after = {t.rpartition("@")[0]: r for t, r in rates.items() if t.endswith(f"@{name}")}
         pairs = [before[t] for t in after], list(after.values())
         table[name] = {**counts, **(paired(*pairs) if after else {"problems": 0})}
-    # The score over all prompts, perturbed ones among them, would be read as the benchmark's.
-    result = {k: v for k, v in result.items() if not k.startswith(("pass@", "ci95", "intervals"))}
+    # What is over all prompts, perturbed ones among them, would be read as the benchmark's.
+    whole = ("pass@", "ci95", "intervals", "counts")
+    result = {k: v for k, v in result.items() if not k.startswith(whole)}
     result |= {**mean(list(before.values())), "perturbations": table}
     return result, asked, samples
 
