@@ -75,7 +75,8 @@ class Config(Options):
     device: str = "auto"  # to generate on
     sandbox: str = "auto"  # tier: A, B, auto or C; see eval.humaneval
     draws: int = 3  # replies to ask for until one has a grade
-    temperature: float = 0.0  # of the grading, so that grades repeat; completions are greedy
+    temperature: float = 0.3  # of the grading: low, so that grades repeat; not 0, or a reply
+    # without a grade would repeat, too. Completions are greedy
 
 
 def read_problems(source: str) -> list[dict]:
