@@ -182,7 +182,7 @@ def evaluate(config: Evaluation, name: str, problems: list[dict], protocol: Prot
     """
     with new_folder(config.out) if config.out else contextlib.nullcontext() as folder:
         with contextlib.redirect_stdout(sys.stderr):  # --json promises one object on stdout
-            result, samples, reference_s = _evaluate(config, name, problems, protocol)
+            result, samples, reference_s = measure(config, name, problems, protocol)
         if folder:
             write_json(folder / "results.json", result)
             rows = {
@@ -195,7 +195,13 @@ def evaluate(config: Evaluation, name: str, problems: list[dict], protocol: Prot
     print(json.dumps(result) if config.json else table(result))
 
 
-def _evaluate(config, name, problems, protocol) -> tuple[dict, list[dict], dict[str, float]]:
+def measure(
+    config: Evaluation, name: str, problems: list[dict], protocol: Protocol
+) -> tuple[dict, list[dict], dict[str, float]]:
+    """(results.json, the lines of samples.jsonl, {task_id: seconds of its reference}).
+
+    Raises UserError, as `evaluate` does.
+    """
     limits = {
         "memory_mb": config.memory_mb,
         "workers": config.workers or len(os.sched_getaffinity(0)),

@@ -1,0 +1,110 @@
+"""Splits scores into problems that are similar to the training exercises and others.
+
+    python -m data.decontaminate --source out/exercises/train --out out/clean --benchmarks FILE
+    python -m eval.similarity out/eval/a out/eval/b --report out/clean/report/problems.jsonl
+
+Section 5 of the phi-1 paper (arXiv 2306.11644): a model that has only memorised its exercises
+solves the problems that are similar to them, and no others. A problem is similar at tau if an
+exercise is close to it, as data/decontaminate.py says, with a match rate of at least tau. Intervals
+are of 95 %, Wilson's for a score, Newcombe's (1998, method 10) for the difference of the two.
+
+Similar problems may also be the easier ones: short functions have more neighbours. So beside a
+model belongs one that has not seen the exercises, as StarCoder does in the paper's table: give the
+folders of both.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError, run
+from data.documents import read_jsonl, write_json
+from eval.results import mean, parse_folders, percent, read_result
+
+
+@dataclass(frozen=True)
+class Config:
+    """Prints pass@1 on problems similar to the training exercises, and on the others."""
+
+    report: Path  # report/problems.jsonl of data.decontaminate, for the same problems
+    result: tuple[Path, ...] = ()  # folders of evaluations; they may stand without --result, first
+    out: Path | None = None  # JSON file to write the table to
+    json: bool = False  # print it as JSON
+
+
+def read_report(path: Path) -> dict[str, dict[str, int]]:
+    """{task_id: {tau: how many exercises are close}}. Raises UserError."""
+    close = {}
+    for number, row in enumerate(read_jsonl(path), 1):
+        if not isinstance(row.get("task_id"), str) or not isinstance(row.get("close"), dict):
+            raise UserError(
+                f"{path} line {number}: want task_id and close; name the report/problems.jsonl "
+                "that data.decontaminate writes"
+            )
+        close[row["task_id"]] = row["close"]
+    if not close:
+        raise UserError(f"{path}: no problems in it")
+    return close
+
+
+def split(rates: dict[str, float], close: dict[str, dict[str, int]], tau: str) -> dict:
+    """The scores on the problems that are similar at `tau` and on the others."""
+    similar = mean([rate for task_id, rate in rates.items() if close[task_id][tau]])
+    other = mean([rate for task_id, rate in rates.items() if not close[task_id][tau]])
+    more = difference(similar, other) if similar and other else None
+    return {"similar": similar, "other": other, "difference": more}
+
+
+def difference(a: dict, b: dict) -> dict:
+    """How much larger the score a is than b, of other problems, with Newcombe's interval."""
+    p, q, (p_low, p_high), (q_low, q_high) = a["pass@1"], b["pass@1"], a["ci95"], b["ci95"]
+    low = p - q - math.hypot(p - p_low, q_high - q)
+    high = p - q + math.hypot(p_high - p, q - q_low)
+    return {"pass@1": p - q, "ci95": [low, high]}
+
+
+def tables(config: Config) -> list[dict]:
+    """For each result its split at each tau of the report. Raises UserError."""
+    if not config.result:
+        raise UserError("name at least one folder that an evaluation wrote")
+    close = read_report(config.report)
+    taus = sorted(next(iter(close.values())), key=float, reverse=True)
+    found = []
+    for folder in config.result:
+        result, rates = read_result(folder), read_result(folder).rates()
+        if unknown := [task_id for task_id in rates if task_id not in close]:
+            raise UserError(
+                f"{folder}: {len(unknown)} of {len(rates)} problems are not in {config.report}, as "
+                f"{unknown[0]!r}; give data.decontaminate the --benchmarks that this is a score of"
+            )
+        found.append(
+            {
+                "folder": str(folder),
+                "model": result.model,
+                "benchmark": result.result["benchmark"],
+                "total": mean(list(rates.values())),
+                "taus": {tau: split(rates, close, tau) for tau in taus},
+            }
+        )
+    return found
+
+
+def main() -> None:
+    config = parse_folders(Config, "result")
+    found = tables(config)
+    if config.out:
+        write_json(config.out, found)
+    if config.json:
+        return print(json.dumps(found))
+    for t in found:
+        print(f"{t['model']} on {t['benchmark']}: pass@1 % {percent(t['total'])}")
+        print("  tau  similar / not   on similar               on others                difference")
+        for tau, row in t["taus"].items():
+            n = [row[k]["problems"] if row[k] else 0 for k in ("similar", "other")]
+            cells = [f"{percent(row[k]):24}" for k in ("similar", "other", "difference")]
+            print(f"{float(tau):5.2f}  {n[0]:5} / {n[1]:5}   {' '.join(cells)}".rstrip())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,270 @@
+import ast
+import json
+import sys
+import types
+
+import pytest
+from tiers import best
+
+from config import run
+from eval import robustness
+from eval.execute import run_checks
+from eval.harness import read_problems
+from eval.perturb import PERTURBATIONS, SYNONYMS, example_lines, split
+from eval.robustness import paired
+from eval.self_check import check
+
+TIER = best()
+PROMPT = '''from typing import List
+
+
+def helper(x, numbers):
+    return x in numbers
+
+
+def count_near(numbers: List[int], limit: int = 3) -> int:
+    """ Count the numbers that are smaller than limit, and return the result "given" so.
+    Everything otherwise remaining should be ignored altogether.
+
+    >>> count_near([1, 5])
+    1
+    >>> count_near([])
+    0
+
+    Negative numbers matter.
+    """
+'''
+PROBLEM = {
+    "task_id": "T/0",
+    "prompt": PROMPT,
+    "canonical_solution": "    return sum(n < limit and helper(n, numbers) for n in numbers)\n",
+    "entry_point": "count_near",
+    "test": "def check(candidate):\n    assert candidate([1, 5, -2]) == 2\n"
+    "    assert candidate([1, 5], 9) == 2\n    assert candidate([9]) == 0\n",
+}
+
+
+def perturbed(name: str) -> str:
+    return PERTURBATIONS[name](PROBLEM)["prompt"]
+
+
+def head_and_doc(prompt: str) -> tuple[str, str]:
+    tree = ast.parse(prompt)
+    return prompt[: prompt.index("def count_near")], ast.get_docstring(tree.body[-1])
+
+
+@pytest.mark.parametrize("name", PERTURBATIONS)
+def test_the_reference_still_passes_and_only_the_prompt_changes(name):
+    before = json.dumps(PROBLEM)
+    p = PERTURBATIONS[name](PROBLEM)
+    assert json.dumps(PROBLEM) == before
+    assert p["prompt"] != PROMPT
+    assert p == PERTURBATIONS[name](PROBLEM), "not the same twice"
+    checks = [check(p, body, 20) for body in (p["canonical_solution"], "    return -1\n")]
+    assert [v.status for v in run_checks(checks, tier=TIER)] == ["passed", "failed"]
+    if name not in ("rename_function", "rename_arguments", "two_spaces"):
+        assert {k: v for k, v in p.items() if k != "prompt"} == {
+            k: v for k, v in PROBLEM.items() if k != "prompt"
+        }
+
+
+def test_rename_function():
+    p = PERTURBATIONS["rename_function"](PROBLEM)
+    assert p["entry_point"] == "func"
+    assert "count_near" not in p["prompt"]
+    assert ">>> func([1, 5])" in p["prompt"]
+    verb = {**PROBLEM, "entry_point": "count", "prompt": PROMPT.replace("count_near", "count")}
+    assert "Count the numbers" in PERTURBATIONS["rename_function"](verb)["prompt"]
+    taken = {**PROBLEM, "prompt": PROMPT.replace("helper", "func")}
+    assert PERTURBATIONS["rename_function"](taken) is None
+
+
+def test_rename_arguments():
+    p = PERTURBATIONS["rename_arguments"](PROBLEM)
+    assert "def count_near(given_numbers: List[int], given_limit: int = 3)" in p["prompt"]
+    assert "smaller than given_limit," in p["prompt"]
+    assert "Negative given_numbers" in p["prompt"]
+    assert p["canonical_solution"].count("given_numbers") == 2
+    dotted = {
+        **PROBLEM,
+        "prompt": 'def f(a, n):\n    """Add a list a.n to \\n n."""\n',
+        "canonical_solution": "    return a.n + n\n",
+        "entry_point": "f",
+    }
+    p = PERTURBATIONS["rename_arguments"](dotted)
+    assert p["prompt"] == 'def f(given_a, given_n):\n    """Add a list a.n to \\n given_n."""\n'
+    assert p["canonical_solution"] == "    return given_a.n + given_n\n"
+
+
+def test_typos_spare_names_examples_and_quotes():
+    changed = 0
+    for i in range(30):  # the prompt is the seed
+        prompt = PROMPT.replace("matter", "matter" * (i + 1))
+        doc = PERTURBATIONS["typos"]({**PROBLEM, "prompt": prompt})["prompt"]
+        assert sorted(doc) == sorted(prompt)
+        differ = [(a, b) for a, b in zip(doc.split(), prompt.split()) if a != b]
+        changed += len(differ)
+        for wrong, right in differ:
+            assert wrong[0] == right[0]
+            assert right.strip(",.") not in ("numbers", "limit", '"given"', "List", "return")
+        assert doc[: doc.index('"""')] == prompt[: prompt.index('"""')]
+        assert ">>> count_near([1, 5])\n    1\n" in doc
+    assert changed >= 30
+
+
+def test_reworded():
+    doc = head_and_doc(perturbed("reworded"))[1]
+    assert doc.startswith(
+        'Tally the numbers that are smaller than limit, and give back the outcome "given" so.\n'
+        "Everything in any other case remaining"
+    )
+    assert ">>> count_near([1, 5])\n1" in doc
+    named = {**PROBLEM, "prompt": PROMPT.replace("limit", "result")}
+    assert "and give back the result " in PERTURBATIONS["reworded"](named)["prompt"]
+    olds = " ".join(SYNONYMS)
+    assert not [w for new in SYNONYMS.values() for w in new.split() if w in olds.split("|")]
+
+
+def test_examples():
+    missing = head_and_doc(perturbed("missing_examples"))[1]
+    assert ">>>" not in missing
+    assert missing.endswith("altogether.\n\nNegative numbers matter.")
+    first = head_and_doc(perturbed("examples_first"))[1]
+    assert first.startswith(">>> count_near([1, 5])\n1\n>>> count_near([])\n0\n\nCount the")
+    assert first.endswith("altogether.\n\nNegative numbers matter.")
+    plain = {**PROBLEM, "prompt": 'def f(x):\n    """Double x."""\n', "entry_point": "f"}
+    assert PERTURBATIONS["missing_examples"](plain) is None
+    assert PERTURBATIONS["examples_first"](plain) is None
+    one = 'def f(x):\n    """Double x.\n\n    Example:\n      f(1) -> 2\n    """\n'
+    short = PERTURBATIONS["missing_examples"]({**plain, "prompt": one})
+    assert short["prompt"] == plain["prompt"]
+    doc = "Do.\nExamples:\n  1 -> 2\n  2 -> 3\n\nThen f(3) is 4.\nBut for example this is prose."
+    assert example_lines({"entry_point": "f"}, doc) == [False, True, True, True, False, True, False]
+
+
+def test_layout():
+    assert perturbed("other_quotes") == PROMPT.replace('"""', "'''")
+    inside = {**PROBLEM, "prompt": PROMPT.replace("matter.", "'''")}
+    assert PERTURBATIONS["other_quotes"](inside) is None
+    spaced = perturbed("other_spacing")
+    assert "def count_near( numbers: List[int],limit: int = 3 ) -> int:\n" in spaced
+    assert '    """\n    Count the' in spaced
+    back = PERTURBATIONS["other_spacing"]({**PROBLEM, "prompt": spaced})["prompt"]
+    assert '    """Count the' in back
+    halved = perturbed("two_spaces")
+    assert '\n  """ Count' in halved
+    assert "\n  return x in numbers" in halved
+    assert "   " not in halved
+
+
+def test_what_cannot_be_split():
+    for prompt in ("def f(x):\n", 'def f(x): """Double x."""\n', "def g(x):\n    '''Do.'''\n"):
+        problem = {**PROBLEM, "prompt": prompt, "canonical_solution": "    pass\n"}
+        assert split({**problem, "entry_point": "f"}) is None
+
+
+def test_humaneval_keeps_its_meaning(shared_eval):
+    problems = read_problems(shared_eval / "HumanEval.jsonl.gz")
+    checks, names = [], []
+    for name, perturb in PERTURBATIONS.items():
+        applied = [p for p in map(perturb, problems) if p]
+        assert len(applied) >= 155, name
+        for p in applied:
+            compile(p["prompt"] + p["canonical_solution"], p["task_id"], "exec")
+        some = applied[::4]  # all pass, in 14 s
+        checks += [check(p, p["canonical_solution"], 60) for p in some]
+        names += [(name, p["task_id"]) for p in some]
+    verdicts = run_checks(checks, tier=TIER, workers=2)
+    assert [n for n, v in zip(names, verdicts) if v.status != "passed"] == []
+
+
+def test_paired_interval():
+    # Bonett and Price: with 10 of 50 lost and 2 gained, (11 - 3) / 52 and its spread.
+    before, after = [1.0] * 10 + [0.0] * 40, [0.0] * 10 + [1.0] * 2 + [0.0] * 38
+    found = paired(before, after)
+    assert (found["lost"], found["gained"]) == (10, 2)
+    assert found["drop"] == pytest.approx(8 / 50)
+    spread = 1.959964 * ((11 / 52 + 3 / 52 - (8 / 52) ** 2) / 52) ** 0.5
+    assert found["ci95"] == pytest.approx([8 / 52 - spread, 8 / 52 + spread])
+    low, high = paired([1.0], [1.0])["ci95"]
+    assert low == -high < 0, "one pair says nothing"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run eval.robustness with a model that knows `known`, by what the prompt has in it."""
+
+    class Generator:
+        known = ()
+
+        @classmethod
+        def load(cls, checkpoint, device="auto"):
+            return cls()
+
+        def fits(self, prompt, new_tokens=1):
+            return True
+
+        def generate(self, prompts, **options):
+            good, bad = PROBLEM["canonical_solution"], "    return -1\n"
+            return [good if any(k in p for k in self.known) else bad for p in prompts]
+
+    monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=Generator))
+    for module in ("eval.harness", "eval.robustness"):
+        monkeypatch.setattr(f"{module}.slowdown", lambda **limits: 1.0)
+
+    def call(known, *arguments):
+        Generator.known = known
+        monkeypatch.setattr("sys.argv", ["robustness", *map(str, arguments), "--sandbox", TIER])
+        status = 0
+        try:
+            run(robustness.main)
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def problems(tmp_path):
+    # The second one's reference reads its own source's indentation, so that "two_spaces" fails.
+    second = {
+        **PROBLEM,
+        "task_id": "T/1",
+        "canonical_solution": '    return len("""\n        """) == 9 and '
+        "sum(n < limit for n in numbers)\n",
+    }
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(p) + "\n" for p in (PROBLEM, second)))
+    return path
+
+
+def test_command(command, problems, tmp_path):
+    out = tmp_path / "out"
+    names = ["other_quotes", "two_spaces", "rename_arguments"]
+    only = [f"--only={n}" for n in names]
+    known = ['    """ Count the numbers', '  """ Count the numbers']
+    status, stdout, stderr = command(
+        known, "--problems", problems, "--checkpoint", "x", "--out", out, "--json", *only
+    )
+    assert status == 0, stderr
+    result = json.loads(stdout)
+    assert result == json.loads((out / "results.json").read_text())
+    assert result["pass@1"] == 1
+    assert result["problems"] == 2
+    table = result["perturbations"]
+    assert list(table) == names
+    assert table["other_quotes"]["drop"] == 1  # ''' is not known
+    assert table["other_quotes"]["lost"] == 2
+    assert table["two_spaces"]["reference_fails"] == 1
+    assert table["two_spaces"]["problems"] == 1
+    asked = [json.loads(line) for line in (out / "problems.jsonl").read_text().splitlines()]
+    assert [p["task_id"] for p in asked][:3] == ["T/0", "T/1", "T/0@other_quotes"]
+    assert len(asked) == 2 + 2 + 1 + 2
+
+
+def test_errors(command, problems):
+    flags = ["--problems", problems]
+    assert "--checkpoint" in command([], *flags, "--samples", problems)[2]
+    error = command([], *flags, "--checkpoint", "x", "--only", "caps")[2]
+    assert "rename_function" in error
