@@ -16,13 +16,7 @@ WORDS = sorted({w for kind in (str, list, dict, bytes, os) for w in dir(kind) if
 
 if not torch.cuda.is_available():  # read when a kernel is imported, by whichever test is first
     os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(2)
-
-
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "slow: takes a minute or needs more than `make test` installs"
-    )
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(items):
