@@ -42,7 +42,7 @@ help:  ## list the targets
 train: $(OUT)/report.html  ## raw code -> evaluated model and report; start here
 
 test: $(VENV)  ## run the tests
-	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist' 2>&- && echo -n 2 --dist loadfile)
+	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist' 2>&- && echo --numprocesses=2 --dist=loadfile)
 
 lint: $(VENV)  ## check the style
 	$(PYTHON) -m ruff check .
