@@ -273,7 +273,8 @@ def test_printed(name, capsys, monkeypatch, tokens):
     monkeypatch.setattr("sys.argv", argv)
     plan.main()
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 100
+    lines = [line for line in text.splitlines() if str(tokens) not in line]
+    assert max(map(len, lines)) <= 100
     assert f"{parameter_count(parse(plan.Config, argv[1:], toml=True).model):,} parameters" in text
     monkeypatch.setattr("sys.argv", [*argv, "--json"])
     plan.main()
