@@ -3,8 +3,9 @@
     python bench.py configs/phi1.toml               all three
     python bench.py configs/phi1.toml --impl=ours   one of them
 
-A step is `micro_steps` times forward and backward, then clipping and AdamW, on random tokens, as in
-train.py: fp32 weights and optimiser states, matrices in half precision. The micro-batch is the
+A step is `micro_steps` times forward and backward, then clipping and AdamW, on random tokens, under
+autocast for all three: fp32 weights and optimiser states, matrices in half precision. (train.py has
+FSDP2 cast the weights, once a step rather than once a micro-batch.) The micro-batch is the
 configuration's, halved until it fits. The peers are compiled whole, where there is a GPU. MFU is
 over the data sheet's peak, causal FLOPs; the profile's floors are kernels/work.py's, at the rates
 of a large matmul and a large copy timed in the same run.
