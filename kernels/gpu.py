@@ -22,14 +22,8 @@ import torch
 from config import UserError, parse, run
 
 ROOT = Path(__file__).parents[1]
-TESTED = (
-    "attention",
-    "block",
-    "mlp",
-    "layernorm",
-    "cross_entropy",
-    "plan",
-)  # what has tests for a GPU
+# what has tests for a GPU
+TESTED = ["attention", "block", "mlp", "layernorm", "cross_entropy", "plan", "train"]
 
 
 @dataclass(frozen=True)
@@ -56,10 +50,18 @@ def parts(out: Path) -> list[Part]:
         for impl in ("ours", "torch", "transformers"):
             command = ["bench.py", f"configs/{model}.toml", f"--impl={impl}", "--json"]
             steps.append(Part(f"{model} {impl}", command, 2))
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
     files = [f"tests/test_{k}.py" for k in TESTED]
-    tests = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
     ops = ["-m", "kernels.bench", f"--csv={out / 'kernels.csv'}"]
-    return [Part("tests", tests, 2), *steps[:3], Part("kernels", ops, 3), *steps[3:]]
+    decode = ["-m", "eval.decode_bench", "configs/phi1.toml", "--batch=1", "--batch=64", "--json"]
+    return [
+        Part("tests", [*pytest, "-m", "gpu", *files], 2),
+        *steps[:3],
+        Part("kernels", ops, 3),
+        Part("decode", [*decode, "--new_tokens=256", "--rounds=3"], 1.5),
+        *steps[3:],
+        Part("all tests", [*pytest, *files[:-1], "tests/test_decode.py"], 2),  # on the GPU here
+    ]
 
 
 def run_part(part: Part, out: Path, seconds: float) -> Part:
@@ -100,7 +102,11 @@ def collect(out: Path, done: list[Part]) -> dict:
     for part in done:
         if "--json" in part.command and part.rc == 0:
             text = (out / f"{part.name.replace(' ', '_')}.out").read_text()
-            record["steps"][part.name] = json.loads(text[text.index("{") :])
+            found = json.loads(text[text.index("{") :])
+            if "results" in found:
+                record["steps"][part.name] = found
+            else:
+                record[part.name] = found["rows"]
     tests = out / "tests.out"
     record["tests"] = tests.read_text().strip().splitlines()[-1:] if tests.exists() else []
     return record
@@ -135,6 +141,10 @@ def table(record: dict) -> str:
             f"{name:<24}{r['tokens_per_s']:>10,.0f} tokens/s {r['mfu']:>7.1%} MFU "
             f"{r['peak_gib']:>6.1f} GiB, ours is{ratio}"
         )
+    for r in record.get("decode", []):
+        share = f", {r['roof_frac']:.1%} of a copy's bandwidth" if "roof_frac" in r else ""
+        which = f"decode, batch {r['batch']:<4}{r['impl']:<24}"
+        lines.append(f"{which}{r['tokens_per_s']:>10,.0f} tokens/s{share}")
     failed = [n for n, p in record["parts"].items() if p["exit"] != 0]
     return "\n".join([*lines, f"failed or stopped: {', '.join(failed)}"][: None if failed else -1])
 

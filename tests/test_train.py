@@ -51,6 +51,31 @@ def test_learns_and_keeps_the_best(reference):
     assert summary["weights"] == weights(reference)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", "bfloat16"),
+        pytest.param("cuda", "bfloat16", marks=pytest.mark.gpu),
+        pytest.param("cuda", "float16", marks=pytest.mark.gpu),
+    ],
+)
+def test_half_precision_resumes_bitwise(request, tiny, tmp_path, device, dtype):
+    """FSDP2 over a mesh of one; on a GPU the Triton kernels too."""
+    pytest.importorskip("zstandard", reason="zstandard is not installed: no corpus to pack")
+    tokens = request.getfixturevalue("tokens")
+    flags = ["--max_steps=12", "--eval_interval=4", "--log_interval=2", "--dropout=0.1", "--keep=9",
+             "--width=64", f"--device={device}", f"--dtype={dtype}", "--lr=0.01"]  # fmt: skip
+    said = train(tiny, tokens, tmp_path / "whole", *flags)
+    assert ("kernels: triton" in said) == (device == "cuda")
+    losses = [r["loss"] for r in read_metrics(tmp_path / "whole") if "loss" in r]
+    assert losses[-1] < losses[0] - 0.2
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000012")
+    train(tiny, tokens, tmp_path / "run", *flags, "--resume")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
 def test_resume_is_bitwise(tiny, tokens, reference, tmp_path):
     # The run as it was at step 8: later checkpoints gone, later lines in the log.
     shutil.copytree(reference, tmp_path / "run")
