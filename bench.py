@@ -28,9 +28,11 @@ from tqdm import tqdm
 from config import UserError, parse, run
 from kernels.timing import CudaTimer, WallTimer, measured_roof, percentiles
 from kernels.trace import floors_us, profile, show_profile, synchronize
-from model import ModelConfig, Phi, flops_per_token, select_kernels
+from model import ModelConfig, Phi, flops_per_token, parameter_count, select_kernels
 from runlog import environment, peak_flops
 from train import DTYPES, TrainConfig, make_optimizer
+
+LARGE = 50_000_000  # parameters: a CPU takes minutes a step
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,12 @@ def show(r: Result) -> str:
 
 def main() -> None:
     c = parse(Config, toml=True)
-    device = device_of(c)
+    device, parameters = device_of(c), parameter_count(c.model)
+    if device.type == "cpu" and c.device == "auto" and parameters > LARGE:
+        raise UserError(
+            f"{parameters:,} parameters, and there is no CUDA device here; --device=cpu times them "
+            "all the same, slowly"
+        )
     peak, roof_name = peak_flops(device)
     out = sys.stderr if c.json else sys.stdout
     print(f"{flops_per_token(c.model) / 1e9:.3f} GFLOP a token; MFU over {roof_name}", file=out)
