@@ -28,6 +28,7 @@ from tqdm import tqdm
 from config import UserError, parse, run
 from kernels.timing import CudaTimer, WallTimer, measured_roof, percentiles
 from kernels.trace import floors_us, profile, show_profile, synchronize
+from kernels.work import mfu
 from model import ModelConfig, Phi, flops_per_token, parameter_count, select_kernels
 from runlog import environment, peak_flops
 from train import DTYPES, TrainConfig, make_optimizer
@@ -189,8 +190,8 @@ def measure(c: Config, impl: str, peak: float) -> tuple[Result, Callable | None]
     p20, p50, p80 = percentiles(times_ms)
     rate = c.micro_steps * micro_batch * c.seq_len / p50 * 1e3
     gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
-    mfu = rate * flops_per_token(c.model) / peak
-    return Result(impl, micro_batch, p20, p50, p80, rate, mfu, gib, loss), step
+    used = mfu(c.model, rate, peak)
+    return Result(impl, micro_batch, p20, p50, p80, rate, used, gib, loss), step
 
 
 def show(r: Result) -> str:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from config import UserError
 
+CHUNK_ROWS = 8192  # of logits that the fused loss holds at once
 INIT_STD = 0.02  # phi-1's initializer_range
 
 
@@ -249,7 +250,7 @@ class Phi(nn.Module):
         expected_grad = float(len(x)) if x.dtype == torch.float16 else 1.0
         head, targets = self.head, targets.flatten().contiguous()
         return linear_cross_entropy(
-            x, head.weight, head.bias, targets, chunk_rows=8192, expected_grad=expected_grad
+            x, head.weight, head.bias, targets, chunk_rows=CHUNK_ROWS, expected_grad=expected_grad
         )
 
 

@@ -27,14 +27,13 @@ from config import UserError, parse, run
 from data.shards import read_header
 from kernels.roofline import BANDWIDTH, GPUS, MEASURED, NODE, Gpu, collective_s, fractions
 from kernels.work import step_us, training_ops
-from model import ModelConfig, flops_per_token, parameter_count
+from model import CHUNK_ROWS, ModelConfig, flops_per_token, parameter_count
 from runlog import PEAK_FLOPS
 from train import TrainConfig
 
 NL = "\n"  # Python 3.11 takes no backslash inside an f-string's braces
 SLOW_NETWORK = 100e9 / 8 / NODE  # bytes/s a GPU: one 100 Gb/s card a node
 RESERVE_BYTES = 4e9  # CUDA's context, NCCL's and cuBLAS's buffers, fragmentation: an assumption
-CHUNK_ROWS = 8192  # of logits that are there at once: model.py's fused_loss
 CPU_FRACTION = 0.345  # of a measured matmul, training the demo: 32 to 37% (LOG.md, 2026-11-22)
 
 

@@ -20,14 +20,13 @@ whose gradients are accumulated. What a step sees depends on (seed, step) alone:
 Within a step nothing waits for the GPU; numbers are read from it when a log line is due.
 """
 
-import dataclasses
 import math
 import os
 import statistics
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +39,9 @@ from config import UserError, differences, parse, run
 from data.documents import write_json
 from data.loader import Loader, Windows, arguments
 from diff import show_differences
+from kernels.work import mfu
 from model import ModelConfig, Phi, flops_per_token, select_kernels
-from runlog import (
-    RunLog,
-    environment,
-    open_run,
-    peak_flops,
-    peak_memory_gib,
-    plain,
-    run_identity,
-)
+from runlog import RunLog, environment, open_run, peak_flops, peak_memory_gib, plain, run_identity
 from tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,17 +97,8 @@ class TrainConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in (
-            "max_steps",
-            "seqs_per_step",
-            "micro_batch",
-            "eval_interval",
-            "eval_seqs",
-            "keep",
-            "log_interval",
-            "max_skips",
-            "timeout_s",
-        ):
+        for name in ("max_steps", "seqs_per_step", "micro_batch", "eval_interval", "eval_seqs",
+                     "keep", "log_interval", "max_skips", "timeout_s"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, want at least 1")
         for name in ("keep_every", "rewinds", "shard", "spike_nats", "grad_clip", "threads"):
@@ -130,9 +113,7 @@ class TrainConfig(ModelConfig):
 
     @property
     def model(self) -> ModelConfig:
-        return ModelConfig(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)}
-        )
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
 
 
 def get_lr(step: int, c: TrainConfig) -> float:
@@ -147,10 +128,8 @@ def make_optimizer(model: Phi, c: TrainConfig) -> torch.optim.AdamW:
     """AdamW that decays matrices (embedding included) and leaves biases and LayerNorms alone."""
     decay = [p for p in model.parameters() if p.dim() >= 2]
     no_decay = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": decay, "weight_decay": c.weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
+    decays = (decay, c.weight_decay), (no_decay, 0.0)
+    groups = [{"params": params, "weight_decay": each} for params, each in decays]
     return torch.optim.AdamW(groups, c.lr, (c.beta1, c.beta2), c.adam_eps, fused=True)
 
 
@@ -244,7 +223,6 @@ def main() -> None:
     )
     tokens_per_step = c.seqs_per_step * c.seq_len
     roof, roof_name = ranks.from_first(lambda: peak_flops(device))
-    flops = flops_per_token(c.model)
     resolved = plain(c) | identity | {
         "world_size": world_size,
         "compute_dtype": str(dtype)[6:],
@@ -263,7 +241,7 @@ def main() -> None:
         f"kernels: {kernels} ({why}); "
         f"{c.max_steps:,} steps x {tokens_per_step:,} tokens = "
         f"{c.max_steps * c.seqs_per_step / len(windows):.2f} epochs of {windows.tokens:,}\n"
-        f"{flops / 1e6:,.1f} MFLOP a token, causal; MFU is the share of {roof_name}"
+        f"{flops_per_token(c.model) / 1e6:,.1f} MFLOP a token, causal; MFU is of {roof_name}"
     )
     saver = checkpoint.Saver(c.out, rank, parallel.cpu_group(c.timeout_s), c.keep, c.keep_every)
     signals = parallel.Signals(parallel.cpu_group(c.timeout_s))
@@ -279,7 +257,7 @@ def main() -> None:
         return parallel.optimizer_state(model, optimizer) | guard.state() | own
 
     def save() -> None:
-        meta = dataclasses.asdict(progress) | {k: identity[k] for k in ("data_checksum", "code")}
+        meta = asdict(progress) | {k: identity[k] for k in ("data_checksum", "code")}
         meta |= {"run": str(c.out), "world_size": world_size}
         saver.save(progress.step, model, state(), tokenizer, meta)
 
@@ -293,7 +271,7 @@ def main() -> None:
         torch.set_rng_state(saved.get(f"rank{rank}.rng_cpu", torch.get_rng_state()))
         if f"rank{rank}.rng_cuda" in saved:
             torch.cuda.set_rng_state(saved[f"rank{rank}.rng_cuda"], device)
-        return Progress(**{f.name: meta[f.name] for f in dataclasses.fields(Progress)})
+        return Progress(**{f.name: meta[f.name] for f in fields(Progress)})
 
     # The generators last, as anything above may draw numbers. Dropout differs between ranks.
     torch.manual_seed(c.seed + 1 + rank)
@@ -307,10 +285,9 @@ def main() -> None:
         log.go_on_from(progress.step)
         logged = ranks.from_first(log.read)
         late = deque([r["loss"] for r in logged if "loss" in r], maxlen=SPIKE_LINES)
-        best = min(
-            [(r["val_loss"], r["step"]) for r in logged if "val_loss" in r], default=(math.inf, 0)
-        )
-        return loader.stream(progress.step + progress.data_offset), late, best
+        vals = [(r["val_loss"], r["step"]) for r in logged if "val_loss" in r]
+        stream = loader.stream(progress.step + progress.data_offset)
+        return stream, late, min(vals, default=(math.inf, 0))
 
     # The loop.
     saved_step, skipped_before = progress.step, int(guard.skipped)
@@ -377,16 +354,15 @@ def main() -> None:
             seconds = time.perf_counter() - began
             progress.trained_s += seconds
             tokens_per_s = (step - timed_from) * tokens_per_step / seconds
-            mfu = tokens_per_s * flops / (roof * world_size)
+            used = mfu(c.model, tokens_per_s, roof * world_size)
             skips, skips_in_a_row = int(guard.skipped), int(guard.most_in_a_row)
             record = {
                 "step": step,
                 "tokens": step * tokens_per_step,
-                "loss": loss_sum / steps_taken if steps_taken else None,
                 "lr": lr,
                 "grad_norm": grad_norm.item(),
                 "tokens_per_s": round(tokens_per_s, 1),
-                "mfu": round(mfu, 4),
+                "mfu": round(used, 4),
                 "loader_wait_frac": round(loader.waited_s / seconds, 4),
                 "memory_gib": round(peak_memory_gib(device), 3),
                 "skipped": skips,
@@ -394,14 +370,14 @@ def main() -> None:
             }
             if dtype == torch.float16:
                 record["loss_scale"] = guard.scale.item()
-            if record["loss"] is None:
-                del record["loss"]
+            if steps_taken:
+                record["loss"] = loss_sum / steps_taken
             log.write(record)
             log.status("running", step)
-            left_s = (c.max_steps - step) * tokens_per_step / tokens_per_s
+            left_min = (c.max_steps - step) * tokens_per_step / tokens_per_s / 60
             log.line(
                 f"step {step:,}/{c.max_steps:,}  loss {record.get('loss', math.nan):.4f}  "
-                f"lr {lr:.2e}  {tokens_per_s:,.0f} tok/s  MFU {mfu:.1%}  {left_s / 60:.1f} min left"
+                f"lr {lr:.2e}  {tokens_per_s:,.0f} tok/s  MFU {used:.1%}  {left_min:.1f} min left"
             )
             if saver.problem:
                 log.warn("save failed", step, saver.finish())
