@@ -16,14 +16,16 @@ same as a held-out one; but it has every family, test and operation of a held-ou
 """
 
 import ast
+import copy
 import functools
 import itertools
 import json
 import random
 import re
+import sys
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,15 +34,14 @@ from tqdm import tqdm
 from config import UserError, parse, run
 from data.documents import ShardWriter, document, new_folder, read_jsonl, write_json
 from data.families import FAMILIES, KINDS, Kind, Task
+from data.forms import GENERIC, POOL, Exercise, argument_types, fill, pool, results, tell, vary
 
-POOL = 90  # inputs for each signature, from which the tests of a held-out problem are chosen
 TESTS = 30  # of these for each problem; with 6 in a prototype, 18 of 371 near misses passed
 MAX_SAME = 24  # of the TESTS expected values may be equal: a test that mostly wants False is weak
 FAMILY_SHARE = 0.2  # of a family's tasks may be held out
-EXAMPLE_SHARE = 0.15  # of the docstrings show a call, if that is ...
-EXAMPLE_CHARS = 50  # ... no longer than this
 NGRAM = 10  # words in a row that a docstring may not have in common with a benchmark's
 MIN_CASES = 3  # a task that passes this many test cases of a benchmark problem, and all that it can
+MIN_SHARED = 10  # inputs that two kinds of arguments share, to compare tasks by their results
 MIN_BOOL_CASES = 8  # be tried on, is taken for that problem; more if the results are bool
 
 
@@ -49,34 +50,16 @@ class Config:
     """Write short exercises (signature, docstring, solution) and a held-out split without leaks."""
 
     out: Path  # folder to write
+    forms: str = "plain"  # plain, or varied: each exercise has a form of its own (data/forms.py)
     count: int = 30_000  # training exercises
     heldout: int = 500  # held-out problems; they do not depend on seed and count
+    unseen: int = 0  # problems of families that training then lacks; they do not depend on seed
     seed: int = 0  # of the choice of training tasks, wordings and names
+    damage_frac: float = 0.0  # of the training solutions, damaged so that they give wrong results
+    concepts: bool = False  # also the families of data/concepts.py
     benchmarks: tuple[Path, ...] = ()  # HumanEval or MBPP file (.jsonl, .jsonl.gz, .json) to avoid
     shuffle_docstrings: bool = False  # a control: give each training solution the docstring and
     # function name of another one with the same kinds of arguments
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """A task with its wording and names chosen; `$a` and `$b` still stand for the arguments."""
-
-    task: Task
-    name: str
-    doc: str
-    arguments: tuple[str, ...]
-    example: str = ""  # a call and its result, as in an interactive session
-
-    def prompt(self) -> str:
-        doc = fill(self.doc, self.arguments)
-        lines = textwrap.wrap(doc, 88) if len(doc) > 88 else [doc]  # 100 with indent and quotes
-        if self.example:
-            lines += ["", *self.example.split("\n"), ""]
-        doc = "\n".join(lines).replace("\n", "\n    ").replace("\n    \n", "\n\n")
-        return f'def {self.name}({", ".join(self.arguments)}):\n    """{doc}"""\n'
-
-    def solution(self) -> str:
-        return textwrap.indent(fill(self.task.body, self.arguments), "    ") + "\n"
 
 
 def main() -> None:
@@ -85,11 +68,29 @@ def main() -> None:
         raise UserError(f"--count {config.count}: want at least 1 exercise")
     if config.heldout < 0:
         raise UserError(f"--heldout {config.heldout}: want 0 or more problems")
+    if config.unseen < 0:
+        raise UserError(f"--unseen {config.unseen}: want 0 or more problems")
+    if not 0 <= config.damage_frac <= 1:
+        raise UserError(f"--damage_frac {config.damage_frac}: want a share from 0 to 1")
+    if config.forms not in ("plain", "varied"):
+        raise UserError(f"--forms {config.forms!r}: want plain or varied")
+    if config.shuffle_docstrings and config.forms != "plain":
+        raise UserError("--shuffle_docstrings: only with --forms plain")
+    if config.concepts:
+        import data.concepts  # noqa: F401, registers its families
+    told = tell if config.forms == "plain" else vary
     benchmarks = Benchmarks(config.benchmarks)
     outputs, dropped = run_tasks(benchmarks)
-    problems = hold_out(outputs, config.heldout, benchmarks)
-    train = {task: v for task, v in outputs.items() if str(task) not in problems}
-    exercises = list(draw(train, config.count, config.seed, benchmarks, dropped))
+    unseen = hold_out(outputs, config.unseen, benchmarks, told, unseen=True)
+    seen = leave_families_out(outputs, dropped) if config.unseen else outputs
+    problems = hold_out(seen, config.heldout, benchmarks, told)
+    train = {task: v for task, v in seen.items() if str(task) not in problems}
+    exercises = list(draw(train, config.count, config.seed, benchmarks, dropped, told))
+    hidden = {
+        solution_key(p["prompt"] + p["canonical_solution"])
+        for p in [*problems.values(), *unseen.values()]
+    }
+    exercises = damage(exercises, config.damage_frac, config.seed, hidden)
     exchanged = 0
     if config.shuffle_docstrings:
         shuffled = shuffle_docstrings(exercises, config.seed)
@@ -102,7 +103,9 @@ def main() -> None:
         "tasks": len({e.task for e in exercises}),
         "heldout": len(problems),
         "heldout_families": len({problem["family"] for problem in problems.values()}),
+        "unseen": len(unseen),
         "docstrings_exchanged": exchanged,
+        "damaged": sum(bool(e.wrong) for e in exercises),
         "dropped": dropped,
         "train_by_family": Counter(e.task.family for e in exercises),
         "heldout_by_family": Counter(problem["family"] for problem in problems.values()),
@@ -114,51 +117,23 @@ def main() -> None:
         with ShardWriter(out / "train") as shards:
             for exercise, text in zip(exercises, texts):
                 shards.write(record(exercise, text))
-        lines = (json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems.values())
-        (out / "heldout.jsonl").write_text("".join(lines))
+        for name, split in [("heldout", problems), *([("unseen", unseen)] if unseen else [])]:
+            lines = (json.dumps(problem, ensure_ascii=False) + "\n" for problem in split.values())
+            (out / f"{name}.jsonl").write_text("".join(lines))
         write_json(out / "summary.json", summary)
     for why, n in dropped.items():
         print(f"{n:9,} dropped, {why}")
     print(
         f"{config.out}: {len(exercises):,} exercises of {summary['tasks']:,} tasks, "
         f"{len(problems)} other tasks held out"
+        + f", {len(unseen)} of unseen families"
+        * bool(unseen)
     )
-
-
-# ---- Render a task
-
-
-def tell(task: Task, rng: random.Random) -> Exercise:
-    """An exercise for `task`: wording, names, and whether there is an example, chosen by `rng`."""
-    name = re.sub("_+", "_", choose(task.name, rng)).strip("_")
-    doc = choose(task.doc, rng)
-    arguments = tuple(rng.choice(KINDS[kind].names.split()) for kind in task.args.split())
-    example = ""
-    if rng.random() < EXAMPLE_SHARE:
-        inputs = rng.choice(pool(task.args))
-        call = f">>> {name}({', '.join(map(repr, inputs))})"
-        result = task.oracle(*inputs)
-        example = f"{call}\n{result!r}"
-        if not all(inputs) or len(example) > EXAMPLE_CHARS or result in (None, "", [], {}):
-            example = ""
-    return Exercise(task, name, doc[0].upper() + doc[1:], arguments, example)
-
-
-def choose(text: str, rng: random.Random) -> str:
-    """`text` with one of the choices for each `<this|that>`, inner ones first."""
-    while m := re.search(r"<([^<>]*\|[^<>]*)>", text):
-        text = text[: m.start()] + rng.choice(m[1].split("|")) + text[m.end() :]
-    return text
-
-
-def fill(text: str, arguments: tuple[str, ...]) -> str:
-    for placeholder, name in zip(("$a", "$b"), arguments):
-        text = text.replace(placeholder, name)
-    return text
 
 
 def record(exercise: Exercise, text: str) -> dict:
     """The training document of an exercise."""
+    damaged = {"damaged": True} if exercise.wrong else {}
     return document(
         text,
         f"exercises:{exercise.task.family}",
@@ -167,25 +142,11 @@ def record(exercise: Exercise, text: str) -> dict:
         entry_point=exercise.name,
         family=exercise.task.family,
         task=str(exercise.task),
+        **damaged,
     )
 
 
 # ---- Execute and compare
-
-
-@functools.cache
-def pool(args: str) -> list[tuple]:
-    """POOL inputs for these kinds of arguments: every edge value, then random ones."""
-    rng, kinds = random.Random(args), [KINDS[kind] for kind in args.split()]
-    edges = max(len(kind.edges) for kind in kinds)
-    inputs = [tuple(kind.edges[i % len(kind.edges)] for kind in kinds) for i in range(edges)]
-    while len(inputs) < POOL:
-        for _ in range(9):  # attempts at one that is new
-            new = tuple(kind.sample(rng) for kind in kinds)
-            if new not in inputs:
-                break
-        inputs.append(new)
-    return inputs
 
 
 def check(exercise: Exercise, outputs: list, indexes: Iterator[int]) -> None:
@@ -208,15 +169,14 @@ def run_tasks(benchmarks: "Benchmarks") -> tuple[dict[Task, list], Counter]:
     """
     outputs, dropped = {}, Counter()
     for task in tqdm([*itertools.chain(*FAMILIES.values())], "tasks", disable=None):
-        inputs = pool(task.args)
-        results = [task.oracle(*x) for x in inputs]
-        check(tell(task, random.Random(0)), results, range(POOL))
-        if all(result == results[0] for result in results):
+        found = results(task)
+        check(tell(task, random.Random(0)), found, range(POOL))
+        if all(result == found[0] for result in found):
             dropped["task: constant"] += 1
-        elif benchmarks.has(task, results):
+        elif benchmarks.has(task, found):
             dropped["task: solves a benchmark problem"] += 1
         else:
-            outputs[task] = results
+            outputs[task] = found
     for args in {task.args: None for task in outputs}:
         assert pool(args) == pool.__wrapped__(args), f"a task over ({args}) changed its arguments"
     return outputs, dropped
@@ -225,7 +185,8 @@ def run_tasks(benchmarks: "Benchmarks") -> tuple[dict[Task, list], Counter]:
 def solution_key(source: str) -> str:
     """The function in `source` without docstring and with neutral names, the same for all copies
     that differ in names alone."""
-    function = ast.parse(source).body[0]
+    function = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef))
+    function.returns = None
     if ast.get_docstring(function) is not None:
         function.body = function.body[1:]
     new = {function.name: "f"}
@@ -236,7 +197,7 @@ def solution_key(source: str) -> str:
             new.setdefault(node.id, f"v{len(new)}")
     for node in ast.walk(function):
         if isinstance(node, ast.arg):
-            node.arg = new[node.arg]
+            node.arg, node.annotation = new[node.arg], None
         elif isinstance(node, ast.Name):
             node.id = new.get(node.id, node.id)
     function.name = "f"
@@ -246,42 +207,106 @@ def solution_key(source: str) -> str:
 # ---- Hold out
 
 
-def hold_out(outputs: dict[Task, list], wanted: int, benchmarks: "Benchmarks") -> dict[str, dict]:
+# Families that a model trained with --unseen has not met: over numbers, text, lists, two lists,
+# dicts and grids; loops, slices, comprehensions
+UNSEEN = {"longest_run", "before", "in_base", "steps_below", "shift_letters", "rejoin", "unclosed"}
+UNSEEN |= {"windows", "column", "count_pairs"}
+
+
+def hold_out(
+    outputs: dict[Task, list],
+    wanted: int,
+    benchmarks: "Benchmarks",
+    told: Callable = tell,
+    unseen: bool = False,
+) -> dict[str, dict]:
     """Held-out problems by task, taken from the families in turn.
 
     A task qualifies if no other one has the same solution or the same outputs on the pool, and if
-    all that it is made of is left in training. Raises UserError if fewer than `wanted` qualify.
+    all that it is made of is left in training; or, if `unseen`, it is of a family that training
+    lacks. Raises UserError if fewer than `wanted` qualify.
     """
     queues, rivals, left, copies = defaultdict(list), defaultdict(list), Counter(), Counter()
     for task in outputs if wanted else ():
-        queues[task.family].append(task)
+        if not unseen or task.family in UNSEEN:
+            queues[task.family].append(task)
         rivals[task.args].append(outputs[task])
         left.update(parts(task))
         copies[key(task)] += 1
     for queue in queues.values():
         random.Random(0).shuffle(queue)
-    room = {family: int(len(queue) * FAMILY_SHARE) for family, queue in queues.items()}
-    problems = {}
+    share = 1 if unseen else FAMILY_SHARE
+    room = {family: int(len(queue) * share) for family, queue in queues.items()}
+    split, problems = "unseen" if unseen else "heldout", {}
     while len(problems) < wanted and any(queues.values()):
         for family, queue in queues.items():
             while queue and room[family] and len(problems) < wanted:
                 task = queue.pop()
-                if copies[key(task)] > 1 or min(left[part] for part in parts(task)) < 2:
+                scarce = not unseen and min(left[part] for part in parts(task)) < 2
+                if copies[key(task)] > 1 or scarce:
                     continue
                 rng = random.Random(f"heldout {task}")
-                exercise = tell(task, rng)
+                exercise = told(task, rng) if told is tell else told(task, rng, mbpp_frac=0)
                 indexes = choose_tests(task, outputs[task], rivals[task.args], rng)
                 if indexes and not benchmarks.overlap(exercise):
                     left.subtract(parts(task))
                     room[family] -= 1
                     problem = as_problem(exercise, outputs[task], indexes)
-                    problems[str(task)] = {"task_id": f"exercises/{len(problems)}", **problem}
+                    name = "unseen" if unseen else "exercises"
+                    problems[str(task)] = {"task_id": f"{name}/{len(problems)}", **problem}
                     break
             else:
                 queue.clear()
     if len(problems) < wanted:
-        raise UserError(f"--heldout {wanted}: only {len(problems)} tasks qualify; ask for fewer")
+        raise UserError(f"--{split} {wanted}: only {len(problems)} tasks qualify; ask for fewer")
     return problems
+
+
+def leave_families_out(outputs: dict[Task, list], dropped: Counter) -> dict[Task, list]:
+    """The tasks that are of no UNSEEN family and do the same as no task of one, on any input."""
+    hidden = [task for task in outputs if task.family in UNSEEN]
+    keys, seen = {key(task) for task in hidden}, {}
+    by_args = defaultdict(list)
+    for task in hidden:
+        by_args[task.args].append(outputs[task])
+
+    @functools.cache
+    def shared_inputs(args: str, other: str) -> tuple[list[tuple], set[str]]:
+        """The inputs of `other` that tasks over `args` can take, and what hidden tasks make of
+        them."""
+        kinds = [KINDS[kind] for kind in args.split()]
+        can = [i for i, x in enumerate(pool(other)) if all(map(within, x, kinds))]
+        many = len(can) >= MIN_SHARED
+        made = {repr([output[i] for i in can]) for output in by_args[other]} if many else set()
+        return [pool(other)[i] for i in can], made
+
+    def same(task: Task) -> bool:
+        for other in by_args:
+            if argument_types(other) == argument_types(task.args):
+                inputs, made = shared_inputs(task.args, other)
+                if made and outcome(task, inputs) in made:
+                    return True
+        return key(task) in keys
+
+    for task in outputs:
+        if task.family in UNSEEN:
+            dropped["task: of an unseen family"] += 1
+        elif same(task):
+            dropped["task: does what one of an unseen family does"] += 1
+        else:
+            seen[task] = outputs[task]
+    return seen
+
+
+def within(value, kind: Kind) -> bool:
+    return not isinstance(value, int) or kind.low <= value <= kind.high
+
+
+def outcome(task: Task, inputs: list[tuple]) -> str:
+    try:
+        return repr([task.oracle(*x) for x in inputs])
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return ""
 
 
 def parts(task: Task) -> list[str]:
@@ -335,7 +360,12 @@ def as_problem(exercise: Exercise, outputs: list, indexes: list[int]) -> dict:
 
 
 def draw(
-    outputs: dict[Task, list], count: int, seed: int, benchmarks: "Benchmarks", dropped: Counter
+    outputs: dict[Task, list],
+    count: int,
+    seed: int,
+    benchmarks: "Benchmarks",
+    dropped: Counter,
+    told: Callable = tell,
 ) -> Iterator[Exercise]:
     """`count` different exercises. A family with n tasks gets a share in proportion to sqrt(n), and
     its tasks take turns. Raises UserError if there are too few."""
@@ -350,7 +380,7 @@ def draw(
     progress = tqdm(total=count, desc="exercises", disable=None)
     while len(seen) < count:
         task = next(rng.choices(turns, cum_weights=weights)[0])
-        exercise = tell(task, rng)
+        exercise = told(task, rng)
         text = exercise.prompt() + exercise.solution()
         reason = "exercise: repeated" if text in seen else benchmarks.overlap(exercise)
         if reason:
@@ -364,6 +394,170 @@ def draw(
         misses = 0
         progress.update()
         yield exercise
+
+
+# ---- Damage
+
+BUDGET = 20_000  # lines that a damaged body may run for one input, or it is taken for endless
+BIG_BITS = 10_000  # of a number in it
+OPERATORS = {  # what may stand in place of one
+    ast.Lt: ("<", "<=", ">"),
+    ast.LtE: ("<=", "<", ">="),
+    ast.Gt: (">", ">=", "<"),
+    ast.GtE: (">=", ">", "<="),
+    ast.Eq: ("==", "!=", ">="),
+    ast.NotEq: ("!=", "=="),
+    ast.In: ("in", "not in"),
+    ast.NotIn: ("not in", "in"),
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "+"),
+    ast.FloorDiv: ("//", "%"),
+    ast.Mod: ("%", "//"),
+    ast.Pow: ("**", "*"),
+    ast.And: ("and", "or"),
+    ast.Or: ("or", "and"),
+}
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sum": "len", "sorted": "list"}
+NAMES |= {"upper": "lower", "lower": "upper", "isupper": "islower", "islower": "isupper"}
+NAMES |= {"startswith": "endswith", "endswith": "startswith", "isdigit": "isalpha"}
+NAMES |= {"isalpha": "isdigit", "append": "extend", "values": "keys"}
+
+
+def damage(exercises: list[Exercise], frac: float, seed: int, hidden: set[str]) -> list[Exercise]:
+    """The exercises, of which a share has a wrong solution, though none whose key is `hidden`."""
+    exercises, rng = [*exercises], random.Random(f"damage {seed}")
+    wanted = round(frac * len(exercises))
+    order = rng.sample(range(len(exercises)), len(exercises)) if wanted else []
+    for i in tqdm(order, "damage", disable=None):
+        if not wanted:
+            break
+        task = exercises[i].task
+        bodies = damaged_bodies(task.body)
+        for wrong in rng.sample(bodies, len(bodies)):
+            if is_wrong(task, wrong) and damaged_key(task, wrong) not in hidden:
+                exercises[i] = replace(exercises[i], wrong=wrong)
+                wanted -= 1
+                break
+    return exercises
+
+
+@functools.cache
+def damaged_key(task: Task, wrong: str) -> str:
+    exercise = replace(tell(task, random.Random(0)), wrong=wrong)
+    return solution_key(exercise.prompt() + exercise.solution())
+
+
+@functools.cache
+def damaged_bodies(body: str) -> list[str]:
+    """Bodies with one error such as a language model makes, which parse; `$a` as in `body`."""
+    source = fill(body, ("_a_", "_b_", "_c_"))
+    if not source.isascii():  # ast counts bytes
+        return []
+    lines = source.splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(map(len, lines))]
+    begin = lambda node: starts[node.lineno - 1] + node.col_offset  # noqa: E731
+    end = lambda node: starts[node.end_lineno - 1] + node.end_col_offset  # noqa: E731
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        for i, j, new in edits(node, source, begin, end):
+            changed = source[:i] + new + source[j:]
+            try:
+                ast.parse(changed)
+            except SyntaxError:
+                continue
+            found[re.sub(r"\b_([abc])_\b", r"$\1", changed)] = None
+    return [*found]
+
+
+def edits(node, source: str, begin, end) -> Iterator[tuple[int, int, str]]:
+    """Stretches of the source to replace, and what by, that damage `node`."""
+
+    def operator(left, op, right):
+        old, *others = OPERATORS.get(type(op), ("",))
+        between = source[end(left) : begin(right)]
+        return [(end(left), begin(right), between.replace(old, new, 1)) for new in others]
+
+    match node:
+        case ast.Compare(left, ops, rights):
+            for a, op, b in zip([left, *rights], ops, rights):
+                yield from operator(a, op, b)
+        case ast.BinOp(left, op, right):
+            yield from operator(left, op, right)
+        case ast.AugAssign(target, op, value):
+            yield from operator(target, op, value)
+        case ast.BoolOp(op, [*_, left, right]):
+            yield from operator(left, op, right)
+            yield begin(left), begin(right), ""  # a dropped condition
+            yield end(left), end(right), ""
+        case ast.comprehension(iter=source_, ifs=[*_, last]):
+            yield end(source_), end(last), ""
+        case ast.UnaryOp(ast.Not(), operand):
+            yield begin(node), begin(operand), ""
+        case ast.IfExp(body=a, orelse=b) | ast.If(body=[a], orelse=[b]):
+            middle = source[end(a) : begin(b)]
+            if isinstance(node, ast.If) or begin(a) < begin(b):
+                swapped = source[begin(b) : end(b)] + middle + source[begin(a) : end(a)]
+                yield begin(a), end(b), swapped
+        case ast.Constant(bool()):
+            yield begin(node), end(node), str(not node.value)
+        case ast.Constant(int()):
+            yield begin(node), end(node), str(node.value + 1)
+            if node.value:
+                yield begin(node), end(node), str(node.value - 1)
+        case ast.Constant(str()) if len(node.value) > 1:
+            yield end(node) - 2, end(node) - 1, ""
+        case ast.Name(id=name) if name in NAMES:
+            yield begin(node), end(node), NAMES[name]
+        case ast.Attribute(attr=name) if name in NAMES:
+            yield end(node) - len(name), end(node), NAMES[name]
+        case ast.Call(args=[*_, last], keywords=[ast.keyword(arg="reverse")]):
+            yield end(last), end(node) - 1, ""
+        case ast.Break():
+            yield begin(node), end(node), "continue"
+        case ast.Return(value) if value:
+            yield begin(node), begin(value), ""  # a missing return
+            if re.search(r"\n    .*\n$", source[: begin(node)]):
+                yield begin(node), begin(node), "    "  # a return inside the loop
+
+
+class Endless(Exception):
+    pass
+
+
+@functools.cache
+def is_wrong(task: Task, wrong: str) -> bool:
+    """Whether this body ends for every input of the pool, and for one fails or has another result
+    than the oracle."""
+    arguments = ("_a_", "_b_", "_c_")[: len(task.args.split())]
+    source = textwrap.indent(fill(wrong, arguments), "    ")
+    namespace, steps, found = {}, 0, False
+    exec(f"def f({', '.join(arguments)}):\n{source}\n", namespace)
+
+    def trace(frame, event, value):
+        nonlocal steps
+        steps += 1
+        big = any(isinstance(v, int) and v.bit_length() > BIG_BITS for v in frame.f_locals.values())
+        if steps > BUDGET or big:
+            raise Endless
+        return trace
+
+    cases = [*zip(copy.deepcopy(pool(task.args)), results(task))]
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for inputs, wanted in cases:
+            steps = 0
+            try:
+                got = namespace["f"](*inputs)
+                found |= got != wanted or type(got) is not type(wanted)
+            except Endless:
+                return False
+            except Exception:
+                found = True
+    finally:
+        sys.settrace(before)
+    return found
 
 
 def shuffle_docstrings(exercises: list[Exercise], seed: int) -> list[Exercise]:
@@ -420,11 +614,18 @@ class Benchmarks:
 
     def overlap(self, exercise: Exercise) -> str:
         """Why this exercise must be dropped, or ""."""
-        if exercise.name in self.names:
+        name = exercise.name
+        snake = re.sub("_+", "_", re.sub("([A-Z])", r"_\1", name)).lower()
+        generic = exercise.form and name in GENERIC  # it tells nothing of the problem
+        if not generic and not self.names.isdisjoint({name, snake}):
             return "exercise: function name of a benchmark problem"
-        words = normalize(fill(exercise.doc, exercise.arguments))
-        if tuple(words) in self.texts or not self.ngrams.isdisjoint(ngrams(words)):
-            return "exercise: docstring like a benchmark problem's"
+        texts = [fill(exercise.doc, exercise.arguments)]  # without the form's dressing ...
+        if exercise.form:
+            texts.append(exercise.form.prose)  # ... and with it
+        for text in texts:
+            words = normalize(text)
+            if tuple(words) in self.texts or not self.ngrams.isdisjoint(ngrams(words)):
+                return "exercise: docstring like a benchmark problem's"
         return ""
 
     def has(self, task: Task, outputs: list) -> bool:

@@ -1,0 +1,608 @@
+"""How an exercise is told and laid out: its wording, names, docstring, type hints and examples.
+
+`tell` has the one form that exercises had at first. `vary` draws a form for every exercise, as real
+prompts differ: a model that saw one form alone fails when an argument is renamed (LOG.md). All that
+a form says of a task is computed from it: types and examples come from the oracle.
+"""
+
+import builtins
+import functools
+import keyword
+import random
+import re
+import textwrap
+from dataclasses import dataclass
+
+from data.families import KINDS, Task
+
+POOL = 90  # inputs for each signature, from which the tests of a held-out problem are chosen
+EXAMPLE_SHARE = 0.15  # of the plain docstrings show a call, if that is ...
+EXAMPLE_CHARS = 50  # ... no longer than this
+# Shares of the varied forms; those of HumanEval's prompts (in brackets) are what they lean to
+MBPP_FRAC = 1 / 6
+HINTS_FRAC = 1 / 3  # (0.18)
+EXAMPLES_FRAC = 1 / 2  # (0.94; but in a small model they take the place of the task: LOG.md)
+MORE_FRAC = 0.25  # have another sentence
+SECTIONS_FRAC = 0.07  # have sections for arguments and result
+TYPO_FRAC = 0.03  # have one word misspelt
+CALL_CHARS = 76  # longest example
+
+
+@dataclass(frozen=True)
+class Form:
+    """The layout of a varied exercise; the plain form has none of this."""
+
+    prose: str  # the docstring up to its examples, in one line
+    lines: tuple[str, ...] = ()  # what follows it
+    mbpp: bool = False  # the docstring stands above the function, as eval.mbpp asks
+    lead: str = ""  # what the file begins with: blank lines, imports
+    hints: tuple[str, ...] = ()  # of the arguments and of the result
+    comma: str = ", "
+    indent: str = "    "
+    quote: str = '"""'
+    begin: str = ""  # between the quotes and the prose
+    end: str = ""  # a line break before the quotes that close
+    width: int = 88
+    gap: str = ""  # a blank line below the docstring
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A task with its wording and names chosen; `$a` and `$b` still stand for the arguments."""
+
+    task: Task
+    name: str
+    doc: str
+    arguments: tuple[str, ...]
+    example: str = ""  # a call and its result, as in an interactive session
+    form: Form | None = None
+    wrong: str = ""  # a damaged body, in place of the task's
+
+    def prompt(self) -> str:
+        if self.form:
+            return self.form.lead + (self._docstring() if self.form.mbpp else self._head())
+        doc = fill(self.doc, self.arguments)
+        lines = textwrap.wrap(doc, 88) if len(doc) > 88 else [doc]  # 100 with indent and quotes
+        if self.example:
+            lines += ["", *self.example.split("\n"), ""]
+        doc = "\n".join(lines).replace("\n", "\n    ").replace("\n    \n", "\n\n")
+        return f'def {self.name}({", ".join(self.arguments)}):\n    """{doc}"""\n'
+
+    def solution(self) -> str:
+        body = textwrap.indent(fill(self.wrong or self.task.body, self.arguments), "    ") + "\n"
+        if not self.form:
+            return body
+        body = re.sub("^ +", lambda m: self.form.indent * (len(m[0]) // 4), body, flags=re.M)
+        return (self._signature() if self.form.mbpp else self.form.gap) + body
+
+    def _signature(self) -> str:
+        *hints, result = self.form.hints or ("",) * (len(self.arguments) + 1)
+        arguments = [f"{a}: {h}" if h else a for a, h in zip(self.arguments, hints)]
+        result = f" -> {result}" if result else ""
+        return f"def {self.name}({self.form.comma.join(arguments)}){result}:\n"
+
+    def _head(self) -> str:
+        """Signature and docstring, laid out as the form says."""
+        form = self.form
+        lines = textwrap.wrap(
+            form.prose, form.width, break_long_words=False, break_on_hyphens=False
+        )
+        text = "\n".join([*lines, *form.lines])
+        end = form.end or "\n" * (text[-1] == form.quote[0])
+        doc = (form.begin + text + end).replace("\n", "\n" + form.indent)
+        doc = re.sub(r"\n[ \t]+(?=\n)", "\n", doc)
+        return f"{self._signature()}{form.indent}{form.quote}{doc}{form.quote}\n"
+
+    def _docstring(self) -> str:
+        return "\n".join(['"""', self.form.prose, *self.form.lines, '"""\n'])
+
+
+def choose(text: str, rng: random.Random) -> str:
+    """`text` with one of the choices for each `<this|that>`, inner ones first."""
+    while m := re.search(r"<([^<>]*\|[^<>]*)>", text):
+        text = text[: m.start()] + rng.choice(m[1].split("|")) + text[m.end() :]
+    return text
+
+
+def fill(text: str, arguments: tuple[str, ...]) -> str:
+    for placeholder, name in zip(("$a", "$b", "$c"), arguments):
+        text = text.replace(placeholder, name)
+    return text
+
+
+@functools.cache
+def pool(args: str) -> list[tuple]:
+    """POOL inputs for these kinds of arguments: every edge value, then random ones."""
+    rng, kinds = random.Random(args), [KINDS[kind] for kind in args.split()]
+    edges = max(len(kind.edges) for kind in kinds)
+    inputs = [tuple(kind.edges[i % len(kind.edges)] for kind in kinds) for i in range(edges)]
+    while len(inputs) < POOL:
+        for _ in range(9):  # attempts at one that is new
+            new = tuple(kind.sample(rng) for kind in kinds)
+            if new not in inputs:
+                break
+        inputs.append(new)
+    return inputs
+
+
+@functools.cache
+def results(task: Task) -> list:
+    """What the oracle gives for the pool."""
+    return [task.oracle(*inputs) for inputs in pool(task.args)]
+
+
+# ---- The plain form
+
+
+def tell(task: Task, rng: random.Random) -> Exercise:
+    """An exercise for `task`: wording, names, and whether there is an example, chosen by `rng`."""
+    name = re.sub("_+", "_", choose(task.name, rng)).strip("_")
+    doc = choose(task.doc, rng)
+    arguments = tuple(rng.choice(KINDS[kind].names.split()) for kind in task.args.split())
+    example = ""
+    if rng.random() < EXAMPLE_SHARE:
+        inputs = rng.choice(pool(task.args))
+        call = f">>> {name}({', '.join(map(repr, inputs))})"
+        result = task.oracle(*inputs)
+        example = f"{call}\n{result!r}"
+        if not all(inputs) or len(example) > EXAMPLE_CHARS or result in (None, "", [], {}):
+            example = ""
+    return Exercise(task, name, doc[0].upper() + doc[1:], arguments, example)
+
+
+# ---- Varied forms
+
+
+def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exercise:
+    """An exercise for `task` in a form of its own; MBPP's with this probability."""
+    arguments = argument_names(task, rng)
+    name = function_name(task, arguments, rng)
+    types = types_of(task)
+    asserts = ()
+    if rng.random() < mbpp_frac:
+        manner = rng.choice(["assert {call} == {result}"] * 3 + ["assert {call}=={result}"])
+        asserts = examples(task, name, arguments, 1, [manner], rng)
+    core, prose = wording(task, types, bool(asserts), rng)
+    prose = fill(prose, arguments)
+    indent = rng.choices(["    ", "  ", "\t"], [84, 11, 5])[0]
+    comma = "," if rng.random() < 0.06 else ", "
+    if asserts:
+        form = Form(prose, asserts, mbpp=True, indent=indent, comma=comma)
+        return Exercise(task, name, core, arguments, form=form)
+    lines, lead, hints = [], rng.choices(["", "\n", "\n\n"], [55, 35, 10])[0], ()
+    if rng.random() < SECTIONS_FRAC:
+        lines += ["", *sections(arguments, types, rng)]
+    if rng.random() < EXAMPLES_FRAC:
+        shown = shown_examples(task, name, arguments, rng)
+        lines += [""] * (bool(shown) and rng.random() < 0.4) + shown
+    if rng.random() < HINTS_FRAC:
+        imports, hints = type_hints(types, rng)
+        lead = imports or lead
+    form = Form(
+        prose,
+        tuple(lines),
+        lead=lead,
+        hints=hints,
+        comma=comma,
+        indent=indent,
+        quote=rng.choices(['"""', "'''"], [88, 12])[0],
+        begin=rng.choices(["", " ", "\n"], [50, 15, 35])[0],
+        end="\n" if rng.random() < (0.9 if lines else 0.5) else "",
+        width=rng.choice([60, 72, 76, 80, 88]),
+        gap="\n" if rng.random() < 0.08 else "",
+    )
+    return Exercise(task, name, core, arguments, form=form)
+
+
+# ---- Names
+
+GENERIC = re.findall(
+    r"\S+",
+    """answer apply calc calculate compute convert do_it do_task execute exercise f fn foo func
+    func1 function function1 g get_answer get_result h helper main my_func my_function
+    operation problem process program puzzle question run_it solution solve solver task
+    transform work""",
+)
+ARGUMENTS = {  # by type; what comes before, in pairs with what comes behind it
+    "int": "n n n n num num number x k m a i d p q v N val value amount age size level limit total "
+    "year price points integer figure quantity",
+    "float": "x x y value val number num amount price weight rate",
+    "bool": "flag b on ok",
+    "str": "s s s text text string txt st word str1 string1 S t w a line message phrase name title "
+    "label code token content sequence chars inp",
+    "list[int]": "lst lst l l arr arr nums nums numbers numbers xs array a values data list1 L A v "
+    "items seq elements integers ints ages scores prices grades weights heights marks points sizes",
+    "list[str]": "lst l arr words words strings strings items a array list1 names tokens texts "
+    "values labels titles keys terms xs elements",
+    "list[list[int]]": "grid matrix m mat rows table board lst arr lists M nested data image",
+    "dict": "d d dic dict1 data mapping table m scores counts prices items record stock values",
+    "": "x value v data obj item a",
+}
+BEFORE = "input my test the in raw user old first main some current sample"
+BEHIND = {"int": "num number value", "str": "str string text word"}
+BEHIND |= {"list[int]": "list nums numbers arr array values", "list[str]": "list words strings"}
+BEHIND |= {"list[list[int]]": "grid matrix rows", "dict": "dict map data"}
+
+
+@functools.cache
+def taken(task: Task) -> frozenset[str]:
+    """What neither an argument nor the function may be called."""
+    return frozenset(re.findall(r"\w+", task.body)).union(dir(builtins), keyword.kwlist)
+
+
+def argument_names(task: Task, rng: random.Random) -> tuple[str, ...]:
+    """Names that no builtin and nothing in the body has, each different."""
+    kinds, types = task.args.split(), argument_types(task.args)
+    while True:
+        names = []
+        for kind, type_ in zip(kinds, types):
+            group = type_ if type_ in ARGUMENTS else type_.split("[")[0]
+            group = group if group in ARGUMENTS else "list[int]" if group == "list" else ""
+            r = rng.random()
+            if r < 0.15 or not group:
+                names.append(rng.choice(KINDS[kind].names.split()))
+            elif r < 0.85 or group not in BEHIND:
+                names.append(rng.choice(ARGUMENTS[group].split()))
+            else:
+                names.append(f"{rng.choice(BEFORE.split())}_{rng.choice(BEHIND[group].split())}")
+        if len(names) > 1 and len({*types}) == 1 and rng.random() < 0.4:
+            stem = rng.choice([n for n in names if not n[-1].isdigit()] or ["value"])
+            names = [f"{stem}{i}" for i in range(1, len(names) + 1)]
+        elif len(names) > 1 and rng.random() < 0.15:
+            names = [*rng.choice(["abc", "xyz"])][: len(names)]
+        if len({*names}) == len(names) and not taken(task) & {*names}:
+            return tuple(names)
+
+
+def function_name(task: Task, arguments: tuple[str, ...], rng: random.Random) -> str:
+    """The task's name, whole or its first words, in snake or camel case, or one without meaning."""
+    while True:
+        name = re.sub("_+", "_", choose(task.name, rng)).strip("_")
+        words, r = name.split("_"), rng.random()
+        if r < 0.22:
+            name = rng.choice(GENERIC)
+        elif r < 0.32:
+            name = "_".join(words[:2])
+        elif r < 0.42:
+            name = words[0] + "".join(map(str.title, words[1:]))
+        elif r < 0.46:
+            name = "_".join([words[0], *map(str.title, words[1:])])
+        if name not in taken(task).union(arguments):
+            return name
+
+
+# ---- Types
+
+
+@functools.cache
+def argument_types(args: str) -> tuple[str, ...]:
+    return tuple(type_of(values) for values in zip(*pool(args)))
+
+
+@functools.cache
+def types_of(task: Task) -> tuple[str, ...]:
+    """The types of the arguments, and that of the result."""
+    return (*argument_types(task.args), type_of(results(task)))
+
+
+def type_of(values) -> str:
+    """The type hint that holds for all the values, with builtin generics; "" if none is short."""
+    types = {type(v) for v in values}
+    if type(None) in types and len(types) > 1:
+        inner = type_of([v for v in values if v is not None])
+        return inner and f"{inner} | None"
+    if types == {int, float}:
+        return "float"
+    if len(types) != 1:
+        return ""
+    (kind,) = types
+    if kind is dict:
+        inside = [[k for v in values for k in v], [x for v in values for x in v.values()]]
+    elif kind is tuple:
+        if len({len(v) for v in values}) != 1 or not values[0]:
+            return "tuple"
+        inside = [*zip(*values)]
+    elif kind in (list, set):
+        inside = [[x for v in values for x in v]]
+    else:
+        return "None" if kind is type(None) else kind.__name__
+    inner = [type_of(x) if x else "" for x in inside]
+    return f"{kind.__name__}[{', '.join(inner)}]" if all(inner) else kind.__name__
+
+
+def type_hints(types: tuple[str, ...], rng: random.Random) -> tuple[str, tuple[str, ...]]:
+    """The lines of imports that stand above, and the hints in one of three styles."""
+    if rng.random() < 0.15:  # of the arguments alone, or without what is inside
+        types = (*types[:-1], "") if rng.random() < 0.5 else tuple(t.split("[")[0] for t in types)
+    if rng.random() < 0.4:
+        return "", types
+    hints = [re.sub(r"^(.*) \| None$", r"Optional[\1]", t) for t in types]
+    hints = [re.sub(r"\b(list|dict|tuple|set)\[", lambda m: m[0].title(), t) for t in hints]
+    names = sorted(set(re.findall("[A-Z][a-z]+", " ".join(hints))))
+    return f"from typing import {', '.join(names)}\n\n\n" * bool(names), tuple(hints)
+
+
+NOUNS = {
+    "int": ["integer", "number", "integer", "whole number"],
+    "float": ["number", "float"],
+    "bool": ["boolean"],
+    "str": ["string"],
+    "list[int]": [
+        "list of integers",
+        "list of numbers",
+        "list",
+        "array of integers",
+        "list of ints",
+    ],
+    "list[str]": ["list of strings", "list of words", "list", "array of strings"],
+    "list[list[int]]": ["list of lists of integers", "2D list", "matrix", "list of lists"],
+    "dict": ["dictionary", "dict"],
+    "tuple": ["tuple"],
+    "list": ["list"],
+    "set": ["set"],
+}
+
+
+def noun(type_: str, rng: random.Random) -> str:
+    """What a value of the type is called."""
+    return rng.choice(NOUNS.get(type_) or NOUNS.get(type_.split("[")[0]) or ["value"])
+
+
+def a(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+# ---- Wording
+
+VERBS = re.findall(
+    r"\S+",
+    """add append apply build calculate change check collect combine compare compute convert
+    count create cube cut decode delete determine divide double drop encode extract fill
+    filter find flatten floor-divide format get give group halve insert interleave join keep
+    limit list make mask measure merge move multiply negate order pair partition put raise
+    remove repeat replace report return reverse rotate round select shift sort split square
+    start subtract sum swap take tell test transpose turn write""",
+)
+# Words, as patterns, and others of the same meaning; "|" stands between several
+SYNONYMS = [
+    (r"^Return the (?=sum|total|product|number|length)", "Find the |Compute the |Calculate the "),
+    (r"^Return the ", "Find the |Get the |Output the |Return the "),
+    (r"^List the ", "Return a list of the |Get a list of the |Make a list of the |Find all the "),
+    (r"^Count the (?=distinct)", "Return the number of |Find the number of "),
+    (r"^Count the (?!pairs)", "Return the number of |Find the number of |Return the count of "),
+    (
+        r"^(Check if|Return True if)",
+        "Check whether|Determine if|Return whether|Test if",
+    ),
+    (r"^Sort the ", "Order the |Sort the |Arrange the "),
+    (r"\bgreater than\b", "larger than|bigger than|above|more than"),
+    (r"\bless than\b", "smaller than|below|under"),
+    (r"(?<!is )\blonger than (\d+) letters", r"with more than \1 letters|with over \1 characters"),
+    (
+        r"(?<!is )\bshorter than (\d+) letters",
+        r"with fewer than \1 letters",
+    ),
+    (r"\bstarting with", "beginning with"),
+    (r"\bstarts with", "begins with"),
+    (r"\bcontaining '(\w)'", r"containing the letter '\1'|with the letter '\1'"),
+    (r"(?<!is )\bdivisible by", "that can be divided by"),
+    (r"\bis divisible by", "is a multiple of|can be divided by"),
+    (r"\blargest\b(?= of)", "maximum|biggest|greatest"),
+    (r"\bsmallest\b(?= of)", "minimum|lowest|least"),
+    (r", (largest|smallest) first", r" with the \1 first"),
+    (r"\bdecreasing\b", "descending"),
+    (r" \((\S+) if none\)(?=\.?$)", r", or \1 if there are none|; return \1 if there are none"),
+    (r"\botherwise\b", "else|if not"),
+    (r"(?<=and )the other", "the remaining"),
+    (r"\bdict\b", "dictionary"),
+    (r"\bneighbouring\b", "adjacent|consecutive"),
+]
+FRAMES = [  # the task as a command (do) or in the third person (does), and what is given
+    *["{Do}"] * 12,
+    "Write a function to {do}",
+    "Write a function to {do}",
+    "Write a function that {does}",
+    "Write a function that takes {given} and {does}",
+    "Create a function to {do}",
+    "Create a function that {does}",
+    "Implement a function that takes {given} and {does}",
+    "Implement a function to {do}",
+    "Complete the function so that it {does}",
+    "This function {does}",
+    "{Does}",
+    "{Does}",
+    "Given {given}, {do}",
+    "Given {given}, {do}",
+    "Given {given}, your task is to {do}",
+    "Given {given}, write a function to {do}",
+    "You are given {given}. {Do}",
+    "You are given {given}. {Do}",
+    "You're given {given}. Your task is to {do}",
+    "We have {given}. {Do}",
+    "For {given}, {do}",
+    "The function takes {given}. It {does}",
+    "Your task is to {do}",
+    "Your task is to write a function that {does}",
+    "Please {do}",
+]
+MBPP_FRAMES = ["Write a function to {do}"] * 5 + ["Write a python function to {do}"] * 4
+MBPP_FRAMES += ["Write a function that {does}", "{Do}"]
+FREE_FRAMES = [  # for a task that begins with no verb
+    *["{Do}"] * 6,
+    "You are given {given}. {Do}",
+    "Given {given}: {do}",
+    "Write a function for the following. {Do}",
+    "Write a function that takes {given}. {Do}",
+]
+MENTION = re.compile(  # a place where "the given list" can stand for a name
+    r"(?<!list )(?<!string )(?<!word )(?<!number )(?<!integer )(?<!text )(?<!dict )\$a"
+    r"(?=[.,;:]|$| (?:is|in|to|and|or|by|with|of|from|before|after|where|that|has|starts|ends)\b)"
+)
+
+
+def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str]:
+    """The task in other words, `$a` for an argument; and the same in a frame, maybe with more."""
+    core = choose(task.doc, rng)
+    core = core[0].upper() + core[1:]
+    for old, new in SYNONYMS:
+        if rng.random() < 0.35 and re.search(old, core):
+            core = re.sub(old, rng.choice(new.split("|")), core)
+    core = other_elements(core, task, rng)
+    first = core.split()[0].lower()
+    frames = MBPP_FRAMES if mbpp else FRAMES
+    frame = rng.choice(frames if first in VERBS else FREE_FRAMES)
+    if "{does}" in frame.lower() and ". " in core:
+        frame = "{Do}"
+    named = "{given}" in frame
+    core = mention(core, task, types, mbpp, named, rng)
+    tick = "`" * (rng.random() < 0.3)
+    given = [
+        a(noun(t, rng)) + f" {tick}${letter}{tick}" * (rng.random() < 0.9)
+        for t, letter in zip(types[:-1], "abc")
+    ]
+    does = re.sub(r"(^|\band |\bthen )([\w-]+)", third_person, core)
+    lower = lambda s: s if s.startswith("$") else s[0].lower() + s[1:]  # noqa: E731
+    prose = frame.format(
+        do=lower(core), Do=core, does=lower(does), Does=does, given=" and ".join(given)
+    )
+    if mbpp:
+        prose = prose[:-1] if rng.random() < 0.1 else prose
+    else:
+        prose = prose.rstrip(".") if rng.random() < 0.15 else prose
+        if prose.endswith(".") and rng.random() < MORE_FRAC:
+            prose += " " + more(task, types, rng)
+    prose = lower(prose) if rng.random() < 0.05 else prose
+    return core, typo(prose, rng) if rng.random() < TYPO_FRAC else prose
+
+
+def third_person(match: re.Match) -> str:
+    """The verb in `match` with an s."""
+    before, verb = match.groups()
+    if verb.lower() not in VERBS:
+        return match[0]
+    ending = "es" if re.search("(s|x|z|ch|sh)$", verb) else "s"
+    return before + (verb[:-1] + "ies" if re.search("[^aeiou]y$", verb) else verb + ending)
+
+
+def other_elements(core: str, task: Task, rng: random.Random) -> str:
+    """What a list holds, called otherwise."""
+    if rng.random() < 0.35 and re.search(r"\bin \$a", core):
+        if "words" in task.args.split():
+            core = re.sub(r"\bword(?=s?\b)", rng.choice(["string", "element", "item"]), core)
+        elif {"ints", "grid"} & {*task.args.split()}:
+            new = rng.choice(["integer", "element", "value", "element"])
+            core = re.sub(r"\bnumber(?=s?\b)(?! of)", new, core)
+    return core
+
+
+def mention(core: str, task, types, mbpp: bool, named: bool, rng: random.Random) -> str:
+    """`core` with its argument named in one of several ways."""
+    if len(types) == 2 and MENTION.sub("", core).count("$a") == 0:
+        short, r = noun(types[0], rng).split(" of ")[0], rng.random()
+        if named and r < 0.3:
+            return re.sub(MENTION, f"the {short}", core)
+        if r < (0.6 if mbpp else 0.2):
+            first = rng.choice([f"the given {short}", f"a given {short}", f"the {short}"])
+            return re.sub(MENTION, f"the {short}", re.sub(MENTION, first, core, count=1))
+        if r < 0.45:
+            return re.sub(MENTION, f"the {short} $a", core, count=1)
+    return re.sub(r"\$[abc]", r"`\g<0>`", core) if rng.random() < 0.2 else core
+
+
+def more(task: Task, types: tuple[str, ...], rng: random.Random) -> str:
+    """One more sentence, of what holds for every input of the task."""
+    said = [f"The result is {a(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
+    said += [f"Return {a(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
+    for kind, type_, letter in zip(task.args.split(), types, "abc"):
+        said.append(f"${letter} is {a(noun(type_, rng))}.")
+        if KINDS[kind].low == 1:
+            said.append(f"You may assume that ${letter} is positive.")
+    inputs = pool(task.args)
+    for i in range(len(inputs)):
+        if len(inputs[i]) == 1 and inputs[i][0] in ("", [], {}):
+            short = noun(types[0], rng).split(" of ")[0]
+            said.append(f"If the {short} is empty, return {results(task)[i]!r}.")
+            said.append(f"The {short} may be empty.")
+            said.append(f"For an empty {short} the answer is {results(task)[i]!r}.")
+            break
+    said += ["Assume that the input is valid.", "The input must not be changed."]
+    return rng.choice(said)
+
+
+def typo(text: str, rng: random.Random) -> str:
+    """Two letters of a word exchanged; quoted words and names are left alone."""
+    places = [*re.finditer(r"(?<![\w'`\"$])[a-z]{5,}(?![\w'`\"(])", text)]
+    if not places:
+        return text
+    i = rng.choice(places).start() + rng.randint(1, 2)
+    return text[:i] + text[i + 1] + text[i] + text[i + 2 :]
+
+
+# ---- Examples and sections
+
+MANNERS = [  # of one example; with weights by repetition
+    *[">>> {call}\n{result}"] * 8,
+    *["{call} == {result}"] * 4,
+    *["{call} => {result}"] * 3,
+    *["{call} ➞ {result}"] * 2,
+    *["{call} -> {result}"] * 2,
+    "{call} ==> {result}",
+    ">>> {call} == {result}",
+    ">>> {call} # => {result}",
+    "{call} # => {result}",
+    "{call} = {result}",
+    "{call} returns {result}",
+    "{call} should return {result}",
+    "* {call} == {result}",
+    "For {named}, the result should be {result}.",
+    "for {named} return {result}",
+    "Input: {named}\nOutput: {result}",
+    "{call}\n# {result}",
+]
+HEADERS = (
+    "Example:|Examples:|Examples:|For example:|For example:|Examples|Example|for example:|e.g.:"
+)
+
+
+def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tuple[str, ...]:
+    """Up to `wanted` examples in one of the manners, each of one or two lines."""
+    inputs, answers, manner = pool(task.args), results(task), rng.choice(manners)
+    found = []
+    for i in rng.sample(range(len(inputs)), min(12, len(inputs))):
+        values = [*map(repr, inputs[i])]
+        call, result = f"{name}({', '.join(values)})", repr(answers[i])
+        dull = answers[i] in (None, "", [], {}, 0, False) and rng.random() < 0.6
+        if len(call) + len(result) > CALL_CHARS or "\\" in call + result or dull:
+            continue
+        named = ", ".join(f"{n} = {v}" for n, v in zip(arguments, values))
+        found += manner.format(call=call, result=result, named=named).split("\n")
+        wanted -= 1
+        if not wanted:
+            break
+    return tuple(found)
+
+
+def shown_examples(task: Task, name: str, arguments, rng: random.Random) -> list[str]:
+    """The examples at a docstring's end, maybe below a header."""
+    lines = examples(task, name, arguments, rng.choice([1, 1, 2, 2, 3]), MANNERS, rng)
+    if not lines or rng.random() < 0.5:
+        return [*lines]
+    inner = rng.choice(["", "", "", "  ", "    "])
+    return [rng.choice(HEADERS.split("|")), *(inner + line for line in lines)]
+
+
+def sections(arguments: tuple[str, ...], types: tuple[str, ...], rng: random.Random) -> list[str]:
+    """What is taken and returned, in the manner of Google, Sphinx or NumPy."""
+    named = [*zip(arguments, types)]
+    told = [a(noun(t, rng)) for t in types]
+    result = types[-1] or "the result"
+    style = rng.choice(["google", "google", "sphinx", "numpy"])
+    if style == "sphinx":
+        lines = [f":param {n}: {t}" for n, t in zip(arguments, told)]
+        return [*lines, f":return: {told[-1] if types[-1] else result}"]
+    if style == "numpy":
+        lines = ["Parameters", "----------", *(f"{n} : {t}" for n, t in named)]
+        return [*lines, "", "Returns", "-------", result]
+    typed = [f"    {n} ({t}): {w}" for (n, t), w in zip(named, told)]
+    plain = [f"    {n}: {w}" for n, w in zip(arguments, told)]
+    return ["Args:", *rng.choice([typed, plain]), "", "Returns:", f"    {result}"]
