@@ -204,8 +204,8 @@ GENERIC = re.findall(
     transform work""",
 )
 ARGUMENTS = {  # by type; what comes before, in pairs with what comes behind it
-    "int": "n n n n num num number x k m a i d p q v N val value amount age size level limit total "
-    "year price points integer figure quantity",
+    "int": "n n n n num num number x k m a i d p q v N val value amount size total integer "
+    "figure quantity number1 num1 int1",
     "float": "x x y value val number num amount price weight rate",
     "bool": "flag b on ok",
     "str": "s s s text text string txt st word str1 string1 S t w a line message phrase name title "
@@ -215,8 +215,8 @@ ARGUMENTS = {  # by type; what comes before, in pairs with what comes behind it
     "list[str]": "lst l arr words words strings strings items a array list1 names tokens texts "
     "values labels titles keys terms xs elements",
     "list[list[int]]": "grid matrix m mat rows table board lst arr lists M nested data image",
+    "list": "lst l arr items data xs a values list1 elements seq array objects things entries",
     "dict": "d d dic dict1 data mapping table m scores counts prices items record stock values",
-    "": "x value v data obj item a",
 }
 BEFORE = "input my test the in raw user old first main some current sample"
 BEHIND = {"int": "num number value", "str": "str string text word"}
@@ -227,7 +227,7 @@ BEHIND |= {"list[list[int]]": "grid matrix rows", "dict": "dict map data"}
 @functools.cache
 def taken(task: Task) -> frozenset[str]:
     """What neither an argument nor the function may be called."""
-    return frozenset(re.findall(r"\w+", task.body)).union(dir(builtins), keyword.kwlist)
+    return frozenset(re.findall(r"(?<![\w$])\w+", task.body)).union(dir(builtins), keyword.kwlist)
 
 
 def argument_names(task: Task, rng: random.Random) -> tuple[str, ...]:
@@ -237,9 +237,8 @@ def argument_names(task: Task, rng: random.Random) -> tuple[str, ...]:
         names = []
         for kind, type_ in zip(kinds, types):
             group = type_ if type_ in ARGUMENTS else type_.split("[")[0]
-            group = group if group in ARGUMENTS else "list[int]" if group == "list" else ""
             r = rng.random()
-            if r < 0.15 or not group:
+            if r < 0.25 or group not in ARGUMENTS:
                 names.append(rng.choice(KINDS[kind].names.split()))
             elif r < 0.85 or group not in BEHIND:
                 names.append(rng.choice(ARGUMENTS[group].split()))
@@ -456,15 +455,10 @@ def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str
     named = "{given}" in frame
     core = mention(core, task, types, mbpp, named, rng)
     tick = "`" * (rng.random() < 0.3)
-    given = [
-        a(noun(t, rng)) + f" {tick}${letter}{tick}" * (rng.random() < 0.9)
-        for t, letter in zip(types[:-1], "abc")
-    ]
-    does = re.sub(r"(^|\band |\bthen )([\w-]+)", third_person, core)
+    does = re.sub(r"(^|\b(?:and then|and|then) )([\w-]+)", third_person, core)
     lower = lambda s: s if s.startswith("$") else s[0].lower() + s[1:]  # noqa: E731
-    prose = frame.format(
-        do=lower(core), Do=core, does=lower(does), Does=does, given=" and ".join(given)
-    )
+    given = given_arguments(types[:-1], tick, rng)
+    prose = frame.format(do=lower(core), Do=core, does=lower(does), Does=does, given=given)
     if mbpp:
         prose = prose[:-1] if rng.random() < 0.1 else prose
     else:
@@ -473,6 +467,19 @@ def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str
             prose += " " + more(task, types, rng)
     prose = lower(prose) if rng.random() < 0.05 else prose
     return core, typo(prose, rng) if rng.random() < TYPO_FRAC else prose
+
+
+def given_arguments(types: tuple[str, ...], tick: str, rng: random.Random) -> str:
+    """ "a list of integers $a and a string $b", "two strings $a and $b", or "a list"."""
+    names = [f"{tick}${letter}{tick}" for letter in "abc"[: len(types)]]
+    if len(types) > 1 and len({*types}) == 1 and rng.random() < 0.7:
+        word, of, rest = noun(types[0], rng).partition(" of ")
+        many = word[:-1] + "ies" if word.endswith("y") else word.replace("matrix", "grid") + "s"
+        told = [f"{['two', 'three'][len(types) - 2]} {many}{of}{rest} {names[0]}", *names[1:]]
+    else:
+        named = len(types) > 1 or rng.random() < 0.9
+        told = [a(noun(t, rng)) + f" {name}" * named for t, name in zip(types, names)]
+    return " and ".join(", ".join(told).rsplit(", ", 1))
 
 
 def third_person(match: re.Match) -> str:
@@ -566,12 +573,14 @@ HEADERS = (
 
 def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tuple[str, ...]:
     """Up to `wanted` examples in one of the manners, each of one or two lines."""
-    inputs, answers, manner = pool(task.args), results(task), rng.choice(manners)
-    found = []
-    for i in rng.sample(range(len(inputs)), min(12, len(inputs))):
-        values = [*map(repr, inputs[i])]
-        call, result = f"{name}({', '.join(values)})", repr(answers[i])
-        dull = answers[i] in (None, "", [], {}, 0, False) and rng.random() < 0.6
+    manner, kinds, found = rng.choice(manners), [KINDS[kind] for kind in task.args.split()], []
+    for _ in range(12):
+        known = rng.random() < 0.25  # else an input that is not in the pool
+        inputs = rng.choice(pool(task.args)) if known else [kind.sample(rng) for kind in kinds]
+        answer = task.oracle(*inputs)
+        values = [*map(repr, inputs)]
+        call, result = f"{name}({', '.join(values)})", repr(answer)
+        dull = answer in (None, "", [], {}, 0, False) and rng.random() < 0.6
         if len(call) + len(result) > CALL_CHARS or "\\" in call + result or dull:
             continue
         named = ", ".join(f"{n} = {v}" for n, v in zip(arguments, values))
