@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -221,11 +222,14 @@ exercises.run(exercises.main)
 """
 
 
-def generate(out, *flags, hash_seed="0"):
+def generate(out, *flags, hash_seed="0", more=()):
     """The command on a few families, in a process of its own."""
-    command = [sys.executable, "-c", COMMAND % sorted(FEW), f"--out={out}", *flags]
+    command = [sys.executable, "-c", COMMAND % sorted({*FEW, *more}), f"--out={out}", *flags]
     env = {**os.environ, "PYTHONHASHSEED": hash_seed}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+HELDOUT_SHA256 = "3beb0f16606cc2fd5063518380832a0e663aa78bbb204478ac957e1c879e3038"
 
 
 def contents(folder):
@@ -246,7 +250,16 @@ def test_command_writes_the_same_bytes_for_a_seed(tmp_path):
     summary = json.loads(a["summary.json"])
     assert len(documents) == summary["documents"] == sum(summary["train_by_family"].values()) == 400
     assert len(heldout) == summary["heldout"] == sum(summary["heldout_by_family"].values()) == 20
-    assert summary["args"] == {"count": 400, "heldout": 20, "seed": 0, "shuffle_docstrings": False}
+    asked = {"count": 400, "heldout": 20, "seed": 0, "shuffle_docstrings": False}
+    asked |= {"forms": "plain", "unseen": 0, "damage_frac": 0.0, "concepts": False}
+    assert summary["args"] == asked
+    assert set(a) == {"heldout.jsonl", "summary.json", "train/shard-00000.jsonl.zst", ".nanophi"}
+    # Pinned before there were other forms: the demo's numbers are of these very exercises.
+    texts = "".join(d["text"] for d in documents)
+    assert sha256(texts.encode()).hexdigest() == (
+        "b270a03a3bb5b2ed2db958200a48487a7175ca95d6e7ca2243b7b26cb0344e8c"
+    )
+    assert sha256("".join(map(json.dumps, heldout)).encode()).hexdigest() == HELDOUT_SHA256
     for d in documents:
         assert d["text"] == d["prompt"] + d["solution"]
         assert d["origin"] == "exercises:" + d["family"]
@@ -272,6 +285,10 @@ def test_command_records_the_shuffle(tmp_path):
         ("--count=-3", "--count -3: want at least 1"),
         ("--heldout=-1", "--heldout -1: want 0 or more"),
         ("--heldout=100000", "--heldout 100000: only"),
+        ("--unseen=-1", "--unseen -1: want 0 or more"),
+        ("--unseen=5", "--unseen 5: only 0 tasks qualify"),
+        ("--damage_frac=1.5", "--damage_frac 1.5: want a share"),
+        ("--forms=other", "--forms 'other': want plain or varied"),
         ("--benchmarks=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("--benchmarks=nowhere.json", "cannot read benchmark nowhere.json"),
         ("--benchmarks=pyproject.toml", "pyproject.toml line 1: not valid JSON"),
@@ -283,6 +300,135 @@ def test_bad_input_is_one_line(tmp_path, flag, message):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_command_varies_damages_and_leaves_families_out(tmp_path):
+    flags = ("--count=300", "--heldout=10", "--unseen=12", "--forms=varied")
+    runs = [("a", 0.4, "1"), ("b", 0.4, "2"), ("c", 0.0, "3")]
+    for name, frac, hash_seed in runs:
+        more = {"windows", "unclosed"}
+        done = generate(
+            tmp_path / name, *flags, f"--damage_frac={frac}", hash_seed=hash_seed, more=more
+        )
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    for name in ("heldout.jsonl", "unseen.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+    damaged = list(read_documents([tmp_path / "a/train"]))
+    sound = list(read_documents([tmp_path / "c/train"]))
+    unseen = list(read_jsonl(tmp_path / "a/unseen.jsonl"))
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert sum(d.get("damaged", False) for d in damaged) == summary["damaged"] == 120
+    assert len(unseen) == summary["unseen"] == 12
+    assert {p["family"] for p in unseen} == {"windows", "unclosed"}
+    assert {d["family"] for d in damaged} == set(FEW)
+    assert not any("damaged" in d for d in sound)
+    for a, b in zip(damaged, sound, strict=True):
+        assert all(a[k] == b[k] for k in ("prompt", "entry_point", "family", "task", "origin"))
+        assert (a["solution"] != b["solution"]) == a.get("damaged", False)
+    for p in unseen:
+        namespace = {}
+        exec(p["prompt"] + p["canonical_solution"] + p["test"], namespace)
+        namespace["check"](namespace[p["entry_point"]])
+
+
+# ---- Families that training lacks
+
+
+@pytest.fixture(scope="module")
+def seen(outputs):
+    return exercises.leave_families_out(outputs, Counter())
+
+
+def test_unseen_families_do_not_leak(outputs, seen):
+    unseen = exercises.hold_out(outputs, 100, NONE, unseen=True)
+    assert exercises.UNSEEN == {p["family"] for p in unseen.values()}
+    assert not exercises.UNSEEN & {task.family for task in seen}
+    assert len(seen) > 0.75 * len(outputs)
+    hidden = [task for task in outputs if task.family in exercises.UNSEEN]
+    made = {(task.args, repr(outputs[task])) for task in hidden}
+    assert not made & {(task.args, repr(outputs[task])) for task in seen}
+    keys = {exercises.key(task) for task in hidden}
+    assert {solution_key(p["prompt"] + p["canonical_solution"]) for p in unseen.values()} <= keys
+    assert not keys & {exercises.key(task) for task in seen}
+
+
+def test_a_task_that_does_what_an_unseen_one_does_is_left_out(outputs):
+    unseen = next(t for t in outputs if str(t) == "windows(sum(x), 3)")
+    body = "return [sum($a[i:i + 3]) for i in range(0, len($a) - 2)]  # otherwise"
+    others = [
+        replace(unseen, family="other", params=(kind, oracle), args=kind, body=body, oracle=oracle)
+        for kind, oracle in [
+            ("ints", unseen.oracle),
+            ("sorted", unseen.oracle),  # of another kind, but the same type
+            ("sorted", lambda a: unseen.oracle(a)[:1]),
+            ("ints", lambda a: [x + 1 for x in unseen.oracle(a)]),
+        ]
+    ]
+    tasks = {t: exercises.results(t) for t in [unseen, *others]}
+    for t in others:  # with solutions of their own, so that only what they do counts
+        tasks[replace(t, body=f"{body}{others.index(t)}")] = tasks.pop(t)
+    left = exercises.leave_families_out(tasks, Counter())
+    assert [t.oracle for t in left] == [t.oracle for t in others[2:]] or len(left) == 0
+
+
+# ---- Damage
+
+
+def test_damage_is_what_was_asked_and_wrong(train, outputs):
+    damaged = exercises.damage(train, 0.5, 0, set())
+    changed = [(a, b) for a, b in zip(train, damaged, strict=True) if a != b]
+    assert len(changed) == len(train) // 2
+    for a, b in changed[:300]:
+        assert b.prompt() == a.prompt()
+        assert replace(b, wrong="") == a
+        with pytest.raises((AssertionError, Exception)):
+            exercises.check(b, outputs[b.task], range(exercises.POOL))
+    assert exercises.damage(train, 0, 0, set()) == train
+    assert exercises.damage(train, 0.5, 0, set()) == damaged
+    assert exercises.damage(train, 0.5, 1, set()) != damaged
+
+
+def test_damage_makes_no_held_out_solution(train):
+    some = train[:200]
+    keys = {solution_key(source(e)) for e in exercises.damage(some, 1, 0, set())}
+    again = exercises.damage(some, 1, 0, keys)
+    assert not keys & {solution_key(source(e)) for e in again if e.wrong}
+
+
+def test_the_errors_that_damage_makes():
+    body = """best = 0
+for x in $a:
+    if x > 3 and x != 7:
+        best = max(best, x)
+return best"""
+    bodies = exercises.damaged_bodies(body)
+    for old, new in [
+        ("x > 3", "x >= 3"),
+        ("x > 3", "x < 3"),
+        ("x > 3", "x > 4"),
+        ("x > 3 and x != 7", "x > 3"),
+        ("x > 3 and x != 7", "x != 7"),
+        (" and ", " or "),
+        ("max(", "min("),
+        ("return best", "best"),
+        ("return best", "    return best"),
+        ("best = 0", "best = 1"),
+    ]:
+        assert body.replace(old, new) in bodies, new
+    swapped = exercises.damaged_bodies("if $a > 1:\n    return 5\nelse:\n    return 6")
+    assert "if $a > 1:\n    return 6\nelse:\n    return 5" in swapped
+    assert "return [x for x in $a]" in exercises.damaged_bodies("return [x for x in $a if x > 2]")
+    assert 'return 6 if $a else "ab"' in exercises.damaged_bodies('return "ab" if $a else 6')
+
+
+def test_a_body_that_never_ends_or_fails_or_is_right_is_no_damage():
+    task = FAMILIES["clamp"][0]
+    assert exercises.is_wrong(task, "return $a")
+    assert not exercises.is_wrong(task, task.body)
+    assert not exercises.is_wrong(task, "while True:\n    pass")
+    assert not exercises.is_wrong(task, "$a = 2\nwhile True:\n    $a *= $a")
+    assert not exercises.is_wrong(task, "return $a + 'x'")
 
 
 def write_benchmarks(folder):
@@ -324,6 +470,21 @@ def test_benchmark_problems_are_found_by_name_text_and_behaviour(tmp_path):
     shared = "how many of the given whole numbers are found to be"
     assert "docstring" in benchmarks.overlap(replace(exercise, doc=f"Say {shared} small."))
     assert benchmarks.overlap(replace(exercise, doc=f"Say {shared[:-6]} small.")) == ""
+    varied = exercises.vary(FAMILIES["clamp"][0], random.Random(0))
+    assert benchmarks.overlap(varied) == ""
+    for name in ("above_nine", "aboveNine", "above_Nine", "Above_nine"):
+        assert "name" in benchmarks.overlap(replace(varied, name=name))
+    benchmarks.names.add("solve")
+    assert benchmarks.overlap(replace(varied, name="solve")) == ""  # it tells nothing
+    assert "name" in benchmarks.overlap(replace(exercise, name="solve"))
+    core = "Limit the number to the range from 0 to 10."
+    benchmarks.texts.add(tuple(exercises.normalize(core)))
+    dressed = replace(
+        varied.form, prose=f"You are given a number n. {core} The result is a number."
+    )
+    assert "docstring" in benchmarks.overlap(replace(varied, doc=core, form=dressed))
+    dressed = replace(varied.form, prose=f"Please say {shared} small.")
+    assert "docstring" in benchmarks.overlap(replace(varied, form=dressed))
     found = {
         str(task)
         for task in FAMILIES["count"]
