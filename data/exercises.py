@@ -614,10 +614,10 @@ class Benchmarks:
 
     def overlap(self, exercise: Exercise) -> str:
         """Why this exercise must be dropped, or ""."""
-        name = exercise.name
-        snake = re.sub("_+", "_", re.sub("([A-Z])", r"_\1", name)).lower()
-        generic = exercise.form and name in GENERIC  # it tells nothing of the problem
-        if not generic and not self.names.isdisjoint({name, snake}):
+        known = exercise.name in self.names
+        if exercise.form:  # in any case and spelling; a generic name tells nothing of the problem
+            known = fold(exercise.name) in map(fold, self.names) and exercise.name not in GENERIC
+        if known:
             return "exercise: function name of a benchmark problem"
         texts = [fill(exercise.doc, exercise.arguments)]  # without the form's dressing ...
         if exercise.form:
@@ -664,6 +664,11 @@ def read_rows(path: Path) -> Iterator[dict]:
         yield from json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read benchmark {path}: {e}") from None
+
+
+@functools.cache
+def fold(name: str) -> str:
+    return name.replace("_", "").lower()
 
 
 def normalize(text: str) -> list[str]:

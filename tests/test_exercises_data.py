@@ -355,7 +355,7 @@ def test_unseen_families_do_not_leak(outputs, seen):
 
 def test_a_task_that_does_what_an_unseen_one_does_is_left_out(outputs):
     unseen = next(t for t in outputs if str(t) == "windows(sum(x), 3)")
-    body = "return [sum($a[i:i + 3]) for i in range(0, len($a) - 2)]  # otherwise"
+    body = "return [sum($a[i:i + 3]) for i in range(0, len($a) - 2)]"
     others = [
         replace(unseen, family="other", params=(kind, oracle), args=kind, body=body, oracle=oracle)
         for kind, oracle in [
@@ -366,10 +366,8 @@ def test_a_task_that_does_what_an_unseen_one_does_is_left_out(outputs):
         ]
     ]
     tasks = {t: exercises.results(t) for t in [unseen, *others]}
-    for t in others:  # with solutions of their own, so that only what they do counts
-        tasks[replace(t, body=f"{body}{others.index(t)}")] = tasks.pop(t)
     left = exercises.leave_families_out(tasks, Counter())
-    assert [t.oracle for t in left] == [t.oracle for t in others[2:]] or len(left) == 0
+    assert [*left] == others[2:]
 
 
 # ---- Damage
