@@ -385,8 +385,8 @@ ROUND_WORDS = [
     "Step by step, `{call}` goes like this:",
 ]
 WRONG_WORDS = [
-    "Here is a <first attempt|draft|version> that is wrong:@code`{call}` {verb} `{got}`, where @want "
-    "would be right.",
+    "Here is a <first attempt|draft|version> that is wrong:@code`{call}` {verb} `{got}`, where "
+    "@want would be right.",
     "Can you find the mistake in this code?@codeIts test <fails|does not pass>: `{call}` {verb} "
     "`{got}` instead of @want.",
     "Somebody wrote:@codeTried out, `{call}` {verb} `{got}`. <We expected|Right would be> @want.",

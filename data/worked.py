@@ -111,7 +111,7 @@ def documented(
     of the module typing), not "".
     """
     function = function_in(code, name)
-    assert function and function.body[0].lineno > function.lineno
+    assert function, f"no function {name}"
     lines, head = code.split("\n"), f"def {name}({ast.unparse(function.args)}):"
     imports = ""
     if typed:
