@@ -195,7 +195,8 @@ class _Writer:
 
     def sections(self, code: str, calls: str) -> tuple[str, list[str]]:
         """The code in one section, and the calls in another."""
-        return self.fill(self.topic.of(code)[0]), self.fill(self.topic.of(calls)[0]).split("\n")
+        lines = self.fill(self.topic.of(calls)[0]).split("\n")
+        return self.fill(self.topic.of(code)[0]), [worked.plain(line) for line in lines]
 
     def explained(self, code: str, calls: list[str]) -> list[str]:
         """The code, told what it does, with some of the calls."""
@@ -204,8 +205,8 @@ class _Writer:
         told = code
         if says and rng.random() < 0.5:
             told = self.documented(code, self.filled["f"], says, calls)
-        calls = rng.sample(calls, min(len(calls), rng.choice([1, 2, 2, 3])))
-        calls.sort(key=self.fill(self.topic.of("calls")[0]).split("\n").index)
+        some = rng.sample(range(len(calls)), min(len(calls), rng.choice([1, 2, 2, 3])))
+        calls = [calls[i] for i in sorted(some)]
         way = rng.choices(["after", "before", "comment", "list"], [45, 20, 20, 15])[0]
         if way == "comment":
             parts = [rng.choice(CODE_WORDS), block(f"{worked.comment(how)}\n{told}")]
