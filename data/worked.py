@@ -80,11 +80,10 @@ def both(a: Kind, b: Kind) -> Kind:
         return a[0], *map(both, a[1:], b[1:])
     if {a[0], b[0]} == {"int", "float"}:
         return ("float",)
-    for one, other in ((a, b), (b, a)):
-        if one == ("NoneType",):
-            return other if other[0] == "optional" else ("optional", other)
-        if one[0] == "optional" and other[0] != "optional":
-            return "optional", both(one[1], other)
+    none, optional = ("NoneType",), "optional"
+    if none in (a, b) or optional in (a[0], b[0]):
+        inner = [k[1] if k[0] == optional else None if k == none else k for k in (a, b)]
+        return optional, both(*inner)
     raise Unclear
 
 
@@ -161,7 +160,7 @@ def imperative(task: str) -> str:
     if not found:
         return ""
     verb = re.sub("ies$", "y", found[1])
-    verb = re.sub("(?<=ss|sh|ch|oe|xe)es$|s$", "", verb) if verb == found[1] else verb
+    verb = re.sub("(?<=ss|sh|ch|do|go|ix)es$|s$", "", verb) if verb == found[1] else verb
     return f"{verb.capitalize()} {found[2]}"
 
 
