@@ -169,7 +169,7 @@ class _Writer:
     def lesson(self) -> str:
         rng = self.rng
         parts = [self.opening()]
-        reminder = self.reminder() if rng.random() < 0.35 else []
+        reminder = self.reminder() if rng.random() < 0.55 else []
         if early := rng.random() < 0.5:
             parts += reminder
         parts.append(self.prose(rng.choice(self.topic.of("why"))))
@@ -187,7 +187,7 @@ class _Writer:
             ending.append(self.prose(self.topic.of("deeper")[0]))
         rng.shuffle(ending)
         parts += ending
-        if self.topic.of("task") and rng.random() < 0.75:
+        if self.topic.of("task") and rng.random() < 0.7:
             parts += self.task()
         if not early:
             parts += reminder
