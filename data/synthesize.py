@@ -53,7 +53,7 @@ MOST_AT_ONCE = 4  # candidates in a round for each document that is missing
 BUILTIN_ASSERTS = 5  # with which an exercise of the builtin writer is run; it was checked before
 TAIL_SHARE = 0.6  # of the function names have a third part
 LIKE_BENCHMARK = "like a benchmark problem"
-LESSONS = Path(textbooks.__file__).with_name("lessons.txt")
+LESSONS = textbooks.LESSONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,8 @@ class Lessons:
         program, why_not = prompts.lesson_program(text)
         if why_not:
             return why_not
-        fields |= {"topic": topic.title, "audience": reader(audience, level)}
+        fields |= {"topic": topic.title, "difficulty": topic.difficulty}
+        fields |= {"audience": reader(audience, level)}
         return document(text, f"textbooks:{topic.title}", **fields), program
 
 
