@@ -23,6 +23,7 @@ from model import KVCache, Phi
 # are of 400 multiplications or more, as torch has another kernel for fewer: with either otherwise,
 # the bits of a row depend on the longest row beside it.
 SPAN, SPAN_PRODUCT = 16, 400
+MOST_ROWS = 64  # of a product on a CPU
 TILE = 16  # rows of a tile in kernels/decode.py
 GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
 
@@ -55,7 +56,9 @@ class Decoder:
         """
         c, like = model.c, model.embed.weight
         self.model, self.kernels, self.rows = model, kernels, rows
-        self.tile = TILE if kernels else same_rows(model)
+        if not kernels:
+            self.weights, self.b_in = layouts(model)
+        self.tile = TILE if kernels else same_rows([*self.weights[:2], self.weights[-1]])
         rows, self.positions = self.padded(rows), self.span(positions)
         shape = (c.n_layer, 2, rows, c.n_head, self.positions, c.head_dim)
         self.cache = like.new_zeros(shape)  # [L, k or v, B, H, S, D]
@@ -64,20 +67,23 @@ class Decoder:
         self.start = torch.zeros_like(self.token)  # where the prompt's last token stands
         self.draws = torch.zeros(rows, draws, dtype=torch.float64, device=like.device)
         self.logprob = torch.zeros(rows, device=like.device)
-        # The rotary tables for pairs laid side by side, so that one product turns both halves.
-        self.cos = torch.cat([model.cos, model.cos], -1)[:, None]  # [T, 1, R]
-        self.sin = torch.cat([-model.sin, model.sin], -1)[:, None]
-        self.layers = [
-            (b, b.w_in.t(), b.w_out.t(), b.b_attn + b.b_mlp, cache)
-            for b, cache in zip(model.blocks, self.cache)
-        ]
-        slot = torch.arange(2 * rows * c.n_head, device=like.device) * self.positions
-        self.slot = slot.view(2, rows, c.n_head)  # where each head's keys and values begin
+        self.last = min(self.positions, c.seq_len) - 1  # no row stands behind it
+        self.b_out = [b.b_attn + b.b_mlp for b in model.blocks]
         self.graphs: dict = {}
+        self.views: dict = {}
         if kernels:
             from kernels import decode  # here, as triton is not everywhere
 
             self.scratch = decode.scratch(rows, c.n_head, self.positions, c.head_dim, like.device)
+            return
+        # What each pair of q, k and v is multiplied with as a complex number: [3, T, 1, D/2].
+        self.turn = torch.ones(3, c.seq_len, 1, c.head_dim // 2, dtype=torch.complex64)
+        self.turn = self.turn.to(like.device)
+        self.turn[:2, :, 0, : c.rotary_dim // 2] = torch.complex(model.cos, model.sin)
+        slot = torch.arange(2 * rows * c.n_head, device=like.device) * self.positions
+        self.slot = slot.view(2, rows, c.n_head)  # where each head's keys and values begin
+        far = torch.full((self.positions,) * 2, float("-inf"), device=like.device)
+        self.mask = far.triu(1).to(like.dtype)  # [position, position it may see]
 
     def padded(self, rows: int) -> int:
         """How many rows a step of `rows` computes."""
@@ -105,6 +111,8 @@ class Decoder:
         last = len(ids) - 1
         if twin is not None:
             self.cache[:, :, row, :, :last] = self.cache[:, :, twin, :, :last]
+        elif last and not self.kernels:
+            self._prefill(row, torch.tensor(ids[:-1], device=self.token.device))
         elif last:
             idx = torch.tensor([ids[:-1]], device=self.token.device)
             seen = KVCache(self.model.c, 1, last, self.token.device, self.cache.dtype)
@@ -127,12 +135,13 @@ class Decoder:
 
         `longest` is the length of the longest of these texts.
         """
+        if not self.token.is_cuda:
+            self._step(self.padded(rows), self.span(longest), sampling)
+            logprobs = self.logprob[:rows, None].tolist() if sampling.logprobs else [[]] * rows
+            return self.token[:rows, None].tolist(), logprobs
         tokens, logprobs = [], []
-        for i in range(GPU_STEPS if self.token.is_cuda else 1):
-            if self.token.is_cuda:
-                self._replay(self.padded(rows), sampling)
-            else:
-                self._step(self.padded(rows), self.span(longest + i), sampling)
+        for _ in range(GPU_STEPS):
+            self._replay(self.padded(rows), sampling)
             tokens.append(self.token[:rows].clone())
             if sampling.logprobs:
                 logprobs.append(self.logprob[:rows].clone())
@@ -169,7 +178,7 @@ class Decoder:
             self.logprob[:n] = chosen - logits.logsumexp(-1)
         self.token[:n] = token
         # A row that is full is stepped on until it leaves; it then overwrites its last position.
-        position.add_(1).clamp_(max=min(self.positions, len(self.cos)) - 1)
+        position.add_(1).clamp_(max=self.last)
 
     def _logits_kernels(self, n: int) -> Tensor:
         """fp32 logits [n, V]; kernels/decode.py: three launches a block."""
@@ -179,7 +188,7 @@ class Decoder:
         C, position = c.width, self.position[:n]
         x = m.embed(self.token[:n])
         qkv, ya = x.new_empty(n, 3 * C), x.new_empty(n, C + c.mlp_width)
-        for b, _, _, b_out, cache in self.layers:
+        for b, b_out, cache in zip(m.blocks, self.b_out, self.cache):
             norm = (b.ln.weight, b.ln.bias, b.ln.eps)
             decode.linear(x, b.w_in, b.b_in, qkv, norm=norm, act=ya[:, C:])
             k, v = cache[:, :n]
@@ -192,59 +201,101 @@ class Decoder:
 
     def _logits_torch(self, n: int, span: int) -> Tensor:
         """fp32 logits [n, V]; what the model does, for one token a row and in fewer operations."""
-        m, c, position = self.model, self.model.c, self.position[:n]
-        C, H, D, R = c.width, c.n_head, c.head_dim, c.rotary_dim
-        cos, sin = self.cos[position], self.sin[position]  # [n, 1, R]
-        heads = position.repeat_interleave(H)[:, None, None]  # [n H, 1, 1]
-        far = torch.arange(span, device=heads.device) > heads
-        mask = torch.where(far, float("-inf"), 0.0).to(self.cache.dtype)  # [n H, 1, span]
+        m, H, D, position = (
+            self.model,
+            self.model.c.n_head,
+            self.model.c.head_dim,
+            self.position[:n],
+        )
+        mask = self.mask[position, None, None, :span].expand(n, H, 1, span).reshape(n * H, 1, span)
         at = (self.slot[:, :n] + position[:, None]).flatten()
-        tile = min(n, self.tile)
-        x = m.embed(self.token[:n])
-        for block, w_in, w_out, b_out, cache in self.layers:
-            h = grouped_linear(block.ln(x), w_in, block.b_in, tile)
-            qk = h[:, : 2 * C].view(n, 2 * H, D)[..., :R]
-            qk.copy_(torch.addcmul(qk * cos, qk.roll(R // 2, -1), sin))
-            q, kv = h[:, :C].reshape(n * H, 1, D), h[:, C : 3 * C].view(n, 2, H, D)
-            cache.view(-1, D).index_copy_(0, at, kv.transpose(0, 1).reshape(-1, D))
-            k, v = cache[:, :n, :, :span].flatten(1, 2)  # [n H, span, D]
+        if (n, span) not in self.views:
+            seen = self.cache[:, :, :n, :, :span].flatten(2, 3)  # [L, k or v, n H, span, D]
+            self.views[n, span] = [(c.view(-1, D), k.mT, v) for c, (k, v) in zip(self.cache, seen)]
+        views = iter(self.views[n, span])
+
+        def attend(qkv: Tensor) -> Tensor:
+            cache, k, v = next(views)
+            cache.index_copy_(0, at, qkv[1:].view(-1, D))
             # Half the time of scaled_dot_product_attention for one query a head.
-            s = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # [n H, 1, span]
-            y = torch.bmm(s.softmax(-1), v)
+            s = torch.baddbmm(mask, qkv[0].view(n * H, 1, D), k, alpha=D**-0.5)  # [n H, 1, span]
+            return torch.bmm(s.softmax(-1), v).view(n, H * D)
+
+        x = m.ln_f(self._blocks(self.token[:n], position, attend))
+        return grouped_linear(x, self.weights[-1], m.head.bias, self.tile).float()
+
+    def _prefill(self, row: int, idx: Tensor) -> None:
+        """Put the keys and values of a prompt [T] into `row`."""
+        T, layers = len(idx), iter(self.cache)
+        position = torch.arange(self.padded(T), device=idx.device)
+        idx = F.pad(idx, (0, len(position) - T))
+
+        def attend(qkv: Tensor) -> Tensor:
+            q, k, v = qkv.transpose(1, 2)[:, None]  # [1, H, T, D] each
+            next(layers)[:, row, :, :T] = qkv[1:, :T].transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return y.transpose(1, 2).reshape(len(idx), -1)
+
+        self._blocks(idx, position.clamp(max=self.last), attend)
+
+    def _blocks(self, token: Tensor, position: Tensor, attend) -> Tensor:
+        """The residual stream [N, C] of tokens [N] after the blocks.
+
+        `attend`, called for each in turn, gives the attention [N, C] from queries, keys and values
+        [3, N, H, D].
+        """
+        m, c, n = self.model, self.model.c, len(token)
+        C, H, D = c.width, c.n_head, c.head_dim
+        x, turn, weights = m.embed(token), self.turn[:, position], iter(self.weights)
+        for b, b_in, b_out in zip(m.blocks, self.b_in, self.b_out):
+            h = grouped_linear(b.ln(x), next(weights), b_in, self.tile)
+            pairs = torch.view_as_complex(h[:, : 3 * C].float().view(n, 3, H, D // 2, 2))
+            qkv = turn.new_empty(3, n, H, D // 2)
+            torch.mul(pairs.transpose(0, 1), turn, out=qkv)
+            y = attend(torch.view_as_real(qkv).view(3, n, H, D).to(x.dtype))
             a = F.gelu(h[:, 3 * C :], approximate="tanh")
-            x = x + grouped_linear(torch.cat([y.view(n, C), a], -1), w_out, b_out, tile)
-        return grouped_linear(m.ln_f(x), m.head.weight.t(), m.head.bias, tile).float()
+            x = x + grouped_linear(torch.cat([y, a], -1), next(weights), b_out, self.tile)
+        return x
 
 
 def grouped_linear(x: Tensor, w: Tensor, b: Tensor, rows: int) -> Tensor:
-    """x w + b of x [n, K] and w [K, J], as n / rows products of `rows` rows each."""
-    groups = x.shape[0] // rows
-    if groups == 1:  # the same in fewer calls
+    """x w + b of x [N, K] and w [K, J], as products of up to `rows` rows each."""
+    if len(x) <= rows:
         return torch.addmm(b, x, w)
-    x, w = x.view(groups, rows, x.shape[1]), w.expand(groups, -1, -1)
-    return torch.baddbmm(b, x, w).view(groups * rows, -1)
+    return torch.cat([torch.addmm(b, part, w) for part in x.split(rows)])
+
+
+def layouts(model: Phi) -> tuple[list[Tensor], list[Tensor]]:
+    """Copies of the matrices of each product of a step, in turn, [K, J]; and of the b_in.
+
+    A BLAS sums such a product in the same order for more numbers of rows than with the transpose.
+    The pairs that rotary embedding turns lie side by side in queries and keys, as complex numbers.
+    """
+    c = model.c
+    order = torch.arange(len(model.blocks[0].b_in))
+    heads = order[: 2 * c.width].view(2 * c.n_head, c.head_dim)[:, : c.rotary_dim]
+    heads.copy_(heads.unflatten(1, (2, -1)).mT.flatten(1).clone())
+    weights = [w for b in model.blocks for w in (b.w_in[order], b.w_out)] + [model.head.weight]
+    return [w.t().contiguous() for w in weights], [b.b_in[order] for b in model.blocks]
 
 
 @torch.inference_mode()
-def same_rows(model: Phi) -> int:
-    """How many rows a matrix product may have, at most, for a row's bits to depend on it alone.
+def same_rows(weights: list[Tensor]) -> int:
+    """How many rows a product may have, at most, for a row's bits to depend on it alone.
 
-    An even number such that products of 2, 4, .. rows up to it, and several of that many at once,
-    agree here on the model's matrices. With MKL 2024.2 and AVX-512 it is 8, as 16 rows give other
-    bits (and one row, so that there are always two); with two threads it is 2 for small matrices.
+    An even number such that products of 2, 4, .. rows up to it agree here on weights [K, J]; one
+    row would have a routine of its own. With MKL 2024.2 and AVX-512 it is MOST_ROWS.
     """
-    block, tile = model.blocks[0], 8
-    for w in (block.w_in.t(), block.w_out.t(), model.head.weight.t()):
+    tile = MOST_ROWS
+    for w in weights:
         generator = torch.Generator(w.device).manual_seed(0)
-        x = torch.randn(16, len(w), generator=generator, device=w.device).to(w.dtype)
+        x = torch.randn(tile, len(w), generator=generator, device=w.device).to(w.dtype)
         bias = w.new_ones(w.shape[1])
         want = grouped_linear(x, w, bias, 2)
-        while tile > 2 and not all(
-            torch.equal(grouped_linear(x[:n], w, bias, rows), want[:n])
-            for rows in range(2, tile + 1, 2)
-            for n in (rows, tile // rows * rows, 16 // rows * rows)
-        ):
-            tile -= 2
+        for n in range(4, tile + 1, 2):
+            if not torch.equal(torch.addmm(bias, x[:n], w), want[:n]):
+                tile = n - 2
+                break
     return tile
 
 
@@ -254,8 +305,10 @@ def choose(logits: Tensor, draws: Tensor | None, temperature: float, top_p: floa
 
     Probabilities are summed as integers: exact, and so the same however a sum is split.
     """
-    if temperature == 0:
+    if temperature == 0 and logits.is_cuda:
         return logits.argmax(-1)
+    if temperature == 0:  # a fifteenth of torch's time
+        return torch.from_numpy(logits.numpy().argmax(-1))
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     mass = (logits.exp() * 2.0**40).long()  # 2^40: sums of 2^22 tokens fit 63 bits
     if top_p < 1:

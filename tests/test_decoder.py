@@ -4,7 +4,7 @@ import pytest
 import torch
 from three_way import DEVICE
 
-from decoder import Decoder, Sampling, choose, grouped_linear, same_rows
+from decoder import Decoder, Sampling, choose, grouped_linear, layouts, same_rows
 from model import ModelConfig, Phi
 
 
@@ -88,18 +88,23 @@ def test_bits_do_not_depend_on_the_batch(threads, top_p):
         torch.set_num_threads(before)
 
 
-def test_same_rows_agree():
-    """What the probe of a decoder promises, for matrices that it has not seen."""
-    model = Phi(ModelConfig(2048, 64, 1, 6, 192, 768, 16))
-    tile = same_rows(model)
-    assert tile in (2, 4, 6, 8)
-    for w in (model.blocks[0].w_in.t(), model.blocks[0].w_out.t()):
-        x, bias = torch.randn(24, len(w)), torch.randn(w.shape[1])
-        want = grouped_linear(x[:tile], w, bias, tile)
-        for rows in range(2, tile + 1, 2):
-            assert torch.equal(grouped_linear(x[:rows], w, bias, rows), want[:rows])
-        whole = grouped_linear(x[: 24 // tile * tile], w, bias, tile)
-        assert torch.equal(whole[:tile], want)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_rows_agree(threads):
+    """What the probe of a decoder promises, for rows that it has not seen."""
+    weights, _ = layouts(Phi(ModelConfig(2048, 64, 1, 6, 192, 768, 16)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        tile = same_rows(weights)
+        assert tile in range(2, 65, 2)
+        for w in weights:
+            x, bias = torch.randn(2 * tile, len(w)), torch.randn(w.shape[1])
+            want = grouped_linear(x, w, bias, tile)
+            for rows in range(2, tile + 1, 2):
+                assert torch.equal(grouped_linear(x[:rows], w, bias, tile), want[:rows])
+                assert torch.equal(grouped_linear(x[-rows:], w, bias, tile), want[-rows:])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_row_moves_and_a_twin_shares_its_prompt():
