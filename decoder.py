@@ -3,31 +3,29 @@
 In plain torch on a CPU; on a GPU with the kernels of kernels/decode.py, as one CUDA graph. A row's
 tokens depend on its prompt and its draws, never on the batch:
 
-    prompts      go through the model alone, before they join the batch
-    steps, GPU   products are of tiles of 16 rows with K in one order, attention is by row
-    steps, CPU   a BLAS sums in another order for another number of rows, so that products are of
-                 groups of rows, in numbers that `same_rows` has found to agree bit by bit
+    GPU          prompts go through the model alone; the products of a step are of tiles of 16 rows
+                 with K in one order
+    CPU          products are of as many rows as agree bit by bit (decoder_torch.py), those of
+                 prompts too, which go through the model together
+    attention    is by row, of prompts by prompt
     choices      are integer arithmetic on exp(logit), which no order of summing changes
 """
 
-from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from config import UserError
-from model import KVCache, ModelConfig, Phi
+from decoder_torch import Blocks, Buffers
+from model import KVCache, Phi
 
-# On a CPU attention reads the cache up to a multiple of 16 positions, and so many that its products
+# On a CPU attention reads the cache up to a multiple of 8 positions, and so many that its products
 # are of 400 multiplications or more, as torch has another kernel for fewer: with either otherwise,
 # the bits of a row depend on the longest row beside it.
-SPAN, SPAN_PRODUCT = 16, 400
-MOST_ROWS = 64  # of a product on a CPU
-PREFILL_TOKENS = 1024  # of prompts that go through the model at once on a CPU
+SPAN, SPAN_PRODUCT = 8, 400
+PREFILL_TOKENS = 512  # of prompts that go through the model at once on a CPU
 TILE = 16  # rows of a tile in kernels/decode.py
 GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
 
@@ -61,10 +59,7 @@ class Decoder:
         c, device = model.c, model.embed.weight.device
         dtype = model.embed.weight.dtype if kernels else torch.float32
         self.model, self.kernels, self.rows = model, kernels, rows
-        self.tile = TILE
-        if not kernels:
-            self.layers, self.head = layouts(model)
-            self.tile = same_rows([self.layers[0].w_in, self.layers[0].w_out, self.head.w_in])
+        self.blocks = None if kernels else Blocks(model)
         rows, self.positions = self.padded(rows), self.span(positions)
         self.last = min(self.positions, c.seq_len) - 1  # where no text goes on
         shape = (c.n_layer, 2, rows, c.n_head, self.positions, c.head_dim)
@@ -83,10 +78,6 @@ class Decoder:
             self.scratch = decode.scratch(rows, c.n_head, self.positions, c.head_dim, device)
             return
         self.buffers, self.views = Buffers(c, rows, device), {}
-        # What each pair of q, k and v is multiplied with as a complex number: [3, T, 1, D/2].
-        turn = torch.ones(3, c.seq_len, 1, c.head_dim // 2, dtype=torch.complex64)
-        turn[:2, :, 0, : c.rotary_dim // 2] = torch.complex(model.cos, model.sin).cpu()
-        self.turn = turn.to(device)
         slot = torch.arange(2 * rows * c.n_head, device=device) * self.positions
         self.slot = slot.view(2, rows, c.n_head)  # where each head's keys and values begin
         far = torch.full((self.positions,) * 2, float("-inf"), device=device)
@@ -94,10 +85,9 @@ class Decoder:
 
     def padded(self, rows: int) -> int:
         """How many rows a step of `rows` computes."""
-        if self.kernels:
-            return rows if rows == 1 else -(-rows // TILE) * TILE
-        rows += rows % 2  # as BLAS has another routine for one row than for two
-        return rows if rows <= self.tile else -(-rows // self.tile) * self.tile
+        if self.blocks:
+            return self.blocks.padded(rows)
+        return rows if rows == 1 else -(-rows // TILE) * TILE
 
     def span(self, positions: int) -> int:
         """How much of the cache a step reads for texts of up to `positions` tokens."""
@@ -130,21 +120,18 @@ class Decoder:
         prompts = [(ids, rows) for ids, rows in self.prompts.items() if ids and rows]
         self.prompts.clear()
         while prompts:
-            if self.kernels:
-                (ids, rows), *prompts = prompts
-                idx = torch.tensor([ids], device=self.token.device)
-                seen = KVCache(self.model.c, 1, len(ids), idx.device, self.cache.dtype)
-                self.model(
-                    idx, cache=seen, positions=torch.arange(len(ids), device=idx.device)[None]
-                )
-                for row in rows:
-                    self.cache[:, 0, row, :, : len(ids)] = seen.k[:, 0]
-                    self.cache[:, 1, row, :, : len(ids)] = seen.v[:, 0]
-            else:
-                ends = list(accumulate(len(ids) for ids, _ in prompts))
-                count = max(1, bisect_right(ends, PREFILL_TOKENS))
-                self._prefill_torch(prompts[:count])
-                prompts = prompts[count:]
+            most = PREFILL_TOKENS // max(len(ids) for ids, _ in prompts) if self.blocks else 1
+            part, prompts = prompts[: max(1, most)], prompts[max(1, most) :]
+            if self.blocks:
+                self._prefill_torch(part)
+                continue
+            [(ids, rows)] = part
+            idx = torch.tensor([ids], device=self.token.device)
+            seen = KVCache(self.model.c, 1, len(ids), idx.device, self.cache.dtype)
+            self.model(idx, cache=seen, positions=torch.arange(len(ids), device=idx.device)[None])
+            for row in rows:
+                self.cache[:, 0, row, :, : len(ids)] = seen.k[:, 0]
+                self.cache[:, 1, row, :, : len(ids)] = seen.v[:, 0]
 
     @torch.inference_mode()
     def move(self, source: int, row: int) -> None:
@@ -244,9 +231,7 @@ class Decoder:
             s = torch.baddbmm(mask, buffers.q, k, alpha=D**-0.5)  # [n H, 1, span]
             y.copy_(torch.bmm(s.softmax(-1), v).view(n, H * D))
 
-        x, head = self._blocks(self.token[:n], position, buffers, attend), self.head
-        x = torch.layer_norm(x, x.shape[1:], head.gain, head.bias, head.eps)
-        return grouped_linear(x, head.w_in, head.b_in, self.tile)
+        return self.blocks.logits(self.blocks(self.token[:n], position, buffers, attend))
 
     def _prefill_torch(self, prompts: list[tuple[tuple, list[int]]]) -> None:
         """Put keys and values of prompts into their rows; all of them in one pass."""
@@ -265,105 +250,7 @@ class Decoder:
                 y[at : at + len(prompt)].view(-1, *qkv.shape[2:]).copy_(one.transpose(0, 1))
                 at += len(prompt)
 
-        self._blocks(ids, position, Buffers(self.model.c, n, ids.device), attend)
-
-    def _blocks(self, token: Tensor, position: Tensor, buffers: "Buffers", attend) -> Tensor:
-        """The residual stream [n, C] of tokens [n] after the blocks.
-
-        `attend(layer, qkv, y)` puts the attention of qkv [3, n, H, D] into y [n, C].
-        """
-        x = torch.embedding(self.head.w_out, token)
-        b, turn = buffers, self.turn[:, position]
-        for i, w in enumerate(self.layers):
-            normed = torch.layer_norm(x, x.shape[1:], w.gain, w.bias, w.eps)
-            grouped_linear(normed, w.w_in, w.b_in, self.tile, b.h)
-            torch.mul(b.pairs, turn, out=b.turned)
-            attend(i, b.qkv, b.y)
-            F.gelu(b.up, approximate="tanh", out=b.a)
-            x = x + grouped_linear(b.ya, w.w_out, w.b_out, self.tile)
-        return x
-
-
-class Buffers:
-    """What n tokens write on their way through a block, n even; parts of a larger one's memory."""
-
-    def __init__(self, c: ModelConfig, n: int, device, of: "Buffers | None" = None):
-        C, M, H, D = c.width, c.mlp_width, c.n_head, c.head_dim
-        sizes = [n * 3 * C, n * (3 * C + M), n * (C + M)]
-        self.memory = of.memory if of else torch.empty(sum(sizes), device=device)
-        qkv, h, ya = self.memory[: sum(sizes)].split(sizes)
-        self.h, self.ya = h.view(n, -1), ya.view(n, -1)  # [n, 3C + M], [n, C + M]
-        self.up, self.y, self.a = self.h[:, 3 * C :], self.ya[:, :C], self.ya[:, C:]
-        pairs = self.h[:, : 3 * C].view(n, 3, H, D // 2, 2)
-        self.pairs = torch.view_as_complex(pairs).transpose(0, 1)  # [3, n, H, D/2]
-        self.turned = torch.view_as_complex(qkv.view(3, n, H, D // 2, 2))
-        self.qkv = qkv.view(3, n, H, D)
-        self.q, self.kv = self.qkv[0].view(n * H, 1, D), self.qkv[1:].view(2 * n * H, D)
-
-
-class Layer(NamedTuple):
-    """The fp32 weights of a block; of the head, with the embedding as its w_out."""
-
-    gain: Tensor
-    bias: Tensor
-    eps: float
-    w_in: Tensor  # [C, 3C + M]; of the head, [C, V]
-    b_in: Tensor
-    w_out: Tensor  # [C + M, C]; of the head, [V, C]
-    b_out: Tensor | None
-
-
-@torch.inference_mode()
-def layouts(model: Phi) -> tuple[list[Layer], Layer]:
-    """Copies of the weights: the blocks' and the head's.
-
-    Matrices are [K, J], as a BLAS then sums in the same order for more numbers of rows. The pairs
-    that rotary embedding turns lie side by side in queries and keys, as complex numbers.
-    """
-    c, last = model.c, model.ln_f
-    order = torch.arange(3 * c.width + c.mlp_width)
-    heads = order[: 2 * c.width].view(2 * c.n_head, c.head_dim)[:, : c.rotary_dim]
-    heads.copy_(heads.unflatten(1, (2, -1)).mT.flatten(1).clone())
-    layers = []
-    for b in model.blocks:
-        w_in, b_in = b.w_in[order].t().float().contiguous(), b.b_in[order].float()
-        w_out, b_out = b.w_out.t().float().contiguous(), (b.b_attn + b.b_mlp).float()
-        norm = (b.ln.weight.float(), b.ln.bias.float(), b.ln.eps)
-        layers.append(Layer(*norm, w_in, b_in, w_out, b_out))
-    w_in, b_in = model.head.weight.t().float().contiguous(), model.head.bias.float()
-    norm = (last.weight.float(), last.bias.float(), last.eps)
-    return layers, Layer(*norm, w_in, b_in, model.embed.weight.float(), None)
-
-
-def grouped_linear(x: Tensor, w: Tensor, b: Tensor, rows: int, out: Tensor | None = None) -> Tensor:
-    """x w + b of x [N, K] and w [K, J], as products of up to `rows` rows each."""
-    if len(x) <= rows:
-        return torch.addmm(b, x, w, out=out)
-    if out is None:
-        out = x.new_empty(len(x), w.shape[1])
-    for part, to in zip(x.split(rows), out.split(rows)):
-        torch.addmm(b, part, w, out=to)
-    return out
-
-
-@torch.inference_mode()
-def same_rows(weights: list[Tensor]) -> int:
-    """How many rows a product may have, at most, for a row's bits to depend on it alone.
-
-    An even number such that products of 2, 4, .. rows up to it agree here on weights [K, J]; one
-    row would have a routine of its own. With MKL 2024.2 and AVX-512 it is MOST_ROWS.
-    """
-    tile = MOST_ROWS
-    for w in weights:
-        generator = torch.Generator(w.device).manual_seed(0)
-        x = torch.randn(tile, len(w), generator=generator, device=w.device).to(w.dtype)
-        bias = w.new_ones(w.shape[1])
-        want = grouped_linear(x, w, bias, 2)
-        for n in range(4, tile + 1, 2):
-            if not torch.equal(torch.addmm(bias, x[:n], w), want[:n]):
-                tile = n - 2
-                break
-    return tile
+        self.blocks(ids, position, Buffers(self.model.c, n, ids.device), attend)
 
 
 @torch.inference_mode()

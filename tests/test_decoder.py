@@ -4,7 +4,8 @@ import pytest
 import torch
 from three_way import DEVICE
 
-from decoder import Decoder, Sampling, choose, grouped_linear, layouts, same_rows
+from decoder import Decoder, Sampling, choose
+from decoder_torch import Blocks, grouped_linear
 from model import ModelConfig, Phi
 
 
@@ -92,14 +93,14 @@ def test_bits_do_not_depend_on_the_batch(threads, top_p):
 @torch.inference_mode()
 def test_same_rows_agree(threads):
     """What the probe of a decoder promises, for rows that it has not seen."""
-    layers, head = layouts(Phi(ModelConfig(2048, 64, 1, 6, 192, 768, 16)))
-    weights = [layers[0].w_in, layers[0].w_out, head.w_in]
+    model = Phi(ModelConfig(2048, 64, 1, 6, 192, 768, 16))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        tile = same_rows(weights)
+        blocks = Blocks(model)
+        tile = blocks.tile
         assert tile in range(2, 65, 2)
-        for w in weights:
+        for w in (blocks.layers[0].w_in, blocks.layers[0].w_out, blocks.w_head):
             x, bias = torch.randn(2 * tile, len(w)), torch.randn(w.shape[1])
             want = grouped_linear(x, w, bias, tile)
             for rows in range(2, tile + 1, 2):
