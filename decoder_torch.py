@@ -49,7 +49,7 @@ class Buffers:
 
 
 class Blocks:
-    """The blocks and the head of a model, with copies of its weights in fp32.
+    """The blocks and the head of a model, with copies of its weights in fp32 (phi-1's: 5.7 GB).
 
     The pairs that rotary embedding turns lie side by side in queries and keys, as complex numbers.
     """
