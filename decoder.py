@@ -3,10 +3,11 @@
 In plain torch on a CPU; on a GPU with the kernels of kernels/decode.py, as one CUDA graph. A row's
 tokens depend on its prompt and its draws, never on the batch:
 
-    prompts      go through the model alone, before they join the batch
-    steps, GPU   products are of tiles of 16 rows with K in one order, attention is by row
-    steps, CPU   a BLAS sums in another order for another number of rows, so that products are of
-                 groups of rows, in numbers that `same_rows` has found to agree bit by bit
+    GPU          prompts go through the model alone; the products of a step are of tiles of 16 rows
+                 with K in one order
+    CPU          products are of as many rows as agree bit by bit (decoder_torch.py), those of
+                 prompts too, which go through the model together
+    attention    is by row, of prompts by prompt
     choices      are integer arithmetic on exp(logit), which no order of summing changes
 """
 
@@ -17,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UserError
+from decoder_torch import Blocks, Buffers
 from model import KVCache, Phi
 
-# On a CPU attention reads the cache up to a multiple of 16 positions, and so many that its products
+# On a CPU attention reads the cache up to a multiple of 8 positions, and so many that its products
 # are of 400 multiplications or more, as torch has another kernel for fewer: with either otherwise,
 # the bits of a row depend on the longest row beside it.
-SPAN, SPAN_PRODUCT = 16, 400
+SPAN, SPAN_PRODUCT = 8, 400
+PREFILL_TOKENS = 512  # of prompts that go through the model at once on a CPU
 TILE = 16  # rows of a tile in kernels/decode.py
 GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
 
@@ -53,38 +56,38 @@ class Decoder:
         `kernels` takes those of kernels/decode.py instead of torch. The model's weights must stay
         as they are.
         """
-        c, like = model.c, model.embed.weight
+        c, device = model.c, model.embed.weight.device
+        dtype = model.embed.weight.dtype if kernels else torch.float32
         self.model, self.kernels, self.rows = model, kernels, rows
-        self.tile = TILE if kernels else same_rows(model)
+        self.blocks = None if kernels else Blocks(model)
         rows, self.positions = self.padded(rows), self.span(positions)
+        self.last = min(self.positions, c.seq_len) - 1  # where no text goes on
         shape = (c.n_layer, 2, rows, c.n_head, self.positions, c.head_dim)
-        self.cache = like.new_zeros(shape)  # [L, k or v, B, H, S, D]
-        self.token = torch.zeros(rows, dtype=torch.int64, device=like.device)  # newest of each row
+        self.cache = torch.zeros(shape, dtype=dtype, device=device)  # [L, k or v, B, H, S, D]
+        self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # newest of each row
         self.position = torch.zeros_like(self.token)  # where it stands
         self.start = torch.zeros_like(self.token)  # where the prompt's last token stands
-        self.draws = torch.zeros(rows, draws, dtype=torch.float64, device=like.device)
-        self.logprob = torch.zeros(rows, device=like.device)
-        # The rotary tables for pairs laid side by side, so that one product turns both halves.
-        self.cos = torch.cat([model.cos, model.cos], -1)[:, None]  # [T, 1, R]
-        self.sin = torch.cat([-model.sin, model.sin], -1)[:, None]
-        self.layers = [
-            (b, b.w_in.t(), b.w_out.t(), b.b_attn + b.b_mlp, cache)
-            for b, cache in zip(model.blocks, self.cache)
-        ]
-        slot = torch.arange(2 * rows * c.n_head, device=like.device) * self.positions
-        self.slot = slot.view(2, rows, c.n_head)  # where each head's keys and values begin
+        self.draws = torch.zeros(rows, draws, dtype=torch.float64, device=device)
+        self.logprob = torch.zeros(rows, device=device)
+        self.prompts: dict[tuple, list[int]] = {}  # still to go through the model; their rows
         self.graphs: dict = {}
         if kernels:
             from kernels import decode  # here, as triton is not everywhere
 
-            self.scratch = decode.scratch(rows, c.n_head, self.positions, c.head_dim, like.device)
+            self.b_out = [b.b_attn + b.b_mlp for b in model.blocks]
+            self.scratch = decode.scratch(rows, c.n_head, self.positions, c.head_dim, device)
+            return
+        self.buffers, self.views = Buffers(c, rows, device), {}
+        slot = torch.arange(2 * rows * c.n_head, device=device) * self.positions
+        self.slot = slot.view(2, rows, c.n_head)  # where each head's keys and values begin
+        far = torch.full((self.positions,) * 2, float("-inf"), device=device)
+        self.mask = far.triu(1)[:, None, None]  # [position, 1, 1, position that it may see]
 
     def padded(self, rows: int) -> int:
         """How many rows a step of `rows` computes."""
-        if self.kernels:
-            return rows if rows == 1 else -(-rows // TILE) * TILE
-        rows += rows % 2  # as BLAS has another routine for one row than for two
-        return rows if rows <= self.tile else -(-rows // self.tile) * self.tile
+        if self.blocks:
+            return self.blocks.padded(rows)
+        return rows if rows == 1 else -(-rows // TILE) * TILE
 
     def span(self, positions: int) -> int:
         """How much of the cache a step reads for texts of up to `positions` tokens."""
@@ -99,24 +102,41 @@ class Decoder:
     def load(self, row: int, ids: list[int], draws: Tensor, twin: int | None = None) -> None:
         """Put a prompt into `row`; `twin` is a row that holds the same prompt already.
 
-        All but its last token go through the model here. The first step takes the last one, so that
-        every choice of a token is made by `steps`.
+        All but its last token go through the model before the next step, which takes the last one,
+        so that every choice of a token is made by `steps`.
         """
         last = len(ids) - 1
-        if twin is not None:
+        for rows in self.prompts.values():  # what waits for this row has left it
+            rows[:] = [r for r in rows if r != row]
+        if tuple(ids[:-1]) in self.prompts or twin is None:
+            self.prompts.setdefault(tuple(ids[:-1]), []).append(row)
+        else:
             self.cache[:, :, row, :, :last] = self.cache[:, :, twin, :, :last]
-        elif last:
-            idx = torch.tensor([ids[:-1]], device=self.token.device)
-            seen = KVCache(self.model.c, 1, last, self.token.device, self.cache.dtype)
-            self.model(idx, cache=seen, positions=torch.arange(last, device=idx.device)[None])
-            self.cache[:, 0, row, :, :last] = seen.k[:, 0]
-            self.cache[:, 1, row, :, :last] = seen.v[:, 0]
         self.token[row], self.position[row], self.start[row] = ids[-1], last, last
         self.draws[row, : len(draws)] = draws
+
+    def _prefill(self) -> None:
+        """Put the keys and values of the prompts that wait into their rows."""
+        prompts = [(ids, rows) for ids, rows in self.prompts.items() if ids and rows]
+        self.prompts.clear()
+        while prompts:
+            most = PREFILL_TOKENS // max(len(ids) for ids, _ in prompts) if self.blocks else 1
+            part, prompts = prompts[: max(1, most)], prompts[max(1, most) :]
+            if self.blocks:
+                self._prefill_torch(part)
+                continue
+            [(ids, rows)] = part
+            idx = torch.tensor([ids], device=self.token.device)
+            seen = KVCache(self.model.c, 1, len(ids), idx.device, self.cache.dtype)
+            self.model(idx, cache=seen, positions=torch.arange(len(ids), device=idx.device)[None])
+            for row in rows:
+                self.cache[:, 0, row, :, : len(ids)] = seen.k[:, 0]
+                self.cache[:, 1, row, :, : len(ids)] = seen.v[:, 0]
 
     @torch.inference_mode()
     def move(self, source: int, row: int) -> None:
         """Put what `source` holds into `row`."""
+        self._prefill()
         self.cache[:, :, row] = self.cache[:, :, source]
         for x in (self.token, self.position, self.start, self.draws):
             x[row] = x[source]
@@ -127,12 +147,15 @@ class Decoder:
 
         `longest` is the length of the longest of these texts.
         """
+        if self.prompts:
+            self._prefill()
+        if not self.token.is_cuda:
+            self._step(self.padded(rows), self.span(longest), sampling)
+            logprobs = self.logprob[:rows, None].tolist() if sampling.logprobs else [[]] * rows
+            return self.token[:rows, None].tolist(), logprobs
         tokens, logprobs = [], []
-        for i in range(GPU_STEPS if self.token.is_cuda else 1):
-            if self.token.is_cuda:
-                self._replay(self.padded(rows), sampling)
-            else:
-                self._step(self.padded(rows), self.span(longest + i), sampling)
+        for _ in range(GPU_STEPS):
+            self._replay(self.padded(rows), sampling)
             tokens.append(self.token[:rows].clone())
             if sampling.logprobs:
                 logprobs.append(self.logprob[:rows].clone())
@@ -169,7 +192,7 @@ class Decoder:
             self.logprob[:n] = chosen - logits.logsumexp(-1)
         self.token[:n] = token
         # A row that is full is stepped on until it leaves; it then overwrites its last position.
-        position.add_(1).clamp_(max=min(self.positions, len(self.cos)) - 1)
+        position.add_(1).clamp_(max=self.last)
 
     def _logits_kernels(self, n: int) -> Tensor:
         """fp32 logits [n, V]; kernels/decode.py: three launches a block."""
@@ -179,7 +202,7 @@ class Decoder:
         C, position = c.width, self.position[:n]
         x = m.embed(self.token[:n])
         qkv, ya = x.new_empty(n, 3 * C), x.new_empty(n, C + c.mlp_width)
-        for b, _, _, b_out, cache in self.layers:
+        for b, b_out, cache in zip(m.blocks, self.b_out, self.cache):
             norm = (b.ln.weight, b.ln.bias, b.ln.eps)
             decode.linear(x, b.w_in, b.b_in, qkv, norm=norm, act=ya[:, C:])
             k, v = cache[:, :n]
@@ -192,60 +215,42 @@ class Decoder:
 
     def _logits_torch(self, n: int, span: int) -> Tensor:
         """fp32 logits [n, V]; what the model does, for one token a row and in fewer operations."""
-        m, c, position = self.model, self.model.c, self.position[:n]
-        C, H, D, R = c.width, c.n_head, c.head_dim, c.rotary_dim
-        cos, sin = self.cos[position], self.sin[position]  # [n, 1, R]
-        heads = position.repeat_interleave(H)[:, None, None]  # [n H, 1, 1]
-        far = torch.arange(span, device=heads.device) > heads
-        mask = torch.where(far, float("-inf"), 0.0).to(self.cache.dtype)  # [n H, 1, span]
+        H, D, position = self.model.c.n_head, self.model.c.head_dim, self.position[:n]
+        mask = self.mask[position, ..., :span].expand(n, H, 1, span).reshape(n * H, 1, span)
         at = (self.slot[:, :n] + position[:, None]).flatten()
-        tile = min(n, self.tile)
-        x = m.embed(self.token[:n])
-        for block, w_in, w_out, b_out, cache in self.layers:
-            h = grouped_linear(block.ln(x), w_in, block.b_in, tile)
-            qk = h[:, : 2 * C].view(n, 2 * H, D)[..., :R]
-            qk.copy_(torch.addcmul(qk * cos, qk.roll(R // 2, -1), sin))
-            q, kv = h[:, :C].reshape(n * H, 1, D), h[:, C : 3 * C].view(n, 2, H, D)
-            cache.view(-1, D).index_copy_(0, at, kv.transpose(0, 1).reshape(-1, D))
-            k, v = cache[:, :n, :, :span].flatten(1, 2)  # [n H, span, D]
+        if (n, span) not in self.views:
+            seen = self.cache[:, :, :n, :, :span].flatten(2, 3)  # [L, k or v, n H, span, D]
+            caches = [(c.view(-1, D), k.mT, v) for c, (k, v) in zip(self.cache, seen)]
+            self.views[n, span] = Buffers(self.model.c, n, self.token.device, self.buffers), caches
+        buffers, caches = self.views[n, span]
+
+        def attend(layer: int, qkv: Tensor, y: Tensor) -> None:
+            cache, k, v = caches[layer]
+            cache.index_copy_(0, at, buffers.kv)
             # Half the time of scaled_dot_product_attention for one query a head.
-            s = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # [n H, 1, span]
-            y = torch.bmm(s.softmax(-1), v)
-            a = F.gelu(h[:, 3 * C :], approximate="tanh")
-            x = x + grouped_linear(torch.cat([y.view(n, C), a], -1), w_out, b_out, tile)
-        return grouped_linear(m.ln_f(x), m.head.weight.t(), m.head.bias, tile).float()
+            s = torch.baddbmm(mask, buffers.q, k, alpha=D**-0.5)  # [n H, 1, span]
+            y.copy_(torch.bmm(s.softmax(-1), v).view(n, H * D))
 
+        return self.blocks.logits(self.blocks(self.token[:n], position, buffers, attend))
 
-def grouped_linear(x: Tensor, w: Tensor, b: Tensor, rows: int) -> Tensor:
-    """x w + b of x [n, K] and w [K, J], as n / rows products of `rows` rows each."""
-    groups = x.shape[0] // rows
-    if groups == 1:  # the same in fewer calls
-        return torch.addmm(b, x, w)
-    x, w = x.view(groups, rows, x.shape[1]), w.expand(groups, -1, -1)
-    return torch.baddbmm(b, x, w).view(groups * rows, -1)
+    def _prefill_torch(self, prompts: list[tuple[tuple, list[int]]]) -> None:
+        """Put keys and values of prompts into their rows; all of them in one pass."""
+        ids = torch.tensor([token for ids, _ in prompts for token in ids])
+        position = torch.cat([torch.arange(len(ids)) for ids, _ in prompts])
+        n = self.padded(len(ids))
+        ids, position = (F.pad(x, (0, n - len(x))).to(self.token.device) for x in (ids, position))
 
+        def attend(layer: int, qkv: Tensor, y: Tensor) -> None:
+            at = 0
+            for prompt, rows in prompts:
+                one = qkv[:, None, at : at + len(prompt)].transpose(2, 3)  # [3, 1, H, T, D]
+                for row in rows:
+                    self.cache[layer, :, row, :, : len(prompt)] = one[1:, 0]
+                one = F.scaled_dot_product_attention(*one, is_causal=True)[0]
+                y[at : at + len(prompt)].view(-1, *qkv.shape[2:]).copy_(one.transpose(0, 1))
+                at += len(prompt)
 
-@torch.inference_mode()
-def same_rows(model: Phi) -> int:
-    """How many rows a matrix product may have, at most, for a row's bits to depend on it alone.
-
-    An even number such that products of 2, 4, .. rows up to it, and several of that many at once,
-    agree here on the model's matrices. With MKL 2024.2 and AVX-512 it is 8, as 16 rows give other
-    bits (and one row, so that there are always two); with two threads it is 2 for small matrices.
-    """
-    block, tile = model.blocks[0], 8
-    for w in (block.w_in.t(), block.w_out.t(), model.head.weight.t()):
-        generator = torch.Generator(w.device).manual_seed(0)
-        x = torch.randn(16, len(w), generator=generator, device=w.device).to(w.dtype)
-        bias = w.new_ones(w.shape[1])
-        want = grouped_linear(x, w, bias, 2)
-        while tile > 2 and not all(
-            torch.equal(grouped_linear(x[:n], w, bias, rows), want[:n])
-            for rows in range(2, tile + 1, 2)
-            for n in (rows, tile // rows * rows, 16 // rows * rows)
-        ):
-            tile -= 2
-    return tile
+        self.blocks(ids, position, Buffers(self.model.c, n, ids.device), attend)
 
 
 @torch.inference_mode()
@@ -254,8 +259,10 @@ def choose(logits: Tensor, draws: Tensor | None, temperature: float, top_p: floa
 
     Probabilities are summed as integers: exact, and so the same however a sum is split.
     """
-    if temperature == 0:
+    if temperature == 0 and logits.is_cuda:
         return logits.argmax(-1)
+    if temperature == 0:  # a fifteenth of torch's time
+        return torch.from_numpy(logits.numpy().argmax(-1))
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     mass = (logits.exp() * 2.0**40).long()  # 2^40: sums of 2^22 tokens fit 63 bits
     if top_p < 1:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from three_way import DEVICE
 
-from decoder import Decoder, Sampling, choose, grouped_linear, same_rows
+from config import UserError
+from decoder import Decoder, Sampling, choose
+from decoder_torch import Blocks, grouped_linear
 from model import ModelConfig, Phi
 
 
@@ -88,18 +90,25 @@ def test_bits_do_not_depend_on_the_batch(threads, top_p):
         torch.set_num_threads(before)
 
 
-def test_same_rows_agree():
-    """What the probe of a decoder promises, for matrices that it has not seen."""
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.inference_mode()
+def test_same_rows_agree(threads):
+    """What the probe of a decoder promises, for rows that it has not seen."""
     model = Phi(ModelConfig(2048, 64, 1, 6, 192, 768, 16))
-    tile = same_rows(model)
-    assert tile in (2, 4, 6, 8)
-    for w in (model.blocks[0].w_in.t(), model.blocks[0].w_out.t()):
-        x, bias = torch.randn(24, len(w)), torch.randn(w.shape[1])
-        want = grouped_linear(x[:tile], w, bias, tile)
-        for rows in range(2, tile + 1, 2):
-            assert torch.equal(grouped_linear(x[:rows], w, bias, rows), want[:rows])
-        whole = grouped_linear(x[: 24 // tile * tile], w, bias, tile)
-        assert torch.equal(whole[:tile], want)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        blocks = Blocks(model)
+        tile = blocks.tile
+        assert tile in range(2, 65, 2)
+        for w in (blocks.layers[0].w_in, blocks.layers[0].w_out, blocks.w_head):
+            x, bias = torch.randn(2 * tile, len(w)), torch.randn(w.shape[1])
+            want = grouped_linear(x, w, bias, tile)
+            for rows in range(2, tile + 1, 2):
+                assert torch.equal(grouped_linear(x[:rows], w, bias, tile), want[:rows])
+                assert torch.equal(grouped_linear(x[-rows:], w, bias, tile), want[-rows:])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_row_moves_and_a_twin_shares_its_prompt():
@@ -115,6 +124,29 @@ def test_a_row_moves_and_a_twin_shares_its_prompt():
     second, _ = decoder.steps(4, 21, Sampling())
     assert [t[0] for t in first] == [want[i][0] for i in (0, 1, 2, 1)]
     assert [t[0] for t in second] == [want[i][1] for i in (2, 1, 2, 1)]
+
+
+@pytest.mark.parametrize("most", [1, 30, 512])
+def test_prompts_that_wait_together(most, monkeypatch):
+    """Whatever goes through the model at once; a row that is loaded twice holds the second."""
+    monkeypatch.setattr("decoder.PREFILL_TOKENS", most)
+    model = large(ModelConfig(128, 64, 2, 2, 32, 48, 8))
+    ids, sampling = prompts(4, 128, 20), Sampling(logprobs=True)
+    want = [generate(model, [prompt], 1, sampling) for prompt in ids]
+    decoder, draws = Decoder(model, 4, 40, 5, kernels=False), torch.zeros(5)
+    for row, prompt in ((0, 3), (1, 0), (2, 1), (3, 2), (0, 1), (2, 2)):
+        twin = {(0, 1): 2, (2, 2): 3}.get((row, prompt))
+        decoder.load(row, ids[prompt], draws, twin)
+    decoder.load(3, ids[0], draws)
+    decoder.move(3, 1)
+    tokens, logprobs = decoder.steps(3, 20, sampling)
+    for at, prompt in enumerate((1, 0, 2)):
+        assert ([tokens[at]], [logprobs[at]]) == want[prompt]
+
+
+def test_an_odd_head_dim():
+    with pytest.raises(UserError, match="even head dim \\(width / n_head, 5\\)"):
+        Decoder(Phi(ModelConfig(16, 16, 1, 2, 10, 12, 2)), 1, 16, 4, kernels=False)
 
 
 def test_choices_follow_the_distribution():
