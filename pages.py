@@ -3,11 +3,13 @@
 import html
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
 COLORS = ["#1f6feb", "#d9730d", "#2da44e", "#8250df", "#bf3989", "#6e7781"]
+PNG_DPI = 100
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
   color: #1f2328; background: #fff; }
@@ -19,6 +21,9 @@ td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabul
 pre { background: #f6f8fa; padding: .7rem 1rem; overflow-x: auto; border-radius: 6px;
   font-size: 13px; line-height: 1.4 }
 pre b { color: #1f6feb; font-weight: normal } svg { max-width: 100%; height: auto }
+figure { margin: 1.5rem 0 } figcaption { color: #59636e; font-size: 14px }
+.wide { overflow-x: auto } td code { color: #59636e; font-size: 12px; white-space: nowrap }
+tr.has-under td { border-bottom: 0; padding-bottom: 0 } tr.under td { padding-top: 0 }
 .note { color: #59636e; font-size: 14px } .pass { color: #1a7f37 } .fail { color: #cf222e }
 details { margin: .5rem 0 } summary { cursor: pointer }
 """
@@ -26,12 +31,25 @@ details { margin: .5rem 0 } summary { cursor: pointer }
 
 def page(title: str, body: str) -> str:
     """A whole document around `body`, which is HTML."""
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style>"
+    )
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
 
 
-def figure(draw: Callable, *args, height: float = 3.6, rows: int = 1) -> str:
-    """What `draw(axes, *args)` draws, as inline SVG; with several `rows`, axes of a common x."""
+def figure(
+    draw: Callable,
+    *args,
+    height: float = 3.6,
+    rows: int = 1,
+    alt: str = "",
+    png: Path | None = None,
+) -> str:
+    """What `draw(axes, *args)` draws, as inline SVG; with several `rows`, axes of a common x.
+
+    `alt` says it in words to who cannot see it; the file `png` gets the same drawing.
+    """
     style = {
         "svg.fonttype": "none",
         "font.family": "sans-serif",
@@ -45,14 +63,21 @@ def figure(draw: Callable, *args, height: float = 3.6, rows: int = 1) -> str:
         draw(fig.subplots(rows, sharex=True), *args)
         buffer = io.StringIO()
         fig.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+        if png:  # the version of matplotlib stays out of the file
+            options = {"metadata": {"Software": None}, "pil_kwargs": {"optimize": True}}
+            fig.savefig(png, dpi=PNG_DPI, bbox_inches="tight", **options)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    label = f' role="img" aria-label="{escape(alt)}"' if alt else ""
+    return f"<svg{label}{text[text.index('<svg') + 4 :]}"
 
 
-def table(head: list[str], rows: list[list[str]], numbers=()) -> str:
+def table(head: list[str], rows: list[list[str]], numbers=(), under: list[str] = ()) -> str:
+    """A table that scrolls by itself where it is wider than the page. `numbers` are the columns set
+    to the right; `under` has a line of code below each row, as the command that makes it again."""
+
     def line(cells, tag):
         return (
-            "<tr>"
+            ("<tr class=has-under>" if under and tag == "td" else "<tr>")
             + "".join(
                 f"<{tag}{' class=n' if i in numbers else ''}>{escape(c)}</{tag}>"
                 for i, c in enumerate(cells)
@@ -60,7 +85,14 @@ def table(head: list[str], rows: list[list[str]], numbers=()) -> str:
             + "</tr>"
         )
 
-    return f"<table>{line(head, 'th')}{''.join(line(r, 'td') for r in rows)}</table>"
+    lines = [line(row, "td") for row in rows]
+    if under:
+        below = [
+            f"<tr class=under><td colspan={len(head)}><code>{escape(code)}</code></td></tr>"
+            for code in under
+        ]
+        lines = [part for both in zip(lines, below, strict=True) for part in both]
+    return f"<div class=wide><table>{line(head, 'th')}{''.join(lines)}</table></div>"
 
 
 escape = html.escape

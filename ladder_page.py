@@ -1,0 +1,461 @@
+"""The page about a ladder of data sets: what phi-1's Figure 2.1 claims, measured here.
+
+    python -m report --ladder out/ladder --png records/ladder_cpu
+
+Draws what eval/ladder.py reads. What is not there is said to be not run. The figures, as PNG, and
+all numbers, as ladder.json, go to the folder --png too.
+
+The paper's numbers (Textbooks Are All You Need, arXiv 2306.11644) stand beside ours, never among
+them: other data, other problems, models a thousand times larger.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data.diversity_page import MEANINGS, draw_growth, show
+from data.documents import read_jsonl
+from eval import ladder as reading
+from eval.ladder import LADDER, PRUNED, RUNGS, SETS, Ladder, Rung, read_json
+from eval.results import percent
+from pages import COLORS, escape, figure, page, table
+
+FIGURE_2_1 = {  # HumanEval pass@1, %; 76 billion tokens
+    ("The Stack", "350M"): 12,
+    ("CodeTextbook", "350M"): 20,
+    ("CodeTextbook,\nthen CodeExercises", "350M"): 45,
+    ("The Stack", "1.3B"): 17,
+    ("CodeTextbook", "1.3B"): 29,
+    ("CodeTextbook,\nthen CodeExercises", "1.3B"): 51,
+}
+SECTION_5 = """
+0.95  42.5k  71/93   81.7  26.9  50.6  74.6  32.3  50.6
+0.90  -      93/71   63.4  33.8  50.6  51.6  36.6  45.1
+0.85  -      106/58  62.3  29.3  50.6  52.8  34.5  46.3
+0.80  354k   116/48  59.5  29.2  50.6  52.6  27.1  45.1
+"""  # tau, exercises removed, problems similar/not, phi-1 and the retrained: similar, not, total
+HATCHES = ["////", "", "xx"]  # of the sizes, for who sees no colours
+MARKERS, DASHES = "osD^vPX", ["-", "--", ":", "-."]
+SAMPLES_EACH, SAMPLE_CHARS, PAIR_CHARS = 4, 800, 6000
+SIDES = ("similar", "other", "total")
+LIBRARY = "problems that need a library: pass@1, %"
+NOT_RUN = '<p class="note">Not run: {}.</p>'
+
+
+def write(folder: Path, out: Path, png: Path | None) -> str:
+    """Write the page, the PNGs and ladder.json; the scores as text. Raises UserError."""
+    ladder = reading.read_ladder(folder)
+    if png:
+        png.mkdir(parents=True, exist_ok=True)
+    out.write_text(html(ladder, partial(captioned, png)), encoding="utf-8")
+    found = reading.rounded(reading.numbers(ladder))
+    text = json.dumps(found, separators=(",", ":"), ensure_ascii=False) + "\n"
+    for where in {folder, png or folder}:
+        (where / "ladder.json").write_text(text, encoding="utf-8")
+    return text_table(ladder)
+
+
+def captioned(png: Path | None, name: str, says: str, draw, *args, **options) -> str:
+    """A figure with what it shows and what it does not; the same as NAME.png in the folder."""
+    svg = figure(draw, *args, alt=says, png=png and png / f"{name}.png", **options)
+    return f"<figure>{svg}<figcaption>{says}</figcaption></figure>"
+
+
+# ---- Drawing
+
+
+def bars(axes, panels: list[tuple], sizes: dict[str, str], names: dict[str, str]) -> None:
+    """In each panel (title, {(group, size): {"value", "low", "high", "seeds"}}) a bar of each size
+    for each of the groups `names`; the intervals are black lines, seeds are white dots."""
+    width = 0.8 / len(sizes)
+    for ax, (title, values) in zip(np.atleast_1d(axes), panels):
+        tops = [max(v.get("high", v["value"]), *v.get("seeds", [0])) for v in values.values()]
+        top = max([*tops, 1e-9])
+        for j, (size, label) in enumerate(sizes.items()):
+            for i, group in enumerate(names):
+                x = i + (j - (len(sizes) - 1) / 2) * width
+                if (group, size) not in values:
+                    ax.text(x, 0.02 * top, "not run", rotation=90, ha="center", fontsize=8,
+                            color="#59636e")  # fmt: skip
+                    continue
+                v = values[group, size]
+                ax.bar(x, v["value"], 0.92 * width, color=COLORS[j], hatch=HATCHES[j],
+                       edgecolor="white", label=label)  # fmt: skip
+                label = None  # one entry of the legend is enough
+                if "low" in v:
+                    around = [[max(0, v["value"] - v["low"])], [max(0, v["high"] - v["value"])]]
+                    ax.errorbar(x, v["value"], around, color="#1f2328", capsize=3, linewidth=1)
+                if len(seeds := v.get("seeds", [])) > 1:
+                    at = x + np.linspace(-0.25, 0.25, len(seeds)) * width
+                    ax.plot(at, seeds, "o", color="white", markeredgecolor="#1f2328", markersize=4)
+                above = max(v.get("high", v["value"]), *seeds, 0)
+                ax.text(x, above + 0.02 * top, f"{v['value']:.3g}", ha="center", fontsize=9)
+        ax.set_ylim(0, 1.18 * top)
+        ax.set_title(title, loc="left", fontsize=11)
+        ax.set_xticks(range(len(names)), names.values(), fontsize=9)
+    if len(sizes) > 1:
+        np.atleast_1d(axes)[0].legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+
+
+def draw_loss(axes, ladder: Ladder) -> None:
+    for ax, (size, title) in zip(np.atleast_1d(axes), ladder.sizes.items()):
+        drawn, last = set(), {}
+        for rung in ladder.rungs:  # a run that a rung ends with bears its name
+            last.setdefault(rung.runs[-1]["name"], rung)
+        for rung in ladder.rungs:
+            if rung.key[1] != size or rung is not ladder.of(*rung.key)[0]:
+                continue
+            start, at = 0, [*RUNGS, rung.key[0]].index(rung.key[0])
+            for run in rung.runs:
+                points = [(start + r["tokens"], r["loss"]) for r in run["metrics"] if "loss" in r]
+                if run["name"] not in drawn and points and rung.key[0] not in PRUNED:
+                    label = RUNGS.get(rung.key[0], rung.key[0]).replace("\n", " ")
+                    begun = run["name"] not in last
+                    ax.plot(*zip(*points), color=COLORS[at % 6], linewidth=1.2,
+                            linestyle=DASHES[at % 4], label=label + ", before" * begun)  # fmt: skip
+                drawn.add(run["name"])
+                start += run["summary"].get("tokens", 0)
+        ax.set_title(title, loc="left", fontsize=11)
+        ax.set_ylabel("training loss, nats")
+        ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M")
+    np.atleast_1d(axes)[-1].set_xlabel("tokens seen, in all runs of the rung")
+
+
+def draw_compute(axes, ladder: Ladder, sets: list[str]) -> None:
+    """pass@1 over FLOPs: a line for each rung, from the smallest size to the largest."""
+    for ax, name in zip(np.atleast_1d(axes), sets):
+        scores = ladder.scores(name)
+        for i, rung in enumerate(LADDER):
+            points = [
+                (ladder.of(rung, size)[0].about["flops"], scores[rung, size]["value"])
+                for size in ladder.sizes
+                if (rung, size) in scores
+            ]
+            if points:
+                ax.plot(*zip(*points), marker=MARKERS[i % 7], linestyle=DASHES[i % 4],
+                        color=COLORS[i % 6], label=RUNGS[rung].replace("\n", " "))  # fmt: skip
+        ax.set_xscale("log")
+        ax.set_ylim(bottom=0)
+        ax.set_title(SETS[name], loc="left", fontsize=11)
+        ax.set_ylabel("pass@1, %")
+    np.atleast_1d(axes)[0].legend(frameon=False, fontsize=9, loc="upper left",
+                                  bbox_to_anchor=(1.01, 1))  # fmt: skip
+    np.atleast_1d(axes)[-1].set_xlabel("training compute, FLOP")
+
+
+def draw_robustness(axes, ladder: Ladder, rungs: list[Rung]) -> None:
+    names = list(dict.fromkeys(n for r in rungs for n in r.more["robustness"]["perturbations"]))
+    kinds = list(dict.fromkeys(r.key[0] for r in rungs))
+    for i, rung in enumerate(rungs):
+        j, kind = [*ladder.sizes].index(rung.key[1]), kinds.index(rung.key[0])
+        found = rung.more["robustness"]["perturbations"]
+        rows = [(y, found[n]) for y, n in enumerate(names) if found.get(n, {}).get("problems")]
+        if not rows:
+            continue
+        y = [y + 0.7 * ((i + 0.5) / len(rungs) - 0.5) for y, _ in rows]
+        drop = np.array([100 * r["drop"] for _, r in rows])
+        around = np.abs(drop - 100 * np.array([r["ci95"] for _, r in rows]).T)
+        axes.errorbar(drop, y, xerr=around, fmt=MARKERS[kind], color=COLORS[j], markersize=5,
+                      linewidth=1, markerfacecolor=COLORS[j] if j else "white",
+                      label=f"{rung.key[0]}, {rung.key[1]}")  # fmt: skip
+    axes.axvline(0, color="#6e7781", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel("points of pass@1 lost (right: worse), with 95% intervals over problems")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+# ---- The page
+
+
+def html(ladder: Ladder, shown: Callable[..., str]) -> str:
+    """The page; `shown(name, caption, draw, *args)` is a figure's HTML."""
+    first = ladder.rungs[0].runs[-1]["config"]
+    missing = [r for r in RUNGS if r not in there(ladder, list(RUNGS))]
+    missing += [SETS[s] for s in SETS if s not in ladder.sets]
+    absent = ", ".join([*missing, *(f"{name} (not finished)" for name in ladder.unfinished)])
+    body = f"""
+<h1>nanophi: the ladder</h1>
+<p class="note">{escape("; ".join(ladder.sizes.values()))}; commit {escape(str(first["commit"]))},
+torch {escape(str(first["torch"]))}, {escape(str(first["device"]))}, {first["cpus"]} CPU cores</p>
+<p>phi-1's claim is about data: with the same model and the same number of tokens, filtered code,
+textbooks and exercises make a better programmer than code as it comes. Here that claim is put to
+models trained from nothing, thousands of times smaller. All rungs of a size see the same number of
+tokens; only the data differ.</p>
+{NOT_RUN.format(escape(absent)) if absent else ""}"""
+    for title, section in SECTIONS.items():
+        found = section(ladder, shown) or NOT_RUN.format("nothing of this is there")
+        body += f"<h2>{title}</h2>{found}"
+    return page("nanophi: the ladder", body)
+
+
+def there(ladder: Ladder, rungs: list[str]) -> dict[str, str]:
+    """Those of the rungs that were run: {rung: its name}."""
+    return {rung: RUNGS[rung] for rung in rungs if any(rung == r.key[0] for r in ladder.rungs)}
+
+
+def scores_section(ladder: Ladder, shown) -> str:
+    names = there(ladder, LADDER)
+    parts = []
+    for file, sets, says in (
+        ("exercises", ["heldout", "unseen"], "Problems of our own generator that no rung trained "
+         "on. It shows which data are better for such exercises. It does not show that a model can "
+         "program: the exercises of training resemble these problems, other code does not."),
+        ("benchmarks", ["humaneval", "mbpp"], "The benchmarks that the paper reports, as they are. "
+         "Models of this size solve few of these problems or none; where all intervals overlap, "
+         "nothing is shown."),
+    ):  # fmt: skip
+        if sets := [s for s in sets if s in ladder.sets]:
+            panels = [(f"{SETS[s]}: pass@1, %", ladder.scores(s)) for s in sets]
+            says += (" Bars: the mean of the seeds (dots: each seed), greedy. Black: 95% intervals "
+                     "over problems, which say nothing of other training runs.")  # fmt: skip
+            parts.append(shown(file, says, bars, panels, ladder.sizes, names,
+                                       rows=len(panels), height=2.9 * len(panels)))  # fmt: skip
+    groups = dict.fromkeys(group for group, _ in FIGURE_2_1)
+    panels = [("The paper's, not ours: HumanEval pass@1, %, as printed in Figure 2.1",
+               {key: {"value": score} for key, score in FIGURE_2_1.items()})]  # fmt: skip
+    says = ("Beside it the paper's own figure: 350M and 1.3B parameters, 76 billion tokens. What "
+            "can be compared with ours is the order of the bars, not their height.")  # fmt: skip
+    sizes = {"350M": "350M parameters", "1.3B": "1.3B parameters"}
+    parts.append(shown("paper", says, bars, panels, sizes, dict(zip(groups, groups)),
+                               height=2.6))  # fmt: skip
+    rows = [
+        [r.about["label"], r.key[1], str(r.about["seed"])]
+        + [percent(r.results[s].result) if s in r.results else "not run" for s in SETS]
+        for r in ladder.rungs
+    ]
+    head = ["trained on", "size", "seed", "held-out", "unseen", "HumanEval", "MBPP"]
+    commands = [r.about["command"] for r in ladder.rungs]
+    protocols = {r.results[s].result["protocol"] for r in ladder.rungs for s in r.results}
+    parts.append(f"<p>pass@1, % (95% interval over problems); asked as: {', '.join(protocols)}. "
+                 "Below each row the command that makes it again; on the same machine, with the "
+                 "same versions and threads, it gives the same number.</p>"
+                 + table(head, rows, range(2, 7), commands))  # fmt: skip
+    parts.append("<p>What each change of the data changes: points of pass@1, problem by problem "
+                 "(paired 95% intervals); an interval that holds 0 shows nothing.</p>"
+                 + gain_table(ladder, "data"))  # fmt: skip
+    return "".join(parts)
+
+
+def gain_table(ladder: Ladder, kind: str) -> str:
+    rows = []
+    for of, a, b in reading.comparisons(ladder):
+        found = [reading.gain(ladder, a, b, s) for s in ladder.sets]
+        cells = ["not run"] * len(found)
+        for i, g in enumerate(found):
+            if g:
+                low, high = (100 * x for x in g["ci95"])
+                cells[i] = f"{100 * g['gain']:+.1f} ({low:+.1f} to {high:+.1f})"
+        if of == kind:
+            rows.append([" ".join(a), " ".join(b), *cells])
+    head = ["from", "to", *(SETS[s].split(",")[0] for s in ladder.sets)]
+    return table(head, rows, range(2, 6)) if rows else NOT_RUN.format("no two rungs to compare")
+
+
+def size_section(ladder: Ladder, shown) -> str:
+    sets = [s for s in ("heldout", "unseen", "humaneval", "mbpp") if s in ladder.sets][:2]
+    says = ("pass@1 against the compute of all runs of a rung; each line is one rung, from the "
+            "small model to the large. A small model above the left end of a large one's line has "
+            "got from data what the other did not get from compute.")  # fmt: skip
+    return shown("compute", says, draw_compute, ladder, sets, rows=len(sets),
+                         height=2.7 * len(sets)) + gain_table(ladder, "size")  # fmt: skip
+
+
+def loss_section(ladder: Ladder, shown) -> str:
+    says = ("Training loss of the first seed of each rung, pruned ones left out. Each line is of "
+            "its own data: exercises are easier to predict than code, so a lower line is not a "
+            "better model.")  # fmt: skip
+    return shown("loss", says, draw_loss, ladder, rows=len(ladder.sizes),
+                         height=2.8 * len(ladder.sizes))  # fmt: skip
+
+
+def robustness_section(ladder: Ladder, shown) -> str:
+    rungs = [r for r in ladder.rungs if "robustness" in r.more and r is ladder.of(*r.key)[0]
+             and r.key[0] in LADDER and r.more["robustness"]["pass@1"] > 0]  # fmt: skip
+    if not rungs:
+        return ""
+    said = ", ".join(f"{r.key[0]} {r.key[1]} {percent(r.more['robustness'])}" for r in rungs)
+    says = (
+        f"What the same problems cost when the prompt is perturbed. Unperturbed pass@1, %: {said}. "
+        "A model that solves little has little to lose: read the drop beside it."
+    )
+    return shown("robustness", says, draw_robustness, ladder, rungs, height=5)
+
+
+def library_section(ladder: Ladder, shown) -> str:
+    names = there(ladder, LADDER)
+    panels = []
+    for name, title in (("bits", "bits per byte of held-out real code (lower: better)"),
+                        ("library", LIBRARY)):  # fmt: skip
+        values = {}
+        for key in dict.fromkeys(r.key for r in ladder.rungs):
+            found = [r.more[name] for r in ladder.of(*key) if name in r.more]
+            seeds = [f["bits_per_byte"] if name == "bits" else 100 * f["pass@1"] for f in found]
+            if seeds:
+                values[key] = {"value": sum(seeds) / len(seeds), "seeds": seeds}
+        if values:
+            panels.append((title, values))
+    if not panels:
+        return ""
+    says = ("Section 3 of the paper finds that finetuning on exercises also brings out what they "
+            "do not contain, as the use of libraries. Compare + textbooks (before) with then "
+            "exercises (after), both of the same number of tokens.")  # fmt: skip
+    return shown("library", says, bars, panels, ladder.sizes, names, rows=len(panels),
+                         height=2.7 * len(panels))  # fmt: skip
+
+
+def pruning_section(ladder: Ladder, shown) -> str:
+    head = ["tau", "exercises removed", "problems similar / not", "unpruned: similar", "not",
+            "total", "retrained: similar", "not", "total"]  # fmt: skip
+    rows = []
+    for row in reading.pruning(ladder):
+        scores = [row[of][k] for of in ("exercises", "pruned") for k in SIDES]
+        n = "{} / {}".format(*(s["problems"] if s else 0 for s in scores[:2]))
+        removed = f"{row['removed']:,} of {row['of']:,}"
+        rows.append([row["size"], SETS[row["set"]].split(",")[0], f"{row['tau']:.2f}", removed, n,
+                     *map(percent, scores)])  # fmt: skip
+    paper = [
+        [c.replace("/", " / ") for c in line.split()] for line in SECTION_5.strip().split("\n")
+    ]
+    parts = ["<p>Had the model only memorised, it would solve what resembles its exercises and "
+             "nothing else, and would lose its score with them. A problem is similar at tau if an "
+             "exercise has that match rate of syntax trees and is near it as a text. pass@1, %, "
+             "with 95% intervals; - where there is no such problem or the rung was not run.</p>"
+             "<p><b>Ours</b></p>"]  # fmt: skip
+    parts.append(table(["size", "problems", *head], rows, range(2, 11)) if rows else
+                 NOT_RUN.format("no pruning with both a report and a score"))  # fmt: skip
+    parts.append("<p><b>The paper's</b> (its section 5, phi-1 on HumanEval, 1.3B parameters; - is "
+                 f"not in our notes of it)</p>{table(head, paper, range(9))}")  # fmt: skip
+    rows = [
+        [tau, *(f"{s[k]:,}" for k in ("documents_in", "removed", "by_ngram")), f"{similar:,}",
+         f"{s['problems']:,}", s["distance"]]
+        for tau, s, similar in reading.decontamination(ladder)
+    ]  # fmt: skip
+    if rows:
+        parts.append("<p>What data.decontaminate found in the exercises, over all benchmarks:</p>")
+        head = ["tau", "exercises", "removed", "by 13-grams", "problems similar", "problems",
+                "nearness by"]  # fmt: skip
+        parts.append(table(head, rows, range(6)))
+        pairs = ladder.folder / "data" / f"decontaminate_{rows[-1][0][2:]}" / "report" / "pairs.txt"
+        text = pairs.read_text(encoding="utf-8")[:6000] if pairs.exists() else ""
+        parts.append("<details><summary>The nearest pairs, to judge by eye (benchmark | exercise)"
+                     f"</summary><pre>{escape(text)}</pre></details>")  # fmt: skip
+    return "".join(parts)
+
+
+def filter_section(ladder: Ladder, shown) -> str:
+    parts = []
+    for name, title in (("filtered", "the rules"), ("scored", "the classifier"),
+                        ("classified", "the classifier's cut")):  # fmt: skip
+        folder = ladder.folder / "data" / name
+        summary = read_json(folder / "summary.json") or {}
+        if "documents_in" in summary:
+            parts.append(f"<p>By {title}: {summary['documents']:,} of {summary['documents_in']:,} "
+                         f"documents kept, {summary['bytes'] / 1e6:.1f} of "
+                         f"{summary['bytes_in'] / 1e6:.1f} MB.</p>")  # fmt: skip
+        for side in ("kept", "rejected"):
+            path = folder / "samples" / f"{side}.jsonl"
+            rows = list(read_jsonl(path)) if path.exists() else []
+            some = rows[:: max(1, len(rows) // SAMPLES_EACH)][:SAMPLES_EACH]
+            shown = "".join(
+                f"<p><b>{escape(str(s.get('quality', s.get('reason', ''))))}</b> "
+                f"{escape(s['origin'])}</p><pre>{escape(s['text'][:SAMPLE_CHARS])}</pre>"
+                for s in some
+            )
+            if shown:
+                parts.append(f"<details><summary>{side.capitalize()} by {title}, {len(some)} of a "
+                             f"sample</summary>{shown}</details>")  # fmt: skip
+    return "".join(parts)
+
+
+def diversity_section(ladder: Ladder, shown) -> str:
+    found = read_json(ladder.folder / "data" / "diversity" / "summary.json")
+    if not found:
+        return ""
+    sets = list(found["sets"].items())
+    rows = [[title, *(show(k, m[k]) for _, m in sets)] for k, (title, _) in MEANINGS.items()]
+    meanings = [[title, meaning] for title, meaning in MEANINGS.values() if meaning]
+    says = "Different names over names read: a set that repeats itself bends. Length is not merit."
+    return (
+        "<p>No number here is diversity; together they say what a set lacks. All are measured on "
+        "the same amount of text of each set.</p>"
+        + table(["", *(name for name, _ in sets)], rows, range(1, len(sets) + 1))
+        + f"<details><summary>How to read it</summary>{table(['', ''], meanings)}</details>"
+        + shown("diversity", says, draw_growth, sets, COLORS)
+    )
+
+
+def lineage_section(ladder: Ladder, shown) -> str:
+    head = ["run", "data", "tokenizer", "from weights", "weights", "config", "code", "commit"]
+    runs = [[str(v or "random") for v in run.values()] for run in reading.lineage(ladder)]
+    data = [[str(v) for v in row.values()] for row in reading.data_lineage(ladder.folder / "data")]
+    return (
+        "<p>Each run: checksums of its data, its tokenizer, the weights it started from and ended "
+        "with, of config.json and of the code. Each folder of data: hashes of the code that wrote "
+        "it and of all that is in it.</p>"
+        + table(head, runs)
+        + table(["data", "documents", "code", "content"], data, [1])
+    )
+
+
+def cost_section(ladder: Ladder, shown) -> str:
+    rows = [
+        [r.about["name"], f"{r.about['parameters']:,}", f"{r.about['tokens']:,}",
+         f"{r.about['flops']:.3g}", f"{r.about['train_s']:,.0f}", f"{r.about['score_s']:,.0f}"]
+        for r in ladder.rungs
+    ]  # fmt: skip
+    head = ["rung", "parameters", "tokens", "FLOP of training", "training, s", "scoring, s"]
+    return ("<p>Wall-clock seconds of one rung, runs that it starts from included; rungs that ran "
+            "side by side slow each other down.</p>" + table(head, rows, range(1, 6)))  # fmt: skip
+
+
+def log_section(ladder: Ladder, shown) -> str:
+    return did_not_work((Path(__file__).parent / "LOG.md").read_text(encoding="utf-8"))
+
+
+def did_not_work(log: str) -> str:
+    """What stands in a log of Markdown under headings that have "did not work" in them."""
+    kept, level, fence = [], 0, False
+    for line in log.splitlines():
+        fence ^= line.startswith("```")
+        if (found := re.match(r"(#+) +(.*)", line)) and not fence:
+            here = len(found[1])
+            if level and here <= level:
+                level = 0
+            if not level and "did not work" in found[2].lower():
+                level = here
+            line = found[2]
+        if level:
+            kept.append(line)
+    text = "\n".join(kept).strip()
+    return f"<pre>{escape(text)}</pre>" if text else ""
+
+
+SECTIONS = {
+    "Does better data make a better model?": scores_section,
+    "Small against large": size_section,
+    "Loss against tokens": loss_section,
+    "Prompts written in another way": robustness_section,
+    "What finetuning does to other abilities": library_section,
+    "Exercises pruned of what resembles the test": pruning_section,
+    "What the filters keep and reject": filter_section,
+    "How varied the data are": diversity_section,
+    "Lineage": lineage_section,
+    "Cost": cost_section,
+    "What did not work": log_section,
+}
+
+
+def text_table(ladder: Ladder) -> str:
+    """The scores of all finished rungs, for a terminal."""
+    width = max(len(r.about["name"]) for r in ladder.rungs)
+    lines = [f"{'pass@1, %':{width}}" + "".join(f"  {s:>20}" for s in ladder.sets)]
+    for r in ladder.rungs:
+        cells = [percent(r.results[s].result) if s in r.results else "not run" for s in ladder.sets]
+        lines.append(f"{r.about['name']:{width}}" + "".join(f"  {cell:>20}" for cell in cells))
+    return "\n".join(lines)
