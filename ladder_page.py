@@ -22,7 +22,7 @@ from data.documents import read_jsonl
 from eval import ladder as reading
 from eval.ladder import LADDER, PRUNED, RUNGS, SETS, Ladder, Rung, read_json
 from eval.results import percent
-from pages import COLORS, escape, figure, page, table
+from pages import COLORS, bars, escape, figure, page, table
 
 FIGURE_2_1 = {  # HumanEval pass@1, %; 76 billion tokens
     ("The Stack", "350M"): 12,
@@ -38,11 +38,14 @@ SECTION_5 = """
 0.85  -      106/58  62.3  29.3  50.6  52.8  34.5  46.3
 0.80  354k   116/48  59.5  29.2  50.6  52.6  27.1  45.1
 """  # tau, exercises removed, problems similar/not, phi-1 and the retrained: similar, not, total
-HATCHES = ["////", "", "xx"]  # of the sizes, for who sees no colours
 MARKERS, DASHES = "osD^vPX", ["-", "--", ":", "-."]
-SAMPLES_EACH, SAMPLE_CHARS, PAIR_CHARS = 4, 800, 6000
+SAMPLES_EACH, SAMPLE_CHARS, PAIRS_EACH = 4, 800, 3
+SHORT = dict(zip(SETS, ["held-out", "unseen", "HumanEval", "MBPP"]))
 SIDES = ("similar", "other", "total")
-LIBRARY = "problems that need a library: pass@1, %"
+MEASURES = [  # file, key, factor, format, title
+    ("bits", "bits_per_byte", 1, ".2f", "bits per byte of held-out real code (lower is better)"),
+    ("library", "right_frac", 100, ".1f", "use of libraries in held-out real code: right, %"),
+]
 NOT_RUN = '<p class="note">Not run: {}.</p>'
 
 
@@ -56,69 +59,35 @@ def write(folder: Path, out: Path, png: Path | None) -> str:
     text = json.dumps(found, separators=(",", ":"), ensure_ascii=False) + "\n"
     for where in {folder, png or folder}:
         (where / "ladder.json").write_text(text, encoding="utf-8")
-    return text_table(ladder)
+    return reading.text_table(ladder)
 
 
 def captioned(png: Path | None, name: str, says: str, draw, *args, **options) -> str:
     """A figure with what it shows and what it does not; the same as NAME.png in the folder."""
     svg = figure(draw, *args, alt=says, png=png and png / f"{name}.png", **options)
-    return f"<figure>{svg}<figcaption>{says}</figcaption></figure>"
+    return f"<figure>{svg}<figcaption>{escape(says)}</figcaption></figure>"
 
 
 # ---- Drawing
 
 
-def bars(axes, panels: list[tuple], sizes: dict[str, str], names: dict[str, str]) -> None:
-    """In each panel (title, {(group, size): {"value", "low", "high", "seeds"}}) a bar of each size
-    for each of the groups `names`; the intervals are black lines, seeds are white dots."""
-    width = 0.8 / len(sizes)
-    for ax, (title, values) in zip(np.atleast_1d(axes), panels):
-        tops = [max(v.get("high", v["value"]), *v.get("seeds", [0])) for v in values.values()]
-        top = max([*tops, 1e-9])
-        for j, (size, label) in enumerate(sizes.items()):
-            for i, group in enumerate(names):
-                x = i + (j - (len(sizes) - 1) / 2) * width
-                if (group, size) not in values:
-                    ax.text(x, 0.02 * top, "not run", rotation=90, ha="center", fontsize=8,
-                            color="#59636e")  # fmt: skip
-                    continue
-                v = values[group, size]
-                ax.bar(x, v["value"], 0.92 * width, color=COLORS[j], hatch=HATCHES[j],
-                       edgecolor="white", label=label)  # fmt: skip
-                label = None  # one entry of the legend is enough
-                if "low" in v:
-                    around = [[max(0, v["value"] - v["low"])], [max(0, v["high"] - v["value"])]]
-                    ax.errorbar(x, v["value"], around, color="#1f2328", capsize=3, linewidth=1)
-                if len(seeds := v.get("seeds", [])) > 1:
-                    at = x + np.linspace(-0.25, 0.25, len(seeds)) * width
-                    ax.plot(at, seeds, "o", color="white", markeredgecolor="#1f2328", markersize=4)
-                above = max(v.get("high", v["value"]), *seeds, 0)
-                ax.text(x, above + 0.02 * top, f"{v['value']:.3g}", ha="center", fontsize=9)
-        ax.set_ylim(0, 1.18 * top)
-        ax.set_title(title, loc="left", fontsize=11)
-        ax.set_xticks(range(len(names)), names.values(), fontsize=9)
-    if len(sizes) > 1:
-        np.atleast_1d(axes)[0].legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
-
-
 def draw_loss(axes, ladder: Ladder) -> None:
+    """A line for each run; a run that several rungs go on from is drawn once, in black."""
+    last = {rung.runs[-1]["name"] for rung in ladder.rungs}
     for ax, (size, title) in zip(np.atleast_1d(axes), ladder.sizes.items()):
-        drawn, last = set(), {}
-        for rung in ladder.rungs:  # a run that a rung ends with bears its name
-            last.setdefault(rung.runs[-1]["name"], rung)
-        for rung in ladder.rungs:
-            if rung.key[1] != size or rung is not ladder.of(*rung.key)[0]:
-                continue
-            start, at = 0, [*RUNGS, rung.key[0]].index(rung.key[0])
-            for run in rung.runs:
+        drawn = set()
+        for i, rung in enumerate(LADDER):
+            start = 0
+            for run in (runs := ladder.of(rung, size)) and runs[0].runs:
                 points = [(start + r["tokens"], r["loss"]) for r in run["metrics"] if "loss" in r]
-                if run["name"] not in drawn and points and rung.key[0] not in PRUNED:
-                    label = RUNGS.get(rung.key[0], rung.key[0]).replace("\n", " ")
-                    begun = run["name"] not in last
-                    ax.plot(*zip(*points), color=COLORS[at % 6], linewidth=1.2,
-                            linestyle=DASHES[at % 4], label=label + ", before" * begun)  # fmt: skip
-                drawn.add(run["name"])
                 start += run["summary"].get("tokens", 0)
+                if points and run["name"] not in drawn:
+                    look = {"color": COLORS[i % 6], "linestyle": DASHES[i % 4],
+                            "label": RUNGS[rung].replace("\n", " ")}  # fmt: skip
+                    if run["name"] not in last:
+                        look = {"color": "#1f2328", "label": "before exercises, pairs"}
+                    ax.plot(*zip(*points), linewidth=1.2, **look)
+                    drawn.add(run["name"])
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_ylabel("training loss, nats")
         ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -176,6 +145,7 @@ def draw_robustness(axes, ladder: Ladder, rungs: list[Rung]) -> None:
 def html(ladder: Ladder, shown: Callable[..., str]) -> str:
     """The page; `shown(name, caption, draw, *args)` is a figure's HTML."""
     first = ladder.rungs[0].runs[-1]["config"]
+    tokens = sorted(r.about["tokens"] for r in ladder.rungs)
     missing = [r for r in RUNGS if r not in there(ladder, list(RUNGS))]
     missing += [SETS[s] for s in SETS if s not in ladder.sets]
     absent = ", ".join([*missing, *(f"{name} (not finished)" for name in ladder.unfinished)])
@@ -185,8 +155,8 @@ def html(ladder: Ladder, shown: Callable[..., str]) -> str:
 torch {escape(str(first["torch"]))}, {escape(str(first["device"]))}, {first["cpus"]} CPU cores</p>
 <p>phi-1's claim is about data: with the same model and the same number of tokens, filtered code,
 textbooks and exercises make a better programmer than code as it comes. Here that claim is put to
-models trained from nothing, thousands of times smaller. All rungs of a size see the same number of
-tokens; only the data differ.</p>
+models trained from nothing and far smaller, on {tokens[0] / 1e6:.3g}M to {tokens[-1] / 1e6:.3g}M
+tokens each: only the data differ. This page says beside each figure what it does not show.</p>
 {NOT_RUN.format(escape(absent)) if absent else ""}"""
     for title, section in SECTIONS.items():
         found = section(ladder, shown) or NOT_RUN.format("nothing of this is there")
@@ -211,13 +181,13 @@ def scores_section(ladder: Ladder, shown) -> str:
          "nothing is shown."),
     ):  # fmt: skip
         if sets := [s for s in sets if s in ladder.sets]:
-            panels = [(f"{SETS[s]}: pass@1, %", ladder.scores(s)) for s in sets]
+            panels = [(f"{SETS[s]}: pass@1, %", ".1f", ladder.scores(s)) for s in sets]
             says += (" Bars: the mean of the seeds (dots: each seed), greedy. Black: 95% intervals "
                      "over problems, which say nothing of other training runs.")  # fmt: skip
             parts.append(shown(file, says, bars, panels, ladder.sizes, names,
                                        rows=len(panels), height=2.9 * len(panels)))  # fmt: skip
     groups = dict.fromkeys(group for group, _ in FIGURE_2_1)
-    panels = [("The paper's, not ours: HumanEval pass@1, %, as printed in Figure 2.1",
+    panels = [("The paper's, not ours: HumanEval pass@1, %, as printed in Figure 2.1", "d",
                {key: {"value": score} for key, score in FIGURE_2_1.items()})]  # fmt: skip
     says = ("Beside it the paper's own figure: 350M and 1.3B parameters, 76 billion tokens. What "
             "can be compared with ours is the order of the bars, not their height.")  # fmt: skip
@@ -229,7 +199,7 @@ def scores_section(ladder: Ladder, shown) -> str:
         + [percent(r.results[s].result) if s in r.results else "not run" for s in SETS]
         for r in ladder.rungs
     ]
-    head = ["trained on", "size", "seed", "held-out", "unseen", "HumanEval", "MBPP"]
+    head = ["trained on", "size", "seed", *SHORT.values()]
     commands = [r.about["command"] for r in ladder.rungs]
     protocols = {r.results[s].result["protocol"] for r in ladder.rungs for s in r.results}
     parts.append(f"<p>pass@1, % (95% interval over problems); asked as: {', '.join(protocols)}. "
@@ -253,15 +223,15 @@ def gain_table(ladder: Ladder, kind: str) -> str:
                 cells[i] = f"{100 * g['gain']:+.1f} ({low:+.1f} to {high:+.1f})"
         if of == kind:
             rows.append([" ".join(a), " ".join(b), *cells])
-    head = ["from", "to", *(SETS[s].split(",")[0] for s in ladder.sets)]
+    head = ["from", "to", *(SHORT[s] for s in ladder.sets)]
     return table(head, rows, range(2, 6)) if rows else NOT_RUN.format("no two rungs to compare")
 
 
 def size_section(ladder: Ladder, shown) -> str:
     sets = [s for s in ("heldout", "unseen", "humaneval", "mbpp") if s in ladder.sets][:2]
-    says = ("pass@1 against the compute of all runs of a rung; each line is one rung, from the "
-            "small model to the large. A small model above the left end of a large one's line has "
-            "got from data what the other did not get from compute.")  # fmt: skip
+    says = ("pass@1 against the compute of all runs of a rung; each line is one rung, from small "
+            "to large. Where the left end of a line is above the right end of another, better data "
+            "did more than a larger model. One point a rung: no curve of scaling.")  # fmt: skip
     return shown("compute", says, draw_compute, ladder, sets, rows=len(sets),
                          height=2.7 * len(sets)) + gain_table(ladder, "size")  # fmt: skip
 
@@ -288,68 +258,86 @@ def robustness_section(ladder: Ladder, shown) -> str:
 
 
 def library_section(ladder: Ladder, shown) -> str:
-    names = there(ladder, LADDER)
     panels = []
-    for name, title in (("bits", "bits per byte of held-out real code (lower: better)"),
-                        ("library", LIBRARY)):  # fmt: skip
+    for name, key, factor, form, title in MEASURES:
         values = {}
-        for key in dict.fromkeys(r.key for r in ladder.rungs):
-            found = [r.more[name] for r in ladder.of(*key) if name in r.more]
-            seeds = [f["bits_per_byte"] if name == "bits" else 100 * f["pass@1"] for f in found]
-            if seeds:
-                values[key] = {"value": sum(seeds) / len(seeds), "seeds": seeds}
+        for of in dict.fromkeys(r.key for r in ladder.rungs):
+            found = [r.more[name] for r in ladder.of(*of) if name in r.more]
+            if found:
+                low, high = np.mean([f["ci95"] for f in found], 0) * factor
+                seeds = [f[key] * factor for f in found]
+                values[of] = {"value": np.mean(seeds), "low": low, "high": high, "seeds": seeds}
         if values:
-            panels.append((title, values))
+            panels.append((title, form, values))
     if not panels:
         return ""
-    says = ("Section 3 of the paper finds that finetuning on exercises also brings out what they "
-            "do not contain, as the use of libraries. Compare + textbooks (before) with then "
-            "exercises (after), both of the same number of tokens.")  # fmt: skip
-    return shown("library", says, bars, panels, ladder.sizes, names, rows=len(panels),
-                         height=2.7 * len(panels))  # fmt: skip
+    says = (
+        "The paper's section 3 finds that finetuning on exercises also brings out what these do "
+        "not contain, as the use of libraries. Compare + textbooks (before) with then exercises "
+        "(after): the same number of tokens. Black: 95% intervals over documents."
+    )
+    return shown("library", says, bars, panels, ladder.sizes, there(ladder, LADDER),
+                 rows=len(panels), height=2.7 * len(panels))  # fmt: skip
 
 
 def pruning_section(ladder: Ladder, shown) -> str:
-    head = ["tau", "exercises removed", "problems similar / not", "unpruned: similar", "not",
-            "total", "retrained: similar", "not", "total"]  # fmt: skip
+    head = ["tau", "removed", "similar / not", "unpruned: similar", "not", "total",
+            "retrained: similar", "not", "total"]  # fmt: skip
     rows = []
     for row in reading.pruning(ladder):
         scores = [row[of][k] for of in ("exercises", "pruned") for k in SIDES]
         n = "{} / {}".format(*(s["problems"] if s else 0 for s in scores[:2]))
         removed = f"{row['removed']:,} of {row['of']:,}"
-        rows.append([row["size"], SETS[row["set"]].split(",")[0], f"{row['tau']:.2f}", removed, n,
+        rows.append([row["size"], SHORT[row["set"]], f"{row['tau']:.2f}", removed, n,
                      *map(percent, scores)])  # fmt: skip
-    paper = [
-        [c.replace("/", " / ") for c in line.split()] for line in SECTION_5.strip().split("\n")
-    ]
     parts = ["<p>Had the model only memorised, it would solve what resembles its exercises and "
              "nothing else, and would lose its score with them. A problem is similar at tau if an "
-             "exercise has that match rate of syntax trees and is near it as a text. pass@1, %, "
-             "with 95% intervals; - where there is no such problem or the rung was not run.</p>"
-             "<p><b>Ours</b></p>"]  # fmt: skip
+             "exercise has that match rate of syntax trees and is near it as a text. Removed: of the "
+             "exercises; similar / not: problems; then pass@1, %, with 95% intervals, and - where there is no "
+             "such problem or the rung was not run.</p><p><b>Ours</b></p>"]  # fmt: skip
     parts.append(table(["size", "problems", *head], rows, range(2, 11)) if rows else
                  NOT_RUN.format("no pruning with both a report and a score"))  # fmt: skip
-    parts.append("<p><b>The paper's</b> (its section 5, phi-1 on HumanEval, 1.3B parameters; - is "
+    paper = [line.split() for line in SECTION_5.strip().splitlines()]
+    parts.append("<p><b>The paper's</b> (its section 5: phi-1 on HumanEval, 1.3B parameters; - is "
                  f"not in our notes of it)</p>{table(head, paper, range(9))}")  # fmt: skip
+    if names := there(ladder, PRUNED):
+        names = {"exercises": "unpruned", **names}
+        sizes = {s: n for s, n in ladder.sizes.items() if any(ladder.of(r, s) for r in PRUNED)}
+        panels = [(f"{SETS[s]}: pass@1, %", ".1f", ladder.scores(s)) for s in ladder.sets]
+        says = "The whole scores of the table. Black: 95% intervals over problems."
+        parts.append(shown("pruning", says, bars, panels, sizes, names, rows=len(panels),
+                           height=2.4 * len(panels)))  # fmt: skip
     rows = [
         [tau, *(f"{s[k]:,}" for k in ("documents_in", "removed", "by_ngram")), f"{similar:,}",
          f"{s['problems']:,}", s["distance"]]
         for tau, s, similar in reading.decontamination(ladder)
     ]  # fmt: skip
     if rows:
-        parts.append("<p>What data.decontaminate found in the exercises, over all benchmarks:</p>")
         head = ["tau", "exercises", "removed", "by 13-grams", "problems similar", "problems",
                 "nearness by"]  # fmt: skip
-        parts.append(table(head, rows, range(6)))
         pairs = ladder.folder / "data" / f"decontaminate_{rows[-1][0][2:]}" / "report" / "pairs.txt"
-        text = pairs.read_text(encoding="utf-8")[:6000] if pairs.exists() else ""
-        parts.append("<details><summary>The nearest pairs, to judge by eye (benchmark | exercise)"
-                     f"</summary><pre>{escape(text)}</pre></details>")  # fmt: skip
+        parts.append("<p>What data.decontaminate found in the exercises, over all files of problems "
+                     f"together:</p>{table(head, rows, range(6))}<details><summary>The nearest "
+                     "pairs of each, to judge by eye (problem | exercise)</summary>"
+                     f"<pre>{escape(nearest_pairs(pairs))}</pre></details>")  # fmt: skip
     return "".join(parts)
 
 
+def nearest_pairs(path: Path) -> str:
+    """The first pairs of each kind of problem from report/pairs.txt, which has the nearest first."""
+    by_kind: dict[str, list[str]] = {}
+    for pair in re.split(r"\n(?=\S+ \| .+: match rate )", path.read_text(encoding="utf-8"))[1:]:
+        by_kind.setdefault(pair.split("/")[0], []).append(pair)
+    return "\n".join(pair for pairs in by_kind.values() for pair in pairs[:PAIRS_EACH])
+
+
 def filter_section(ladder: Ladder, shown) -> str:
-    parts = []
+    parts, forest = [], read_json(ladder.folder / "data" / "forest" / "summary.json")
+    if forest:
+        parts.append(f"<p>The classifier on labels that it has not seen: AUC {forest['auc']} "
+                     f"({forest['auc_ci95'][0]} to {forest['auc_ci95'][1]}), labelled by "
+                     f"{' and '.join(forest['labellers'])}. Where the rules made the labels, this "
+                     "shows that it learns the rules, and nothing about quality.</p>")  # fmt: skip
     for name, title in (("filtered", "the rules"), ("scored", "the classifier"),
                         ("classified", "the classifier's cut")):  # fmt: skip
         folder = ladder.folder / "data" / name
@@ -415,25 +403,8 @@ def cost_section(ladder: Ladder, shown) -> str:
 
 
 def log_section(ladder: Ladder, shown) -> str:
-    return did_not_work((Path(__file__).parent / "LOG.md").read_text(encoding="utf-8"))
-
-
-def did_not_work(log: str) -> str:
-    """What stands in a log of Markdown under headings that have "did not work" in them."""
-    kept, level, fence = [], 0, False
-    for line in log.splitlines():
-        fence ^= line.startswith("```")
-        if (found := re.match(r"(#+) +(.*)", line)) and not fence:
-            here = len(found[1])
-            if level and here <= level:
-                level = 0
-            if not level and "did not work" in found[2].lower():
-                level = here
-            line = found[2]
-        if level:
-            kept.append(line)
-    text = "\n".join(kept).strip()
-    return f"<pre>{escape(text)}</pre>" if text else ""
+    text = reading.did_not_work((Path(__file__).parent / "LOG.md").read_text(encoding="utf-8"))
+    return text and f"<p>From LOG.md, as it stands there.</p><pre>{escape(text)}</pre>"
 
 
 SECTIONS = {
@@ -449,13 +420,3 @@ SECTIONS = {
     "Cost": cost_section,
     "What did not work": log_section,
 }
-
-
-def text_table(ladder: Ladder) -> str:
-    """The scores of all finished rungs, for a terminal."""
-    width = max(len(r.about["name"]) for r in ladder.rungs)
-    lines = [f"{'pass@1, %':{width}}" + "".join(f"  {s:>20}" for s in ladder.sets)]
-    for r in ladder.rungs:
-        cells = [percent(r.results[s].result) if s in r.results else "not run" for s in ladder.sets]
-        lines.append(f"{r.about['name']:{width}}" + "".join(f"  {cell:>20}" for cell in cells))
-    return "\n".join(lines)

@@ -5,6 +5,7 @@ ladder_page.py draws it. What a rung was not asked is absent, never zero.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -14,7 +15,7 @@ from config import UserError
 from curves import read_run
 from data.lineage import describe, files_in
 from eval.pass_at_k import wilson
-from eval.results import Result, mean, read_result
+from eval.results import Result, mean, percent, read_result
 from eval.robustness import paired
 from eval.similarity import read_report, split
 
@@ -253,6 +254,33 @@ def numbers(ladder: Ladder) -> dict:
         "runs": lineage(ladder),
         "data": data_lineage(ladder.folder / "data"),
     }
+
+
+def did_not_work(log: str) -> str:
+    """What stands in a log of Markdown under headings that have "did not work" in them."""
+    kept, level, fence = [], 0, False
+    for line in log.splitlines():
+        fence ^= line.startswith("```")
+        if (found := re.match(r"(#+) +(.*)", line)) and not fence:
+            here = len(found[1])
+            if level and here <= level:
+                level = 0
+            if not level and "did not work" in found[2].lower():
+                level = here
+            line = found[2]
+        if level:
+            kept.append(line)
+    return "\n".join(kept).strip()
+
+
+def text_table(ladder: Ladder) -> str:
+    """The scores of all finished rungs, for a terminal."""
+    width = max(len(r.about["name"]) for r in ladder.rungs)
+    lines = [f"{'pass@1, %':{width}}" + "".join(f"  {s:>20}" for s in ladder.sets)]
+    for r in ladder.rungs:
+        cells = [percent(r.results[s].result) if s in r.results else "not run" for s in ladder.sets]
+        lines.append(f"{r.about['name']:{width}}" + "".join(f"  {cell:>20}" for cell in cells))
+    return "\n".join(lines)
 
 
 def rounded(value):

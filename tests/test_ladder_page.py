@@ -98,8 +98,9 @@ def write_rung(out, rung: str, size: str, seed: int, frac: float, problems: dict
         (folder / "robustness").mkdir()
         whole = score({str(i): [bool(b)] for i, b in enumerate(before)})
         write_json(folder / "robustness" / "results.json", {**whole, "perturbations": found})
-    write_json(folder / "bits.json", {"bits_per_byte": 2.1 - frac / 3, "bytes": 9, "documents": 2})
-    write_json(folder / "library.json", score({"a": [frac > 0.4], "b": [True]}))
+    bits = {"bits_per_byte": 2.1 - frac / 3, "ci95": [1.6, 2.2], "bytes": 9, "documents": 2}
+    write_json(folder / "bits.json", bits)
+    write_json(folder / "library.json", {"right_frac": 0.4 + frac / 4, "ci95": [0.3, 0.6]})
     write_json(folder / "rung.json", {
         "name": name, "rung": rung, "size": size, "seed": seed, "label": f"label of <{rung}>",
         "parameters": 400_000 + 2_000_000 * large, "tokens": 4_000_000,
