@@ -10,7 +10,6 @@ them: other data, other problems, models a thousand times larger.
 """
 
 import json
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,26 +19,12 @@ import numpy as np
 from data.diversity_page import MEANINGS, draw_growth, show
 from data.documents import read_jsonl
 from eval import ladder as reading
-from eval.ladder import LADDER, PRUNED, RUNGS, SETS, Ladder, Rung, read_json
+from eval.ladder import FIGURE_2_1, LADDER, PRUNED, RUNGS, SECTION_5, SETS, Ladder, Rung, read_json
 from eval.results import percent
 from pages import COLORS, bars, escape, figure, page, table
 
-FIGURE_2_1 = {  # HumanEval pass@1, %; 76 billion tokens
-    ("The Stack", "350M"): 12,
-    ("CodeTextbook", "350M"): 20,
-    ("CodeTextbook,\nthen CodeExercises", "350M"): 45,
-    ("The Stack", "1.3B"): 17,
-    ("CodeTextbook", "1.3B"): 29,
-    ("CodeTextbook,\nthen CodeExercises", "1.3B"): 51,
-}
-SECTION_5 = """
-0.95  42.5k  71/93   81.7  26.9  50.6  74.6  32.3  50.6
-0.90  -      93/71   63.4  33.8  50.6  51.6  36.6  45.1
-0.85  -      106/58  62.3  29.3  50.6  52.8  34.5  46.3
-0.80  354k   116/48  59.5  29.2  50.6  52.6  27.1  45.1
-"""  # tau, exercises removed, problems similar/not, phi-1 and the retrained: similar, not, total
 MARKERS, DASHES = "osD^vPX", ["-", "--", ":", "-."]
-SAMPLES_EACH, SAMPLE_CHARS, PAIRS_EACH = 4, 800, 3
+SAMPLES_EACH, SAMPLE_CHARS = 4, 800
 SHORT = dict(zip(SETS, ["held-out", "unseen", "HumanEval", "MBPP"]))
 SIDES = ("similar", "other", "total")
 MEASURES = [  # file, key, factor, format, title
@@ -85,7 +70,7 @@ def draw_loss(axes, ladder: Ladder) -> None:
                     look = {"color": COLORS[i % 6], "linestyle": DASHES[i % 4],
                             "label": RUNGS[rung].replace("\n", " ")}  # fmt: skip
                     if run["name"] not in last:
-                        look = {"color": "#1f2328", "label": "before exercises, pairs"}
+                        look = {"color": "#1f2328", "label": "base of the finetuned"}
                     ax.plot(*zip(*points), linewidth=1.2, **look)
                     drawn.add(run["name"])
         ax.set_title(title, loc="left", fontsize=11)
@@ -118,7 +103,8 @@ def draw_compute(axes, ladder: Ladder, sets: list[str]) -> None:
 
 
 def draw_robustness(axes, ladder: Ladder, rungs: list[Rung]) -> None:
-    names = list(dict.fromkeys(n for r in rungs for n in r.more["robustness"]["perturbations"]))
+    told = [item for r in rungs for item in r.more["robustness"]["perturbations"].items()]
+    names = list(dict.fromkeys(name for name, row in told if row["problems"]))
     kinds = list(dict.fromkeys(r.key[0] for r in rungs))
     for i, rung in enumerate(rungs):
         j, kind = [*ladder.sizes].index(rung.key[1]), kinds.index(rung.key[0])
@@ -128,7 +114,8 @@ def draw_robustness(axes, ladder: Ladder, rungs: list[Rung]) -> None:
             continue
         y = [y + 0.7 * ((i + 0.5) / len(rungs) - 0.5) for y, _ in rows]
         drop = np.array([100 * r["drop"] for _, r in rows])
-        around = np.abs(drop - 100 * np.array([r["ci95"] for _, r in rows]).T)
+        low, high = 100 * np.array([r["ci95"] for _, r in rows]).T
+        around = np.maximum(0, [drop - low, high - drop])
         axes.errorbar(drop, y, xerr=around, fmt=MARKERS[kind], color=COLORS[j], markersize=5,
                       linewidth=1, markerfacecolor=COLORS[j] if j else "white",
                       label=f"{rung.key[0]}, {rung.key[1]}")  # fmt: skip
@@ -145,7 +132,8 @@ def draw_robustness(axes, ladder: Ladder, rungs: list[Rung]) -> None:
 def html(ladder: Ladder, shown: Callable[..., str]) -> str:
     """The page; `shown(name, caption, draw, *args)` is a figure's HTML."""
     first = ladder.rungs[0].runs[-1]["config"]
-    tokens = sorted(r.about["tokens"] for r in ladder.rungs)
+    tokens = sorted(r.about["tokens"] / 1e6 for r in ladder.rungs)
+    tokens = " to ".join(dict.fromkeys(f"{t:.3g}M" for t in (tokens[0], tokens[-1])))
     missing = [r for r in RUNGS if r not in there(ladder, list(RUNGS))]
     missing += [SETS[s] for s in SETS if s not in ladder.sets]
     absent = ", ".join([*missing, *(f"{name} (not finished)" for name in ladder.unfinished)])
@@ -155,8 +143,8 @@ def html(ladder: Ladder, shown: Callable[..., str]) -> str:
 torch {escape(str(first["torch"]))}, {escape(str(first["device"]))}, {first["cpus"]} CPU cores</p>
 <p>phi-1's claim is about data: with the same model and the same number of tokens, filtered code,
 textbooks and exercises make a better programmer than code as it comes. Here that claim is put to
-models trained from nothing and far smaller, on {tokens[0] / 1e6:.3g}M to {tokens[-1] / 1e6:.3g}M
-tokens each: only the data differ. This page says beside each figure what it does not show.</p>
+models trained from nothing and far smaller, on {tokens} tokens each: only the data differ. Below
+each figure stands what it does not show.</p>
 {NOT_RUN.format(escape(absent)) if absent else ""}"""
     for title, section in SECTIONS.items():
         found = section(ladder, shown) or NOT_RUN.format("nothing of this is there")
@@ -215,16 +203,18 @@ def scores_section(ladder: Ladder, shown) -> str:
 def gain_table(ladder: Ladder, kind: str) -> str:
     rows = []
     for of, a, b in reading.comparisons(ladder):
-        found = [reading.gain(ladder, a, b, s) for s in ladder.sets]
-        cells = ["not run"] * len(found)
-        for i, g in enumerate(found):
-            if g:
-                low, high = (100 * x for x in g["ci95"])
-                cells[i] = f"{100 * g['gain']:+.1f} ({low:+.1f} to {high:+.1f})"
         if of == kind:
-            rows.append([" ".join(a), " ".join(b), *cells])
-    head = ["from", "to", *(SHORT[s] for s in ladder.sets)]
-    return table(head, rows, range(2, 6)) if rows else NOT_RUN.format("no two rungs to compare")
+            found = [reading.gain(ladder, a, b, s) for s in ladder.sets]
+            rows.append([f"{' '.join(a)} to {' '.join(b)}", *map(points, found)])
+    head = ["change", *(SHORT[s] for s in ladder.sets)]
+    return table(head, rows, range(1, 5)) if rows else NOT_RUN.format("no two rungs to compare")
+
+
+def points(gain: dict | None) -> str:
+    if gain is None:
+        return "not run"
+    low, high = (100 * x for x in gain["ci95"])
+    return f"{100 * gain['gain']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def size_section(ladder: Ladder, shown) -> str:
@@ -281,20 +271,20 @@ def library_section(ladder: Ladder, shown) -> str:
 
 
 def pruning_section(ladder: Ladder, shown) -> str:
-    head = ["tau", "removed", "similar / not", "unpruned: similar", "not", "total",
+    head = ["tau", "removed", "similar/not", "unpruned: similar", "not", "total",
             "retrained: similar", "not", "total"]  # fmt: skip
     rows = []
     for row in reading.pruning(ladder):
         scores = [row[of][k] for of in ("exercises", "pruned") for k in SIDES]
-        n = "{} / {}".format(*(s["problems"] if s else 0 for s in scores[:2]))
+        n = "{}/{}".format(*(s["problems"] if s else 0 for s in scores[:2]))
         removed = f"{row['removed']:,} of {row['of']:,}"
         rows.append([row["size"], SHORT[row["set"]], f"{row['tau']:.2f}", removed, n,
                      *map(percent, scores)])  # fmt: skip
     parts = ["<p>Had the model only memorised, it would solve what resembles its exercises and "
              "nothing else, and would lose its score with them. A problem is similar at tau if an "
-             "exercise has that match rate of syntax trees and is near it as a text. Removed: of the "
-             "exercises; similar / not: problems; then pass@1, %, with 95% intervals, and - where there is no "
-             "such problem or the rung was not run.</p><p><b>Ours</b></p>"]  # fmt: skip
+             "exercise has that match rate of syntax trees and is near it as text. Removed: of the "
+             "exercises; similar/not: problems; then pass@1, %, with 95% intervals, - where there "
+             "is no such problem or the rung was not run.</p><p><b>Ours</b></p>"]  # fmt: skip
     parts.append(table(["size", "problems", *head], rows, range(2, 11)) if rows else
                  NOT_RUN.format("no pruning with both a report and a score"))  # fmt: skip
     paper = [line.split() for line in SECTION_5.strip().splitlines()]
@@ -316,19 +306,11 @@ def pruning_section(ladder: Ladder, shown) -> str:
         head = ["tau", "exercises", "removed", "by 13-grams", "problems similar", "problems",
                 "nearness by"]  # fmt: skip
         pairs = ladder.folder / "data" / f"decontaminate_{rows[-1][0][2:]}" / "report" / "pairs.txt"
-        parts.append("<p>What data.decontaminate found in the exercises, over all files of problems "
+        parts.append("<p>What data.decontaminate found in the exercises, all files of problems "
                      f"together:</p>{table(head, rows, range(6))}<details><summary>The nearest "
-                     "pairs of each, to judge by eye (problem | exercise)</summary>"
-                     f"<pre>{escape(nearest_pairs(pairs))}</pre></details>")  # fmt: skip
+                     "pairs of each file, to judge by eye (problem | exercise)</summary>"
+                     f"<pre>{escape(reading.nearest_pairs(pairs))}</pre></details>")  # fmt: skip
     return "".join(parts)
-
-
-def nearest_pairs(path: Path) -> str:
-    """The first pairs of each kind of problem from report/pairs.txt, which has the nearest first."""
-    by_kind: dict[str, list[str]] = {}
-    for pair in re.split(r"\n(?=\S+ \| .+: match rate )", path.read_text(encoding="utf-8"))[1:]:
-        by_kind.setdefault(pair.split("/")[0], []).append(pair)
-    return "\n".join(pair for pairs in by_kind.values() for pair in pairs[:PAIRS_EACH])
 
 
 def filter_section(ladder: Ladder, shown) -> str:
@@ -368,7 +350,7 @@ def diversity_section(ladder: Ladder, shown) -> str:
     sets = list(found["sets"].items())
     rows = [[title, *(show(k, m[k]) for _, m in sets)] for k, (title, _) in MEANINGS.items()]
     meanings = [[title, meaning] for title, meaning in MEANINGS.values() if meaning]
-    says = "Different names over names read: a set that repeats itself bends. Length is not merit."
+    says = "Different names over names read: a set that repeats itself bends. More is not better."
     return (
         "<p>No number here is diversity; together they say what a set lacks. All are measured on "
         "the same amount of text of each set.</p>"

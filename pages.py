@@ -106,8 +106,8 @@ def bars(axes, panels: list[tuple], sizes: dict[str, str], names: dict[str, str]
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_xticks(range(len(names)), names.values(), fontsize=9)
     if len(sizes) > 1:
-        np.atleast_1d(axes)[0].legend(frameon=False, fontsize=9, ncols=len(sizes), borderaxespad=0,
-                                      loc="lower right", bbox_to_anchor=(1, 1.02))  # fmt: skip
+        np.atleast_1d(axes)[0].legend(frameon=False, fontsize=9, ncols=len(sizes), loc="lower left",
+                                      bbox_to_anchor=(0, 1), borderaxespad=2)  # fmt: skip
 
 
 def table(head: list[str], rows: list[list[str]], numbers=(), under: list[str] = ()) -> str:

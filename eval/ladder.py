@@ -44,6 +44,22 @@ SETS = {
 STEPS = [("raw", "filtered"), ("raw", "classified"), ("filtered", "classified"),
          ("classified", "textbooks"), ("textbooks", "exercises"), ("pairs", "exercises"),
          ("exercises", "damaged")]  # fmt: skip
+PAIRS_EACH = 3  # nearest pairs that are shown of each file of problems
+# What the paper prints (Textbooks Are All You Need, arXiv 2306.11644).
+FIGURE_2_1 = {  # HumanEval pass@1, %; 76 billion tokens
+    ("The Stack", "350M"): 12,
+    ("CodeTextbook", "350M"): 20,
+    ("CodeTextbook,\nthen CodeExercises", "350M"): 45,
+    ("The Stack", "1.3B"): 17,
+    ("CodeTextbook", "1.3B"): 29,
+    ("CodeTextbook,\nthen CodeExercises", "1.3B"): 51,
+}
+SECTION_5 = """
+0.95  42.5k  71/93   81.7  26.9  50.6  74.6  32.3  50.6
+0.90  -      93/71   63.4  33.8  50.6  51.6  36.6  45.1
+0.85  -      106/58  62.3  29.3  50.6  52.8  34.5  46.3
+0.80  354k   116/48  59.5  29.2  50.6  52.6  27.1  45.1
+"""  # tau, exercises removed, problems similar/not, phi-1 and the retrained: similar, not, total
 
 
 @dataclass(frozen=True)
@@ -194,6 +210,14 @@ def decontamination(ladder: Ladder) -> list[tuple[str, dict, int]]:
     return found
 
 
+def nearest_pairs(path: Path) -> str:
+    """The first pairs of each kind of problem in report/pairs.txt, which has the nearest first."""
+    by_kind: dict[str, list[str]] = {}
+    for pair in re.split(r"\n(?=\S+ \| .+: match rate )", path.read_text(encoding="utf-8"))[1:]:
+        by_kind.setdefault(pair.split("/")[0], []).append(pair)
+    return "\n".join(pair for pairs in by_kind.values() for pair in pairs[:PAIRS_EACH])
+
+
 def lineage(ladder: Ladder) -> list[dict]:
     """Of each run the hashes of all that went into it, and of its weights."""
     found = {}
@@ -219,7 +243,7 @@ def data_lineage(folder: Path) -> list[dict]:
         ]
         content = "".join(sorted(f"{f['path']} {f['blake2b']}\n" for f in files))
         found.append({"data": here.relative_to(folder).as_posix(),
-                      "documents": read_json(path).get("documents"),
+                      "documents": read_json(path).get("documents", ""),
                       "code": told.get("code", "")[:12],
                       "content": _hash(content.encode())})  # fmt: skip
     return found

@@ -1,7 +1,6 @@
 import json
 import random
 import re
-from html.parser import HTMLParser
 
 import pytest
 
@@ -32,7 +31,15 @@ IDS = {
     "HumanEval": "HumanEval/{}",
     "MBPP": "MBPP/{}",
 }
-BODY = "    total = 0\n    for x in values:\n        if x > {0}:\n            total += x * {0}\n    return total\n"
+BODY = """    total = 0
+    for x in values:
+        if x > {0}:
+            total += x * {0}
+    return total
+"""
+OTHER = (
+    'def join_{0}(a, b):\n    """Words."""\n    return [a[i] + str(b) for i in range({0}) if a]\n'
+)
 
 
 def problem(task_id: str, i: int) -> dict:
@@ -92,8 +99,9 @@ def write_rung(out, rung: str, size: str, seed: int, frac: float, problems: dict
         if problems[of]:
             write_result(folder / FOLDERS[of], of, problems[of], frac * share, seed)
     before = [1] * round(100 * frac) + [0] * (100 - round(100 * frac))
-    found = {f"perturbation {k}": paired(before, [b * (j % (k + 2) > 0) for j, b in enumerate(before)])
-             for k in range(8)} | {"none apply": {"problems": 0}}  # fmt: skip
+    after = [[b * (j % (k + 2) > 0) for j, b in enumerate(before)] for k in range(8)]
+    found = {f"perturbation {k}": paired(before, a) for k, a in enumerate(after)}
+    found["applies to none"] = {"problems": 0}
     if rung in ("exercises", "damaged"):
         (folder / "robustness").mkdir()
         whole = score({str(i): [bool(b)] for i, b in enumerate(before)})
@@ -105,7 +113,7 @@ def write_rung(out, rung: str, size: str, seed: int, frac: float, problems: dict
         "name": name, "rung": rung, "size": size, "seed": seed, "label": f"label of <{rung}>",
         "parameters": 400_000 + 2_000_000 * large, "tokens": 4_000_000,
         "flops": 1e13 * (1 + 5 * large), "train_s": 300.5, "score_s": 60.25,
-        "runs": [run for run, _ in runs], "command": f"python ladder.py configs/ladder --only {name}",
+        "runs": [run for run, _ in runs], "command": f"python ladder.py here --only <{name}>",
     })  # fmt: skip
 
 
@@ -113,11 +121,10 @@ def write_data(out, problems: dict) -> None:
     """Small data folders, by the stages themselves where they are quick."""
     train = out / "data" / "exercises" / "train"
     train.mkdir(parents=True)
-    other = 'def join_{0}(a, b):\n    """Words."""\n    return [a[i] + str(b) for i in range({0}) if a]\n'
     with ShardWriter(train) as writer:
         for i in range(60):
             p = problem("", i)
-            text = p["prompt"] + p["canonical_solution"] if i % 2 else other.format(i)
+            text = p["prompt"] + p["canonical_solution"] if i % 2 else OTHER.format(i)
             writer.write(document(text, f"exercise:{i}"))
     files = []
     for of in ("heldout", "HumanEval"):
@@ -152,3 +159,179 @@ def write_ladder(out, problems: dict) -> None:
                 if (rung, size) != ("damaged", "large"):
                     write_rung(out, rung, size, seed, frac, problems)
     (out / "rungs" / "damaged-large-s0" / "heldout").mkdir(parents=True)
+
+
+FEW = {"heldout": 40, "unseen": 20, "HumanEval": 10, "MBPP": 0}
+
+
+@pytest.fixture(scope="module")
+def drawn(cli, tmp_path_factory):
+    """(the ladder's folder, the PNGs' folder, the page, what was printed)"""
+    out = tmp_path_factory.mktemp("ladder")
+    write_ladder(out, FEW)
+    done = cli("-m", "report", "--ladder", out, "--png", out / "png")
+    assert done.returncode == 0, done.stderr
+    return out, out / "png", (out / "report.html").read_text(), done.stdout
+
+
+@pytest.fixture(scope="module")
+def ladder(drawn):
+    return reading.read_ladder(drawn[0])
+
+
+def test_page(drawn):
+    out, _, page, printed = drawn
+    assert not re.search(r"""(src|href)=["'](?!#)|@import|url\((?!#)""", page)  # self-contained
+    assert str(out) not in page
+    for title in ladder_page.SECTIONS:
+        assert f"<h2>{title}</h2>" in page
+    svgs, labels = page.count("<svg"), page.count('role="img" aria-label="')
+    assert svgs == labels == 9
+    for rung, fracs in SCORES.items():  # each bar's command, and its name as text
+        for size in ("small", "large")[: 1 if rung == "damaged" else len(fracs)]:
+            assert f"python ladder.py here --only &lt;{rung}-{size}-s0&gt;" in page
+            assert f"{rung}-{size}-s0" in printed
+    assert "label of &lt;raw&gt;" in page
+    assert "label of <raw>" not in page
+    for word in ("kept &lt;1&gt;", "rejected one", "classified good", "The paper's, not ours"):
+        assert word in page
+
+
+def test_what_is_absent_is_said(drawn, ladder):
+    page = drawn[2]
+    assert "Not run: pruned90, pruned85, MBPP, damaged-large-s0 (not finished)." in page
+    assert ladder.unfinished == ["damaged-large-s0"]
+    assert ">not run<" in page  # in the figure, where the bar would be
+    assert ladder.sets == ["heldout", "unseen", "humaneval"]
+
+
+def test_pngs_and_numbers_are_small_and_bare(drawn):
+    out, png, _, _ = drawn
+    names = {"exercises", "benchmarks", "paper", "compute", "loss", "robustness", "library",
+             "pruning", "diversity"}  # fmt: skip
+    assert {p.stem for p in png.glob("*.png")} == names
+    for path in png.glob("*.png"):
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sum(p.stat().st_size for p in png.iterdir()) < 400_000
+    text = (png / "ladder.json").read_text()
+    assert len(text) < 100_000
+    assert str(out) not in text
+    assert text == (out / "ladder.json").read_text()
+    rungs = {r["name"]: r for r in json.loads(text)["rungs"]}
+    assert len(rungs) == 18
+    result = json.loads((out / "rungs/raw-large-s0/heldout/results.json").read_text())
+    assert rungs["raw-large-s0"]["scores"]["heldout"]["pass@1"] == pytest.approx(result["pass@1"])
+    assert "mbpp" not in rungs["raw-large-s0"]["scores"]
+
+
+def test_the_same_drawing_twice_has_the_same_bytes(drawn, tmp_path):
+    out, png, _, _ = drawn
+    ladder_page.write(out, tmp_path / "again.html", tmp_path)
+    for path in png.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_seeds_are_averaged_and_the_interval_is_over_problems(drawn, ladder):
+    seeds = [
+        json.loads((drawn[0] / f"rungs/exercises-small-s{s}/heldout/results.json").read_text())
+        for s in (0, 1)
+    ]
+    found = ladder.scores("heldout")["exercises", "small"]
+    assert found["seeds"] == [100 * r["pass@1"] for r in seeds]
+    assert found["value"] == pytest.approx(sum(found["seeds"]) / 2)
+    assert found["low"] < found["value"] < found["high"]
+    alone = ladder.scores("heldout")["raw", "large"]  # of one seed: the evaluation's own interval
+    result = json.loads((drawn[0] / "rungs/raw-large-s0/heldout/results.json").read_text())
+    assert [alone["low"], alone["high"]] == pytest.approx([100 * x for x in result["ci95"]])
+
+
+def test_gain_is_problem_by_problem(drawn, ladder):
+    def solved(name):
+        lines = (drawn[0] / "rungs" / name / "heldout" / "samples.jsonl").read_text().splitlines()
+        return [json.loads(line)["passed"] for line in lines]
+
+    a, b = solved("textbooks-large-s0"), solved("exercises-large-s0")
+    found = reading.gain(ladder, ("textbooks", "large"), ("exercises", "large"), "heldout")
+    assert found["gain"] == pytest.approx((sum(b) - sum(a)) / 40)
+    assert found["ci95"][0] < found["gain"] < found["ci95"][1]
+    assert found["problems"] == 40
+    assert reading.gain(ladder, ("raw", "large"), ("exercises", "large"), "mbpp") is None
+    compared = reading.comparisons(ladder)
+    assert ("size", ("raw", "large"), ("exercises", "small")) in compared
+    assert not any("damaged" in b and "large" in b for _, _, b in compared)
+
+
+def test_pruning_splits_scores_at_its_own_tau(drawn, ladder):
+    rows = {(r["size"], r["set"], r["tau"]): r for r in reading.pruning(ladder)}
+    assert len(rows) == 2 * 2 * 2  # of MBPP there are no scores, of unseen exercises no report
+    row = rows["small", "heldout", 0.8]
+    summary = json.loads((drawn[0] / "data/decontaminate_80/summary.json").read_text())
+    assert (row["removed"], row["of"]) == (summary["removed"], 60)
+    n = [row["exercises"][k]["problems"] for k in ("similar", "other", "total")]
+    assert n == [20, 20, 40]
+    similar, other, total = (row["exercises"][k]["pass@1"] for k in ("similar", "other", "total"))
+    assert (similar + other) / 2 == pytest.approx(total)
+    assert total == pytest.approx(ladder.scores("heldout")["exercises", "small"]["value"] / 100)
+    pruned = row["pruned"]["total"]["pass@1"]
+    assert pruned == pytest.approx(ladder.scores("heldout")["pruned80", "small"]["value"] / 100)
+
+
+def test_lineage_follows_the_content(drawn):
+    data = drawn[0] / "data"
+    before = {row["data"]: row["content"] for row in reading.data_lineage(data)}
+    assert {"decontaminate_95", "diversity", "filtered"} <= before.keys()
+    path = data / "filtered" / "samples" / "kept.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace("1", "2"))
+    after = {row["data"]: row["content"] for row in reading.data_lineage(data)}
+    path.write_text(text)
+    assert {name for name in before if before[name] != after[name]} == {"filtered"}
+
+
+def test_what_did_not_work():
+    log = """# Log
+## Today: a thing that worked
+good
+## Today: what did not work
+first
+### details
+second
+```
+# no heading
+## nor this
+```
+## Yesterday
+bad
+### What DID NOT work either
+third
+### more
+fourth
+"""
+    found = reading.did_not_work(log)
+    for word in ("first", "details", "second", "# no heading", "## nor this", "third"):
+        assert word in found
+    for word in ("good", "bad", "fourth", "Yesterday"):
+        assert word not in found
+    assert reading.did_not_work("# Log\nit did not work\n") == ""
+
+
+def test_one_finished_rung_is_enough(tmp_path):
+    write_rung(tmp_path, "raw", "small", 0, 0.5, {**FEW, "unseen": 0, "HumanEval": 0})
+    for name in ("bits.json", "library.json"):
+        (tmp_path / "rungs" / "raw-small-s0" / name).unlink()
+    ladder_page.write(tmp_path, tmp_path / "report.html", None)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Not run: nothing of this is there.") >= 4
+    assert "HumanEval, MBPP." in page
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_errors(cli, tmp_path):
+    done = cli("-m", "report", "--ladder", tmp_path / "none")
+    assert done.returncode == 2
+    assert "no finished rung in rungs/; run `python ladder.py" in done.stderr
+    assert "Traceback" not in done.stderr
+    write_rung(tmp_path, "raw", "small", 0, 0.5, FEW)
+    (tmp_path / "rungs" / "raw-small-s0" / "bits.json").write_text("{")
+    with pytest.raises(UserError, match=r"bits\.json: no JSON"):
+        reading.read_ladder(tmp_path)
