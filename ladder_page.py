@@ -6,7 +6,7 @@ Draws what eval/ladder.py reads. What is not there is said to be not run. The fi
 all numbers, as ladder.json, go to the folder --png too.
 
 The paper's numbers (Textbooks Are All You Need, arXiv 2306.11644) stand beside ours, never among
-them: other data, other problems, models a thousand times larger.
+them: other data, other problems, larger models.
 """
 
 import json
@@ -29,7 +29,7 @@ SHORT = dict(zip(SETS, ["held-out", "unseen", "HumanEval", "MBPP"]))
 SIDES = ("similar", "other", "total")
 MEASURES = [  # file, key, factor, format, title
     ("bits", "bits_per_byte", 1, ".2f", "bits per byte of held-out real code (lower is better)"),
-    ("library", "right_frac", 100, ".1f", "use of libraries in held-out real code: right, %"),
+    ("library", "right_frac", 100, ".1f", "attributes of libraries guessed right in such code, %"),
 ]
 NOT_RUN = '<p class="note">Not run: {}.</p>'
 
@@ -50,7 +50,7 @@ def write(folder: Path, out: Path, png: Path | None) -> str:
 def captioned(png: Path | None, name: str, says: str, draw, *args, **options) -> str:
     """A figure with what it shows and what it does not; the same as NAME.png in the folder."""
     svg = figure(draw, *args, alt=says, png=png and png / f"{name}.png", **options)
-    return f"<figure>{svg}<figcaption>{escape(says)}</figcaption></figure>"
+    return f"<figure><div class=wide>{svg}</div><figcaption>{escape(says)}</figcaption></figure>"
 
 
 # ---- Drawing
@@ -132,6 +132,7 @@ def draw_robustness(axes, ladder: Ladder, rungs: list[Rung]) -> None:
 def html(ladder: Ladder, shown: Callable[..., str]) -> str:
     """The page; `shown(name, caption, draw, *args)` is a figure's HTML."""
     first = ladder.rungs[0].runs[-1]["config"]
+    commits = {str(run["config"]["commit"]): 0 for r in ladder.rungs for run in r.runs}
     tokens = sorted(r.about["tokens"] / 1e6 for r in ladder.rungs)
     tokens = " to ".join(dict.fromkeys(f"{t:.3g}M" for t in (tokens[0], tokens[-1])))
     missing = [r for r in RUNGS if r not in there(ladder, list(RUNGS))]
@@ -139,12 +140,12 @@ def html(ladder: Ladder, shown: Callable[..., str]) -> str:
     absent = ", ".join([*missing, *(f"{name} (not finished)" for name in ladder.unfinished)])
     body = f"""
 <h1>nanophi: the ladder</h1>
-<p class="note">{escape("; ".join(ladder.sizes.values()))}; commit {escape(str(first["commit"]))},
+<p class="note">{escape("; ".join(ladder.sizes.values()))}; commit {escape(", ".join(commits))},
 torch {escape(str(first["torch"]))}, {escape(str(first["device"]))}, {first["cpus"]} CPU cores</p>
 <p>phi-1's claim is about data: with the same model and the same number of tokens, filtered code,
 textbooks and exercises make a better programmer than code as it comes. Here that claim is put to
-models trained from nothing and far smaller, on {tokens} tokens each: only the data differ. Below
-each figure stands what it does not show.</p>
+small models trained from nothing on {tokens} tokens each. Within a size only the data differ, and
+that finetuned models are trained in two runs. Below each figure stands what it does not show.</p>
 {NOT_RUN.format(escape(absent)) if absent else ""}"""
     for title, section in SECTIONS.items():
         found = section(ladder, shown) or NOT_RUN.format("nothing of this is there")
@@ -165,23 +166,20 @@ def scores_section(ladder: Ladder, shown) -> str:
          "on. It shows which data are better for such exercises. It does not show that a model can "
          "program: the exercises of training resemble these problems, other code does not."),
         ("benchmarks", ["humaneval", "mbpp"], "The benchmarks that the paper reports, as they are. "
-         "Models of this size solve few of these problems or none; where all intervals overlap, "
-         "nothing is shown."),
+         "Small models solve few of these problems or none: whether two bars differ is said by the "
+         "table of changes below, not by their height."),
     ):  # fmt: skip
         if sets := [s for s in sets if s in ladder.sets]:
-            panels = [(f"{SETS[s]}: pass@1, %", ".1f", ladder.scores(s)) for s in sets]
             says += (" Bars: the mean of the seeds (dots: each seed), greedy. Black: 95% intervals "
                      "over problems, which say nothing of other training runs.")  # fmt: skip
-            parts.append(shown(file, says, bars, panels, ladder.sizes, names,
-                                       rows=len(panels), height=2.9 * len(panels)))  # fmt: skip
-    groups = dict.fromkeys(group for group, _ in FIGURE_2_1)
+            parts.append(score_bars(ladder, shown, file, says, sets, ladder.sizes, names))
     panels = [("The paper's, not ours: HumanEval pass@1, %, as printed in Figure 2.1", "d",
                {key: {"value": score} for key, score in FIGURE_2_1.items()})]  # fmt: skip
     says = ("Beside it the paper's own figure: 350M and 1.3B parameters, 76 billion tokens. What "
             "can be compared with ours is the order of the bars, not their height.")  # fmt: skip
     sizes = {"350M": "350M parameters", "1.3B": "1.3B parameters"}
-    parts.append(shown("paper", says, bars, panels, sizes, dict(zip(groups, groups)),
-                               height=2.6))  # fmt: skip
+    names = dict.fromkeys(group for group, _ in FIGURE_2_1)
+    parts.append(shown("paper", says, bars, panels, sizes, {n: n for n in names}, height=2.6))
     rows = [
         [r.about["label"], r.key[1], str(r.about["seed"])]
         + [percent(r.results[s].result) if s in r.results else "not run" for s in SETS]
@@ -189,15 +187,24 @@ def scores_section(ladder: Ladder, shown) -> str:
     ]
     head = ["trained on", "size", "seed", *SHORT.values()]
     commands = [r.about["command"] for r in ladder.rungs]
-    protocols = {r.results[s].result["protocol"] for r in ladder.rungs for s in r.results}
-    parts.append(f"<p>pass@1, % (95% interval over problems); asked as: {', '.join(protocols)}. "
-                 "Below each row the command that makes it again; on the same machine, with the "
-                 "same versions and threads, it gives the same number.</p>"
+    asked = {f"{SHORT[s]}: {of.result['protocol']}": 0
+             for r in ladder.rungs for s, of in r.results.items()}  # fmt: skip
+    parts.append("<p>pass@1, % (95% interval over problems), asked as: "
+                 f"{escape(', '.join(asked))}. "
+                 "Below each row the command that makes it again; on the same machine it gives "
+                 "the same number.</p>"
                  + table(head, rows, range(2, 7), commands))  # fmt: skip
     parts.append("<p>What each change of the data changes: points of pass@1, problem by problem "
-                 "(paired 95% intervals); an interval that holds 0 shows nothing.</p>"
+                 "(paired 95% intervals); an interval that holds 0 shows nothing. Damaged: half of "
+                 "the exercises' solutions are wrong.</p>"
                  + gain_table(ladder, "data"))  # fmt: skip
     return "".join(parts)
+
+
+def score_bars(ladder: Ladder, shown, file: str, says: str, sets, sizes, names) -> str:
+    panels = [(f"{SETS[s]}: pass@1, %", ".1f", ladder.scores(s)) for s in sets]
+    n = len(panels)
+    return shown(file, says, bars, panels, sizes, names, rows=n, height=2.7 * n)
 
 
 def gain_table(ladder: Ladder, kind: str) -> str:
@@ -218,20 +225,21 @@ def points(gain: dict | None) -> str:
 
 
 def size_section(ladder: Ladder, shown) -> str:
-    sets = [s for s in ("heldout", "unseen", "humaneval", "mbpp") if s in ladder.sets][:2]
+    sets = ladder.sets[:2]
     says = ("pass@1 against the compute of all runs of a rung; each line is one rung, from small "
             "to large. Where the left end of a line is above the right end of another, better data "
             "did more than a larger model. One point a rung: no curve of scaling.")  # fmt: skip
-    return shown("compute", says, draw_compute, ladder, sets, rows=len(sets),
-                         height=2.7 * len(sets)) + gain_table(ladder, "size")  # fmt: skip
+    drawn = shown("compute", says, draw_compute, ladder, sets, rows=len(sets),
+                  height=2.7 * len(sets))  # fmt: skip
+    return drawn + gain_table(ladder, "size")
 
 
 def loss_section(ladder: Ladder, shown) -> str:
     says = ("Training loss of the first seed of each rung, pruned ones left out. Each line is of "
             "its own data: exercises are easier to predict than code, so a lower line is not a "
             "better model.")  # fmt: skip
-    return shown("loss", says, draw_loss, ladder, rows=len(ladder.sizes),
-                         height=2.8 * len(ladder.sizes))  # fmt: skip
+    n = len(ladder.sizes)
+    return shown("loss", says, draw_loss, ladder, rows=n, height=2.8 * n)
 
 
 def robustness_section(ladder: Ladder, shown) -> str:
@@ -240,10 +248,8 @@ def robustness_section(ladder: Ladder, shown) -> str:
     if not rungs:
         return ""
     said = ", ".join(f"{r.key[0]} {r.key[1]} {percent(r.more['robustness'])}" for r in rungs)
-    says = (
-        f"What the same problems cost when the prompt is perturbed. Unperturbed pass@1, %: {said}. "
-        "A model that solves little has little to lose: read the drop beside it."
-    )
+    says = ("What the same problems cost when the prompt is perturbed. A model that solves little "
+            f"has little to lose; unperturbed pass@1, %: {said}.")  # fmt: skip
     return shown("robustness", says, draw_robustness, ladder, rungs, height=5)
 
 
@@ -261,11 +267,12 @@ def library_section(ladder: Ladder, shown) -> str:
             panels.append((title, form, values))
     if not panels:
         return ""
-    says = (
-        "The paper's section 3 finds that finetuning on exercises also brings out what these do "
-        "not contain, as the use of libraries. Compare + textbooks (before) with then exercises "
-        "(after): the same number of tokens. Black: 95% intervals over documents."
-    )
+    says = ("The paper's section 3 finds that finetuning on exercises also brings out what these "
+            "do not contain, as the use of libraries. Compare + textbooks (before) with then "
+            "exercises (after): as many tokens. Black: 95% intervals over documents.")  # fmt: skip
+    usual = [told["baseline_frac"] for r in ladder.rungs if (told := r.more.get("library"))]
+    if usual:  # of the same code, so for all rungs the same
+        says += f" Naming always the usual attribute of a library is right in {usual[0]:.1%}."
     return shown("library", says, bars, panels, ladder.sizes, there(ladder, LADDER),
                  rows=len(panels), height=2.7 * len(panels))  # fmt: skip
 
@@ -293,10 +300,8 @@ def pruning_section(ladder: Ladder, shown) -> str:
     if names := there(ladder, PRUNED):
         names = {"exercises": "unpruned", **names}
         sizes = {s: n for s, n in ladder.sizes.items() if any(ladder.of(r, s) for r in PRUNED)}
-        panels = [(f"{SETS[s]}: pass@1, %", ".1f", ladder.scores(s)) for s in ladder.sets]
-        says = "The whole scores of the table. Black: 95% intervals over problems."
-        parts.append(shown("pruning", says, bars, panels, sizes, names, rows=len(panels),
-                           height=2.4 * len(panels)))  # fmt: skip
+        says = "The total scores. Black: 95% intervals over problems."
+        parts.append(score_bars(ladder, shown, "pruning", says, ladder.sets, sizes, names))
     rows = [
         [tau, *(f"{s[k]:,}" for k in ("documents_in", "removed", "by_ngram")), f"{similar:,}",
          f"{s['problems']:,}", s["distance"]]
@@ -328,18 +333,14 @@ def filter_section(ladder: Ladder, shown) -> str:
             parts.append(f"<p>By {title}: {summary['documents']:,} of {summary['documents_in']:,} "
                          f"documents kept, {summary['bytes'] / 1e6:.1f} of "
                          f"{summary['bytes_in'] / 1e6:.1f} MB.</p>")  # fmt: skip
-        for side in ("kept", "rejected"):
-            path = folder / "samples" / f"{side}.jsonl"
-            rows = list(read_jsonl(path)) if path.exists() else []
-            some = rows[:: max(1, len(rows) // SAMPLES_EACH)][:SAMPLES_EACH]
-            shown = "".join(
-                f"<p><b>{escape(str(s.get('quality', s.get('reason', ''))))}</b> "
-                f"{escape(s['origin'])}</p><pre>{escape(s['text'][:SAMPLE_CHARS])}</pre>"
-                for s in some
-            )
-            if shown:
-                parts.append(f"<details><summary>{side.capitalize()} by {title}, {len(some)} of a "
-                             f"sample</summary>{shown}</details>")  # fmt: skip
+        for path in sorted((folder / "samples").glob("*.jsonl") if name != "classified" else ()):
+            rows = list(read_jsonl(path))
+            parts.append(f"<details><summary>{path.stem.capitalize()} by {title}</summary>")
+            for s in rows[:: max(1, len(rows) // SAMPLES_EACH)][:SAMPLES_EACH]:
+                why = escape(str(s.get("quality", s.get("reason", ""))))
+                parts.append(f"<p><b>{why}</b> {escape(s['origin'])}</p>"
+                             f"<pre>{escape(s['text'][:SAMPLE_CHARS])}</pre>")  # fmt: skip
+            parts.append("</details>")
     return "".join(parts)
 
 

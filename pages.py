@@ -25,7 +25,8 @@ pre { background: #f6f8fa; padding: .7rem 1rem; overflow-x: auto; border-radius:
   font-size: 13px; line-height: 1.4 }
 pre b { color: #1f6feb; font-weight: normal } svg { max-width: 100%; height: auto }
 figure { margin: 1.5rem 0 } figcaption { color: #59636e; font-size: 14px }
-figure svg { width: 100% } .wide { overflow-x: auto } .wide table { font-size: 14px }
+.wide { overflow-x: auto } .wide table { font-size: 14px } .wide td:first-child { min-width: 8rem }
+.wide svg { width: 100%; min-width: 40rem }
 td code { color: #59636e; font-size: 12px; white-space: nowrap }
 tr.has-under td { border-bottom: 0; padding-bottom: 0 } tr.under td { padding-top: 0 }
 .note { color: #59636e; font-size: 14px } .pass { color: #1a7f37 } .fail { color: #cf222e }

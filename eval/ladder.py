@@ -141,8 +141,10 @@ def read_ladder(folder: Path) -> Ladder:
         for run in runs:
             run["summary"] = read_json(folder / run["name"] / "summary.json") or {}
         found.append(Rung(path, about, runs, results, more))
-    if not found:
-        raise UserError(f"{folder}: no finished rung in rungs/; run `python ladder.py` first")
+    if not any(r.results for r in found):
+        raise UserError(
+            f"{folder}: no finished rung with a score in rungs/; run `python ladder.py` first"
+        )
     parameters = {r.about["size"]: r.about["parameters"] for r in found}
     sizes = {s: f"{s}, {n / 1e6:.3g}M parameters"
              for s, n in sorted(parameters.items(), key=lambda item: item[1])}  # fmt: skip
@@ -256,12 +258,21 @@ def _hash(content: bytes) -> str:
 def numbers(ladder: Ladder) -> dict:
     """All that the figures show, without machine paths."""
     keys = ("pass@1", "ci95", "problems", "protocol")
+    kept = {"robustness": (*keys, "perturbations"), "bits": ("bits_per_byte", "ci95", "bytes"),
+            "library": ("right_frac", "ci95", "baseline_frac", "places")}  # fmt: skip
+    diversity = read_json(ladder.folder / "data" / "diversity" / "summary.json") or {"sets": {}}
+    for measured in diversity["sets"].values():
+        for key in ("topics", "top_modules", "curves"):
+            measured.pop(key, None)
     return {
         "rungs": [
             {
                 **r.about,
                 "scores": {s: {k: of.result[k] for k in keys} for s, of in r.results.items()},
-                **r.more,
+                **{
+                    name: {k: told[k] for k in kept[name] if k in told}
+                    for name, told in r.more.items()
+                },
             }
             for r in ladder.rungs
         ],
@@ -274,7 +285,7 @@ def numbers(ladder: Ladder) -> dict:
         ],
         "pruning": pruning(ladder),
         "decontamination": {tau: s for tau, s, _ in decontamination(ladder)},
-        "diversity": read_json(ladder.folder / "data" / "diversity" / "summary.json"),
+        "diversity": diversity,
         "runs": lineage(ladder),
         "data": data_lineage(ladder.folder / "data"),
     }

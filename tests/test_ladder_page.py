@@ -105,10 +105,14 @@ def write_rung(out, rung: str, size: str, seed: int, frac: float, problems: dict
     if rung in ("exercises", "damaged"):
         (folder / "robustness").mkdir()
         whole = score({str(i): [bool(b)] for i, b in enumerate(before)})
-        write_json(folder / "robustness" / "results.json", {**whole, "perturbations": found})
+        whole |= {"perturbations": found, "config": {"checkpoint": str(folder)}}
+        write_json(folder / "robustness" / "results.json", whole)
     bits = {"bits_per_byte": 2.1 - frac / 3, "ci95": [1.6, 2.2], "bytes": 9, "documents": 2}
     write_json(folder / "bits.json", bits)
-    write_json(folder / "library.json", {"right_frac": 0.4 + frac / 4, "ci95": [0.3, 0.6]})
+    write_json(
+        folder / "library.json",
+        {"right_frac": 0.4 + frac / 4, "ci95": [0.3, 0.6], "baseline_frac": 0.255},
+    )
     write_json(folder / "rung.json", {
         "name": name, "rung": rung, "size": size, "seed": seed, "label": f"label of <{rung}>",
         "parameters": 400_000 + 2_000_000 * large, "tokens": 4_000_000,
@@ -193,7 +197,13 @@ def test_page(drawn):
             assert f"{rung}-{size}-s0" in printed
     assert "label of &lt;raw&gt;" in page
     assert "label of <raw>" not in page
-    for word in ("kept &lt;1&gt;", "rejected one", "classified good", "The paper's, not ours"):
+    for word in (
+        "kept &lt;1&gt;",
+        "rejected one",
+        "classified good",
+        "The paper's, not ours",
+        "25.5%",
+    ):
         assert word in page
 
 
@@ -329,7 +339,7 @@ def test_one_finished_rung_is_enough(tmp_path):
 def test_errors(cli, tmp_path):
     done = cli("-m", "report", "--ladder", tmp_path / "none")
     assert done.returncode == 2
-    assert "no finished rung in rungs/; run `python ladder.py" in done.stderr
+    assert "no finished rung with a score in rungs/; run `python ladder.py" in done.stderr
     assert "Traceback" not in done.stderr
     write_rung(tmp_path, "raw", "small", 0, 0.5, FEW)
     (tmp_path / "rungs" / "raw-small-s0" / "bits.json").write_text("{")
