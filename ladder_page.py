@@ -94,7 +94,7 @@ def draw_compute(axes, ladder: Ladder, sets: list[str]) -> None:
                 ax.plot(*zip(*points), marker=MARKERS[i % 7], linestyle=DASHES[i % 4],
                         color=COLORS[i % 6], label=RUNGS[rung].replace("\n", " "))  # fmt: skip
         ax.set_xscale("log")
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, max(1, 1.1 * max(v["value"] for v in scores.values())))
         ax.set_title(SETS[name], loc="left", fontsize=11)
         ax.set_ylabel("pass@1, %")
     np.atleast_1d(axes)[0].legend(frameon=False, fontsize=9, loc="upper left",

@@ -25,7 +25,7 @@ pre { background: #f6f8fa; padding: .7rem 1rem; overflow-x: auto; border-radius:
   font-size: 13px; line-height: 1.4 }
 pre b { color: #1f6feb; font-weight: normal } svg { max-width: 100%; height: auto }
 figure { margin: 1.5rem 0 } figcaption { color: #59636e; font-size: 14px }
-.wide { overflow-x: auto } .wide table { font-size: 14px } .wide td:first-child { min-width: 8rem }
+.wide { overflow-x: auto } .wide table { font-size: 14px }
 .wide svg { width: 100%; min-width: 40rem }
 td code { color: #59636e; font-size: 12px; white-space: nowrap }
 tr.has-under td { border-bottom: 0; padding-bottom: 0 } tr.under td { padding-top: 0 }
@@ -83,18 +83,18 @@ def bars(axes, panels: list[tuple], sizes: dict[str, str], names: dict[str, str]
     for ax, (title, form, values) in zip(np.atleast_1d(axes), panels):
         values = {key: v for key, v in values.items() if key[0] in names}
         tops = [max(v.get("high", v["value"]), *v.get("seeds", [0])) for v in values.values()]
-        top = max([*tops, 1e-9])
+        top = max([*tops, 0]) or 1
         for j, (size, label) in enumerate(sizes.items()):
+            look = {"color": COLORS[j % 6], "hatch": HATCHES[j % 3], "edgecolor": "white"}
+            ax.bar(0, 0, label=label, **look)  # for the legend, whatever was run
             for i, group in enumerate(names):
                 x = i + (j - (len(sizes) - 1) / 2) * width
                 if (group, size) not in values:
                     ax.text(x, 0.02 * top, "not run", rotation=90, ha="center", va="bottom",
-                            fontsize=8,                            color="#59636e")  # fmt: skip
+                            fontsize=8, color="#59636e")  # fmt: skip
                     continue
                 v = values[group, size]
-                ax.bar(x, v["value"], 0.92 * width, color=COLORS[j % 6], hatch=HATCHES[j % 3],
-                       edgecolor="white", label=label)  # fmt: skip
-                label = None  # one entry of the legend is enough
+                ax.bar(x, v["value"], 0.92 * width, **look)
                 if "low" in v:
                     around = [[max(0, v["value"] - v["low"])], [max(0, v["high"] - v["value"])]]
                     ax.errorbar(x, v["value"], around, color="#1f2328", capsize=3, linewidth=1)
@@ -104,6 +104,7 @@ def bars(axes, panels: list[tuple], sizes: dict[str, str], names: dict[str, str]
                 above = max(v.get("high", v["value"]), *seeds, 0)
                 ax.text(x, above + 0.02 * top, f"{v['value']:{form}}", ha="center", fontsize=9)
         ax.set_ylim(0, 1.18 * top)
+        ax.set_xlim(-0.6, len(names) - 0.4)
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_xticks(range(len(names)), names.values(), fontsize=9)
     if len(sizes) > 1:

@@ -225,7 +225,8 @@ def lineage(ladder: Ladder) -> list[dict]:
     found = {}
     for run in (run for rung in ladder.rungs for run in rung.runs):
         config = (ladder.folder / run["name"] / "config.json").read_bytes()
-        of = {k: run["config"].get(k) for k in ("data_checksum", "tokenizer", "init_checksum")}
+        keys = ("data_checksum", "tokenizer", "init_checksum")
+        of = {k: str(run["config"].get(k) or "")[:12] for k in keys}
         of |= {"weights": run["summary"].get("weights"), "config": _hash(config)}
         found[run["name"]] = {"run": run["name"], **of, "code": run["config"].get("code"),
                               "commit": run["config"].get("commit")}  # fmt: skip
