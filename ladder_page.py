@@ -26,7 +26,6 @@ from pages import COLORS, bars, escape, figure, page, table
 MARKERS, DASHES = "osD^vPX", ["-", "--", ":", "-."]
 SAMPLES_EACH, SAMPLE_CHARS = 4, 800
 SHORT = dict(zip(SETS, ["held-out", "unseen", "HumanEval", "MBPP"]))
-SIDES = ("similar", "other", "total")
 MEASURES = [  # file, key, factor, format, title
     ("bits", "bits_per_byte", 1, ".2f", "bits per byte of held-out real code (lower is better)"),
     ("library", "right_frac", 100, ".1f", "attributes of libraries guessed right in such code, %"),
@@ -159,8 +158,7 @@ def there(ladder: Ladder, rungs: list[str]) -> dict[str, str]:
 
 
 def scores_section(ladder: Ladder, shown) -> str:
-    names = there(ladder, LADDER)
-    parts = []
+    names, parts = there(ladder, LADDER), []
     for file, sets, says in (
         ("exercises", ["heldout", "unseen"], "Problems of our own generator that no rung trained "
          "on. It shows which data are better for such exercises. It does not show that a model can "
@@ -177,9 +175,8 @@ def scores_section(ladder: Ladder, shown) -> str:
                {key: {"value": score} for key, score in FIGURE_2_1.items()})]  # fmt: skip
     says = ("Beside it the paper's own figure: 350M and 1.3B parameters, 76 billion tokens. What "
             "can be compared with ours is the order of the bars, not their height.")  # fmt: skip
-    sizes = {"350M": "350M parameters", "1.3B": "1.3B parameters"}
-    names = dict.fromkeys(group for group, _ in FIGURE_2_1)
-    parts.append(shown("paper", says, bars, panels, sizes, {n: n for n in names}, height=2.6))
+    names, sizes = ({name: name for name in side} for side in zip(*FIGURE_2_1))
+    parts.append(shown("paper", says, bars, panels, sizes, names, height=2.6))
     rows = [
         [r.about["label"], r.key[1], str(r.about["seed"])]
         + [percent(r.results[s].result) if s in r.results else "not run" for s in SETS]
@@ -203,8 +200,7 @@ def scores_section(ladder: Ladder, shown) -> str:
 
 def score_bars(ladder: Ladder, shown, file: str, says: str, sets, sizes, names) -> str:
     panels = [(f"{SETS[s]}: pass@1, %", ".1f", ladder.scores(s)) for s in sets]
-    n = len(panels)
-    return shown(file, says, bars, panels, sizes, names, rows=n, height=2.7 * n)
+    return shown(file, says, bars, panels, sizes, names, rows=len(sets), height=2.7 * len(sets))
 
 
 def gain_table(ladder: Ladder, kind: str) -> str:
@@ -238,8 +234,7 @@ def loss_section(ladder: Ladder, shown) -> str:
     says = ("Training loss of the first seed of each rung, pruned ones left out. Each line is of "
             "its own data: exercises are easier to predict than code, so a lower line is not a "
             "better model.")  # fmt: skip
-    n = len(ladder.sizes)
-    return shown("loss", says, draw_loss, ladder, rows=n, height=2.8 * n)
+    return shown("loss", says, draw_loss, ladder, rows=(n := len(ladder.sizes)), height=2.8 * n)
 
 
 def robustness_section(ladder: Ladder, shown) -> str:
@@ -282,7 +277,7 @@ def pruning_section(ladder: Ladder, shown) -> str:
             "retrained: similar", "not", "total"]  # fmt: skip
     rows = []
     for row in reading.pruning(ladder):
-        scores = [row[of][k] for of in ("exercises", "pruned") for k in SIDES]
+        scores = [row[of][k] for of in ("exercises", "pruned") for k in row[of]]
         n = "{}/{}".format(*(s["problems"] if s else 0 for s in scores[:2]))
         removed = f"{row['removed']:,} of {row['of']:,}"
         rows.append([row["size"], SHORT[row["set"]], f"{row['tau']:.2f}", removed, n,

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+import shutil
 
 import pytest
 
@@ -271,7 +272,12 @@ def test_gain_is_problem_by_problem(drawn, ladder):
     assert not any("damaged" in b and "large" in b for _, _, b in compared)
 
 
-def test_pruning_splits_scores_at_its_own_tau(drawn, ladder):
+def test_pruning_splits_scores_at_its_own_tau(drawn, tmp_path):
+    shutil.copytree(drawn[0], tmp_path / "copy")
+    report = tmp_path / "copy" / "data" / "decontaminate_80" / "report" / "problems.jsonl"
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    write_lines(report, (line | {"close": line["close"] | {"0.95": 0}} for line in lines))
+    ladder = reading.read_ladder(tmp_path / "copy")
     rows = {(r["size"], r["set"], r["tau"]): r for r in reading.pruning(ladder)}
     assert len(rows) == 2 * 2 * 2  # of MBPP there are no scores, of unseen exercises no report
     row = rows["small", "heldout", 0.8]
