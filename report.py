@@ -2,6 +2,8 @@
 
     python -m report --demo out/demo
     python -m report out/a out/b         instead: the curves of training runs, beside each other
+    python -m report --ladder out/ladder --png records/ladder_cpu
+                                         instead: the ladder's evidence (ladder_page.py)
 
 Reads what the stages left in the folder: eval/ARM/results.json, runs/*/metrics.jsonl and
 config.json, and the summaries of the data stages. Needs no network to write or to look at.
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import curves
+import ladder_page
 from config import UserError, parse, run
 from data.documents import read_jsonl
 from pages import COLORS, escape, figure, page, table
@@ -44,11 +47,14 @@ errors, and far more varied.</li></ul>
 
 @dataclass(frozen=True)
 class Config:
-    """Write the report of a demo and print its table; or, with RUN..., of training runs."""
+    """Write the report of a demo and print its table; or of a ladder; or, with RUN..., of runs."""
 
     run: tuple[Path, ...] = ()  # folders of runs to draw; they may stand without --run, first
     demo: Path = Path("out/demo")  # folder of the demo
-    out: Path | None = None  # file to write; DEMO/report.html or, of runs, RUN/curves.html
+    ladder: Path | None = None  # folder of a ladder, instead of a demo
+    png: Path | None = None  # of a ladder: folder for its figures as PNG, and for its numbers
+    out: Path | None = None  # file to write; DEMO/report.html, LADDER/report.html or, of runs,
+    # RUN/curves.html
 
 
 @dataclass
@@ -77,6 +83,10 @@ def main() -> None:
         out = config.out or config.run[0] / "curves.html"
         out.write_text(curves.runs_page(list(config.run)), encoding="utf-8")
         return print(f"report: {out}")
+    if config.ladder:
+        out = config.out or config.ladder / "report.html"
+        print(ladder_page.write(config.ladder, out, config.png))
+        return print(f"\nreport: {out}")
     demo = config.demo
     arms = [read_arm(demo, p.parent.name) for p in sorted(demo.glob("eval/*/results.json"))]
     if not arms:
