@@ -99,6 +99,12 @@ def some_line(rng: random.Random) -> str:
     return " ".join(families.some_words(rng)) + rng.choice(["", "", ".", "!", "?"])
 
 
+def some_framed(rng: random.Random) -> str:
+    """Often the same at both ends, but for the case."""
+    end = rng.choice(WORDS)[: rng.randint(1, 4)]
+    return end + families.some_letters(rng)[:3] + rng.choice([end, end, end.title(), end[1:], "s"])
+
+
 def times(pattern: str, *limits: int):
     return lambda rng: pattern.format(*(rng.randint(0, limit) for limit in limits))
 
@@ -153,6 +159,7 @@ KINDS |= {
     "char": Kind("ch letter", lambda r: r.choice(LETTERS + "aeiou"), ("a", "e", "z", "t")),
     "word2": Kind("other pattern w", families.some_word, ("a", "no", "Eel", "tea")),
     "letters2": Kind("other pattern t", families.some_letters, ("", "a", "zz", "zyx", "abab")),
+    "framed": Kind("text s word", some_framed, ("", "a", "Noon", "abcab", "xyxy", "Tart")),
     "sentence": Kind("sentence text s", some_line, ("", "a", "go up Up.", "red sky, red sea")),
     "scores2": Kind("other extra", families.some_scores, ({"a": 2}, {}, {"fig": 7, "egg": 1})),
 }  # fmt: skip
@@ -227,7 +234,8 @@ def read_family(block: str) -> None:
             body.append(line)
 
     def make(*values) -> Task | None:
-        chosen = dict(zip(names, values, strict=True))
+        assert len(names) == len(values), (label, names, values)
+        chosen = dict(zip(names, values))
         if not eval(where, {}, chosen):
             return None
 
