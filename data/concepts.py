@@ -105,6 +105,12 @@ def some_framed(rng: random.Random) -> str:
     return end + families.some_letters(rng)[:3] + rng.choice([end, end, end.title(), end[1:], "s"])
 
 
+def some_stock(rng: random.Random) -> dict[str, int]:
+    """Of so few names that two of them have some in common."""
+    names = rng.sample(["fig", "egg", "kiwi", "pear", "tea"], rng.randint(1, 4))
+    return {name: rng.randint(-3, 9) for name in names}
+
+
 def times(pattern: str, *limits: int):
     return lambda rng: pattern.format(*(rng.randint(0, limit) for limit in limits))
 
@@ -161,7 +167,8 @@ KINDS |= {
     "letters2": Kind("other pattern t", families.some_letters, ("", "a", "zz", "zyx", "abab")),
     "framed": Kind("text s word", some_framed, ("", "a", "Noon", "abcab", "xyxy", "Tart")),
     "sentence": Kind("sentence text s", some_line, ("", "a", "go up Up.", "red sky, red sea")),
-    "scores2": Kind("other extra", families.some_scores, ({"a": 2}, {}, {"fig": 7, "egg": 1})),
+    "stock": Kind("stock prices first", some_stock, ({}, {"fig": 1}, {"kiwi": 4, "fig": -2})),
+    "stock2": Kind("other new second", some_stock, ({"fig": 1}, {}, {"fig": 7, "egg": 1})),
 }  # fmt: skip
 
 
@@ -193,6 +200,24 @@ def unfold(start, step, n: int) -> list:
 
 def flat(nested: list) -> list:
     return sum((flat(x) if isinstance(x, list) else [x] for x in nested), [])
+
+
+def mirror(nested):
+    return [mirror(x) for x in reversed(nested)] if isinstance(nested, list) else nested
+
+
+def keep_even(nested):
+    if isinstance(nested, int):
+        return nested
+    return [keep_even(x) for x in nested if isinstance(x, list) or not x & 1]
+
+
+def unite(pairs: list) -> list[tuple[int, int]]:
+    """Intervals merged, by marking what they cover in steps of a half."""
+    covered = {i for x, y in pairs for i in range(2 * min(x, y), 2 * max(x, y) + 1)}
+    starts = sorted(i for i in covered if i - 1 not in covered)
+    ends = sorted(i for i in covered if i + 1 not in covered)
+    return [(x // 2, y // 2) for x, y in zip(starts, ends)]
 
 
 # ---- Reading concepts.txt
