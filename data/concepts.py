@@ -14,7 +14,7 @@ A family in concepts.txt is a block of lines, as this one:
 
 that is: its label, its function's name and the kinds of its arguments; parameters, values apart by
 ";" (which may begin a line), those that belong together as "OP WORD: + ~ sum; * ~ product"; an optional
-"where" with a condition on them; wordings, of which one is chosen; the body; and "=", the oracle over a, b and c.
+"where" with a condition on them; a "limit" to the number of tasks; wordings, of which one is chosen; the body; and "=", the oracle over a, b and c.
 A parameter is replaced wherever it stands as a word, or part of a name between "_".
 """
 
@@ -105,6 +105,15 @@ def some_framed(rng: random.Random) -> str:
     return end + families.some_letters(rng)[:3] + rng.choice([end, end, end.title(), end[1:], "s"])
 
 
+def some_mirrored(rng: random.Random) -> str:
+    """A palindrome, but for what stands in it or around it."""
+    half = rng.choice(WORDS)[: rng.randint(1, 4)]
+    text = half + rng.choice(["", half[-1], rng.choice(LETTERS)]) + half[::-1]
+    marks = rng.choice(["", " ", "7", "e", "U", rng.choice(LETTERS)])
+    at = rng.choice([0, rng.randint(0, len(text)), len(text)])
+    return text[:at] + marks + text[at:]
+
+
 def some_stock(rng: random.Random) -> dict[str, int]:
     """Of so few names that two of them have some in common."""
     names = rng.sample(["fig", "egg", "kiwi", "pear", "tea"], rng.randint(1, 4))
@@ -166,6 +175,7 @@ KINDS |= {
     "word2": Kind("other pattern w", families.some_word, ("a", "no", "Eel", "tea")),
     "letters2": Kind("other pattern t", families.some_letters, ("", "a", "zz", "zyx", "abab")),
     "framed": Kind("text s word", some_framed, ("", "a", "Noon", "abcab", "xyxy", "Tart")),
+    "mirrored": Kind("text s phrase", some_mirrored, ("", "a", "Noon", "xabay", "no on", "a1b22a")),
     "sentence": Kind("sentence text s", some_line, ("", "a", "go up Up.", "red sky, red sea")),
     "stock": Kind("stock prices first", some_stock, ({}, {"fig": 1}, {"kiwi": 4, "fig": -2})),
     "stock2": Kind("other new second", some_stock, ({"fig": 1}, {}, {"fig": 7, "egg": 1})),
@@ -244,13 +254,15 @@ def read_family(block: str) -> None:
     head, *lines = block.split("\n")
     label, name, args = re.fullmatch(r"(\w+) = (.+)\((.*)\)", head).groups()
     lines = "\n".join(lines).replace("\n; ", "; ").split("\n")
-    names, axes, wordings, body, where, oracle = [], [], [], [], "True", None
+    names, axes, wordings, body, where, limit = [], [], [], [], "True", LIMIT
     for line in lines:
         if m := re.fullmatch("([A-Z]+(?: [A-Z]+)*): (.+)", line):
             names += m[1].split()
             axes.append(values_of(m[2]))
         elif line.startswith("where "):
             where = line.removeprefix("where ")
+        elif line.startswith("limit "):
+            limit = int(line.removeprefix("limit "))
         elif line.startswith('"'):
             wordings.append(line[1:-1])
         elif line.startswith("= "):
@@ -280,7 +292,7 @@ def read_family(block: str) -> None:
         )
 
     assert label not in FAMILIES, label
-    family(*axes, limit=LIMIT, name=label)(make)
+    family(*axes, limit=limit, name=label)(make)
     CONCEPTS[label] = FAMILIES[label]
 
 
