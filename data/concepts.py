@@ -212,6 +212,10 @@ def flat(nested: list) -> list:
     return sum((flat(x) if isinstance(x, list) else [x] for x in nested), [])
 
 
+def common_start(a: str, b: str) -> str:
+    return next(a[:n] for n in range(min(len(a), len(b)), -1, -1) if a[:n] == b[:n])
+
+
 def mirror(nested):
     return [mirror(x) for x in reversed(nested)] if isinstance(nested, list) else nested
 
