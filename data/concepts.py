@@ -75,7 +75,14 @@ def some_settings(rng: random.Random) -> str:
 
 
 def some_mixed(rng: random.Random) -> list:
-    values = [rng.choice(WORDS), rng.randint(-9, 30), "", None, rng.randint(0, 9), str(rng.randint(0, 99))]
+    values = [
+        rng.choice(WORDS),
+        rng.randint(-9, 30),
+        "",
+        None,
+        rng.randint(0, 9),
+        str(rng.randint(0, 99)),
+    ]
     return [rng.choice(values) for _ in range(rng.randint(1, 7))]
 
 
