@@ -13,16 +13,17 @@ A family in concepts.txt is a block of lines, as this one:
     = reduce(lambda total, c: total + (ord(c) - 48) ** K, str(a), 0)
 
 that is: its label, its function's name and the kinds of its arguments; parameters, values apart by
-";" (which may begin a line), those that belong together as "OP WORD: + ~ sum; * ~ product"; an optional
-"where" with a condition on them; a "limit" to the number of tasks; wordings, of which one is chosen; the body; and "=", the oracle over a, b and c.
-A parameter is replaced wherever it stands as a word, or part of a name between "_".
+";" (which may begin a line), those that belong together as "OP WORD: + ~ sum; * ~ product"; an
+optional "where" with a condition on them and "limit" to the number of tasks; wordings, of which one
+is chosen; the body, where $f is the function itself; and "=", the oracle over a, b and c. A
+parameter is replaced wherever it stands as a word, or part of a name between "_".
 """
 
 import bisect  # noqa: F401, as the other imports here, for oracles
 import calendar  # noqa: F401
-import datetime  # noqa: F401
+import datetime
 import fractions  # noqa: F401
-import itertools  # noqa: F401
+import itertools
 import math  # noqa: F401
 import operator  # noqa: F401
 import random
@@ -146,8 +147,11 @@ KINDS |= {
     "lst": Kind("lst arr nums numbers", families.some_ints, LISTS),
     "lst2": Kind("lst2 other others", families.some_ints, LISTS[::-1]),
     "full": Kind("lst arr nums values", families.some_ints, FULL),
-    "nats": Kind("lst nums counts sizes", lambda r: [*map(abs, families.some_ints(r))],
-                 ([], [0], [1], [3, 1, 2], [4, 4, 0, 7], [9, 12, 1])),
+    "nats": Kind(
+        "lst nums counts sizes",
+        lambda r: [*map(abs, families.some_ints(r))],
+        ([], [0], [1], [3, 1, 2], [4, 4, 0, 7], [9, 12, 1]),
+    ),
     "side": Kind("a side width", SIDES, (1, 3, 5, 2, 8, 7), low=1),
     "side2": Kind("b height", SIDES, (1, 4, 12, 2, 3, 7), low=1),
     "side3": Kind("c depth", SIDES, (1, 5, 13, 2, 6, 7), low=1),
@@ -156,23 +160,54 @@ KINDS |= {
     "i3": Kind("c third", up_to(9, 40, low=-20), (0, 3, 5, 1, 9, -4)),
     "amount": Kind("price amount cost", up_to(20, 300, 2000), (0, 1, 10, 99, 100, 250), low=0),
     "degrees": Kind("temp degrees temperature", up_to(50, 110, low=-40), (0, 32, 100, -40, 15)),
-    "year": Kind("year y", up_to(2400, 2050, low=1590), (1600, 1900, 2000, 2023, 2024), low=1, high=9999),
-    "seconds": Kind("seconds secs t", up_to(99, 5000, 90000), (0, 1, 59, 60, 61, 3600, 3661), low=0, high=10**7),
-    "minutes": Kind("minutes mins", up_to(59, 1500), (0, 1, 59, 60, 61, 720, 1440), low=0, high=10**6),
+    "year": Kind(
+        "year y", up_to(2400, 2050, low=1590), (1600, 1900, 2000, 2023, 2024), low=1, high=9999
+    ),
+    "seconds": Kind(
+        "seconds secs t", up_to(99, 5000, 90000), (0, 1, 59, 60, 61, 3600, 3661), low=0, high=10**7
+    ),
+    "minutes": Kind(
+        "minutes mins", up_to(59, 1500), (0, 1, 59, 60, 61, 720, 1440), low=0, high=10**6
+    ),
     "floats": Kind("values readings xs", some_floats, ([], [0.5], [1.0, 2.5], [-1.5, 3.25, 3.25])),
-    "pairs": Kind("pairs points tuples", some_pairs, ([], [(1, 2)], [(3, 1), (1, 3)], [(0, 0), (2, 5)])),
-    "items": Kind("items records entries", some_items, ([], [("fig", 3)], [("kiwi", 2), ("egg", 5), ("fig", 2)])),
-    "point": Kind("p point", lambda r: (r.randint(-9, 12), r.randint(-9, 12)), ((0, 0), (3, 4), (1, -2))),
-    "point2": Kind("q target", lambda r: (r.randint(-9, 12), r.randint(-9, 12)), ((0, 0), (0, 1), (4, 2))),
-    "tup": Kind("tup values t", lambda r: tuple(families.some_ints(r)), ((), (4,), (1, 2, 3), (5, 5, 0, -1))),
+    "pairs": Kind(
+        "pairs points tuples", some_pairs, ([], [(1, 2)], [(3, 1), (1, 3)], [(0, 0), (2, 5)])
+    ),
+    "items": Kind(
+        "items records entries",
+        some_items,
+        ([], [("fig", 3)], [("kiwi", 2), ("egg", 5), ("fig", 2)]),
+    ),
+    "point": Kind(
+        "p point", lambda r: (r.randint(-9, 12), r.randint(-9, 12)), ((0, 0), (3, 4), (1, -2))
+    ),
+    "point2": Kind(
+        "q target", lambda r: (r.randint(-9, 12), r.randint(-9, 12)), ((0, 0), (0, 1), (4, 2))
+    ),
+    "tup": Kind(
+        "tup values t", lambda r: tuple(families.some_ints(r)), ((), (4,), (1, 2, 3), (5, 5, 0, -1))
+    ),
     "lists": Kind("lists nested rows", some_lists, ([[]], [[1], [2, 3]], [[4, 5], [], [6]])),
-    "square": Kind("matrix grid square", some_square, ([[7]], [[1, 2], [3, 4]], [[1, 2, 3], [4, 5, 6], [7, 8, 9]])),
+    "square": Kind(
+        "matrix grid square",
+        some_square,
+        ([[7]], [[1, 2], [3, 4]], [[1, 2, 3], [4, 5, 6], [7, 8, 9]]),
+    ),
     "nested": Kind("nested tree data", some_nested, ([], [1, [2, [3]]], [[4], 5], [[[]]])),
     "mixed": Kind("items values data", some_mixed, ([], [1, "a"], ["", None, 3], ["12", 12])),
-    "bools": Kind("flags checks bits", lambda r: [r.random() < 0.6 for _ in range(r.randint(1, 8))],
-                  ([], [True], [False], [True, False, True])),
-    "binary": Kind("bits binary s", letters_of("01", 1, 9), ("0", "1", "10", "0110", "111"), ),
-    "digits": Kind("digits code s", letters_of("0123456789", 1, 9), ("0", "7", "10", "0420", "112233")),
+    "bools": Kind(
+        "flags checks bits",
+        lambda r: [r.random() < 0.6 for _ in range(r.randint(1, 8))],
+        ([], [True], [False], [True, False, True]),
+    ),
+    "binary": Kind(
+        "bits binary s",
+        letters_of("01", 1, 9),
+        ("0", "1", "10", "0110", "111"),
+    ),
+    "digits": Kind(
+        "digits code s", letters_of("0123456789", 1, 9), ("0", "7", "10", "0420", "112233")
+    ),
     "moves": Kind("moves path", letters_of("UDLR", 1, 9), ("", "U", "UD", "LLR", "URDL")),
     "numbered": Kind("text s line", some_numbered, ("", "7", "a1b22", "3 figs and 12 eggs")),
     "settings": Kind("text config s", some_settings, ("a=1", "fig=3;egg=12", "up=0;up=5")),
@@ -186,7 +221,7 @@ KINDS |= {
     "sentence": Kind("sentence text s", some_line, ("", "a", "go up Up.", "red sky, red sea")),
     "stock": Kind("stock prices first", some_stock, ({}, {"fig": 1}, {"kiwi": 4, "fig": -2})),
     "stock2": Kind("other new second", some_stock, ({"fig": 1}, {}, {"fig": 7, "egg": 1})),
-}  # fmt: skip
+}
 
 
 # ---- Oracles that are no one-liners
@@ -216,7 +251,7 @@ def unfold(start, step, n: int) -> list:
 
 
 def flat(nested: list) -> list:
-    return sum((flat(x) if isinstance(x, list) else [x] for x in nested), [])
+    return [y for x in nested for y in (flat(x) if isinstance(x, list) else [x])]
 
 
 def common_start(a: str, b: str) -> str:
