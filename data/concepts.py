@@ -37,9 +37,6 @@ from data import families
 from data.families import FAMILIES, KINDS, LETTERS, LISTS, WORDS, Kind, Task, family, up_to
 
 LIMIT = 60  # tasks of a family
-# Tasks that do what a problem of HumanEval or MBPP asks for
-NEVER = """
-"""
 
 
 # ---- Kinds of arguments
@@ -343,7 +340,6 @@ def read_family(block: str) -> None:
 
 
 CONCEPTS: dict[str, list[Task]] = {}
-families.NEVER += [line.strip() for line in NEVER.split("\n")]
 text = Path(__file__).with_suffix(".txt").read_text()
 for block in re.split(r"\n\n+", re.sub("^# .*\n", "", text, flags=re.M).strip()):
     read_family(block)
