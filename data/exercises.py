@@ -648,7 +648,7 @@ def passes(task: Task, kinds: list[Kind], cases: list[tuple]) -> bool:
             continue
         try:
             got = task.oracle(*arguments)
-        except (ArithmeticError, LookupError, TypeError, ValueError):
+        except (ArithmeticError, LookupError, StopIteration, TypeError, ValueError):
             return False
         if got != result or type(got) is not type(result):
             return False
