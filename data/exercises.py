@@ -451,7 +451,7 @@ def damaged_key(task: Task, wrong: str) -> str:
 @functools.cache
 def damaged_bodies(body: str) -> list[str]:
     """Bodies with one error such as a language model makes, which parse; `$a` as in `body`."""
-    source = fill(body, ("_a_", "_b_", "_c_"))
+    source = fill(body, ("_a_", "_b_", "_c_")).replace("$f", "_f_")
     if not source.isascii():  # ast counts bytes
         return []
     lines = source.splitlines(keepends=True)
@@ -466,7 +466,7 @@ def damaged_bodies(body: str) -> list[str]:
                 ast.parse(changed)
             except SyntaxError:
                 continue
-            found[re.sub(r"\b_([abc])_\b", r"$\1", changed)] = None
+            found[re.sub(r"\b_([abcf])_\b", r"$\1", changed)] = None
     return [*found]
 
 
@@ -530,7 +530,7 @@ def is_wrong(task: Task, wrong: str) -> bool:
     """Whether this body ends for every input of the pool, fails for at most half of them, and has
     another result than the oracle for at least one."""
     arguments = ("_a_", "_b_", "_c_")[: len(task.args.split())]
-    source = textwrap.indent(fill(wrong, arguments), "    ")
+    source = textwrap.indent(fill(wrong.replace("$f", "f"), arguments), "    ")
     namespace, steps, wrongs, failures = {}, 0, 0, 0
     exec(f"def f({', '.join(arguments)}):\n{source}\n", namespace)
 
@@ -648,7 +648,7 @@ def passes(task: Task, kinds: list[Kind], cases: list[tuple]) -> bool:
             continue
         try:
             got = task.oracle(*arguments)
-        except (IndexError, ValueError):
+        except (ArithmeticError, LookupError, StopIteration, TypeError, ValueError):
             return False
         if got != result or type(got) is not type(result):
             return False

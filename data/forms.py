@@ -69,7 +69,8 @@ class Exercise:
         return f'def {self.name}({", ".join(self.arguments)}):\n    """{doc}"""\n'
 
     def solution(self) -> str:
-        body = textwrap.indent(fill(self.wrong or self.task.body, self.arguments), "    ") + "\n"
+        body = (self.wrong or self.task.body).replace("$f", self.name)  # it may call itself
+        body = textwrap.indent(fill(body, self.arguments), "    ") + "\n"
         if not self.form:
             return body
         body = re.sub("^ +", lambda m: self.form.indent * (len(m[0]) // 4), body, flags=re.M)
