@@ -179,6 +179,7 @@ def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exerci
     if rng.random() < HINTS_FRAC:
         imports, hints = type_hints(types, rng)
         lead = imports or lead
+    quote = rng.choices(['"""', "'''"], [88, 12])[0]
     form = Form(
         prose,
         tuple(lines),
@@ -186,7 +187,7 @@ def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exerci
         hints=hints,
         comma=comma,
         indent=indent,
-        quote=rng.choices(['"""', "'''"], [88, 12])[0],
+        quote='"""' if quote in "\n".join([prose, *lines]) else quote,
         begin=rng.choices(["", " ", "\n"], [50, 15, 35])[0],
         end="\n" if rng.random() < (0.9 if lines else 0.5) else "",
         width=rng.choice([60, 72, 76, 80, 88]),
