@@ -305,7 +305,7 @@ def within(value, kind: Kind) -> bool:
 def outcome(task: Task, inputs: list[tuple]) -> str:
     try:
         return repr([task.oracle(*x) for x in inputs])
-    except (ArithmeticError, LookupError, TypeError, ValueError):
+    except Exception:  # the oracle was written for another kind of argument
         return ""
 
 
