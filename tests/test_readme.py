@@ -187,10 +187,11 @@ def shell(root: Path, script: str) -> subprocess.CompletedProcess:
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=600)
     finally:
         with contextlib.suppress(ProcessLookupError):  # what it left behind
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     return subprocess.CompletedProcess(script, process.returncode, stdout, stderr)
 
 
@@ -263,7 +264,7 @@ def exists(name: str, copy: Path) -> bool:
 
 
 def is_path(word: str) -> bool:
-    ends = r"\w\.(py|toml|json|jsonl|md|txt|bin|html|csv|svg|png|xml|model|gz|zst|safetensors)"
+    ends = r"[\w*]\.(py|toml|json|jsonl|md|txt|bin|html|csv|svg|png|xml|model|gz|zst|safetensors)"
     return "--" not in word and ("/" in word or bool(re.search(f"{ends}$", word)))
 
 
