@@ -1,0 +1,364 @@
+"""Every command of README.md runs here, in its order, in one copy of the project, made small.
+
+A fenced block without a language holds commands, unless its first word is a file of the project:
+that is the file tree. A new command is covered as it stands; SMALL says what makes one small. What
+the prose names in backticks (files, flags, modules, make's targets) exists too.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from config import run
+
+# Flags are added to every command in which the pattern is found; of a flag the last one counts.
+TINY = ("--seq_len=64 --n_layer=1 --n_head=2 --width=32 --mlp_width=64 --rotary_dim=8 "
+        "--seqs_per_step=4 --micro_batch=2 --eval_seqs=4 --max_steps=2")  # fmt: skip
+PRESET = f"--vocab_size=2048 {TINY} --dtype=float32"
+SETTINGS = "RAW_MB=1 EXERCISES=300 HELDOUT=4 BASE_STEPS=2 FINETUNE_STEPS=3"
+SMALL = {
+    r"^make train": SETTINGS,
+    r"^(python|torchrun).* train\.py configs/demo": TINY,
+    r"^torchrun.* train\.py configs/phi1": PRESET,
+    r"^torchrun.* configs/(phi1|phi1_small|phi1_modern)\.toml": "--init_from=out/phi1_base",
+    r"^python sample\.py": "--max_new_tokens=4",
+    r"data\.synthesize": "--count=20",
+    r"tokenizer\.train": "--vocab_size=512",
+    r"data\.pack": "--val_frac=0.2",
+    r"--data out/mine": "--vocab_size=512",
+    r"eval\.(humaneval|mbpp|robustness|judge)": "--limit=2 --max_new_tokens=4",
+    r"eval\.robustness": "--only=rename_function",
+    r"data\.classify train": "--trees=10 --folds=2",
+    r"kernels\.resources": "--sm=80 --kernel=layernorm",
+    r"^python bench\.py": f"--vocab_size=512 {TINY} --device=cpu --steps=1",
+}
+
+# Then the first of each pair gives way to the second.
+CHANGES = {
+    r"\bFILE\b": "out/demo/exercises/heldout.jsonl",
+    r"--nnodes=2 --nproc_per_node=8": "--nnodes=2 --nproc_per_node=1",
+    r"--nproc_per_node=8": "--nproc_per_node=2",
+    r"FIRST_MACHINE:29400": "localhost:{port}",
+    r"(?s)^(torchrun .*--nnodes=2.*)$": (
+        r"set -e; (\1 --out=out/machines) & \1 --out=out/machines; wait $!"
+    ),
+}
+
+# No GPU is seen here, so each of these has to end with status 2 and one line that says so.
+NEEDS_GPU = r"^make gpu|kernels\.(bench|tune)"
+
+# And these do not run; for make, `make -n` does.
+LEFT_OUT = {
+    r"^make test": "the tests that this is one of",
+    r"^make demo-full": "more of what make train runs",
+    r"^make ladder": "takes hours",
+}
+
+ELSEWHERE = {  # what the prose names that is of other projects, or the reader's own
+    "Posts.xml",
+}
+
+
+@dataclasses.dataclass
+class Command:
+    line: int  # of README.md, from 1
+    text: str  # as it stands there, without comments
+
+    def __str__(self):
+        return f"{self.line}: {' '.join(self.text.split())[:60]}"
+
+
+def blocks() -> list[tuple[int, str, str]]:
+    """(number of its first line, language, text) of each fenced block."""
+    text = (ROOT / "README.md").read_text()
+    found = re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(text.count("\n", 0, m.start(2)) + 1, m[1].strip(), m[2]) for m in found]
+
+
+def is_tree(block: str) -> bool:
+    return (ROOT / block.split()[0]).exists()
+
+
+def uncommented(command: str) -> str:
+    keep = r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?:^|(?<=\s))#[^\n]*"""
+    return re.sub(keep, lambda m: m[1] or "", command, flags=re.DOTALL).strip()
+
+
+def commands() -> list[Command]:
+    """A command is as many lines as bash needs for it: quotes, continuations, loops."""
+    found = []
+    for start, language, block in blocks():
+        if language not in ("", "sh", "bash") or is_tree(block):
+            continue
+        held, first = "", start
+        for number, line in enumerate(block.splitlines(), start):
+            if not held:
+                first = number
+            held += line + "\n"
+            parsed = subprocess.run(["bash", "-n"], input=held, capture_output=True, text=True)
+            if parsed.stderr or line.endswith("\\"):
+                continue
+            if text := uncommented(held):
+                found.append(Command(first, text))
+            held = ""
+        if held:
+            found.append(Command(first, held))  # which fails, and says why
+    return found
+
+
+COMMANDS = commands()
+
+
+def problem_row(name: str) -> dict:
+    return {
+        "task_id": f"HumanEval/{name}",
+        "prompt": f'def {name}(a, b):\n    """Add {name} to a and b."""\n',
+        "canonical_solution": f"    return a + b + {len(name)}\n",
+        "entry_point": name,
+        "test": f"def check(candidate):\n    assert candidate(1, 2) == {3 + len(name)}\n",
+    }
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The project's files in a folder of their own, with what README has the reader bring: Python
+    in .venv, code in ~/code, benchmark files, samples."""
+    root = tmp_path_factory.mktemp("readme") / "nanophi"
+    ignored = (ROOT / ".gitignore").read_text().replace("/", "").split()
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", *ignored))
+    bin = root / ".venv" / "bin"
+    bin.mkdir(parents=True)
+    python = f'#!/bin/sh\nexec "{sys.executable}"'
+    torchrun = f"{python} -m torch.distributed.run"
+    for name, start in (("python", python), ("python3", python), ("torchrun", torchrun)):
+        (bin / name).write_text(f'{start} "$@"\n')
+        (bin / name).chmod(0o755)
+    (bin / "activate").write_text(f'PATH="{bin}:$PATH"\n')
+    (root / ".venv" / "installed").touch()
+    code = root / "home" / "code"
+    for package in ("json", "asyncio", "concurrent", "importlib", "html", "wsgiref", "sqlite3"):
+        shutil.copytree(Path(sysconfig.get_path("stdlib")) / package, code / package)
+    rows = [problem_row(name) for name in ("first", "second", "third")]
+    with gzip.open(root / "HumanEval.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    samples = [{"task_id": r["task_id"], "completion": r["canonical_solution"]} for r in rows]
+    (root / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    mbpp = [
+        {"task_id": i, "text": f"Write a function to add {i} to a number.",
+         "code": f"def add_{i}(x):\n    return x + {i}",
+         "test_list": [f"assert add_{i}({x}) == {x + i}" for x in (0, 5, 7)],
+         "test_setup_code": "", "challenge_test_list": []} for i in range(1, 20)
+    ]  # fmt: skip
+    (root / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mbpp))
+    tokens = root / "out" / "tokens"  # what the presets read, as soon as it is there
+    tokens.mkdir(parents=True)
+    (tokens / "code_textbook").symlink_to("../demo/tokens/filtered")
+    (tokens / "code_exercises").symlink_to("../demo/tokens/exercises")
+    (root / "shell").write_text(f'. "{bin}/activate"\ncd "{root}"\n')
+    return root
+
+
+def shell(root: Path, script: str) -> subprocess.CompletedProcess:
+    """`script` in bash, which begins with the variables and the folder that the last one left."""
+    hidden = ("TRITON_INTERPRET", "MAKEFLAGS", "MAKELEVEL", "OPENAI_BASE_URL")
+    env = {k: v for k, v in os.environ.items() if k not in hidden}
+    env |= {"HOME": str(root / "home"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    script = (
+        f'. "{root}/shell"\n{script}\nrc=$?\n'
+        f'(export -p; echo "cd \'$PWD\'") > "{root}/shell"; exit $rc'
+    )
+    process = subprocess.Popen(
+        ["bash", "-c", script], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what it left behind
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return subprocess.CompletedProcess(script, process.returncode, stdout, stderr)
+
+
+def made_small(command: str) -> str:
+    flags = (f for pattern, f in SMALL.items() if re.search(pattern, command, re.DOTALL))
+    command = " ".join([command, *flags])
+    for pattern, replacement in CHANGES.items():
+        command = re.sub(pattern, replacement, command)
+    if "{port}" in command:
+        with socket.create_server(("localhost", 0)) as probe:
+            command = command.replace("{port}", str(probe.getsockname()[1]))
+    return command
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_command(command, copy):
+    script = made_small(command.text)
+    why = next((why for p, why in LEFT_OUT.items() if re.search(p, command.text)), "")
+    if why:
+        script = script.replace("make ", "make -n ", 1) if script.startswith("make ") else "true"
+    done = shell(copy, script)
+    said = f"README.md:{command.line}: {script}\n-> {done.returncode}\n{done.stderr[-3000:]}"
+    if re.search(NEEDS_GPU, command.text):
+        assert done.returncode == 2, said
+        assert re.fullmatch(r"error: .*no CUDA device here.*\n(make: .*\n)?", done.stderr), said
+        pytest.skip("needs a GPU; without one it says so")
+    assert done.returncode == 0, said
+    if why:
+        pytest.skip(why)
+    for out in re.findall(r"--out[= ]([\w./-]+)", script):
+        assert (copy / out).exists(), f"{said}\n{out} was not written"
+
+
+# ---- what the prose names ----
+
+
+def prose() -> str:
+    return re.sub(r"(?ms)^```.*?^```$", "", (ROOT / "README.md").read_text())
+
+
+def spans() -> list[list[str]]:
+    """The words of each backticked span of the prose."""
+    return [span.split() for span in re.findall(r"`([^`]+)`", prose())]
+
+
+def module_of(word: str) -> str:
+    """data.pack for data.pack, train for train.py; nothing for what is no module of the project."""
+    path = word.removesuffix(".py") if word.endswith(".py") else word.replace(".", "/")
+    return path.replace("/", ".") if (ROOT / f"{path}.py").exists() else ""
+
+
+def flags(module: str) -> set[str]:
+    """Fields of the dataclasses in it, and flags that it looks for by itself."""
+    held = importlib.import_module(module)
+    classes = filter(dataclasses.is_dataclass, vars(held).values())
+    literal = re.findall(r'"--(\w+)"', inspect.getsource(held))
+    return {f.name for c in classes for f in dataclasses.fields(c)} | set(literal)
+
+
+def every_flag() -> set[str]:
+    files = [p.relative_to(ROOT) for d in ("", "data", "eval", "kernels", "tokenizer")
+             for p in (ROOT / d).glob("*.py") if "__main__" in p.read_text()]  # fmt: skip
+    return set().union(*(flags(".".join(file.with_suffix("").parts)) for file in files))
+
+
+def exists(name: str, copy: Path) -> bool:
+    """A file of the project or of what its commands wrote; X stands for any digit."""
+    name = re.sub("X{2,}", "*", name.removeprefix("~/").rstrip("/"))
+    return next(copy.rglob(name), None) is not None
+
+
+def is_path(word: str) -> bool:
+    ends = r"[\w*]\.(py|toml|json|jsonl|md|txt|bin|html|csv|svg|png|xml|model|gz|zst|safetensors)"
+    return "--" not in word and ("/" in word or bool(re.search(f"{ends}$", word)))
+
+
+def test_named_files_and_folders_exist(copy):
+    named = {w for span in spans() for w in span if is_path(w)}
+    named |= {w for _, _, b in blocks() if is_tree(b) for w in b.split() if is_path(w)}
+    named |= set(re.findall(r"""(?:\]\(|src=["'])(?!https?:|#)([^)#"']+)""", prose()))
+    missing = {w for w in named if w not in ELSEWHERE and not exists(w, copy)}
+    assert not missing
+    assert len(named) > 20
+
+
+def test_the_tree_has_every_file_and_folder_of_the_top():
+    tree = {word for _, _, b in blocks() if is_tree(b) for word in b.split()}
+    top = {p.name for p in ROOT.glob("*.py")} | {f"{p.parent.name}/" for p in ROOT.glob("*/*.py")}
+    assert top - tree == set()
+
+
+def test_named_modules_and_flags_exist():
+    wrong, every = [], every_flag()
+    for span in spans():
+        owner = next((m for m in map(module_of, span) if m), "")
+        known = flags(owner) if owner else every
+        wrong += [w for w in span if (m := re.match(r"--(\w+)", w)) and m[1] not in known]
+        wrong += [w for w in span if re.match(r"(data|eval|kernels|tokenizer)\.\w+$", w)
+                  and not module_of(w) and w != "tokenizer.model"]  # fmt: skip
+    assert not wrong
+
+
+def test_named_targets_and_variables_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    files = [*ROOT.glob("*.py"), *ROOT.glob("[a-s]*/*.py")]  # not the tests
+    sources = makefile + "".join(p.read_text() for p in files)
+    targets = set(re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE))
+    targets |= {f"{name}=" for name in re.findall(r"^(\w+) *[?:]=", makefile, re.MULTILINE)}
+    for span in [*spans(), *(c.text.split() for c in COMMANDS)]:
+        if span[0] == "make":
+            assert {re.sub("=.*", "=", word) for word in span[1:]} <= targets
+        for word in span:
+            if m := re.match(r"([A-Z]+(_[A-Z0-9]+)+)(=|$)", word):
+                assert m[1] in sources, word
+
+
+# ---- what `make train` made, and when it is made again ----
+
+
+def test_the_report_holds_both_arms_and_nothing_from_outside(copy):
+    page = (copy / "out/demo/report.html").read_text()
+    assert "filtered code, then exercises" in page
+    assert page.count("<svg") == 2
+    for outside in ('src="http', 'href="http', "@import", "url(http"):
+        assert outside not in page.replace('xmlns:xlink="http', "")
+    for arm in ("exercises", "pairs"):
+        result = json.loads((copy / "out/demo/eval" / arm / "results.json").read_text())
+        assert result["problems"] == 4
+        assert result["pass@1"] == 0  # five steps teach nothing
+
+
+def test_only_what_changed_is_made_again(copy):
+    def would(*arguments: str) -> str:
+        return shell(copy, f"make -n train {SETTINGS} {' '.join(arguments)}").stdout
+
+    assert "python" not in would()
+    assert "--max_steps 4" in would("FINETUNE_STEPS=4")
+    assert "--max_steps 2" not in would("FINETUNE_STEPS=4")
+    assert "data.collect" in would("RAW_MB=3")
+    for touched, runs, rests in [
+        ("report.py", ["-m report"], ["train.py", "-m eval"]),
+        ("eval/harness.py", ["-m eval.exercises", "-m report"], ["train.py"]),
+        ("data/filter.py", ["-m data.filter", "-m tokenizer", "train.py"], ["-m data.collect"]),
+    ]:
+        said = would("-W", touched)
+        assert all(word in said for word in runs), (touched, said)
+        assert not any(word in said for word in rests), (touched, said)
+
+
+def test_help_lists_every_target():
+    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    makefile = (ROOT / "Makefile").read_text()
+    phony = makefile.split(".PHONY:")[1].split(".DELETE")[0].replace("\\", " ").split()
+    for target in phony:
+        assert f"\n{target} " in f"\n{text}", target
+
+
+@pytest.mark.parametrize("command", [
+    "data.collect", "data.filter", "data.pairs", "data.exercises", "data.pack", "tokenizer.train",
+    "eval.exercises", "eval.humaneval", "eval.mbpp", "train", "sample", "report"])  # fmt: skip
+def test_every_command_has_help_and_names_typos(command, monkeypatch, capsys):
+    main = importlib.import_module(command).main
+    monkeypatch.setattr("sys.argv", [command, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        run(main)
+    assert "default: " in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [command, "--outt=x"])
+    with pytest.raises(SystemExit, match="2"):
+        run(main)
+    assert capsys.readouterr().err.startswith("error: unknown argument '--outt'")
