@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,12 +101,9 @@ class Runner:
         known = read_json(record(self.out, job.name)) or {}
         return known if known.get("proof") == self.stamp(job) else {}
 
-    def stamp(self, job: Job) -> list[int] | None:
-        try:
-            stat = job.proof.stat()
-        except OSError:
-            return None
-        return [stat.st_size, stat.st_mtime_ns]
+    def stamp(self, job: Job) -> str | None:
+        """A hash of the file that is written last: that it is still what this job wrote."""
+        return describe(job.proof)["blake2b"] if job.proof.is_file() else None
 
     def key(self, job: Job) -> str:
         """A hash of all that decides a job's output, once the jobs that it needs are done."""
@@ -183,7 +181,11 @@ class Runner:
         record(self.out, job.name).unlink(missing_ok=True)
         job.out.parent.mkdir(parents=True, exist_ok=True)
         if job.call:
-            job.call()
+            try:
+                job.call()
+            except Exception:  # as a command's end with a traceback: it costs what needs it
+                self.log(job).write_text(traceback.format_exc())
+                return self.finish(job, 1, began)
             return self.finish(job, 0, began)
         for path in job.command:  # a --self_check file's folder
             if path.endswith(".json") and not path.startswith("-"):

@@ -330,8 +330,8 @@ class Plan:
         size = self.size(bar.size)
         summaries = [read_json(self.runs / name / "summary.json") for name in runs]
         tokens = sum(s["tokens"] for s in summaries)
-        seconds = [read_json(record(self.c.out, s)) for s in scores]
-        record = {
+        seconds = [read_json(record(self.c.out, name)) for name in scores]
+        rung = {
             "name": bar.name, "rung": bar.rung, "size": bar.size, "seed": bar.seed,
             "label": RUNGS[bar.rung].label, "parameters": parameter_count(size.model),
             "tokens": tokens, "flops": tokens * self.flops(bar.size),
@@ -344,7 +344,7 @@ class Plan:
                        f"--check {self.rungs / bar.name / 'rung.json'}",
             "versions": {k: v for k, v in environment().items() if k != "command"},
         }  # fmt: skip
-        write_json(self.rungs / bar.name / "rung.json", record)
+        write_json(self.rungs / bar.name / "rung.json", rung)
 
     def scores(self, name: str) -> dict[str, float]:
         """What was measured of a bar, in one number each."""
