@@ -187,9 +187,6 @@ class Runner:
                 self.log(job).write_text(traceback.format_exc())
                 return self.finish(job, 1, began)
             return self.finish(job, 0, began)
-        for path in job.command:  # a --self_check file's folder
-            if path.endswith(".json") and not path.startswith("-"):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.say(f"+ python -m {shlex.join(job.command)}")
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = os.environ | {

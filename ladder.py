@@ -168,7 +168,7 @@ class Plan:
         if name == "classified":  # the classifier decides alone, as in the paper
             options = ["--keep_frac", c.keep_frac, "--rules=false", *write]
             return self.on(name, "data.filter", ["scored"], *options, work_s=20)
-        if name == "lessons":
+        if name == "textbooks":
             return self.add(name, out, "data.synthesize", "textbooks", "--count", c.textbooks,
                             *write, work_s=c.textbooks / 40)  # fmt: skip
         if name in ("exercises", "exercises_damaged"):
@@ -184,10 +184,13 @@ class Plan:
             options = [*flags, "--tau", int(name[-2:]) / 100, *write]
             return self.on(name, "data.decontaminate", ["exercises/train"], *options, work_s=30,
                            reads=tuple(self.benchmarks.values()))  # fmt: skip
+        if name == "diversity":
+            sets = ["raw", "filtered", "classified", "textbooks", "exercises/train"]
+            return self.on(name, "data.diversity", sets, *write, work_s=60)
         if name == "tokenizer":
             options = ["--vocab_size", self.vocab_size(), "--max_mb", c.tokenizer_mb]
             options += ["--threads", c.threads, *write]
-            sources = ["raw", "lessons", "exercises/train"]
+            sources = ["raw", "textbooks", "exercises/train"]
             return self.on(name, "tokenizer.train", sources, *options, work_s=40)
         assert name.startswith("tokens/"), name
         return self.pack(name, name.partition("/")[2])
@@ -202,7 +205,7 @@ class Plan:
 
     def pack(self, name: str, kind: str) -> str:
         c, more, skip = self.c, [], None
-        sources = {MIX: ["classified", "lessons"], "exercises": ["exercises/train"],
+        sources = {MIX: ["classified", "textbooks"], "exercises": ["exercises/train"],
                    "exercises_damaged": ["exercises_damaged/train"]}.get(kind, [kind])  # fmt: skip
         if kind == MIX:
             more = ["--weight", 1 - c.textbooks_weight, "--weight", c.textbooks_weight]
@@ -397,6 +400,8 @@ def main() -> None:
     plan = Plan(c, folder, again(c, folder))
     for bar in bars:
         plan.bar(bar)
+    if not c.only:
+        plan.make("diversity")
     for name, why in plan.skipped.items():
         print(f"{name} is skipped: {why}")
     runner = Runner(plan.jobs, c.out, c.jobs, c.threads)
