@@ -82,6 +82,7 @@ class Config:
     exercise_options: tuple[str, ...] = ()  # more options of data.exercises
     heldout: int = 500  # held-out exercises of families that are in training
     unseen: int = 0  # held-out exercises of families that are not
+    prune_heldout: bool = True  # pruned rungs lose also what is like a held-out exercise
     tokenizer_mb: float = 4.0  # of each of raw code, textbooks and exercises, for the tokenizer
     val_frac: float = 0.02  # share of each kind of data for its validation loss
     finetune_options: tuple[str, ...] = ()  # options of train.py for finetuning, as "--lr=1e-3"
@@ -179,7 +180,8 @@ class Plan:
         if name == "pairs":
             return self.on(name, "data.pairs", ["raw"], *write, work_s=20)
         if name.startswith("decontaminate_"):
-            against = [*self.benchmarks.values(), data / "exercises" / "heldout.jsonl"]
+            heldout = [data / "exercises" / "heldout.jsonl"] if c.prune_heldout else []
+            against = [*self.benchmarks.values(), *heldout]
             flags = itertools.chain(*(("--benchmarks", path) for path in against))
             options = [*flags, "--tau", int(name[-2:]) / 100, *write]
             return self.on(name, "data.decontaminate", ["exercises/train"], *options, work_s=30,
@@ -250,6 +252,10 @@ class Plan:
                         needs=[self.make(tokens), *([init] if init else [])], reads=(config,),
                         work_s=flops / 80e9)  # fmt: skip
 
+    def tokens(self, bar: Bar) -> str:
+        """Of what the last run of a bar is trained on."""
+        return f"tokens/{RUNGS[bar.rung].finetune or RUNGS[bar.rung].base}"
+
     def flops(self, size: str) -> int:
         """FLOPs to train a model of this size on a token."""
         from model import flops_per_token
@@ -263,14 +269,12 @@ class Plan:
             self.skipped[bar.name] = "pruned of what? it needs --humaneval or --mbpp"
             return
         if rung.finetune:
-            if rung.finetune.startswith("pruned_"):
-                self.make(f"decontaminate_{rung.finetune[-2:]}")
             base = self.train(f"base-{where}", bar, f"tokens/{rung.base}", c.base_steps)
-            steps, tokens = c.finetune_steps, f"tokens/{rung.finetune}"
-            runs = [base, self.train(bar.name, bar, tokens, steps, init=base)]
+            steps = c.finetune_steps
+            runs = [base, self.train(bar.name, bar, self.tokens(bar), steps, init=base)]
         else:
             steps = c.base_steps + c.finetune_steps
-            runs = [self.train(bar.name, bar, f"tokens/{rung.base}", steps)]
+            runs = [self.train(bar.name, bar, self.tokens(bar), steps)]
         scores = list(self.score(bar.name))
 
         def write() -> None:
@@ -333,11 +337,13 @@ class Plan:
         size = self.size(bar.size)
         summaries = [read_json(self.runs / name / "summary.json") for name in runs]
         tokens = sum(s["tokens"] for s in summaries)
+        last = read_json(self.data / self.tokens(bar) / "summary.json")
         seconds = [read_json(record(self.c.out, name)) for name in scores]
         rung = {
             "name": bar.name, "rung": bar.rung, "size": bar.size, "seed": bar.seed,
             "label": RUNGS[bar.rung].label, "parameters": parameter_count(size.model),
             "tokens": tokens, "flops": tokens * self.flops(bar.size),
+            "epochs": round(summaries[-1]["tokens"] / last["train_tokens"], 2),
             "train_s": round(sum(s["trained_s"] for s in summaries), 1),
             "score_s": round(sum(s["seconds"] for s in seconds if s), 1),
             "runs": [f"runs/{r}" for r in runs],
