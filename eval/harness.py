@@ -20,7 +20,7 @@ from config import UserError
 from data.documents import new_folder, read_jsonl, write_json
 from eval.execute import Verdict, choose, describe
 from eval.pass_at_k import score
-from eval.self_check import PATIENCE, SLOWER, check, run_all, self_check, slowdown
+from eval.self_check import PATIENCE, SLOWER, check, remembered, run_all, self_check, slowdown
 
 FIELDS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")
 
@@ -51,6 +51,8 @@ class Evaluation:
     # on; scaled to this machine, and to slow references
     memory_mb: int = 1024  # address space that a program may take
     workers: int = 0  # programs run at once, 0 = one a CPU core
+    self_check: Path | None = None  # file of what checking the references gave: read if that was on
+    # this machine, since it was started, with the same limits and problems; else written
     json: bool = False  # print the results as one JSON object
 
     def __post_init__(self):
@@ -211,7 +213,11 @@ def measure(
     problems = problems[: config.limit or None]
     slower = slowdown(**limits)
     base_s = config.timeout_s * slower
-    reference_s = self_check(problems, base_s, **limits)
+    reference_s = remembered(
+        *(config.self_check, "self-check", problems),
+        lambda: self_check(problems, base_s, **limits),
+        **{**limits, "timeout_s": config.timeout_s},
+    )
     limit_s = {t: max(base_s, SLOWER * min(s, PATIENCE * base_s)) for t, s in reference_s.items()}
     if completions is None:
         completions = generate(config, problems, protocol)

@@ -27,7 +27,7 @@ from eval.harness import BODY, Evaluation, measure, read_problems
 from eval.pass_at_k import Z95
 from eval.perturb import PERTURBATIONS
 from eval.results import mean
-from eval.self_check import PATIENCE, check, run_all, slowdown
+from eval.self_check import PATIENCE, check, remembered, run_all, slowdown
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,21 @@ def variants(config: Config, problems: list[dict]) -> tuple[list[dict], dict[str
         new = [(p["task_id"], PERTURBATIONS[name](p)) for p in problems]
         made += [{**p, "task_id": f"{task_id}@{name}"} for task_id, p in new if p]
         left_out[name] = {"does_not_apply": sum(not p for _, p in new), "reference_fails": 0}
-    timeout_s = PATIENCE * config.timeout_s * slowdown(**limits)
-    checks = [check(p, p["canonical_solution"], timeout_s) for p in made]
-    kept = []
-    for p, verdict in zip(made, run_all(checks, progress="references", **limits)):
-        if verdict.status == "passed":
-            kept.append(p)
-        else:
+
+    def references() -> dict[str, bool]:
+        timeout_s = PATIENCE * config.timeout_s * slowdown(**limits)
+        checks = [check(p, p["canonical_solution"], timeout_s) for p in made]
+        verdicts = run_all(checks, progress="references", **limits)
+        return {p["task_id"]: v.status == "passed" for p, v in zip(made, verdicts)}
+
+    passed = remembered(
+        *(config.self_check, "perturbed references", made, references),
+        **{**limits, "timeout_s": config.timeout_s},
+    )
+    for p in made:
+        if not passed[p["task_id"]]:
             left_out[p["task_id"].rpartition("@")[2]]["reference_fails"] += 1
-    return kept, left_out
+    return [p for p in made if passed[p["task_id"]]], left_out
 
 
 def paired(before: list[float], after: list[float]) -> dict:

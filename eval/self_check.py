@@ -5,17 +5,28 @@ wrong must fail. The timeouts follow from it: --timeout_s times the slowdown, an
 SLOWER times what the problem's reference took.
 """
 
+import hashlib
+import json
 import math
+import os
+import platform
 import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 from config import UserError
-from eval.execute import Check, Verdict, run_checks
+from data.documents import write_json
+from data.stage import read_json
+from eval.execute import ROOT, Check, Verdict, run_checks
 
 SLOW_FRAC = 0.01  # of the references may time out
 SLOWER = 4.0  # times its reference's time that a sample may take (EvalPlus's default, too)
 PATIENCE = 5.0  # times the timeout that a reference may take
 LOOP = "total = 0\nfor i in range(1_000_000):\n    total += i * i % 7\n"
 LOOP_S = 0.1  # 0.09 s of CPU time for LOOP on the Xeon of LOG.md, Python 3.11, and the check's own
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # a machine since it was started
+CODE = ("candidate", "execute", "sandbox", "self_check", "supervise")  # what makes a verdict
 # Definitions that no test should accept, put behind a reference to replace it.
 WRONG = (
     "def {0}(*args, **kwargs): pass",
@@ -74,6 +85,38 @@ def self_check(problems: list[dict], timeout_s: float, **limits) -> dict[str, fl
             "Mend the problems, or raise --timeout_s or --memory_mb"
         )
     return seconds
+
+
+def remembered(
+    path: Path | None, name: str, problems: list[dict], work: Callable[[], dict], **limits
+) -> dict:
+    """`work()`, or what it gave under this `name` before, in the same circumstances, from `path`.
+
+    The circumstances are the machine since it was started, Python, the code that runs programs, the
+    `limits` (tier and nominal timeout among them) and the problems, word by word.
+    """
+    if path is None or not BOOT.exists():
+        return work()
+    code = [ROOT / "eval" / f"{n}.py" for n in CODE]
+    here = {
+        "machine": [BOOT.read_text().strip(), platform.node(), os.geteuid(), sys.executable],
+        "python": sys.version,
+        "code": hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest(),
+        "limits": limits,
+        "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
+    }
+    try:
+        known = json.loads(path.read_text())[name]
+        if known["here"] == here:
+            return known["found"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none, or none that can be read
+    found = work()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = read_json(path)  # again: another evaluation may have written there
+    known = known if isinstance(known, dict) else {}
+    write_json(path, {**known, name: {"here": here, "found": found}})
+    return found
 
 
 def run_all(checks: list[Check], **limits) -> list[Verdict]:

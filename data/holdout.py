@@ -1,0 +1,87 @@
+"""Keeps whole packages of raw code apart, for scores on code that no model was trained on.
+
+    python -m data.holdout --source out/collected --heldout_mb 1 --out out/raw
+    python -m data.holdout --source out/collected --heldout_mb 1 --out out/heldout --keep heldout
+
+The two commands share out one folder's documents: a package ("stdlib:json", "site-packages:numpy")
+goes to one side as a whole, as files of one resemble each other. Packages are taken in the order of
+a hash of their names until there is enough; those larger than MAX_SHARE of what is wanted are left
+to training, so that the held-out code is of many hands. It is of smaller packages for that.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError, parse, run
+from data.classify import group
+from data.documents import source_shards
+from data.ranks import say
+from data.stage import Part, Stage, total
+
+MAX_SHARE = 0.2  # of the held-out bytes that one package may be
+
+
+@dataclass(frozen=True)
+class Config:
+    """Writes the documents of held-out packages, or those of all others."""
+
+    source: Path  # documents: a file, or a folder of shards
+    out: Path  # folder to write
+    heldout_mb: float = 1.0  # megabytes of text to hold out
+    keep: str = "rest"  # which side to write: rest or heldout
+
+
+def holdout(config: Config) -> dict:
+    """Write `config.out` and return its summary. Raises UserError if a side would be empty."""
+    if config.keep not in ("rest", "heldout"):
+        raise UserError(f"--keep {config.keep!r}: want rest or heldout")
+    if not config.heldout_mb > 0:
+        raise UserError(f"--heldout_mb {config.heldout_mb:g}: want more than 0")
+    with Stage(config, source_shards(config.source)) as stage:
+        sizes = total(stage.map("weigh", stage.shards, weigh))
+        chosen = choose(sizes, config.heldout_mb * 1e6)
+        count = total(stage.map("write", stage.shards, lambda part: write(part, config, chosen)))
+        if not chosen or not count["documents"]:
+            raise UserError(
+                f"--source {config.source}: {len(sizes)} packages of {sum(sizes.values()):,} bytes "
+                f"cannot be shared out; change --heldout_mb {config.heldout_mb:g} or add code"
+            )
+        return stage.finish({**count, "packages": len(sizes), "heldout_packages": sorted(chosen)})
+
+
+def choose(sizes: dict[str, int], wanted_bytes: float) -> set[str]:
+    """The packages to hold out, of {package: bytes}."""
+    chosen, bytes_ = set(), 0
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if bytes_ < wanted_bytes and sizes[name] <= MAX_SHARE * wanted_bytes:
+            chosen.add(name)
+            bytes_ += sizes[name]
+    return chosen
+
+
+def weigh(part: Part) -> dict:
+    """The bytes of text of each package in a shard."""
+    return total({group(d["origin"]): len(d["text"].encode())} for d in part.documents())
+
+
+def write(part: Part, config: Config, chosen: set[str]) -> dict:
+    """Write the shard's documents that are on the side to keep."""
+    with part.writer() as out:
+        for record in part.documents():
+            if (group(record["origin"]) in chosen) == (config.keep == "heldout"):
+                out.write(record)
+    return {"documents": out.documents, "bytes": out.bytes}
+
+
+def main() -> None:
+    config = parse(Config)
+    s = holdout(config)
+    say(
+        f"{config.out}: {s['documents']:,} documents, {s['bytes'] / 1e6:.1f} MB; "
+        f"{len(s['heldout_packages'])} of {s['packages']} packages are held out"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

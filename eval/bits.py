@@ -1,0 +1,133 @@
+"""Bits per byte of real code that the model was not trained on.
+
+    python -m eval.bits --checkpoint out/run --source out/heldout --out bits.json
+
+The loss of every token of every document, summed, over ln 2 and the bytes of their text: a number
+that does not depend on the tokenizer. A document longer than the context is cut into windows that
+overlap by half, so that from the second one on each token is predicted from at least half a context
+of what stands before it. The end of a document is not scored, as it has no bytes.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoint
+from config import UserError, parse, run
+from data.documents import read_documents, write_json
+from model import Phi
+from tokenizer import Tokenizer
+
+BATCH_TOKENS = 1 << 13  # in one forward pass: its logits are 64 MB at a vocabulary of 2,048
+RESAMPLES = 1000  # of documents, for an interval
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measures the bits per byte that a model gives to documents."""
+
+    checkpoint: Path  # run or checkpoint folder
+    source: Path  # documents: a file, or a folder of shards
+    out: Path | None = None  # JSON file to write
+    limit_mb: float = 0.0  # read no more than this many megabytes of text, 0 = all
+    device: str = "auto"  # auto, cpu or cuda
+
+
+def load(path: Path, device: str) -> tuple[Phi, Tokenizer, Path]:
+    """The model in evaluation mode, its tokenizer, and the checkpoint folder that was used."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return checkpoint.load_model(path, torch.device(device))
+
+
+def read(source: Path, limit_mb: float) -> list[dict]:
+    """The documents of `source`, up to the one that reaches `limit_mb`. Raises UserError if none"""
+    documents, left_bytes = [], limit_mb * 1e6 or math.inf
+    for record in read_documents([source]):
+        if left_bytes <= 0:
+            break
+        documents.append(record)
+        left_bytes -= len(record["text"].encode())
+    if not documents:
+        raise UserError(f"--source {source}: no document there")
+    return documents
+
+
+@torch.inference_mode()
+def predict(
+    model: Phi, end_of_text: int, texts: list[list[int]], label: str = "bits"
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each text's token ids: the loss of each token, float32 nats, and the likeliest token in
+    its place, int64, followed by the likeliest after the last."""
+    T, device = model.c.seq_len, model.embed.weight.device
+    nats = [np.zeros(len(ids), np.float32) for ids in texts]
+    likeliest = [np.zeros(len(ids) + 1, np.int64) for ids in texts]
+    windows = [(i, at) for i, ids in enumerate(texts) for at in starts(len(ids) + 1, T)]
+    windows.sort(key=lambda w: min(T, len(texts[w[0]]) + 1 - w[1]))  # alike in length: less padding
+    rows = max(1, BATCH_TOKENS // T)
+    for first in tqdm(range(0, len(windows), rows), label, unit="batch", disable=None):
+        batch = windows[first : first + rows]
+        inputs = [[end_of_text, *texts[i]][at : at + T] for i, at in batch]
+        width = max(map(len, inputs))
+        idx = torch.tensor([row + [end_of_text] * (width - len(row)) for row in inputs])  # [B, T]
+        targets = torch.tensor(
+            [(t := texts[i][at : at + T]) + [end_of_text] * (width - len(t)) for i, at in batch]
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(idx.to(device))  # [B, T, V]
+        logits, targets = logits.float(), targets.to(device)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        loss, best = loss.view_as(targets).cpu().numpy(), logits.argmax(2).cpu().numpy()
+        for row, (i, at) in enumerate(batch):
+            new = T // 2 if at else 0  # what the window before has predicted
+            end, places = len(inputs[row]), min(len(inputs[row]), len(texts[i]) - at)
+            nats[i][at + new : at + places] = loss[row, new:places]
+            likeliest[i][at + new : at + end] = best[row, new:end]
+    yield from zip(nats, likeliest)
+
+
+def starts(tokens: int, context: int) -> list[int]:
+    """Where windows of `context` tokens begin that overlap by half and cover `tokens` of them."""
+    step = context - context // 2
+    return list(range(0, max(1, tokens - context // 2), step))
+
+
+def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
+    """A 95% interval of sum(above) / sum(below), by a bootstrap over documents [n]: the places in
+    one are not independent."""
+    drawn = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))
+    ratios = above[drawn].sum(1) / np.maximum(below[drawn].sum(1), 1)
+    return [float(q) for q in np.quantile(ratios, [0.025, 0.975])]
+
+
+def main() -> None:
+    config = parse(Config)
+    documents = read(config.source, config.limit_mb)
+    model, tokenizer, folder = load(config.checkpoint, config.device)
+    ids = [tokenizer.encode(record["text"]) for record in documents]
+    found = predict(model, tokenizer.end_of_text, ids)
+    bits = np.array([loss.sum(dtype=np.float64) for loss, _ in found]) / math.log(2)
+    bytes_ = np.array([len(record["text"].encode()) for record in documents])
+    result = {
+        "bits_per_byte": bits.sum() / bytes_.sum(),
+        "ci95": interval(bits, bytes_),
+        "bytes": int(bytes_.sum()),
+        "documents": len(documents),
+        "tokens": sum(map(len, ids)),
+        "context": f"windows of {model.c.seq_len} tokens that overlap by half",
+        "weights": checkpoint.checksum(folder),
+    }
+    if config.out:
+        write_json(config.out, result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run(main)
