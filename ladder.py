@@ -43,6 +43,7 @@ RUNGS = {
     "classified": Rung("filtered by a classifier", "classified"),
     "textbooks": Rung("classified code + textbooks", MIX),
     "exercises": Rung("code + textbooks, then exercises", MIX, "exercises"),
+    "varied": Rung("the same, exercises in many forms", MIX, "exercises_varied"),
     "damaged": Rung("the same, half of the solutions damaged", MIX, "exercises_damaged"),
     "pruned95": Rung("the same, pruned at tau 0.95", MIX, "pruned_95"),
     "pruned90": Rung("the same, pruned at tau 0.90", MIX, "pruned_90"),
@@ -172,10 +173,11 @@ class Plan:
         if name == "textbooks":
             return self.add(name, out, "data.synthesize", "textbooks", "--count", c.textbooks,
                             *write, work_s=c.textbooks / 40)  # fmt: skip
-        if name in ("exercises", "exercises_damaged"):
+        if name.startswith("exercises"):
             options = ["--count", c.exercises, "--heldout", c.heldout, *c.exercise_options]
             options += ["--unseen", c.unseen] if c.unseen else []
             options += ["--damage_frac", 0.5] if name == "exercises_damaged" else []
+            options += ["--forms", "varied"] if name == "exercises_varied" else []
             return self.add(name, out, "data.exercises", *options, *write, work_s=40)
         if name == "pairs":
             return self.on(name, "data.pairs", ["raw"], *write, work_s=20)
@@ -207,9 +209,9 @@ class Plan:
 
     def pack(self, name: str, kind: str) -> str:
         c, more, skip = self.c, [], None
-        sources = {MIX: ["classified", "textbooks"], "exercises": ["exercises/train"],
-                   "exercises_damaged": ["exercises_damaged/train"]}.get(kind, [kind])  # fmt: skip
+        sources = [f"{kind}/train" if kind.startswith("exercises") else kind]
         if kind == MIX:
+            sources = ["classified", "textbooks"]
             more = ["--weight", 1 - c.textbooks_weight, "--weight", c.textbooks_weight]
         if kind.startswith("pruned_"):
             sources = [f"decontaminate_{kind[-2:]}"]

@@ -26,6 +26,7 @@ RUNGS = {
     "classified": "filtered by\nclassifier",
     "textbooks": "+ textbooks",
     "exercises": "then\nexercises",
+    "varied": "exercises,\nmany forms",
     "damaged": "exercises,\nhalf damaged",
     "pairs": "pairs cut\nfrom raw",
     "pruned95": "pruned\nat .95",
@@ -43,7 +44,7 @@ SETS = {
 }
 STEPS = [("raw", "filtered"), ("raw", "classified"), ("filtered", "classified"),
          ("classified", "textbooks"), ("textbooks", "exercises"), ("pairs", "exercises"),
-         ("exercises", "damaged")]  # fmt: skip
+         ("exercises", "varied"), ("exercises", "damaged")]  # fmt: skip
 PAIRS_EACH = 3  # nearest pairs that are shown of each file of problems
 # What the paper prints (Textbooks Are All You Need, arXiv 2306.11644).
 FIGURE_2_1 = {  # HumanEval pass@1, %; 76 billion tokens
