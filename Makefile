@@ -29,8 +29,8 @@ TOTAL_STEPS    := $(shell echo $$(($(BASE_STEPS) + $(FINETUNE_STEPS))))
 set = $(foreach x,$(1),$(OUT)/.settings/$(x)@$($(x)))
 
 .DEFAULT_GOAL := help
-.PHONY: help train demo-full test resources gpu lint clean raw filtered exercises pairs tokenizer tokens \
-        pretrain finetune eval report
+.PHONY: help train demo-full ladder report best test resources gpu lint clean raw filtered exercises \
+        pairs tokenizer tokens pretrain finetune eval
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/tokens/%/summary.json $(OUT)/runs/%/summary.json $(OUT)/eval/%/results.json
 
@@ -85,11 +85,11 @@ $(OUT)/filtered/summary.json: data/filter.py $(LAYER) $(OUT)/raw/summary.json
 $(OUT)/pairs/summary.json: data/pairs.py $(LAYER) $(OUT)/raw/summary.json
 	$(PYTHON) -m data.pairs --source $(OUT)/raw --out $(@D)
 
-$(OUT)/exercises/summary.json: data/exercises.py data/families.py data/documents.py \
+$(OUT)/exercises/summary.json: data/exercises.py data/forms.py data/families.py data/documents.py \
     $(call set,EXERCISES HELDOUT) | $(VENV)
 	$(PYTHON) -m data.exercises --out $(@D) --count $(EXERCISES) --heldout $(HELDOUT)
 
-$(OUT)/shuffled/summary.json: data/exercises.py data/families.py data/documents.py \
+$(OUT)/shuffled/summary.json: data/exercises.py data/forms.py data/families.py data/documents.py \
     $(call set,EXERCISES HELDOUT) | $(VENV)
 	$(PYTHON) -m data.exercises --out $(@D) --count $(EXERCISES) --heldout $(HELDOUT) \
 	  --shuffle_docstrings
@@ -142,16 +142,64 @@ $(OUT)/runs/raw_exercises/summary.json: $(OUT)/tokens/exercises/summary.json \
 
 eval: $(OUT)/eval/exercises/results.json  ## score the finetuned model on held-out exercises
 
-$(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json sample.py decoder.py $(wildcard eval/*.py)
+$(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json sample.py decoder.py decoder_torch.py $(wildcard eval/*.py)
 	$(PYTHON) -m eval.exercises --checkpoint $(OUT)/runs/$* \
 	  --problems $(OUT)/exercises/heldout.jsonl --out $(@D) --max_new_tokens 128 --sandbox $(SANDBOX)
 
 results = $(foreach x,$(1),$(OUT)/eval/$(x)/results.json)
-
-report: $(OUT)/report.html  ## write the report again
 
 $(OUT)/report.html: report.py pages.py $(call results,exercises pairs)
 	$(PYTHON) -m report --demo $(OUT)
 
 demo-full: $(call results,exercises pairs shuffled raw filtered raw_exercises)  ## every arm (longer)
 	$(PYTHON) -m report --demo $(OUT)
+
+# ---- the ladder: the same model on better and better data. HUMANEVAL= and MBPP= name files of yours
+
+HUMANEVAL ?=
+MBPP      ?=
+LADDER    ?= out/ladder
+
+ladder: $(VENV)  ## the same model on better and better data, and its report (2 hours)
+	$(PYTHON) ladder.py configs/ladder --out $(LADDER) $(if $(HUMANEVAL),--humaneval $(HUMANEVAL)) \
+	  $(if $(MBPP),--mbpp $(MBPP))
+	$(MAKE) report
+
+report: $(VENV)  ## the ladder's report again: a page, and figures under records/
+	$(PYTHON) -m report --ladder $(LADDER) --png records/ladder_cpu
+
+# ---- the best score of about an hour on two CPU cores (LOG.md): exercises in many forms, textbooks
+# and filtered code, without whatever is like a benchmark's problem, in one pass
+
+BEST := out/best
+BENCHMARKS = --benchmarks $(HUMANEVAL) --benchmarks $(MBPP)
+
+best: $(BEST)/humaneval/results.json $(BEST)/mbpp/results.json  ## the best score of an hour (HUMANEVAL= MBPP=)
+
+$(BEST)/data/summary.json: | $(VENV)
+	@[ -f "$(HUMANEVAL)" -a -f "$(MBPP)" ] || { echo >&2 \
+	  "error: make best HUMANEVAL=HumanEval.jsonl.gz MBPP=mbpp.jsonl wants both files"; exit 2; }
+	$(PYTHON) -m data.exercises --out $(@D)/exercises --forms varied --concepts --count 120000 \
+	  --unseen 200 $(BENCHMARKS)
+	$(PYTHON) -m data.synthesize textbooks --out $(@D)/textbooks --count 4000
+	$(PYTHON) -m data.collect --out $(@D)/raw --max_mb 40
+	$(PYTHON) -m data.filter --source $(@D)/raw --out $(@D)/filtered
+	for x in exercises/train textbooks filtered; do $(PYTHON) -m data.decontaminate --tau 0.8 \
+	  --source $(@D)/$$x --out $(@D)/clean/$$x $(BENCHMARKS) || exit; done
+	$(PYTHON) -m tokenizer.train --source $(@D)/clean/exercises/train --out $(@D)/tokenizer \
+	  --source $(@D)/clean/textbooks --source $(@D)/clean/filtered --vocab_size 3072
+	$(PYTHON) -m data.pack --tokenizer $(@D)/tokenizer --out $(BEST)/tokens --val_frac 0.01 \
+	  --source $(@D)/clean/exercises/train --epochs 1 --source $(@D)/clean/textbooks --epochs 1 \
+	  --source $(@D)/clean/filtered --epochs 0.5
+	cp $(BEST)/tokens/summary.json $@
+
+$(BEST)/run/summary.json: $(BEST)/data/summary.json configs/best_cpu.toml
+	$(PYTHON) train.py configs/best_cpu.toml --resume --restart
+
+$(BEST)/humaneval/results.json: $(BEST)/run/summary.json
+	$(PYTHON) -m eval.humaneval --problems $(HUMANEVAL) --checkpoint $(<D) --out $(@D) \
+	  --sandbox $(SANDBOX)
+
+$(BEST)/mbpp/results.json: $(BEST)/run/summary.json
+	$(PYTHON) -m eval.mbpp --problems $(MBPP) --protocol docstring --checkpoint $(<D) --out $(@D) \
+	  --sandbox $(SANDBOX)
