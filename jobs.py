@@ -123,8 +123,7 @@ class Runner:
             left_out = [n for n in before if before[n] == "skipped" and not self.jobs[n].optional]
             if lost or left_out:
                 self.state[name] = "failed" if lost else "skipped"
-                self.why[name] = self.why[(lost or left_out)[0]] if left_out and not lost else (
-                    f"it needs {lost[0]}")  # fmt: skip
+                self.why[name] = f"it needs {lost[0]}" if lost else self.why[left_out[0]]
             elif None in before.values():
                 continue
             elif job.skip and (why := job.skip()):
