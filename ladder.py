@@ -6,9 +6,10 @@
 
 A rung is what a model is trained on (RUNGS), a bar is a rung at a model size with a seed. Each job
 is one command of this project; its output is in OUT/logs, and OUT/jobs says what it was made from.
-A job is done again if its command or the content of what it reads has changed, and only then: kill
-the ladder at any time, and the same command goes on. What runs side by side is independent and has
-threads of its own, so that the result does not depend on --jobs.
+A job is done again if its command or the content of what it reads has changed, and only then, not
+if code or the installed packages have: kill the ladder at any time, and the same command goes on.
+What runs side by side is independent and has threads of its own, so that the result does not depend
+on --jobs.
 
 The folder has ladder.toml, whose keys are the options below, and a SIZE.toml for train.py of each
 model size. Every rung of a ladder sees (base_steps + finetune_steps) steps; those that are
@@ -31,7 +32,7 @@ from jobs import Job, Runner, record
 
 @dataclass(frozen=True)
 class Rung:
-    label: str  # for a figure
+    label: str  # in the report's table
     base: str  # data/tokens/BASE is what the model is trained on
     finetune: str = ""  # and then on this, if anything
 
@@ -52,6 +53,7 @@ RUNGS = {
     "pairs": Rung("code + textbooks, then pairs cut from raw code", MIX, "pairs"),
 }
 HOW = {"out", "only", "list", "check", "jobs"}  # options that change no result
+CORE_FLOPS = 80e9  # a second of training on a core: 5,473 tokens/s of demo.toml (LOG.md)
 MIN_DOCUMENTS = 500  # that must be left by pruning: fewer would be seen hundreds of times
 
 
@@ -113,13 +115,13 @@ def bars_of(c: Config, folder: Path) -> list[Bar]:
     """The bars that `c.bars` and `c.only` name. Raises UserError for one that cannot be."""
     bars = []
     for line in c.bars:
-        rung, size, *seeds = line.split()
+        if len(words := line.split()) < 3 or not all(word.isdecimal() for word in words[2:]):
+            raise UserError(f"bars: {line!r}: want RUNG SIZE SEED ..., with seeds from 0")
+        rung, size, *seeds = words
         if rung not in RUNGS:
             raise UserError(f"bars: {line!r}: no rung {rung!r}; want one of {', '.join(RUNGS)}")
         if not (folder / f"{size}.toml").exists():
             raise UserError(f"bars: {line!r}: there is no {folder / size}.toml")
-        if not seeds or not all(seed.isdecimal() for seed in seeds):
-            raise UserError(f"bars: {line!r}: want RUNG SIZE SEED ..., with seeds from 0")
         bars += [Bar(rung, size, int(seed)) for seed in seeds]
     known = {bar.name: bar for bar in bars}
     for name in c.only:
@@ -252,7 +254,7 @@ class Plan:
         flops = self.flops(bar.size) * steps * size.seqs_per_step * size.seq_len
         return self.add(name, out, "train", config, "--out", out, *options, "--resume", "--restart",
                         needs=[self.make(tokens), *([init] if init else [])], reads=(config,),
-                        work_s=flops / 80e9)  # fmt: skip
+                        work_s=flops / CORE_FLOPS)  # fmt: skip
 
     def tokens(self, bar: Bar) -> str:
         """Of what the last run of a bar is trained on."""
@@ -318,17 +320,14 @@ class Plan:
         self.jobs[robustness].needs += (f"{run_name} heldout",)
         yield robustness
         code = ["--source", self.data / self.make("heldout_code")]
-        for name in ("bits", "library"):
-            needs, more = [run_name, "heldout_code"], []
-            if name == "library":
-                usage = self.data / "usage.json"
-                self.make("raw")
-                self.add("usage", usage, "eval.library", "--source", self.data / "raw", "--out",
-                         usage, needs=["raw"], work_s=60)  # fmt: skip
-                needs, more = [*needs, "usage"], ["--usage", usage]
+        usage = self.data / "usage.json"
+        self.add("usage", usage, "eval.library", "--source", self.data / self.make("raw"), "--out",
+                 usage, needs=["raw"], work_s=60)  # fmt: skip
+        for name, more, needs in (("bits", [], []), ("library", ["--usage", usage], ["usage"])):
             out = folder / f"{name}.json"
             yield self.add(f"{run_name} {name}", out, f"eval.{name}", *model, *code, *more,
-                           "--out", out, needs=needs, work_s=20)  # fmt: skip
+                           "--out", out, needs=[run_name, "heldout_code", *needs],
+                           work_s=20)  # fmt: skip
 
     def write_rung(self, bar: Bar, runs: list[str], scores: list[str]) -> None:
         """rung.json: what a bar is, cost and scored, and the command that makes it again."""
@@ -376,18 +375,15 @@ def again(c: Config, folder: Path) -> str:
         value = getattr(c, field.name)
         if field.name not in HOW and value != getattr(plain, field.name):
             values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{field.name}={str(v).lower() if v is True else v}" for v in values]
+            values = (str(v).lower() if isinstance(v, bool) else v for v in values)
+            words += [f"--{field.name}={v}" for v in values]
     return shlex.join(words)
 
 
-def check(c: Config, plan: Plan, bars: list[Bar]) -> bool:
-    """Print whether the bar is what the record `c.check` says, weights and scores."""
-    record = read_json(c.check)
-    if not record or record.get("name") not in [bar.name for bar in bars]:
-        raise UserError(f"--check {c.check}: no rung.json of the bar that --only names")
-    mine = read_json(plan.rungs / record["name"] / "rung.json")
-    rows = [("weights", record["weights"], mine["weights"])]
-    rows += [(k, v, mine["scores"].get(k, "not scored")) for k, v in record["scores"].items()]
+def same(before: dict, now: dict) -> bool:
+    """Print whether a rung.json says what another one does, weights and scores."""
+    rows = [("weights", before["weights"], now["weights"])]
+    rows += [(k, v, now["scores"].get(k, "not scored")) for k, v in before["scores"].items()]
     for name, theirs, ours in rows:
         print(f"{name:12} {theirs!s:24} {ours!s:24} {'same' if theirs == ours else 'DIFFERS'}")
     return all(theirs == ours for _, theirs, ours in rows)
@@ -412,13 +408,17 @@ def main() -> None:
         plan.make("diversity")
     for name, why in plan.skipped.items():
         print(f"{name} is skipped: {why}")
+    before = read_json(c.check) if c.check else None
+    if c.check and (not before or f"{before.get('name')} rung" not in plan.jobs):
+        raise UserError(f"--check {c.check}: no rung.json of a bar that is made; see --only")
     runner = Runner(plan.jobs, c.out, c.jobs, c.threads)
     if c.list:
         return runner.show()
     c.out.mkdir(parents=True, exist_ok=True)
     ok = runner.run(lock(c.out / ".lock", c.out))
-    if ok and c.check:
-        ok = check(c, plan, bars)
+    if ok and before:
+        now = read_json(plan.rungs / before["name"] / "rung.json")  # none of a bar that was skipped
+        ok = now is not None and same(before, now)
     sys.exit(0 if ok else 1)
 
 

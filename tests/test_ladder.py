@@ -1,6 +1,8 @@
 """A ladder in miniature, through its command: interrupted, gone on with, and one bar made again."""
 
+import dataclasses
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import eval.ladder
 import ladder
 from config import UserError, parse
 
@@ -227,6 +230,7 @@ def test_little_that_pruning_leaves_is_no_rung(folder, tmp_path):
         (["--bars=rawr tiny 0"], "no rung 'rawr'"),
         (["--bars=raw huge 0"], "there is no"),
         (["--bars=raw tiny"], "want RUNG SIZE SEED"),
+        (["--bars=raw"], "want RUNG SIZE SEED"),
         (["--only=raw-tiny-s9"], "--only raw-tiny-s9: no such bar; want one of raw-tiny-s0"),
         (["--jobs=0"], "jobs is 0"),
     ],
@@ -238,14 +242,25 @@ def test_mistakes_are_named(folder, flags, message):
         )
 
 
+@pytest.mark.parametrize("flag", ["--prune_heldout=false", "--bars=raw tiny 3", "--raw_mb=0.5"])
+def test_the_command_of_a_bar_makes_the_same(folder, flag):
+    settings = str(folder / "ladder.toml")
+    c = parse(ladder.Config, [settings, flag, "--jobs=2"], toml=True)
+    *_, changed = ladder.again(c, folder).split(maxsplit=3)
+    again = parse(ladder.Config, [settings, *shlex.split(changed)], toml=True)
+    assert again == dataclasses.replace(c, jobs=1)
+
+
 @pytest.mark.parametrize("name", ["ladder", "ladder_gpu"])
 def test_the_ladders_that_come_with_it_are_sound(name, shared_eval):
-    """Both sizes exist, and every rung has a bar."""
+    """Both sizes exist, and every rung has a bar but one that would be the same as another."""
     folder = ROOT / "configs" / name
     c = parse(ladder.Config, [str(folder / "ladder.toml"), f"--mbpp={shared_eval}/mbpp.jsonl"],
               toml=True)  # fmt: skip
     bars = ladder.bars_of(c, folder)
-    assert {bar.rung for bar in bars} == set(ladder.RUNGS)
+    same = {"varied"} if "--forms=varied" in c.exercise_options else set()
+    assert {bar.rung for bar in bars} == set(ladder.RUNGS) - same
+    assert ladder.RUNGS.keys() == eval.ladder.RUNGS.keys()
     plan = ladder.Plan(c, folder, ladder.again(c, folder))
     for bar in bars:
         plan.bar(bar)
