@@ -134,7 +134,7 @@ def html(ladder: Ladder, shown: Callable[..., str]) -> str:
     commits = {str(run["config"]["commit"]): 0 for r in ladder.rungs for run in r.runs}
     tokens = sorted(r.about["tokens"] / 1e6 for r in ladder.rungs)
     tokens = " to ".join(dict.fromkeys(f"{t:.3g}M" for t in (tokens[0], tokens[-1])))
-    missing = [r for r in RUNGS if r not in there(ladder, list(RUNGS))]
+    missing = [r for r in RUNGS if r not in those_run(ladder, list(RUNGS))]
     missing += [SETS[s] for s in SETS if s not in ladder.sets]
     absent = ", ".join([*missing, *(f"{name} (not finished)" for name in ladder.unfinished)])
     body = f"""
@@ -152,13 +152,13 @@ that finetuned models are trained in two runs. Below each figure stands what it 
     return page("nanophi: the ladder", body)
 
 
-def there(ladder: Ladder, rungs: list[str]) -> dict[str, str]:
+def those_run(ladder: Ladder, rungs: list[str]) -> dict[str, str]:
     """Those of the rungs that were run: {rung: its name}."""
     return {rung: RUNGS[rung] for rung in rungs if any(rung == r.key[0] for r in ladder.rungs)}
 
 
 def scores_section(ladder: Ladder, shown) -> str:
-    names, parts = there(ladder, LADDER), []
+    names, parts = those_run(ladder, LADDER), []
     for file, sets, says in (
         ("exercises", ["heldout", "unseen"], "Problems of our own generator that no rung trained "
          "on. It shows which data are better for such exercises. It does not show that a model can "
@@ -188,8 +188,8 @@ def scores_section(ladder: Ladder, shown) -> str:
              for r in ladder.rungs for s, of in r.results.items()}  # fmt: skip
     parts.append("<p>pass@1, % (95% interval over problems), asked as: "
                  f"{escape(', '.join(asked))}. "
-                 "Below each row the command that makes it again; on the same machine it gives "
-                 "the same number.</p>"
+                 "Below each row the command that makes it again; on the same machine, with the "
+                 "same packages installed, it gives the same number.</p>"
                  + table(head, rows, range(2, 7), commands))  # fmt: skip
     parts.append("<p>What each change of the data changes: points of pass@1, problem by problem "
                  "(paired 95% intervals); an interval that holds 0 shows nothing. Damaged: half of "
@@ -263,12 +263,13 @@ def library_section(ladder: Ladder, shown) -> str:
     if not panels:
         return ""
     says = ("The paper's section 3 finds that finetuning on exercises also brings out what these "
-            "do not contain, as the use of libraries. Compare + textbooks (before) with then "
-            "exercises (after): as many tokens. Black: 95% intervals over documents.")  # fmt: skip
+            "do not contain, as the use of libraries. Compare then exercises with + textbooks: as "
+            "many tokens, none of exercises; the model that was finetuned is another one, that had "
+            "seen fewer. Black: 95% intervals over documents.")  # fmt: skip
     usual = [told["baseline_frac"] for r in ladder.rungs if (told := r.more.get("library"))]
     if usual:  # of the same code, so for all rungs the same
         says += f" Naming always the usual attribute of a library is right in {usual[0]:.1%}."
-    return shown("library", says, bars, panels, ladder.sizes, there(ladder, LADDER),
+    return shown("library", says, bars, panels, ladder.sizes, those_run(ladder, LADDER),
                  rows=len(panels), height=2.7 * len(panels))  # fmt: skip
 
 
@@ -291,8 +292,8 @@ def pruning_section(ladder: Ladder, shown) -> str:
                  NOT_RUN.format("no pruning with both a report and a score"))  # fmt: skip
     paper = [line.split() for line in SECTION_5.strip().splitlines()]
     parts.append("<p><b>The paper's</b> (its section 5: phi-1 on HumanEval, 1.3B parameters; - is "
-                 f"not in our notes of it)</p>{table(head, paper, range(9))}")  # fmt: skip
-    if names := there(ladder, PRUNED):
+                 f"not printed there)</p>{table(head, paper, range(9))}")  # fmt: skip
+    if names := those_run(ladder, PRUNED):
         names = {"exercises": "unpruned", **names}
         sizes = {s: n for s, n in ladder.sizes.items() if any(ladder.of(r, s) for r in PRUNED)}
         says = "The total scores. Black: 95% intervals over problems."
