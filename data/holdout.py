@@ -41,12 +41,12 @@ def holdout(config: Config) -> dict:
     with Stage(config, source_shards(config.source)) as stage:
         sizes = total(stage.map("weigh", stage.shards, weigh))
         chosen = choose(sizes, config.heldout_mb * 1e6)
-        count = total(stage.map("write", stage.shards, lambda part: write(part, config, chosen)))
-        if not chosen or not count["documents"]:
+        if not 0 < len(chosen) < len(sizes):
             raise UserError(
                 f"--source {config.source}: {len(sizes)} packages of {sum(sizes.values()):,} bytes "
                 f"cannot be shared out; change --heldout_mb {config.heldout_mb:g} or add code"
             )
+        count = total(stage.map("write", stage.shards, lambda part: write(part, config, chosen)))
         return stage.finish({**count, "packages": len(sizes), "heldout_packages": sorted(chosen)})
 
 

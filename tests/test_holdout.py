@@ -37,7 +37,10 @@ def test_more_is_a_superset():
     assert len(choose(sizes, 500)) == 50
 
 
-@pytest.mark.parametrize("options", [{"keep": "both"}, {"heldout_mb": 0}, {"heldout_mb": 1e-6}])
-def test_what_cannot_be(corpus, tmp_path, options):
-    with pytest.raises(UserError):
+@pytest.mark.parametrize(("options", "message"), [
+    ({"keep": "both"}, "--keep 'both'"), ({"heldout_mb": 0}, "want more than 0"),
+    ({"heldout_mb": 1e-6}, "shared out"), ({"heldout_mb": 5, "keep": "heldout"}, "shared out"),
+])  # fmt: skip
+def test_what_cannot_be(corpus, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
         holdout(Config(corpus, tmp_path / "out", **options))
