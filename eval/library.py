@@ -9,7 +9,7 @@ In real files that no model was trained on, at each attribute of something impor
 `os.path.join`, after `import os`), is the likeliest continuation, greedily, that attribute? The
 model is given all of the file before it that its context holds, from there on the right tokens, and
 has to end the name where it ends. The syntax tree says which places count: names that the file
-binds in any other way, and what it imports from its own package, do not.
+binds in any other way, and what it imports by a relative import, do not.
 
 Beside it stand the bits per byte of those names and of the import statements, and a baseline: the
 most frequent attribute of that module in other code, which the first command counts (training data,
@@ -19,6 +19,7 @@ say). A score below the baseline shows that the model does not even know what is
 import ast
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ from tqdm import tqdm
 
 import checkpoint
 from config import UserError, parse, run
-from data.documents import read_documents, write_json
+from data.documents import write_json
 from data.filter import parse_python
+from data.stage import read_json
 from eval.bits import interval, load, predict, read
-from tokenizer import Tokenizer
+from tokenizer import Pieces, Tokenizer
 
 TOP = 12  # libraries told apart, those used most
 OPTIONS = 20  # attributes of a module that a file of counts keeps
@@ -66,9 +68,8 @@ def places(text: str) -> tuple[list[Place], list[tuple[int, int]]]:
         tree = parse_python(text)
     except SyntaxError:
         return [], []
-    lines, encoded = [0], text.encode()
-    for line in encoded.split(b"\n"):
-        lines.append(lines[-1] + len(line) + 1)
+    encoded = text.encode()
+    lines = [0, *(end.end() for end in re.finditer(rb"\r\n?|\n", encoded))]  # as Python has them
     imported, bound, spans = {}, set(), []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -120,9 +121,10 @@ def dotted(node: ast.expr, imported: dict[str, str]) -> str:
 
 
 def count(config: Config) -> dict:
-    """{module: {attribute: how often}}, the most frequent ones, of the documents of a folder."""
+    """{"places", "modules": {module: {attribute: how often}}}, the most frequent ones."""
     found = defaultdict(Counter)
-    for record in tqdm(read_documents([config.source]), "count", unit="file", disable=None):
+    documents = read(config.source, config.limit_mb)
+    for record in tqdm(documents, "count", unit="file", disable=None):
         for place in places(record["text"])[0]:
             found[place.module][place.name] += 1
     modules = {m: dict(c.most_common(OPTIONS)) for m, c in sorted(found.items())}
@@ -130,10 +132,13 @@ def count(config: Config) -> dict:
 
 
 def piece_bytes(tokenizer: Tokenizer, ids: list[int], text: str) -> np.ndarray:
-    """Where each token of `text` ends, in UTF-8 bytes: int64 [tokens]."""
-    known = tokenizer.backend.model if hasattr(tokenizer.backend, "model") else None
-    if known is None:
-        raise UserError("eval.library needs a tokenizer of tokenizer.train")
+    """Where each token of `text` ends, in UTF-8 bytes: int64 [tokens].
+
+    Raises UserError for a byte-level BPE.
+    """
+    if not isinstance(tokenizer.backend, Pieces):
+        raise UserError(f"{tokenizer.path}: want a tokenizer.model, as tokenizer.train makes it")
+    known = tokenizer.backend.model
     pieces = {i: known.id_to_piece(i).replace("\u2581", " ") for i in set(ids)}
     sizes = {i: 1 if known.is_byte(i) else len(piece.encode()) for i, piece in pieces.items()}
     ends = np.cumsum([sizes[i] for i in ids], dtype=np.int64)
@@ -148,10 +153,12 @@ def goes_on(tokenizer: Tokenizer, token: int) -> bool:
 
 
 def score(config: Config) -> dict:
-    """What `config.out` is to hold."""
-    usage = json.loads(config.usage.read_text())["modules"] if config.usage else {}
+    """What `config.out` is to hold; shares are from 0 to 1. Raises UserError."""
+    usage = (read_json(config.usage) or {}).get("modules") if config.usage else {}
+    if usage is None:
+        raise UserError(f"--usage {config.usage}: no counts; make it without --checkpoint")
     usual = {module: max(c, key=c.get) for module, c in usage.items()}
-    documents = read(config.source, config.limit_mb)
+    documents = list(read(config.source, config.limit_mb))
     model, tokenizer, folder = load(config.checkpoint, config.device)
     ids = [tokenizer.encode(record["text"]) for record in documents]
     rows, per_document = [], []
@@ -219,6 +226,8 @@ def by_library(rows: list[tuple[str, bool, bool]]) -> dict[str, dict]:
 
 def main() -> None:
     config = parse(Config)
+    if config.checkpoint and not config.usage:
+        raise UserError("--checkpoint wants --usage, a file that this makes without --checkpoint")
     if config.checkpoint is None:
         result = count(config)
         print(f"{result['places']:,} attributes of {len(result['modules']):,} modules")

@@ -46,6 +46,14 @@ def test_which_attributes_count():
     assert [encoded[a:b].decode().split("\n")[0] for a, b in imports] == CODE.split("\n")[1:6]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_any_end_of_line(end):
+    text = "import os\nx = 'ü', os.sep\n".replace("\n", end)
+    (place,), imports = places(text)
+    assert text.encode()[place.start : place.end] == b"sep"
+    assert imports == [(0, 9)]
+
+
 @pytest.mark.parametrize("text", ["def (", "", "x = 1\n", "import os\nos = 1\nos.path\n"])
 def test_files_with_nothing_to_count(text):
     assert places(text)[0] == []
@@ -117,6 +125,7 @@ def test_right_is_the_whole_name_and_its_end(run, tokens, monkeypatch):
 
     monkeypatch.setattr(library, "predict", answers(wrong_inside))
     assert score(config)["libraries"]["re"]["right_frac"] == 1
+    assert score(config)["libraries"]["os"]["right_frac"] < 1
 
     end = tokenizer.end_of_text
     monkeypatch.setattr(library, "predict", answers(lambda ids, i: end))
