@@ -164,8 +164,9 @@ def scores_section(ladder: Ladder, shown) -> str:
          "on. It shows which data are better for such exercises. It does not show that a model can "
          "program: the exercises of training resemble these problems, other code does not."),
         ("benchmarks", ["humaneval", "mbpp"], "The benchmarks that the paper reports, as they are. "
-         "Small models solve few of these problems or none: whether two bars differ is said by the "
-         "table of changes below, not by their height."),
+         "Small models solve few of these problems or none, and a prompt that is longer than their "
+         "context is a failure: whether two bars differ is said by the table of changes below, not "
+         "by their height."),
     ):  # fmt: skip
         if sets := [s for s in sets if s in ladder.sets]:
             says += (" Bars: the mean of the seeds (dots: each seed), greedy. Black: 95% intervals "
@@ -287,7 +288,8 @@ def pruning_section(ladder: Ladder, shown) -> str:
              "nothing else, and would lose its score with them. A problem is similar at tau if an "
              "exercise has that match rate of syntax trees and is near it as text. Removed: of the "
              "exercises; similar/not: problems; then pass@1, %, with 95% intervals, - where there "
-             "is no such problem or the rung was not run.</p><p><b>Ours</b></p>"]  # fmt: skip
+             "is no such problem or the rung was not run. A pruned rung sees its fewer exercises "
+             "more often, which may cost something too.</p><p><b>Ours</b></p>"]  # fmt: skip
     parts.append(table(["size", "problems", *head], rows, range(2, 11)) if rows else
                  NOT_RUN.format("no pruning with both a report and a score"))  # fmt: skip
     paper = [line.split() for line in SECTION_5.strip().splitlines()]

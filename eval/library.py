@@ -69,7 +69,7 @@ def places(text: str) -> tuple[list[Place], list[tuple[int, int]]]:
     except SyntaxError:
         return [], []
     encoded = text.encode()
-    lines = [0, *(end.end() for end in re.finditer(rb"\r\n?|\n", encoded))]  # as Python has them
+    lines = [0, *(m.end() for m in re.finditer(rb"\r\n?|\n", encoded))]  # as Python has them
     imported, bound, spans = {}, set(), []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
