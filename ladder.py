@@ -43,6 +43,7 @@ RUNGS = {
     "filtered": Rung("filtered by rules", "filtered"),
     "classified": Rung("filtered by a classifier", "classified"),
     "textbooks": Rung("classified code + textbooks", MIX),
+    "base": Rung("the same, cut short: what is then finetuned", MIX),
     "exercises": Rung("code + textbooks, then exercises", MIX, "exercises"),
     "varied": Rung("the same, exercises in many forms", MIX, "exercises_varied"),
     "damaged": Rung("the same, half of the solutions damaged", MIX, "exercises_damaged"),
@@ -277,7 +278,7 @@ class Plan:
             steps = c.finetune_steps
             runs = [base, self.train(bar.name, bar, self.tokens(bar), steps, init=base)]
         else:
-            steps = c.base_steps + c.finetune_steps
+            steps = c.base_steps + (c.finetune_steps if bar.rung != "base" else 0)
             runs = [self.train(bar.name, bar, self.tokens(bar), steps)]
         scores = list(self.score(bar.name))
 
@@ -349,22 +350,18 @@ class Plan:
             "score_s": round(sum(s["seconds"] for s in seconds if s), 1),
             "runs": [f"runs/{r}" for r in runs],
             "weights": checkpoint.checksum(checkpoint.find(self.runs / bar.name)),
-            "scores": self.scores(bar.name),
+            "scores": self.scores(scores),
             "command": f"{self.command} --only {bar.name} --out out/again "
                        f"--check {self.rungs / bar.name / 'rung.json'}",
             "versions": {k: v for k, v in environment().items() if k != "command"},
         }  # fmt: skip
         write_json(self.rungs / bar.name / "rung.json", rung)
 
-    def scores(self, name: str) -> dict[str, float]:
-        """What was measured of a bar, in one number each."""
-        folder, found = self.rungs / name, {}
-        for path in sorted(folder.glob("*/results.json")):
-            found[path.parent.name] = read_json(path)["pass@1"]
-        for file, key in (("bits", "bits_per_byte"), ("library", "right_frac")):
-            if result := read_json(folder / f"{file}.json"):
-                found[file] = result[key]
-        return found
+    def scores(self, jobs: list[str]) -> dict[str, float]:
+        """What these jobs measured of a bar, in one number each."""
+        keys = {"bits": "bits_per_byte", "library": "right_frac"}
+        results = {name.split()[-1]: read_json(self.jobs[name].proof) for name in jobs}
+        return {name: r[keys.get(name, "pass@1")] for name, r in results.items() if r}
 
 
 def again(c: Config, folder: Path) -> str:

@@ -264,9 +264,9 @@ def library_section(ladder: Ladder, shown) -> str:
     if not panels:
         return ""
     says = ("The paper's section 3 finds that finetuning on exercises also brings out what these "
-            "do not contain, as the use of libraries. Compare then exercises with + textbooks: as "
-            "many tokens, none of exercises; the model that was finetuned is another one, that had "
-            "seen fewer. Black: 95% intervals over documents.")  # fmt: skip
+            "do not contain, as the use of libraries. Compare then exercises with before "
+            "finetuning, which it was made of; + textbooks went on with its data as long. "
+            "Black: 95% intervals over documents.")  # fmt: skip
     usual = [told["baseline_frac"] for r in ladder.rungs if (told := r.more.get("library"))]
     if usual:  # of the same code, so for all rungs the same
         says += f" Naming always the usual attribute of a library is right in {usual[0]:.1%}."
@@ -375,12 +375,14 @@ def lineage_section(ladder: Ladder, shown) -> str:
 def cost_section(ladder: Ladder, shown) -> str:
     rows = [
         [r.about["name"], f"{r.about['parameters']:,}", f"{r.about['tokens']:,}",
-         f"{r.about['flops']:.3g}", f"{r.about['train_s']:,.0f}", f"{r.about['score_s']:,.0f}"]
+         f"{r.about['epochs']:g}", f"{r.about['flops']:.3g}", f"{r.about['train_s']:,.0f}",
+         f"{r.about['score_s']:,.0f}"]
         for r in ladder.rungs
     ]  # fmt: skip
-    head = ["rung", "parameters", "tokens", "FLOP of training", "training, s", "scoring, s"]
+    head = ["rung", "parameters", "tokens", "passes over its last data", "FLOP of training",
+            "training, s", "scoring, s"]  # fmt: skip
     return ("<p>Wall-clock seconds of one rung, runs that it starts from included; rungs that ran "
-            "side by side slow each other down.</p>" + table(head, rows, range(1, 6)))  # fmt: skip
+            "side by side slow each other down.</p>" + table(head, rows, range(1, 7)))  # fmt: skip
 
 
 def log_section(ladder: Ladder, shown) -> str:

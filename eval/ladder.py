@@ -25,6 +25,7 @@ RUNGS = {
     "filtered": "filtered\nby rules",
     "classified": "filtered by\nclassifier",
     "textbooks": "+ textbooks",
+    "base": "before\nfinetuning",
     "exercises": "then\nexercises",
     "varied": "exercises,\nmany forms",
     "damaged": "exercises,\nhalf damaged",
@@ -43,8 +44,8 @@ SETS = {
     "mbpp": "MBPP",
 }
 STEPS = [("raw", "filtered"), ("raw", "classified"), ("filtered", "classified"),
-         ("classified", "textbooks"), ("textbooks", "exercises"), ("pairs", "exercises"),
-         ("exercises", "varied"), ("exercises", "damaged")]  # fmt: skip
+         ("classified", "textbooks"), ("base", "exercises"), ("textbooks", "exercises"),
+         ("pairs", "exercises"), ("exercises", "varied"), ("exercises", "damaged")]  # fmt: skip
 PAIRS_EACH = 3  # nearest pairs that are shown of each file of problems
 # What the paper prints (Textbooks Are All You Need, arXiv 2306.11644).
 FIGURE_2_1 = {  # HumanEval pass@1, %; 76 billion tokens
@@ -259,7 +260,7 @@ def _hash(content: bytes) -> str:
 
 def numbers(ladder: Ladder) -> dict:
     """All that the figures show, without machine paths."""
-    keys = ("pass@1", "ci95", "problems", "protocol")
+    keys = ("pass@1", "ci95", "problems", "protocol", "prompts_too_long")
     kept = {"robustness": (*keys, "perturbations"), "bits": ("bits_per_byte", "ci95", "bytes"),
             "library": ("right_frac", "ci95", "baseline_frac", "places")}  # fmt: skip
     diversity = read_json(ladder.folder / "data" / "diversity" / "summary.json") or {"sets": {}}
@@ -270,7 +271,7 @@ def numbers(ladder: Ladder) -> dict:
         "rungs": [
             {
                 **r.about,
-                "scores": {s: {k: of.result[k] for k in keys} for s, of in r.results.items()},
+                "scores": {s: {k: of.result.get(k) for k in keys} for s, of in r.results.items()},
                 **{
                     name: {k: told[k] for k in kept[name] if k in told}
                     for name, told in r.more.items()

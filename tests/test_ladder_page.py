@@ -116,7 +116,7 @@ def write_rung(out, rung: str, size: str, seed: int, frac: float, problems: dict
     )
     write_json(folder / "rung.json", {
         "name": name, "rung": rung, "size": size, "seed": seed, "label": f"label of <{rung}>",
-        "parameters": 400_000 + 2_000_000 * large, "tokens": 4_000_000,
+        "parameters": 400_000 + 2_000_000 * large, "tokens": 4_000_000, "epochs": 1.5,
         "flops": 1e13 * (1 + 5 * large), "train_s": 300.5, "score_s": 60.25,
         "runs": [run for run, _ in runs], "command": f"python ladder.py here --only <{name}>",
     })  # fmt: skip
@@ -210,7 +210,7 @@ def test_page(drawn):
 
 def test_what_is_absent_is_said(drawn, ladder):
     page = drawn[2]
-    assert "Not run: pruned90, pruned85, MBPP, damaged-large-s0 (not finished)." in page
+    assert "Not run: base, pruned90, pruned85, MBPP, damaged-large-s0 (not finished)." in page
     assert ladder.unfinished == ["damaged-large-s0"]
     assert ">not run<" in page  # in the figure, where the bar would be
     assert ladder.sets == ["heldout", "unseen", "humaneval"]
