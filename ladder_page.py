@@ -132,7 +132,7 @@ def html(ladder: Ladder, shown: Callable[..., str]) -> str:
     """The page; `shown(name, caption, draw, *args)` is a figure's HTML."""
     first = ladder.rungs[0].runs[-1]["config"]
     commits = {str(run["config"]["commit"]): 0 for r in ladder.rungs for run in r.runs}
-    tokens = sorted(r.about["tokens"] / 1e6 for r in ladder.rungs)
+    tokens = sorted(r.about["tokens"] / 1e6 for r in ladder.rungs if r.key[0] != "base")
     tokens = " to ".join(dict.fromkeys(f"{t:.3g}M" for t in (tokens[0], tokens[-1])))
     missing = [r for r in RUNGS if r not in those_run(ladder, list(RUNGS))]
     missing += [SETS[s] for s in SETS if s not in ladder.sets]

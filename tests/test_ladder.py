@@ -1,6 +1,8 @@
 """A ladder in miniature, through its command: interrupted, gone on with, and one bar made again."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import shlex
 import shutil
@@ -10,6 +12,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import ROOT
@@ -102,12 +105,19 @@ def made(folder, start) -> Path:
     return out
 
 
-def listed(start, *arguments) -> dict[str, str]:
+def said_by_list(folder, *arguments) -> str:
+    """What --list prints, in this process: it imports torch once."""
+    said = io.StringIO()
+    words = ["ladder.py", str(folder), "--list", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(said):
+        ladder.main()
+    return said.getvalue()
+
+
+def listed(folder, *arguments) -> dict[str, str]:
     """{job: done or to do} of --list."""
-    process = start("--list", *arguments)
-    said, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
-    return {line[9:41].strip(): line[:8].strip() for line in said.splitlines()}
+    lines = said_by_list(folder, *arguments).splitlines()
+    return {line[9:41].strip(): line[:8].strip() for line in lines}
 
 
 def test_a_rung_says_what_it_is_and_cost(made):
@@ -141,20 +151,20 @@ def test_no_rung_is_trained_on_what_is_held_out(made):
         assert not heldout & packages(name), name
 
 
-def test_then_there_is_nothing_to_do(made, start):
+def test_then_there_is_nothing_to_do(made, start, folder):
     bars = ["--only=raw-tiny-s0", "--only=exercises-tiny-s0"]
     process = start("--out", made, *bars)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 0
     assert "+ python" not in said
-    assert set(listed(start, "--out", made, *bars).values()) == {"done", "skipped"}
+    assert set(listed(folder, "--out", made, *bars).values()) == {"done", "skipped"}
 
 
-def test_a_changed_setting_redoes_what_depends_on_it(made, start):
+def test_a_changed_setting_redoes_what_depends_on_it(made, folder):
     bars = ["--only=raw-tiny-s0", "--only=exercises-tiny-s0"]
 
     def to_do(*changed) -> set[str]:
-        jobs = listed(start, "--out", made, *bars, *changed)
+        jobs = listed(folder, "--out", made, *bars, *changed)
         return {name for name, state in jobs.items() if state == "to do"}
 
     def of(bar: str) -> set[str]:
@@ -201,11 +211,10 @@ def test_one_bar_from_nothing_is_the_same_bit_for_bit(made, start, folder):
     assert "DIFFERS" in said
 
 
-def test_pruned_rungs_need_benchmarks(folder, start):
-    jobs = listed(start, "--out", folder / "none", "--bars=pruned80 tiny 0", "--bars=raw tiny 0")
+def test_pruned_rungs_need_benchmarks(folder):
+    jobs = listed(folder, "--out", folder / "none", "--bars=pruned80 tiny 0", "--bars=raw tiny 0")
     assert "raw-tiny-s0 rung" in jobs
-    process = start("--list", "--out", folder / "none", "--bars=pruned80 tiny 0")
-    said, _ = process.communicate(timeout=100)
+    said = said_by_list(folder, "--out", folder / "none", "--bars=pruned80 tiny 0")
     assert said.startswith("pruned80-tiny-s0 is skipped: pruned of what?")
 
 

@@ -210,7 +210,9 @@ def test_page(drawn):
 
 def test_what_is_absent_is_said(drawn, ladder):
     page = drawn[2]
-    assert "Not run: base, pruned90, pruned85, MBPP, damaged-large-s0 (not finished)." in page
+    assert (
+        "Not run: base, varied, pruned90, pruned85, MBPP, damaged-large-s0 (not finished)." in page
+    )
     assert ladder.unfinished == ["damaged-large-s0"]
     assert ">not run<" in page  # in the figure, where the bar would be
     assert ladder.sets == ["heldout", "unseen", "humaneval"]
