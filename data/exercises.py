@@ -16,14 +16,11 @@ same as a held-out one; but it has every family, test and operation of a held-ou
 """
 
 import ast
-import copy
 import functools
 import itertools
 import json
 import random
 import re
-import sys
-import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -32,6 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import UserError, parse, run
+from data.damage import damage
 from data.documents import ShardWriter, document, new_folder, read_jsonl, write_json
 from data.families import FAMILIES, KINDS, Kind, Task
 from data.forms import GENERIC, POOL, Exercise, argument_types, fill, pool, results, tell, vary
@@ -90,7 +88,8 @@ def main() -> None:
         solution_key(p["prompt"] + p["canonical_solution"])
         for p in [*problems.values(), *unseen.values()]
     }
-    exercises = damage(exercises, config.damage_frac, config.seed, hidden)
+    allowed = lambda task, wrong: key(task, wrong) not in hidden  # noqa: E731
+    exercises = damage(exercises, config.damage_frac, config.seed, allowed)
     exchanged = 0
     if config.shuffle_docstrings:
         shuffled = shuffle_docstrings(exercises, config.seed)
@@ -315,8 +314,9 @@ def parts(task: Task) -> list[str]:
 
 
 @functools.cache
-def key(task: Task) -> str:
-    exercise = tell(task, random.Random(0))
+def key(task: Task, wrong: str = "") -> str:
+    """That of its solution, or of a damaged one."""
+    exercise = replace(tell(task, random.Random(0)), wrong=wrong)
     return solution_key(exercise.prompt() + exercise.solution())
 
 
@@ -394,170 +394,6 @@ def draw(
         misses = 0
         progress.update()
         yield exercise
-
-
-# ---- Damage
-
-BUDGET = 20_000  # lines that a damaged body may run for one input, or it is taken for endless
-BIG_BITS = 10_000  # of a number in it
-OPERATORS = {  # what may stand in place of one
-    ast.Lt: ("<", "<=", ">"),
-    ast.LtE: ("<=", "<", ">="),
-    ast.Gt: (">", ">=", "<"),
-    ast.GtE: (">=", ">", "<="),
-    ast.Eq: ("==", "!=", ">="),
-    ast.NotEq: ("!=", "=="),
-    ast.In: ("in", "not in"),
-    ast.NotIn: ("not in", "in"),
-    ast.Add: ("+", "-"),
-    ast.Sub: ("-", "+"),
-    ast.Mult: ("*", "+"),
-    ast.FloorDiv: ("//", "%"),
-    ast.Mod: ("%", "//"),
-    ast.Pow: ("**", "*"),
-    ast.And: ("and", "or"),
-    ast.Or: ("or", "and"),
-}
-NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sum": "len", "sorted": "list"}
-NAMES |= {"upper": "lower", "lower": "upper", "isupper": "islower", "islower": "isupper"}
-NAMES |= {"startswith": "endswith", "endswith": "startswith", "isdigit": "isalpha"}
-NAMES |= {"isalpha": "isdigit", "append": "extend", "values": "keys"}
-
-
-def damage(exercises: list[Exercise], frac: float, seed: int, hidden: set[str]) -> list[Exercise]:
-    """The exercises, of which a share has a wrong solution, though none whose key is `hidden`."""
-    exercises, rng = [*exercises], random.Random(f"damage {seed}")
-    wanted = round(frac * len(exercises))
-    order = rng.sample(range(len(exercises)), len(exercises)) if wanted else []
-    for i in tqdm(order, "damage", disable=None):
-        if not wanted:
-            break
-        task = exercises[i].task
-        bodies = damaged_bodies(task.body)
-        for wrong in rng.sample(bodies, len(bodies)):
-            if is_wrong(task, wrong) and damaged_key(task, wrong) not in hidden:
-                exercises[i] = replace(exercises[i], wrong=wrong)
-                wanted -= 1
-                break
-    return exercises
-
-
-@functools.cache
-def damaged_key(task: Task, wrong: str) -> str:
-    exercise = replace(tell(task, random.Random(0)), wrong=wrong)
-    return solution_key(exercise.prompt() + exercise.solution())
-
-
-@functools.cache
-def damaged_bodies(body: str) -> list[str]:
-    """Bodies with one error such as a language model makes, which parse; `$a` as in `body`."""
-    source = fill(body, ("_a_", "_b_", "_c_")).replace("$f", "_f_")
-    if not source.isascii():  # ast counts bytes
-        return []
-    lines = source.splitlines(keepends=True)
-    starts = [0, *itertools.accumulate(map(len, lines))]
-    begin = lambda node: starts[node.lineno - 1] + node.col_offset  # noqa: E731
-    end = lambda node: starts[node.end_lineno - 1] + node.end_col_offset  # noqa: E731
-    found = {}
-    for node in ast.walk(ast.parse(source)):
-        for i, j, new in edits(node, source, begin, end):
-            changed = source[:i] + new + source[j:]
-            try:
-                ast.parse(changed)
-            except SyntaxError:
-                continue
-            found[re.sub(r"\b_([abcf])_\b", r"$\1", changed)] = None
-    return [*found]
-
-
-def edits(node, source: str, begin, end) -> Iterator[tuple[int, int, str]]:
-    """Stretches of the source to replace, and what by, that damage `node`."""
-
-    def operator(left, op, right):
-        old, *others = OPERATORS.get(type(op), ("",))
-        between = source[end(left) : begin(right)]
-        return [(end(left), begin(right), between.replace(old, new, 1)) for new in others]
-
-    match node:
-        case ast.Compare(left, ops, rights):
-            for a, op, b in zip([left, *rights], ops, rights):
-                yield from operator(a, op, b)
-        case ast.BinOp(left, op, right):
-            yield from operator(left, op, right)
-        case ast.AugAssign(target, op, value):
-            yield from operator(target, op, value)
-        case ast.BoolOp(op, [*_, left, right]):
-            yield from operator(left, op, right)
-            yield begin(left), begin(right), ""  # a dropped condition
-            yield end(left), end(right), ""
-        case ast.comprehension(iter=source_, ifs=[*_, last]):
-            yield end(source_), end(last), ""
-        case ast.UnaryOp(ast.Not(), operand):
-            yield begin(node), begin(operand), ""
-        case ast.IfExp(body=a, orelse=b) | ast.If(body=[a], orelse=[b]):
-            middle = source[end(a) : begin(b)]
-            if isinstance(node, ast.If) or begin(a) < begin(b):
-                swapped = source[begin(b) : end(b)] + middle + source[begin(a) : end(a)]
-                yield begin(a), end(b), swapped
-        case ast.Constant(bool()):
-            yield begin(node), end(node), str(not node.value)
-        case ast.Constant(int()):
-            yield begin(node), end(node), str(node.value + 1)
-            if node.value:
-                yield begin(node), end(node), str(node.value - 1)
-        case ast.Constant(str()) if len(node.value) > 1:
-            yield end(node) - 2, end(node) - 1, ""
-        case ast.Name(id=name) if name in NAMES:
-            yield begin(node), end(node), NAMES[name]
-        case ast.Attribute(attr=name) if name in NAMES:
-            yield end(node) - len(name), end(node), NAMES[name]
-        case ast.Call(args=[*_, last], keywords=[ast.keyword(arg="reverse")]):
-            yield end(last), end(node) - 1, ""
-        case ast.Break():
-            yield begin(node), end(node), "continue"
-        case ast.Return(value) if value:
-            yield begin(node), begin(value), ""  # a missing return
-            if re.search(r"\n    .*\n$", source[: begin(node)]):
-                yield begin(node), begin(node), "    "  # a return inside the loop
-
-
-class Endless(Exception):
-    pass
-
-
-@functools.cache
-def is_wrong(task: Task, wrong: str) -> bool:
-    """Whether this body ends for every input of the pool, fails for at most half of them, and has
-    another result than the oracle for at least one."""
-    arguments = ("_a_", "_b_", "_c_")[: len(task.args.split())]
-    source = textwrap.indent(fill(wrong.replace("$f", "f"), arguments), "    ")
-    namespace, steps, wrongs, failures = {}, 0, 0, 0
-    exec(f"def f({', '.join(arguments)}):\n{source}\n", namespace)
-
-    def trace(frame, event, value):
-        nonlocal steps
-        steps += 1
-        big = any(isinstance(v, int) and v.bit_length() > BIG_BITS for v in frame.f_locals.values())
-        if steps > BUDGET or big:
-            raise Endless
-        return trace
-
-    cases = [*zip(copy.deepcopy(pool(task.args)), results(task))]
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        for inputs, wanted in cases:
-            steps = 0
-            try:
-                got = namespace["f"](*inputs)
-                wrongs += got != wanted or type(got) is not type(wanted)
-            except Endless:
-                return False
-            except Exception:
-                failures += 1
-    finally:
-        sys.settrace(before)
-    return wrongs > 0 and failures <= POOL // 2
 
 
 def shuffle_docstrings(exercises: list[Exercise], seed: int) -> list[Exercise]:

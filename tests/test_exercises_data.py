@@ -370,65 +370,6 @@ def test_a_task_that_does_what_an_unseen_one_does_is_left_out(outputs):
     assert [*left] == others[2:]
 
 
-# ---- Damage
-
-
-def test_damage_is_what_was_asked_and_wrong(train, outputs):
-    damaged = exercises.damage(train, 0.5, 0, set())
-    changed = [(a, b) for a, b in zip(train, damaged, strict=True) if a != b]
-    assert len(changed) == len(train) // 2
-    for a, b in changed[:300]:
-        assert b.prompt() == a.prompt()
-        assert replace(b, wrong="") == a
-        with pytest.raises((AssertionError, Exception)):
-            exercises.check(b, outputs[b.task], range(exercises.POOL))
-    assert exercises.damage(train, 0, 0, set()) == train
-    assert exercises.damage(train, 0.5, 0, set()) == damaged
-    assert exercises.damage(train, 0.5, 1, set()) != damaged
-
-
-def test_damage_makes_no_held_out_solution(train):
-    some = train[:200]
-    keys = {solution_key(source(e)) for e in exercises.damage(some, 1, 0, set())}
-    again = exercises.damage(some, 1, 0, keys)
-    assert not keys & {solution_key(source(e)) for e in again if e.wrong}
-
-
-def test_the_errors_that_damage_makes():
-    body = """best = 0
-for x in $a:
-    if x > 3 and x != 7:
-        best = max(best, x)
-return best"""
-    bodies = exercises.damaged_bodies(body)
-    for old, new in [
-        ("x > 3", "x >= 3"),
-        ("x > 3", "x < 3"),
-        ("x > 3", "x > 4"),
-        ("x > 3 and x != 7", "x > 3"),
-        ("x > 3 and x != 7", "x != 7"),
-        (" and ", " or "),
-        ("max(", "min("),
-        ("return best", "best"),
-        ("return best", "    return best"),
-        ("best = 0", "best = 1"),
-    ]:
-        assert body.replace(old, new) in bodies, new
-    swapped = exercises.damaged_bodies("if $a > 1:\n    return 5\nelse:\n    return 6")
-    assert "if $a > 1:\n    return 6\nelse:\n    return 5" in swapped
-    assert "return [x for x in $a]" in exercises.damaged_bodies("return [x for x in $a if x > 2]")
-    assert 'return 6 if $a else "ab"' in exercises.damaged_bodies('return "ab" if $a else 6')
-
-
-def test_a_body_that_never_ends_or_fails_or_is_right_is_no_damage():
-    task = FAMILIES["clamp"][0]
-    assert exercises.is_wrong(task, "return $a")
-    assert not exercises.is_wrong(task, task.body)
-    assert not exercises.is_wrong(task, "while True:\n    pass")
-    assert not exercises.is_wrong(task, "$a = 2\nwhile True:\n    $a *= $a")
-    assert not exercises.is_wrong(task, "return $a + 'x'")
-
-
 def write_benchmarks(folder):
     """A HumanEval file and an MBPP file, each with one problem."""
     doc = "Tell me how many of the given whole numbers are found to be larger than nine."

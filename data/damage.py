@@ -1,0 +1,189 @@
+"""Damages solutions of exercises, each by one small error such as a language model makes.
+
+What a model wrote of CodeExercises is not all right, and phi-1 learned from it all the same (arXiv
+2306.11644, section 2.2): `python -m data.exercises --damage_frac 0.5` lets one measure that. A
+damaged body is run before it is used: it ends, mostly without an exception, and gives a wrong
+result.
+"""
+
+import ast
+import copy
+import functools
+import itertools
+import random
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from data.families import Task
+from data.forms import POOL, Exercise, fill, pool, results
+
+BUDGET = 20_000  # lines that a damaged body may run for one input, or it is taken for endless
+BIG_BITS = 10_000  # of a number in it, which is looked at ...
+LOOK_EVERY = 8  # ... each so many lines, as this is what takes the time
+TRIES = 8  # errors tried in a solution before it is left as it is
+OPERATORS = {  # what may stand in place of one
+    ast.Lt: ("<", "<=", ">"),
+    ast.LtE: ("<=", "<", ">="),
+    ast.Gt: (">", ">=", "<"),
+    ast.GtE: (">=", ">", "<="),
+    ast.Eq: ("==", "!=", ">="),
+    ast.NotEq: ("!=", "=="),
+    ast.In: ("in", "not in"),
+    ast.NotIn: ("not in", "in"),
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "+"),
+    ast.FloorDiv: ("//", "%"),
+    ast.Mod: ("%", "//"),
+    ast.Pow: ("**", "*"),
+    ast.And: ("and", "or"),
+    ast.Or: ("or", "and"),
+}
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sum": "len", "sorted": "list"}
+NAMES |= {"upper": "lower", "lower": "upper", "isupper": "islower", "islower": "isupper"}
+NAMES |= {"startswith": "endswith", "endswith": "startswith", "isdigit": "isalpha"}
+NAMES |= {"isalpha": "isdigit", "append": "extend", "values": "keys"}
+
+
+def damage(
+    exercises: list[Exercise], frac: float, seed: int, allowed: Callable[[Task, str], bool]
+) -> list[Exercise]:
+    """The exercises, of which a share has a wrong solution, each `allowed(task, body)`.
+
+    Fewer than that share where there is no such error in enough of them.
+    """
+    exercises, rng = [*exercises], random.Random(f"damage {seed}")
+    wanted = round(frac * len(exercises))
+    order = rng.sample(range(len(exercises)), len(exercises)) if wanted else []
+    for i in tqdm(order, "damage", disable=None):
+        if not wanted:
+            break
+        task = exercises[i].task
+        bodies = damaged_bodies(task.body)
+        for wrong in rng.sample(bodies, len(bodies))[:TRIES]:
+            if is_wrong(task, wrong) and allowed(task, wrong):
+                exercises[i] = replace(exercises[i], wrong=wrong)
+                wanted -= 1
+                break
+    return exercises
+
+
+@functools.cache
+def damaged_bodies(body: str) -> list[str]:
+    """Bodies with one error such as a language model makes, which parse; `$a` as in `body`."""
+    source = fill(body, ("_a_", "_b_", "_c_")).replace("$f", "_f_")
+    if not source.isascii():  # ast counts bytes
+        return []
+    lines = source.splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(map(len, lines))]
+    begin = lambda node: starts[node.lineno - 1] + node.col_offset  # noqa: E731
+    end = lambda node: starts[node.end_lineno - 1] + node.end_col_offset  # noqa: E731
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        for i, j, new in edits(node, source, begin, end):
+            changed = source[:i] + new + source[j:]
+            try:
+                ast.parse(changed)
+            except SyntaxError:
+                continue
+            found[re.sub(r"\b_([abcf])_\b", r"$\1", changed)] = None
+    return [*found]
+
+
+def edits(node, source: str, begin, end) -> Iterator[tuple[int, int, str]]:
+    """Stretches of the source to replace, and what by, that damage `node`."""
+
+    def operator(left, op, right):
+        old, *others = OPERATORS.get(type(op), ("",))
+        between = source[end(left) : begin(right)]
+        return [(end(left), begin(right), between.replace(old, new, 1)) for new in others]
+
+    match node:
+        case ast.Compare(left, ops, rights):
+            for a, op, b in zip([left, *rights], ops, rights):
+                yield from operator(a, op, b)
+        case ast.BinOp(left, op, right):
+            yield from operator(left, op, right)
+        case ast.AugAssign(target, op, value):
+            yield from operator(target, op, value)
+        case ast.BoolOp(op, [*_, left, right]):
+            yield from operator(left, op, right)
+            yield begin(left), begin(right), ""  # a dropped condition
+            yield end(left), end(right), ""
+        case ast.comprehension(iter=source_, ifs=[*_, last]):
+            yield end(source_), end(last), ""
+        case ast.UnaryOp(ast.Not(), operand):
+            yield begin(node), begin(operand), ""
+        case ast.IfExp(body=a, orelse=b) | ast.If(body=[a], orelse=[b]):
+            middle = source[end(a) : begin(b)]
+            if isinstance(node, ast.If) or begin(a) < begin(b):
+                swapped = source[begin(b) : end(b)] + middle + source[begin(a) : end(a)]
+                yield begin(a), end(b), swapped
+        case ast.Constant(bool()):
+            yield begin(node), end(node), str(not node.value)
+        case ast.Constant(int()):
+            yield begin(node), end(node), str(node.value + 1)
+            if node.value:
+                yield begin(node), end(node), str(node.value - 1)
+        case ast.Constant(str()) if len(node.value) > 1:
+            yield end(node) - 2, end(node) - 1, ""
+        case ast.Name(id=name) if name in NAMES:
+            yield begin(node), end(node), NAMES[name]
+        case ast.Attribute(attr=name) if name in NAMES:
+            yield end(node) - len(name), end(node), NAMES[name]
+        case ast.Call(args=[*_, last], keywords=[ast.keyword(arg="reverse")]):
+            yield end(last), end(node) - 1, ""
+        case ast.Break():
+            yield begin(node), end(node), "continue"
+        case ast.Return(value) if value:
+            yield begin(node), begin(value), ""  # a missing return
+            if re.search(r"\n    .*\n$", source[: begin(node)]):
+                yield begin(node), begin(node), "    "  # a return inside the loop
+
+
+class Endless(Exception):
+    pass
+
+
+@functools.cache
+def is_wrong(task: Task, wrong: str) -> bool:
+    """Whether this body ends for every input of the pool, fails for at most half of them, and has
+    another result than the oracle for at least one."""
+    arguments = ("_a_", "_b_", "_c_")[: len(task.args.split())]
+    source = textwrap.indent(fill(wrong.replace("$f", "f"), arguments), "    ")
+    namespace, steps, wrongs, failures = {}, 0, 0, 0
+    exec(f"def f({', '.join(arguments)}):\n{source}\n", namespace)
+
+    def trace(frame, event, value):
+        nonlocal steps
+        steps += 1
+        if steps > BUDGET:
+            raise Endless
+        if steps % LOOK_EVERY == 0:
+            for v in frame.f_locals.values():
+                if isinstance(v, int) and v.bit_length() > BIG_BITS:
+                    raise Endless
+        return trace
+
+    before = sys.gettrace()
+    try:
+        for inputs, wanted in zip(copy.deepcopy(pool(task.args)), results(task)):
+            steps = 0
+            sys.settrace(trace)  # anew: Python drops a trace that failed, as in a deep recursion
+            try:
+                got = namespace["f"](*inputs)
+                wrongs += got != wanted or type(got) is not type(wanted)
+            except Endless:
+                return False
+            except Exception:
+                failures += 1
+                if failures > POOL // 2:
+                    return False
+    finally:
+        sys.settrace(before)
+    return wrongs > 0

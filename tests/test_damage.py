@@ -1,0 +1,96 @@
+"""data/damage.py: as many solutions as asked for are wrong, end, and are otherwise as before."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from data import damage as damage_py
+from data.damage import damage, damaged_bodies, is_wrong
+from data.exercises import check, key
+from data.families import FAMILIES
+from data.forms import POOL, pool, results, tell
+
+TASKS = [task for tasks in FAMILIES.values() for task in tasks]
+
+
+@pytest.fixture(scope="module")
+def train():
+    return [tell(t, random.Random(i)) for i, t in enumerate(random.Random(0).sample(TASKS, 120))]
+
+
+def anything(task, wrong):
+    return True
+
+
+def test_damage_is_what_was_asked_and_wrong(train):
+    damaged = damage(train, 0.5, 0, anything)
+    changed = [(a, b) for a, b in zip(train, damaged, strict=True) if a != b]
+    assert len(changed) == len(train) // 2
+    for a, b in changed:
+        assert b.prompt() == a.prompt()
+        assert replace(b, wrong="") == a
+        with pytest.raises((AssertionError, Exception)):
+            check(b, results(b.task), range(POOL))
+    assert damage(train, 0, 0, anything) == train
+    assert damage(train, 0.5, 0, anything) == damaged
+    assert damage(train, 0.5, 1, anything) != damaged
+
+
+def test_damage_makes_only_what_is_allowed(train):
+    some = train[:40]
+    keys = {key(e.task, e.wrong) for e in damage(some, 1, 0, anything)}
+    again = damage(some, 1, 0, lambda task, wrong: key(task, wrong) not in keys)
+    assert any(e.wrong for e in again)
+    assert not keys & {key(e.task, e.wrong) for e in again if e.wrong}
+
+
+def test_few_errors_are_tried(train, monkeypatch):
+    tried = []
+    monkeypatch.setattr(damage_py, "is_wrong", lambda task, wrong: tried.append(task))
+    assert damage(train[:20], 1, 0, anything) == train[:20]
+    assert len(tried) <= damage_py.TRIES * 20
+
+
+def test_the_errors_that_damage_makes():
+    body = """best = 0
+for x in $a:
+    if x > 3 and x != 7:
+        best = max(best, x)
+return best"""
+    bodies = damaged_bodies(body)
+    for old, new in [
+        ("x > 3", "x >= 3"),
+        ("x > 3", "x < 3"),
+        ("x > 3", "x > 4"),
+        ("x > 3 and x != 7", "x > 3"),
+        ("x > 3 and x != 7", "x != 7"),
+        (" and ", " or "),
+        ("max(", "min("),
+        ("return best", "best"),
+        ("return best", "    return best"),
+        ("best = 0", "best = 1"),
+    ]:
+        assert body.replace(old, new) in bodies, new
+    swapped = damaged_bodies("if $a > 1:\n    return 5\nelse:\n    return 6")
+    assert "if $a > 1:\n    return 6\nelse:\n    return 5" in swapped
+    assert "return [x for x in $a]" in damaged_bodies("return [x for x in $a if x > 2]")
+    assert 'return 6 if $a else "ab"' in damaged_bodies('return "ab" if $a else 6')
+
+
+def test_a_body_that_never_ends_or_fails_or_is_right_is_no_damage():
+    task = FAMILIES["clamp"][0]
+    assert is_wrong(task, "return $a")
+    assert not is_wrong(task, task.body)
+    assert not is_wrong(task, "while True:\n    pass")
+    assert not is_wrong(task, "$a = 2\nwhile True:\n    $a *= $a")
+    assert not is_wrong(task, "return $a + 'x'")
+
+
+def test_a_body_that_never_ends_is_found_after_one_that_recurs_for_ever():
+    """As Python drops a trace function that fails itself, here of the depth of the recursion."""
+    task = FAMILIES["clamp"][0]
+    first = pool(task.args)[0][0]
+    long = "for _ in range(30_000):\n    pass"
+    assert not is_wrong(task, f"if $a == {first}:\n    return $f($a)\n{long}")
+    assert is_wrong(task, f"if $a == {first}:\n    return $f($a)")
