@@ -22,9 +22,9 @@ from tqdm import tqdm
 from data.families import Task
 from data.forms import POOL, Exercise, fill, pool, results
 
-BUDGET = 20_000  # lines that a damaged body may run for one input, or it is taken for endless
+BUDGET = 20_000  # events of a damaged body for one input, or it is taken for endless
 BIG_BITS = 10_000  # of a number in it, which is looked at ...
-LOOK_EVERY = 8  # ... each so many lines, as this is what takes the time
+LOOK_EVERY = 8  # ... each so many lines of the function, as looking takes time
 TRIES = 8  # errors tried in a solution before it is left as it is
 OPERATORS = {  # what may stand in place of one
     ast.Lt: ("<", "<=", ">"),
@@ -156,18 +156,23 @@ def is_wrong(task: Task, wrong: str) -> bool:
     another result than the oracle for at least one."""
     arguments = ("_a_", "_b_", "_c_")[: len(task.args.split())]
     source = textwrap.indent(fill(wrong.replace("$f", "f"), arguments), "    ")
-    namespace, steps, wrongs, failures = {}, 0, 0, 0
+    namespace, steps, lines, wrongs, failures = {}, 0, 0, 0, 0
     exec(f"def f({', '.join(arguments)}):\n{source}\n", namespace)
+    code = namespace["f"].__code__
 
     def trace(frame, event, value):
-        nonlocal steps
+        nonlocal steps, lines
         steps += 1
+        if event != "line":  # an exception would be ignored where a generator is closed
+            return trace
         if steps > BUDGET:
             raise Endless
-        if steps % LOOK_EVERY == 0:
-            for v in frame.f_locals.values():
-                if isinstance(v, int) and v.bit_length() > BIG_BITS:
-                    raise Endless
+        if frame.f_code is code:
+            lines += 1
+            if lines % LOOK_EVERY == 0:
+                for v in frame.f_locals.values():
+                    if isinstance(v, int) and v.bit_length() > BIG_BITS:
+                        raise Endless
         return trace
 
     before = sys.gettrace()

@@ -94,3 +94,11 @@ def test_a_body_that_never_ends_is_found_after_one_that_recurs_for_ever():
     long = "for _ in range(30_000):\n    pass"
     assert not is_wrong(task, f"if $a == {first}:\n    return $f($a)\n{long}")
     assert is_wrong(task, f"if $a == {first}:\n    return $f($a)")
+
+
+def test_a_body_that_never_ends_is_found_though_it_makes_generators():
+    """Python ignores an exception that is raised while it closes one, and drops the trace."""
+    task = FAMILIES["clamp"][0]
+    for lines in range(12):  # the budget ends at another place in the loop
+        loop = "for _ in range(30_000):\n    any(x for x in (0, 1, 2))\n"
+        assert not is_wrong(task, "x = 0\n" * lines + loop), lines
