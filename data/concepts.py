@@ -292,6 +292,12 @@ def number(text: str):
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
+def singular(text: str) -> str:
+    """ "1 place" where a wording has "K places"."""
+    nouns = "bit|character|decimal|decimal place|digit|element|letter|place|step|time"
+    return re.sub(rf"\b1 ({nouns})s\b", r"1 \1", text)
+
+
 def read_family(block: str) -> None:
     """Adds the family in a block of concepts.txt to FAMILIES."""
     head, *lines = block.split("\n")
@@ -329,7 +335,7 @@ def read_family(block: str) -> None:
         return Task(
             put(args),
             put(name, lambda value: re.sub(r"\W+", "_", value)),
-            put(f"<{'|'.join(wordings)}>"),
+            singular(put(f"<{'|'.join(wordings)}>")),
             put("\n".join(body)),
             eval(put(oracle), globals()),
         )
