@@ -165,6 +165,8 @@ def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exerci
         asserts = examples(task, name, arguments, 1, [manner], rng)
     core, prose = wording(task, types, bool(asserts), rng)
     prose = fill(prose, arguments)
+    for argument in arguments:  # "a list of numbers `numbers`"
+        prose = re.sub(rf"\b({argument}) {argument}\b", r"\1 `\1`", prose)
     indent = rng.choices(["    ", "  ", "\t"], [84, 11, 5])[0]
     comma = "," if rng.random() < 0.06 else ", "
     if asserts:
@@ -180,6 +182,8 @@ def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exerci
         imports, hints = type_hints(types, rng)
         lead = imports or lead
     quote = rng.choices(['"""', "'''"], [88, 12])[0]
+    text = "\n".join([prose, *lines])
+    assert '"""' not in text, f"{task}: its docstring would end early"
     form = Form(
         prose,
         tuple(lines),
@@ -187,7 +191,7 @@ def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exerci
         hints=hints,
         comma=comma,
         indent=indent,
-        quote='"""' if quote in "\n".join([prose, *lines]) else quote,
+        quote='"""' if quote in text else quote,
         begin=rng.choices(["", " ", "\n"], [50, 15, 35])[0],
         end="\n" if rng.random() < (0.9 if lines else 0.5) else "",
         width=rng.choice([60, 72, 76, 80, 88]),

@@ -222,6 +222,34 @@ def test_held_out_forms_can_be_perturbed():
                 namespace["check"](namespace[other["entry_point"]])
 
 
+@pytest.mark.parametrize("quoted", ["'''", "''", '""', "'\"'", "''''", "'", '"'])
+def test_an_exercise_compiles_whatever_its_docstring_quotes(quoted):
+    """Also where the docstring, without its full stop, begins or ends with what is quoted."""
+    args = "text"
+    for i, doc in enumerate(
+        [f"Join $a by {quoted}.", f"{quoted} $a", f"Put {quoted} in $a: {quoted}"]
+    ):
+        task = forms.Task(args, "join_it", doc, "return $a", lambda a: quoted + a)
+        for seed in range(60):
+            e = vary(task, random.Random(f"{seed} {i}"))
+            namespace = run(e)
+            assert namespace[e.name]("x") == "x"
+            assert quoted in told(e), source(e)
+
+
+def test_a_docstring_that_would_end_early_is_refused():
+    task = forms.Task("text", "join_it", 'Put """ behind $a.', "return $a", lambda a: a)
+    with pytest.raises(AssertionError, match="end early"):
+        vary(task, random.Random(0), mbpp_frac=0)
+
+
+def test_an_argument_called_as_its_noun_is_quoted():
+    task = FAMILIES["count"][0]
+    proses = [vary(task, random.Random(i)).form.prose for i in range(1500)]
+    assert any(re.search(r"\b(numbers|integers|ints) `\1`", prose) for prose in proses)
+    assert not any(re.search(r"\b(numbers|integers|ints) \1\b", prose) for prose in proses)
+
+
 def test_the_third_person():
     say = lambda s: re.sub(r"(^|\b(?:and then|and|then) )([\w-]+)", forms.third_person, s)  # noqa: E731
     assert say("Reverse $a and return the first") == "Reverses $a and returns the first"
