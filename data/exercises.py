@@ -122,11 +122,10 @@ def main() -> None:
         write_json(out / "summary.json", summary)
     for why, n in dropped.items():
         print(f"{n:9,} dropped, {why}")
+    also = f", {len(unseen)} of unseen families" if unseen else ""
     print(
         f"{config.out}: {len(exercises):,} exercises of {summary['tasks']:,} tasks, "
-        f"{len(problems)} other tasks held out"
-        + f", {len(unseen)} of unseen families"
-        * bool(unseen)
+        f"{len(problems)} other tasks held out{also}"
     )
 
 
