@@ -144,7 +144,7 @@ def documented(
     doc = [*text.split("\n")]
     own = [call for call in calls if call.startswith(f"{name}(")]
     examples = [(call, outcome(call, namespace)) for call in own]
-    examples = [(call, result) for call, result in examples if len(result) + len(call) < 90][:told]
+    examples = [e for e in examples if len("".join(e)) < 90 and "\\" not in "".join(e)][:told]
     if examples:
         doc += ["", *(line for call, result in examples for line in (f">>> {call}", result))]
     quoted = [f'    """{doc[0]}', *(f"    {line}".rstrip() for line in doc[1:])]

@@ -41,6 +41,12 @@ def test_an_exercise_has_the_types_and_results_that_its_calls_have():
     assert code.startswith("from typing import List\n\n\ndef f(a: List[int]) -> List[int]:\n")
 
 
+def test_no_example_has_what_a_docstring_would_read_otherwise():
+    code = told("def f(a):\n    return a", "f", [r"f('a\nb')", "f('x')", r"f('\\')"])
+    assert code.count(">>>") == 1
+    assert ">>> f('x')\n    'x'\n" in code
+
+
 @pytest.mark.parametrize(
     ("values", "new", "old"),
     [
