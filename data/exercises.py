@@ -9,6 +9,7 @@ solution is executed and compared with an oracle.
 writes
     train/shard-*.jsonl.zst   documents: prompt + solution, and these two, entry_point, family, task
     heldout.jsonl             problems in HumanEval's format, and their family and task
+    unseen.jsonl              the same, of families that training then lacks (--unseen)
     summary.json              counts, and what was dropped and why
 
 Training has no held-out task, no held-out solution under other names, and no task that does the
@@ -76,12 +77,14 @@ def main() -> None:
         raise UserError("--shuffle_docstrings: only with --forms plain")
     if config.concepts:
         import data.concepts  # noqa: F401, registers its families
-    told = tell if config.forms == "plain" else vary
+    plain = config.forms == "plain"
+    told = tell if plain else vary
+    asked = tell if plain else functools.partial(vary, mbpp_frac=0)  # as HumanEval does
     benchmarks = Benchmarks(config.benchmarks)
     outputs, dropped = run_tasks(benchmarks)
-    unseen = hold_out(outputs, config.unseen, benchmarks, told, unseen=True)
+    unseen = hold_out(outputs, config.unseen, benchmarks, asked, unseen=True)
     seen = leave_families_out(outputs, dropped) if config.unseen else outputs
-    problems = hold_out(seen, config.heldout, benchmarks, told)
+    problems = hold_out(seen, config.heldout, benchmarks, asked)
     train = {task: v for task, v in seen.items() if str(task) not in problems}
     exercises = list(draw(train, config.count, config.seed, benchmarks, dropped, told))
     hidden = {
@@ -244,7 +247,7 @@ def hold_out(
                 if copies[key(task)] > 1 or scarce:
                     continue
                 rng = random.Random(f"heldout {task}")
-                exercise = told(task, rng) if told is tell else told(task, rng, mbpp_frac=0)
+                exercise = told(task, rng)
                 indexes = choose_tests(task, outputs[task], rivals[task.args], rng)
                 if indexes and not benchmarks.overlap(exercise):
                     left.subtract(parts(task))

@@ -353,8 +353,8 @@ def noun(type_: str, rng: random.Random) -> str:
     return rng.choice(NOUNS.get(type_) or NOUNS.get(type_.split("[")[0]) or ["value"])
 
 
-def a(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
+def with_article(word: str) -> str:
+    return ("an " if word[0] in "aeiou" else "a ") + word
 
 
 # ---- Wording
@@ -456,7 +456,7 @@ def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str
     first = core.split()[0].lower()
     frames = MBPP_FRAMES if mbpp else FRAMES
     frame = rng.choice(frames if first in VERBS else FREE_FRAMES)
-    if "{does}" in frame.lower() and ". " in core:
+    if first == "given" or ("{does}" in frame.lower() and ". " in core):
         frame = "{Do}"
     named = "{given}" in frame
     core = mention(core, task, types, mbpp, named, rng)
@@ -484,7 +484,7 @@ def given_arguments(types: tuple[str, ...], tick: str, rng: random.Random) -> st
         told = [f"{['two', 'three'][len(types) - 2]} {many}{of}{rest} {names[0]}", *names[1:]]
     else:
         named = len(types) > 1 or rng.random() < 0.9
-        told = [a(noun(t, rng)) + f" {name}" * named for t, name in zip(types, names)]
+        told = [with_article(noun(t, rng)) + f" {name}" * named for t, name in zip(types, names)]
     return " and ".join(", ".join(told).rsplit(", ", 1))
 
 
@@ -524,10 +524,10 @@ def mention(core: str, task, types, mbpp: bool, named: bool, rng: random.Random)
 
 def more(task: Task, types: tuple[str, ...], rng: random.Random) -> str:
     """One more sentence, of what holds for every input of the task."""
-    said = [f"The result is {a(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
-    said += [f"Return {a(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
+    said = [f"The result is {with_article(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
+    said += [f"Return {with_article(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
     for kind, type_, letter in zip(task.args.split(), types, "abc"):
-        said.append(f"${letter} is {a(noun(type_, rng))}.")
+        said.append(f"${letter} is {with_article(noun(type_, rng))}.")
         if KINDS[kind].low == 1:
             said.append(f"You may assume that ${letter} is positive.")
     inputs = pool(task.args)
@@ -609,7 +609,7 @@ def shown_examples(task: Task, name: str, arguments, rng: random.Random) -> list
 def sections(arguments: tuple[str, ...], types: tuple[str, ...], rng: random.Random) -> list[str]:
     """What is taken and returned, in the manner of Google, Sphinx or NumPy."""
     named = [*zip(arguments, types)]
-    told = [a(noun(t, rng)) for t in types]
+    told = [with_article(noun(t, rng)) for t in types]
     result = types[-1] or "the result"
     style = rng.choice(["google", "google", "sphinx", "numpy"])
     if style == "sphinx":

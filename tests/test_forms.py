@@ -250,6 +250,13 @@ def test_an_argument_called_as_its_noun_is_quoted():
     assert not any(re.search(r"\b(numbers|integers|ints) \1\b", prose) for prose in proses)
 
 
+def test_what_is_given_is_said_once():
+    doc = "Given the list $a, return its first number."
+    task = forms.Task("ints", "first_one", doc, "return $a[:1]", lambda a: a[:1])
+    for i in range(60):
+        assert vary(task, random.Random(i)).form.prose.lower().count("given") == 1
+
+
 def test_the_third_person():
     say = lambda s: re.sub(r"(^|\b(?:and then|and|then) )([\w-]+)", forms.third_person, s)  # noqa: E731
     assert say("Reverse $a and return the first") == "Reverses $a and returns the first"
