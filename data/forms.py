@@ -390,7 +390,7 @@ SYNONYMS = [
     (r"\bstarting with", "beginning with"),
     (r"\bstarts with", "begins with"),
     (r"\bcontaining '(\w)'", r"containing the letter '\1'|with the letter '\1'"),
-    (r"(?<!is )\bdivisible by", "that can be divided by"),
+    (r"(?<!is )(?<!are )(?<!be )(?<!not )\bdivisible by", "that can be divided by"),
     (r"\bis divisible by", "is a multiple of|can be divided by"),
     (r"\blargest\b(?= of)", "maximum|biggest|greatest"),
     (r"\bsmallest\b(?= of)", "minimum|lowest|least"),
@@ -439,9 +439,15 @@ FREE_FRAMES = [  # for a task that begins with no verb
     "Write a function for the following. {Do}",
     "Write a function that takes {given}. {Do}",
 ]
+NAMED = re.findall(  # what the argument's name may stand behind: "the grid $a"
+    r"\S+",
+    """amount date diameter dict element grid index integer line list matrix number price radius
+    row sentence size string temperature text time tuple word""",
+)
 MENTION = re.compile(  # a place where "the given list" can stand for a name
-    r"(?<!list )(?<!string )(?<!word )(?<!number )(?<!integer )(?<!text )(?<!dict )\$a"
-    r"(?=[.,;:]|$| (?:is|in|to|and|or|by|with|of|from|before|after|where|that|has|starts|ends)\b)"
+    "".join(f"(?<!{word} )" for word in NAMED)
+    + r"\$a(?=[.,;:]|$| (?:is|in|to|and|or|by|with|of|from|before|after|where|that|has|starts|ends"
+    r")\b)"
 )
 
 
@@ -510,7 +516,8 @@ def other_elements(core: str, task: Task, rng: random.Random) -> str:
 
 def mention(core: str, task, types, mbpp: bool, named: bool, rng: random.Random) -> str:
     """`core` with its argument named in one of several ways."""
-    if len(types) == 2 and MENTION.sub("", core).count("$a") == 0:
+    begins = core.startswith("$a")  # "$a is a list of words", where a name is needed
+    if len(types) == 2 and not begins and MENTION.sub("", core).count("$a") == 0:
         short, r = noun(types[0], rng).split(" of ")[0], rng.random()
         if named and r < 0.3:
             return re.sub(MENTION, f"the {short}", core)

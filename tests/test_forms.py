@@ -257,6 +257,15 @@ def test_what_is_given_is_said_once():
         assert vary(task, random.Random(i)).form.prose.lower().count("given") == 1
 
 
+@pytest.mark.parametrize("doc", ["$a is a list. Return it.", "Return the tuple $a."])
+def test_a_name_is_kept_where_it_is_needed(doc):
+    task = forms.Task("ints", "first_one", doc, "return $a", lambda a: a)
+    for i in range(60):
+        e = vary(task, random.Random(i))
+        assert e.arguments[0] in e.form.prose
+        assert not re.search("(given|the) (list|array) is a|tuple (a|the) ", e.form.prose)
+
+
 def test_the_third_person():
     say = lambda s: re.sub(r"(^|\b(?:and then|and|then) )([\w-]+)", forms.third_person, s)  # noqa: E731
     assert say("Reverse $a and return the first") == "Reverses $a and returns the first"
