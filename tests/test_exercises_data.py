@@ -68,7 +68,7 @@ def test_a_wrong_body_is_caught(name):
 
 
 def test_arguments_shadow_nothing():
-    taken = {*dir(builtins), *keyword.kwlist}
+    taken = {*dir(builtins), *keyword.kwlist} - {"_"}  # which a doctest of another test may set
     for task in TASKS:
         names = {n for kind in task.args.split() for n in KINDS[kind].names.split()}
         body = exercises.fill(task.body, ("_a", "_b"))
