@@ -84,6 +84,8 @@ def bars(axes, panels: list[tuple], sizes: dict[str, str], names: dict[str, str]
         values = {key: v for key, v in values.items() if key[0] in names}
         tops = [max(v.get("high", v["value"]), *v.get("seeds", [0])) for v in values.values()]
         top = max([*tops, 0]) or 1
+        if not any(v["value"] for v in values.values()):
+            top *= 4  # an interval around nothing is not to fill the panel
         for j, (size, label) in enumerate(sizes.items()):
             look = {"color": COLORS[j % 6], "hatch": HATCHES[j % 3], "edgecolor": "white"}
             ax.bar(0, 0, label=label, **look)  # for the legend, whatever was run
