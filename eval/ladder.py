@@ -135,7 +135,8 @@ def read_ladder(folder: Path) -> Ladder:
         if about is None:
             unfinished.append(path.name)
             continue
-        results = {s: read_result(path / s) for s in SETS if (path / s / "results.json").exists()}
+        asked = [s for s in SETS if s in about["scores"]]  # what else is there may be of before
+        results = {s: read_result(path / s) for s in asked}
         more = {"robustness": path / "robustness" / "results.json", "bits": path / "bits.json",
                 "library": path / "library.json"}  # fmt: skip
         more = {name: there for name, file in more.items() if (there := read_json(file))}

@@ -119,6 +119,7 @@ def write_rung(out, rung: str, size: str, seed: int, frac: float, problems: dict
         "parameters": 400_000 + 2_000_000 * large, "tokens": 4_000_000, "epochs": 1.5,
         "flops": 1e13 * (1 + 5 * large), "train_s": 300.5, "score_s": 60.25,
         "runs": [run for run, _ in runs], "command": f"python ladder.py here --only <{name}>",
+        "scores": {FOLDERS[of]: frac * share for of, share in SHARES.items() if problems[of]},
     })  # fmt: skip
 
 
