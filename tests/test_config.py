@@ -103,8 +103,11 @@ def test_help_comes_from_the_comments(capsys):
     assert "A heading" not in text
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda p: p.name)
-def test_every_config_file_loads(path):
+CONFIGS = [p for p in sorted((ROOT / "configs").rglob("*.toml")) if p.name != "ladder.toml"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: "/".join(p.parts[-2:]))
+def test_every_config_file_loads(path):  # ladder.toml is ladder.py's: test_ladder.py
     c = parse(train.TrainConfig, [str(path)], toml=True)
     assert c.seqs_per_step % c.micro_batch == 0
 
