@@ -160,9 +160,9 @@ HUMANEVAL ?=
 MBPP      ?=
 LADDER    ?= out/ladder
 
-ladder: $(VENV)  ## the same model on better and better data, and its report (2 hours)
-	$(PYTHON) ladder.py configs/ladder --out $(LADDER) $(if $(HUMANEVAL),--humaneval $(HUMANEVAL)) \
-	  $(if $(MBPP),--mbpp $(MBPP))
+ladder: $(VENV)  ## the same model on better and better data, and its report (80 minutes)
+	$(PYTHON) ladder.py configs/ladder --out $(LADDER) --sandbox $(SANDBOX) \
+	  $(if $(HUMANEVAL),--humaneval $(HUMANEVAL)) $(if $(MBPP),--mbpp $(MBPP))
 	$(MAKE) report
 
 report: $(VENV)  ## the ladder's report again: a page, and figures under records/
