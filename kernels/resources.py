@@ -4,10 +4,13 @@
 
 Compiles each configuration of each kernel's table (bf16, phi-1's shapes) down to a cubin and prints
 registers, spills (ptxas -v), shared memory, theoretical occupancy, and the tensor-core and
-asynchronous copy instructions in the PTX. Exits with status 1 if a default, the configuration that
-a launch takes, spills, asks for more shared memory than a block may have (Triton compiles it all
-the same), or lacks the tensor-core instructions of a GEMM or of attention. `--prune` writes the
-configurations that pass to kernels/tuning.json, which launches read. One to two seconds each.
+asynchronous copy instructions in the PTX; then, for each inner loop with tensor-core instructions,
+the cycles that each pipe of an SM is busy and the TFLOP/s that the slowest allows (sass.py), per
+64 x 64 block of scores or 128 x 128 x 64 block of a GEMM. Exits with status 1 if a default, the
+configuration that a launch takes, spills in a loop, asks for more shared memory than a block may
+have (Triton compiles it all the same), or lacks the tensor-core instructions of a GEMM or of
+attention. `--prune` writes the configurations that pass to kernels/tuning.json, which launches
+read. One to two seconds each.
 """
 
 import dataclasses
@@ -30,7 +33,9 @@ from triton.compiler import ASTSource
 
 import kernels
 from config import UserError, parse, run
+from kernels import sass
 from kernels.spec import TUNING, TUNING_FILE, Kernel, write_tuning
+from runlog import PEAK_FLOPS
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 JOBS = 2
@@ -39,6 +44,7 @@ SHARED_PER_BLOCK_BYTES = {80: 166_912, 90: 232_448}
 SHARED_PER_SM_BYTES = {80: 167_936, 90: 233_472}
 SHARED_RESERVED_BYTES = 1024  # per block
 REGISTERS_PER_SM, REGISTER_UNIT, WARPS_PER_SM, BLOCKS_PER_SM = 65_536, 256, 64, 32
+GPU = {80: "A100", 90: "H100"}
 INSTRUCTIONS = {
     "mma": r"\bmma\.sync|\bwgmma\.mma_async",
     "async_copies": r"\bcp\.async\.c[ag]\b|\bcp\.async\.bulk\.tensor",
@@ -66,12 +72,19 @@ class Row:
     config: dict
     variant: dict
     registers: int
-    spill_bytes: int
+    spill_bytes: int  # a thread, stores and loads, the whole kernel
     shared_bytes: int
     occupancy_frac: float
     mma: int  # mma.sync or wgmma instructions
     async_copies: int  # cp.async or TMA instructions
     problems: tuple[str, ...]
+    loop_spill_bytes: int = 0  # a thread and turn of each inner loop
+    loops: tuple[dict[str, float], ...] = ()  # cycles by pipe of a turn of each matmul loop
+
+    @property
+    def bound_frac(self) -> float:
+        """Of the peak, in the fastest loop: attention's others mask, a GEMM's are alike."""
+        return max(map(sass.bound_frac, self.loops), default=0.0)
 
 
 def all_kernels() -> dict[str, Kernel]:
@@ -125,10 +138,15 @@ def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
         return Row(name, sm, default, config, variant, 0, 0, 0, 0.0, 0, 0, (problem,))
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spills = _ptxas(ptx)
+    _, code = sass.disassemble(compiled.asm["cubin"])
+    inner = sass.inner_loops(code) if kernel.tensor_core else []
+    loop_spills = sum(map(sass.spill_bytes, inner or [code]))
+    moved = sass.tma_bytes(compiled.asm["ttgir"])
+    loops = tuple(sass.cycles(x, sm, config["num_warps"], moved) for x in inner)
     count = {key: len(re.findall(regex, ptx)) for key, regex in INSTRUCTIONS.items()}
     problems = []
-    if spills:
-        problems.append(f"spills {spills} bytes")
+    if loop_spills:
+        problems.append(f"spills {loop_spills} bytes in a loop")
     if shared > SHARED_PER_BLOCK_BYTES[sm]:
         problems.append(f"shared memory above {SHARED_PER_BLOCK_BYTES[sm]:,} bytes")
     if kernel.tensor_core and not count["mma"]:
@@ -136,7 +154,7 @@ def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
     occupancy = occupancy_frac(sm, registers, shared, config["num_warps"])
     return Row(
         name, sm, default, config, variant, registers, spills, shared, occupancy,
-        count["mma"], count["async_copies"], tuple(problems),
+        count["mma"], count["async_copies"], tuple(problems), loop_spills, loops,
     )  # fmt: skip
 
 
@@ -170,10 +188,24 @@ def show(row: Row) -> str:
     config = " ".join(f"{k}={v}" for k, v in (row.config | row.variant).items())
     for long, short in (("BLOCK_", ""), ("num_warps", "warps"), ("num_stages", "stages")):
         config = config.replace(long, short)
-    return (
-        f"sm_{row.sm} {row.kernel:<22} {'default' if row.default else '':<8}"
+    lines = [
+        f"sm_{row.sm} {row.kernel:<26} {'default' if row.default else '':<8}"
         f"{row.registers:>4} {row.spill_bytes:>6} {row.shared_bytes:>8,} {row.occupancy_frac:>5.0%}"
         f"{row.mma:>5} {row.async_copies:>6}  {config}  {'; '.join(row.problems)}"
+    ]
+    for busy in row.loops:
+        pipes = " ".join(f"{pipe} {n / blocks(row.config):,.0f}" for pipe, n in busy.items())
+        tflops = sass.bound_frac(busy) * PEAK_FLOPS[GPU[row.sm]] / 1e12
+        lines.append(f"{'':6}loop: {pipes}: {max(busy, key=busy.get)} bound, {tflops:.0f} TFLOP/s")
+    return "\n".join(lines)
+
+
+def blocks(config: dict) -> float:
+    """Blocks of 64 x 64 scores, or of 128 x 128 x 64 of a GEMM, in a turn; 1 for others' turns."""
+    if "BM" in config:
+        return config["BM"] * config["BN"] / 64**2
+    return (
+        config.get("BLOCK_M", 0) * config.get("BLOCK_N", 0) * config.get("BLOCK_K", 0) / 2**20 or 1
     )
 
 
@@ -224,7 +256,7 @@ def main() -> None:
     if config.json:
         print(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
     else:
-        print(f"{'':6}{'kernel':<31}regs spills   shared   occ  mma  async  configuration")
+        print(f"{'':6}{'kernel':<35}regs spills   shared   occ  mma  async  configuration")
         print("\n".join(map(show, rows)))
     if config.prune:
         prune(rows)

@@ -1,0 +1,149 @@
+"""What one turn of a compiled kernel's inner loop costs each pipe of an SM, counted in its SASS.
+
+    python -m kernels.sass FILE.cubin ...       # any kernel's, this project's or not
+
+Each pipe is busy for some cycles per turn; the slowest sets a bound that no schedule can beat, and
+bound_frac is the share of the tensor cores' peak left under it. A counted loop is an innermost one
+that holds tensor-core instructions. What a branch inside it skips is left out, unless it holds some
+too: there, attention masks the blocks on the diagonal.
+
+Not counted, so the bound is an upper one: latency (one block of threads per SM hides little of it),
+bank conflicts, L2 and device memory, atomics, what TMA writes to shared memory.
+Sources: CUDA C++ programming guide, "Throughput of native arithmetic instructions", 8.0 and 9.0,
+for lanes; Nsight Compute's guide, "Pipelines", for which pipe executes what.
+"""
+
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+
+# FLOP a cycle and SM, bf16: data sheets' 312 TFLOP/s / (108 SMs x 1.41 GHz), 989 / (132 x 1.83)
+TENSOR_FLOP = {80: 2048, 90: 4096}
+SHARED_BYTES = 128  # a cycle and SM: 32 banks of 4 bytes
+SCHEDULERS = 4  # an SM's; each issues one instruction a cycle
+LANES = {80: {"fma": 64, "alu": 64, "xu": 16}, 90: {"fma": 128, "alu": 64, "xu": 16}}
+IMAD_LANES = 64  # sm_90's other 64 do floats only
+# opcodes, up to their first dot; what is in no pipe here (moves, branches, uniform) is issued only
+PIPES = {
+    "fma": "FFMA FMUL FADD HFMA2 HMUL2 HADD2 IMAD IDP",
+    "alu": "IADD IADD3 VIADD LOP3 PLOP3 SHF LEA PRMT SGXT BMSK IABS MOV SEL FSEL F2FP"
+    " ISETP FSETP FSET HSETP2 HSET2 IMNMX FMNMX HMNMX2 VIMNMX VHMNMX",
+    "xu": "MUFU F2I I2F F2F I2I FRND POPC FLO BREV",
+}
+PIPE_OF = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes.split()}
+
+
+def disassemble(cubin: bytes) -> tuple[int, list[str]]:
+    """The compute capability of a cubin, and its labels ("x:") and instructions in order."""
+    nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        command = [nvdisasm, "-c", "-ndf", f.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"^(\.L_\w+:)|^\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", text, re.MULTILINE)
+    # without predicates, since an instruction issues either way
+    codes = [label or re.sub(r"^@\S+\s+", "", code) for label, code in lines]
+    return int(re.search(r"EF_CUDA_SM(\d+)", text)[1]), codes
+
+
+def inner_loops(lines: list[str]) -> list[list[str]]:
+    """The instructions of each innermost loop with tensor-core instructions, in program order."""
+    at = {line[:-1]: i for i, line in enumerate(lines) if line[-1] == ":"}
+    targets = ((i, re.match(r"BRA\b.*\((\.\w+)\)", line)) for i, line in enumerate(lines))
+    branches = [(i, at[m[1]]) for i, m in targets if m]
+    ends = {to: i for i, to in branches if to < i}  # by label: the last branch back to it
+    spans = [
+        (start, end)
+        for start, end in ends.items()
+        # a wait that is laid out past the end of the program branches back into it
+        if any(map(tensor_flop, lines[start:end])) and "EXIT" not in lines[start:end]
+    ]
+    inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
+    loops = []
+    for start, end in sorted(inner):
+        skipped = {
+            k
+            for i, to in branches
+            if start < i < to <= end and not any(map(tensor_flop, lines[i + 1 : to]))
+            for k in range(i + 1, to)
+        }
+        span = (i for i in range(start, end + 1) if i not in skipped and lines[i][-1] != ":")
+        loops.append([lines[i] for i in span])
+    return loops
+
+
+def tensor_flop(instruction: str) -> float:
+    """FLOP of one warp in a tensor-core instruction: a quarter of a wgmma, which four share."""
+    if m := re.search(r"\bHMMA\.(16)(8)(8|16)\.|\bHGMMA\.(64)x(\d+)x(16)\.", instruction):
+        rows, cols, depth = map(int, filter(None, m.groups()))
+        return 2 * rows * cols * depth / (4 if m[4] else 1)
+    return 0
+
+
+def shared_bytes(instruction: str) -> float:
+    """Bytes that one warp moves between shared memory and registers, tensor cores or the copier."""
+    opcode, _, operands = instruction.partition(" ")
+    if m := re.match(r"HGMMA\.64x(\d+)x16", opcode):  # B, and A where no register precedes it
+        a_rows = 0 if re.match(r"R\d+, R\d+", operands) else 64
+        return (int(m[1]) + a_rows) * 16 * 2 / 4
+    if re.match("LDSM|STSM", opcode):
+        return 128 * int(opcode[-1]) if opcode[-2:] in (".2", ".4") else 128
+    if re.match("LDS|STS|LDGSTS|ATOMS", opcode):
+        return 32 * 4 * (4 if ".128" in opcode else 2 if ".64" in opcode else 1)
+    return 128 if opcode.startswith("SHFL") else 0  # 32 lanes a cycle, through the same crossbar
+
+
+def spill_bytes(loop: list[str]) -> int:
+    """Bytes a thread that a loop stores to and loads from local memory in a turn."""
+    found = (re.search(r"\b(?:LDL|STL)(?:\.\w+)*?(?:\.(64|128))?\b", line) for line in loop)
+    return sum(int(m[1] or 32) // 8 for m in found if m)
+
+
+def tma_bytes(ttgir: str) -> int:
+    """Bytes that a block moves by TMA in a turn of its first innermost loop with a matmul."""
+    indented = r"(?=^( *)\S.*scf\.for .*\n((?:\1 .*\n)*))"
+    for _, body in re.findall(indented, ttgir, re.MULTILINE):
+        if "scf.for" not in body and re.search(r"\bdot |_dot ", body):
+            moved = re.findall(r"async_tma.*tensordesc<(?:tensor<)?([\dx]+)x[a-z]+(\d+)", body)
+            return sum(math.prod(map(int, shape.split("x"))) * int(n) // 8 for shape, n in moved)
+    return 0
+
+
+def cycles(loop: list[str], sm: int, warps: int, tma_bytes: int = 0) -> dict[str, float]:
+    """Cycles by pipe that a turn of `loop`, by a block of so many warps, keeps an SM busy."""
+    slots = dict.fromkeys(PIPES, 0)
+    imads = 0
+    for code in loop:
+        opcode, *suffixes = code.split(" ")[0].split(".")
+        wide = 2 if {"WIDE", "HI"} & set(suffixes) and opcode == "IMAD" else 1  # two results
+        if opcode in PIPE_OF:
+            slots[PIPE_OF[opcode]] += wide
+        imads += wide * (opcode == "IMAD")
+    busy = {
+        "tensor": sum(map(tensor_flop, loop)) / TENSOR_FLOP[sm],
+        "shared": sum(map(shared_bytes, loop)) / SHARED_BYTES,
+        "issue": len(loop) / SCHEDULERS,
+    } | {pipe: 32 * n / LANES[sm][pipe] for pipe, n in slots.items()}
+    busy["fma"] = max(busy["fma"], 32 * imads / IMAD_LANES)
+    busy = {pipe: warps * n for pipe, n in busy.items()}
+    return busy | {"shared": busy["shared"] + tma_bytes / SHARED_BYTES}
+
+
+def bound_frac(busy: dict[str, float]) -> float:
+    """The share of the tensor cores' peak that the slowest pipe leaves."""
+    return busy["tensor"] / max(busy.values())
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        sm, lines = disassemble(Path(name).read_bytes())
+        for loop in inner_loops(lines):
+            busy = cycles(loop, sm, 1)
+            pipes = "  ".join(f"{pipe} {n / busy['tensor']:.2f}" for pipe, n in busy.items())
+            print(f"{name} sm_{sm}: {bound_frac(busy):.0%} of peak; over tensor time: {pipes}")
