@@ -8,25 +8,30 @@ qkv [B, T, 3C] holds q | k | v, each [H, D] with C = H D, in rows that may belon
 out [B, T, C] and dqkv [B, T, 3C] likewise: no transposes, no copies. bf16, fp16 or fp32; products,
 softmax (online, base 2) and angles in fp32. A head costs 2 T^2 D FLOP forward, 5 T^2 D backward.
 
-Rotary. Turning k inside the key loop costs registers and a second trip through shared memory for
-every tile. So q and k are turned once, IN PLACE: k by a pass of its own, q by the forward program
-that owns its rows. qkv then holds the rotated values, which backward needs anyway, and backward
-turns dq and dk back. Gradients are those of the qkv that came in.
+Rotary. Rotating k inside the key loop costs registers and a second trip through shared memory for
+every tile. So q and k are rotated once, IN PLACE: k by a kernel of its own, q by the forward
+program that owns its rows. qkv then holds the rotated values, which backward needs anyway, and
+backward rotates dq and dk back. The gradients returned are those of the unrotated qkv.
 
-Backward in five matmuls, bitwise repeatable. A program owns BN keys, holds dk and dv in registers
-and walks the queries. dq sums over programs; atomic fp32 adds would come in another order on every
-run. So dq accumulates in fixed point: integers add associatively, and any order gives the same
-bits. The step of each row is sound, not guessed: |dq| <= 2 |dout| max |v| max |k_d|, since rows of
-p sum to one. 30 bits of that range leave some 20 for a typical entry, where ds has 8 (bf16) or 11.
-The price is two instructions per entry of dq, against two matmuls and an exp in its own kernel.
+Backward runs five matmuls and is bitwise repeatable. A program owns BN keys, keeps dk and dv in
+registers and loops over the queries. dq sums over programs, and fp32 atomics would add in another
+order on every run. So dq accumulates in fixed point: integer addition is associative, and any
+order gives the same bits. The scale is a proven bound, not a guess. Rows of p sum to one, hence
+
+    |dq_d| <= (sum_j |dout_j| max |v_j| + |delta|) max |k_d|,   max over the keys in sight
+
+with max |k_d| and max |v_j| taken per dim, so that an outlier dim costs the other dims nothing, and
+over the blocks of keys that a query can see, so that an outlier token costs nothing in the blocks
+before it or in another document. (A query that sees it, and barely attends to it, loses as many
+bits as it exceeds its like.) The bound takes 30 bits, a typical entry some 18 of them, where ds has
+8 (bf16) or 11 (fp16). The price is two multiplications and a conversion per entry of dq.
 
 Dropout keeps p where 16 bits of Philox(seed; key, query, head) reach dropout_p; backward draws the
-same. A document mask is doc_start [B, T] int32: query t sees the keys doc_start[t] .. t. It never
-decreases along T, and blocks outside are skipped, not masked. D of 80 and 96 compute as 128.
+same bits. A document mask is doc_start [B, T] int32: query t sees keys doc_start[t] .. t. It never
+decreases along T, and blocks outside it are skipped, not masked. D of 80 and 96 compute as 128.
 Sources: FlashAttention-2 (arXiv 2307.08691); Philox4x32-7 (Salmon et al., SC 2011).
 """
 
-import json
 import math
 
 import torch
@@ -35,17 +40,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.spec import Kernel, config, types
+from kernels import attention_tiles
+from kernels.spec import config
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WANTED_DEVICE = "a GPU of sm_80 or later, or TRITON_INTERPRET=1"
 PAD = 128  # statistics and dq's accumulator have T rounded up to this: no tile of theirs is cut
+FIXED_POINT = True  # False: dq by fp32 atomics, which are not bitwise repeatable
 
 
 @triton.jit
 def _rotate(ptr, t, T, cos_ptr, sin_ptr, SIGN: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr):
-    """Turn dims (i, i + R/2) of the rows at ptr [N, 1], positions t [N], in place."""
+    """Rotate dims (i, i + R/2) of the rows at ptr [N, 1], positions t [N], in place."""
     i = tl.arange(0, HALF)[None, :]
     mask = (t < T)[:, None] & (i < R // 2)
     cos = tl.load(cos_ptr + t[:, None] * (R // 2) + i, mask=mask)
@@ -57,13 +64,59 @@ def _rotate(ptr, t, T, cos_ptr, sin_ptr, SIGN: tl.constexpr, R: tl.constexpr, HA
 
 
 @triton.jit
-def _keep(seed_ptr, bh, q, k0, BN: tl.constexpr, DROP: tl.constexpr):
-    """Dropout's mask [BM, BN] for queries q, keys k0 ..: a Philox call serves eight neighbours."""
-    key = (k0 // 8 + tl.arange(0, BN // 8))[None, :] + 0 * q[:, None]
-    a, b, c, d = tl.philox(tl.load(seed_ptr), key, q[:, None], bh, 0, 7)
-    words = tl.join(tl.join(a, c), tl.join(b, d))
-    halves = tl.join(words & 0xFFFF, words >> 16).reshape(q.shape[0], BN)
-    return halves >= tl.full([], int(DROP * 2**16 + 0.5), tl.uint32)
+def _load_tile(
+    x, b, t0, column, T, stride, CUT: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """Load rows t0 .. t0 + ROWS, columns column .. column + D of sequence b, as [ROWS, DP].
+
+    x is a TMA descriptor, or a pointer to the sequence. CUT: rows may lie beyond T, and are zeros.
+    """
+    if TMA:
+        tile = x.load([b, t0, column]).reshape(ROWS, DP)
+    else:
+        n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
+        inside = (d < D) & (t0 + n < T) if CUT else d < D
+        tile = tl.load(x + column + t0 * stride + (n * stride + d), mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _mask(x, q, k, doc_start, fill, diagonal, DOC: tl.constexpr):
+    """Replace x by `fill` where query q may not see key k; the tile touches the `diagonal`."""
+    if diagonal:
+        x = tl.where(k <= q, x, fill)
+    if DOC:
+        x = tl.where(k >= doc_start, x, fill)
+    return x
+
+
+@triton.jit
+def _keep(
+    seed_ptr, bh, q0, k0, BM: tl.constexpr, BN: tl.constexpr, DROP: tl.constexpr,
+    TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """Draw dropout's mask [BM, BN] for queries q0 .. and keys k0 .., multiples of 16 and 32.
+
+    A Philox call draws 16 bits for each of queries i, i + 8 and keys j, j + 8, j + 16, j + 24. All
+    belong to one thread in the accumulator layout of mma and wgmma: no value moves. TRANSPOSED, as
+    in backward, a thread has two of the keys: two threads make the call, each for its half.
+    """
+    q = (q0 // 2 + tl.arange(0, BM // 2))[:, None]
+    if TRANSPOSED:
+        r = (k0 // 2 + tl.arange(0, BN // 2))[None, :]
+        k, upper = r // 16 * 8 + r % 8, r // 8 % 2 == 1
+        a, b, c, d = tl.philox(tl.load(seed_ptr), k + 0 * q, q + 0 * k, bh, 0, 7)
+        words = tl.join(tl.where(upper, c, a), tl.where(upper, d, b))
+        draws = tl.join(words << 16, words).reshape(BM // 16, 8, BN // 16, 8, 2, 2)
+        draws = draws.permute(0, 4, 1, 2, 5, 3).reshape(BM, BN)
+    else:
+        k = (k0 // 4 + tl.arange(0, BN // 4))[None, :]
+        a, b, c, d = tl.philox(tl.load(seed_ptr), k + 0 * q, q + 0 * k, bh, 0, 7)
+        words = tl.join(tl.join(a, c), tl.join(b, d))
+        draws = tl.join(words << 16, words).reshape(BM // 16, 8, BN // 32, 8, 2, 2, 2)
+        draws = draws.permute(0, 5, 1, 2, 4, 6, 3).reshape(BM, BN)
+    return draws >= tl.full([], int(DROP * 2**16 + 0.5) << 16, tl.uint32)
 
 
 @triton.jit
@@ -71,6 +124,7 @@ def _rotate_k_kernel(
     qkv_ptr, cos_ptr, sin_ptr, T, stride_qkv,
     D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
+    """Rotate k, in qkv [B, T, 3C], in place; cos and sin [T, R/2]."""
     h, b, H = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     k_ptr = qkv_ptr + (b.to(tl.int64) * T + m)[:, None] * stride_qkv + (H + h) * D
@@ -79,170 +133,201 @@ def _rotate_k_kernel(
 
 @triton.jit
 def _fwd_kernel(
-    qkv_ptr, kv, out_ptr, lse_ptr, peak_ptr, cos_ptr, sin_ptr, doc_ptr, seed_ptr,
+    qkv_ptr,  # [B, T, 3C], k rotated already, q rotated here
+    kv,  # the same, as a TMA descriptor where TMA
+    out_ptr,  # [B, T, C]
+    lse_ptr,  # [B H, TP] fp32, log2 of the sum of exp2(scores)
+    peak_ptr,  # [B H, TP/BM, 1 + DOC, 2, DP]: largest |k_d| and |v_d| of BM keys, as int32
+    cos_ptr, sin_ptr,  # [T, R/2] fp32
+    doc_ptr,  # [B, T] int32, first key that each query sees
+    seed_ptr,  # [1] int64
     T, TP, stride_qkv, stride_out, scale_log2e,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, DOC: tl.constexpr,
     DROP: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
+    """Compute BM rows of out, looping over tiles of BN keys."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     h, b, H = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     bh, row0, m0 = b * H + h, b.to(tl.int64) * T, block * BM
     m, n, d = m0 + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
-    dims = (d < D)[None, :]
-    own = (m < T)[:, None] & dims
-    q_ptr = qkv_ptr + row0 * stride_qkv + h * D
-    own_ptr = q_ptr + m[:, None].to(tl.int64) * stride_qkv
+    own = (m < T)[:, None] & (d < D)[None, :]
+    qkv_ptr += row0 * stride_qkv
+    own_ptr = qkv_ptr + h * D + m[:, None].to(tl.int64) * stride_qkv
     if R > 0:
         _rotate(own_ptr, m, T, cos_ptr, sin_ptr, 1, R, HALF)
         tl.debug_barrier()  # the next load reads what other threads stored
     q = tl.load(own_ptr + d, mask=own, other=0.0)
-    lo = 0
+    first, doc_start = 0, 0
     if DOC:
-        doc_start = tl.load(doc_ptr + row0 + m, mask=m < T, other=0)
-        lo = tl.load(doc_ptr + row0 + m0) // BN * BN
-    # stepped, since n0 * stride in 64 bits would make LLVM widen n0, and with it every mask
-    k_ptr = q_ptr + H * D + tl.cast(lo, tl.int64) * stride_qkv
-    tile = n[:, None] * stride_qkv + d
+        doc_start = tl.load(doc_ptr + row0 + m, mask=m < T, other=0)[:, None]
+        first = tl.load(doc_ptr + row0 + m0) // BN * BN
+    if not TMA:
+        kv = qkv_ptr
 
-    row_max = tl.full([BM], -1e30, tl.float32)  # finite: a block may hold no key of some query
+    row_max = tl.full([BM], -1e30, tl.float32)  # finite: a tile may hold no key of some query
     row_sum = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
     for diagonal in tl.static_range(2):
-        hi = m0 // BN * BN
-        if diagonal:
-            lo, hi = hi, tl.minimum(m0 + BM, T)
+        lo = m0 // BN * BN if diagonal else first
+        hi = tl.minimum(m0 + BM, T) if diagonal else m0 // BN * BN
         for n0 in tl.range(lo, hi, BN):
-            if TMA:
-                k = kv.load([b, n0, (H + h) * D]).reshape(BN, DP)
-                v = kv.load([b, n0, (2 * H + h) * D]).reshape(BN, DP)
-            else:
-                inside = (n0 + n < T)[:, None] & dims if diagonal else dims
-                k = tl.load(k_ptr + tile, mask=inside, other=0.0)
-                v = tl.load(k_ptr + H * D + tile, mask=inside, other=0.0)
-            k_ptr += BN * stride_qkv
+            k = _load_tile(kv, b, n0, (H + h) * D, T, stride_qkv, diagonal, BN, D, DP, TMA)
+            v = _load_tile(kv, b, n0, (2 * H + h) * D, T, stride_qkv, diagonal, BN, D, DP, TMA)
             s = tl.dot(q, k.T, input_precision="ieee")
-            if diagonal:
-                s = tl.where(m[:, None] >= (n0 + n)[None, :], s, float("-inf"))
-            if DOC:
-                s = tl.where(doc_start[:, None] <= (n0 + n)[None, :], s, float("-inf"))
+            s = _mask(s, m[:, None] - n0, n[None, :], doc_start - n0, float("-inf"), diagonal, DOC)
             new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2e)
             p = tl.exp2(s * scale_log2e - new_max[:, None])
             decay = tl.exp2(row_max - new_max)
             row_sum = row_sum * decay + tl.sum(p, 1)
             row_max = new_max
             if DROP > 0:
-                p = tl.where(_keep(seed_ptr, bh, m, n0, BN, DROP), p, 0.0)
+                p = tl.where(_keep(seed_ptr, bh, m0, n0, BM, BN, DROP, False), p, 0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     acc = acc / (row_sum * (1 - DROP))[:, None]
     tl.store(out_ptr + (row0 + m)[:, None] * stride_out + h * D + d, acc, mask=own)
     tl.store(lse_ptr + bh.to(tl.int64) * TP + m, row_max + tl.log2(row_sum), mask=m < T)
-    # what the bound on dq needs of these rows' keys and values
-    k = tl.load(own_ptr + H * D + d, mask=own, other=0.0).to(tl.float32)
-    v = tl.load(own_ptr + 2 * H * D + d, mask=own, other=0.0).to(tl.float32)
-    tl.atomic_max(peak_ptr + bh * 2, tl.max(tl.abs(k)), sem="relaxed")
-    tl.atomic_max(peak_ptr + bh * 2 + 1, tl.sqrt(tl.max(tl.sum(v * v, 1))), sem="relaxed")
+    # Peaks of these rows' keys and values. As int32, non-negative floats keep their order, and NaN
+    # is the largest: it shows in dq.
+    peak_ptr += (bh * (TP // BM) + block).to(tl.int64) * (1 + DOC) * 2 * DP + d
+    k = tl.abs(tl.load(own_ptr + H * D + d, mask=own, other=0.0).to(tl.float32))
+    v = tl.abs(tl.load(own_ptr + 2 * H * D + d, mask=own, other=0.0).to(tl.float32))
+    k, v = k.to(tl.int32, bitcast=True), v.to(tl.int32, bitcast=True)
+    tl.store(peak_ptr, tl.max(k, 0))
+    tl.store(peak_ptr + DP, tl.max(v, 0))
+    if DOC:  # of the last document alone, which is what later blocks may see of these rows
+        last = m[:, None] >= tl.load(doc_ptr + row0 + tl.minimum(m0 + BM, T) - 1)
+        tl.store(peak_ptr + 2 * DP, tl.max(tl.where(last, k, 0), 0))
+        tl.store(peak_ptr + 3 * DP, tl.max(tl.where(last, v, 0), 0))
+
+
+@triton.jit
+def _peaks(peak_ptr, lo, hi, last: tl.constexpr, DOC: tl.constexpr, DP: tl.constexpr):
+    """Return the largest |k_d| and |v_d| [1, DP], as int32, of blocks lo .. hi.
+
+    last: of each block's last document alone.
+    """
+    k, v = tl.zeros([1, DP], tl.int32), tl.zeros([1, DP], tl.int32)
+    for j0 in range(lo, hi, 16):
+        j = (j0 + tl.arange(0, 16))[:, None]
+        at = peak_ptr + (j * (1 + DOC) + last) * 2 * DP
+        k = tl.maximum(k, tl.max(tl.load(at, mask=j < hi, other=0), 0, keep_dims=True))
+        v = tl.maximum(v, tl.max(tl.load(at + DP, mask=j < hi, other=0), 0, keep_dims=True))
+    return k, v
 
 
 @triton.jit
 def _delta_kernel(
-    out_ptr, dout_ptr, lse_ptr, delta_ptr, steps_ptr, peak_ptr, T, TP, stride_out, stride_dout,
-    D: tl.constexpr, DP: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr
+    out_ptr, dout_ptr,  # [B, T, C]
+    lse_ptr, delta_ptr,  # [B H, TP] fp32; delta is written, and lse beyond T
+    peak_ptr,  # of the forward kernel
+    row_scale_ptr, dim_scale_ptr,  # [B H, TP] and [B H, TP/BM, DP] fp32: dq's fixed point
+    doc_ptr, T, TP, stride_out, stride_dout,
+    D: tl.constexpr, DP: tl.constexpr, DOC: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr,
+    PEAK: tl.constexpr
 ):  # fmt: skip
-    h, b, H = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    bh = b * H + h
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    d = tl.arange(0, DP)[None, :]
-    row = (b.to(tl.int64) * T + m)[:, None]
-    mask = (m < T)[:, None] & (d < D)
-    out = tl.load(out_ptr + row * stride_out + h * D + d, mask=mask, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + row * stride_dout + h * D + d, mask=mask, other=0.0).to(tl.float32)
-    stat = bh.to(tl.int64) * TP + m
-    tl.store(delta_ptr + stat, tl.sum(out * dout, 1))
+    """Compute delta and, from the peaks of all PEAK-blocks of keys in sight, the scales of dq."""
+    block, h, b, H = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    bh, row0, m0 = b * H + h, b.to(tl.int64) * T, block * BM
+    m, d = m0 + tl.arange(0, BM), tl.arange(0, DP)[None, :]
+    row, own = (row0 + m)[:, None], (m < T)[:, None] & (d < D)
+    out = tl.load(out_ptr + row * stride_out + h * D + d, mask=own, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + row * stride_dout + h * D + d, mask=own, other=0.0).to(tl.float32)
+    delta, stat = tl.sum(out * dout, 1), bh.to(tl.int64) * TP + m
+    tl.store(delta_ptr + stat, delta)
     tl.store(lse_ptr + stat, 0.0, mask=m >= T)  # rows of padding must give a finite p
-    # Fixed-point steps to 1: the bound takes 2^30 of int32's 2^31, the rest is for rounding. NaN
-    # and inf go on to dq; a row of zeros divides by something.
-    peak = tl.load(peak_ptr + bh * 2) * tl.load(peak_ptr + bh * 2 + 1)
-    bound = tl.sqrt(tl.sum(dout * dout, 1)) * peak * (2 / (1 - DROP))
-    tl.store(steps_ptr + stat, 2.0**30 / (bound + 1e-28))
+
+    # Rows whose document begins in their own block see no key of an earlier one.
+    own_block, last_block = m0 // PEAK, (tl.minimum(m0 + BM, T) - 1) // PEAK
+    first, early = 0, m[:, None] >= 0
+    if DOC:
+        doc_start = tl.load(doc_ptr + row0 + m, mask=m < T, other=T)[:, None]
+        first, early = tl.min(doc_start), doc_start < own_block * PEAK
+    peak_ptr += bh.to(tl.int64) * (TP // PEAK) * (1 + DOC) * 2 * DP + d
+    k_own, v_own = _peaks(peak_ptr, own_block, last_block + 1, 0, DOC, DP)
+    k_all, v_all = _peaks(peak_ptr, first // PEAK, own_block, DOC, DOC, DP)
+    k_all, v_all = tl.maximum(k_all, k_own), tl.where(early, tl.maximum(v_all, v_own), v_own)
+    k_all, v_all = k_all.to(tl.float32, bitcast=True), v_all.to(tl.float32, bitcast=True)
+    k_all = tl.where(k_all < 1e-30, 1e-30, k_all)  # NaN and inf go on to dq, 0 must divide
+    bound = tl.sum(tl.abs(dout) * v_all, 1, keep_dims=True) / (1 - DROP) + tl.abs(delta)[:, None]
+    if DOC:
+        bound *= tl.where(early, 1.0, tl.max(k_own.to(tl.float32, bitcast=True) / k_all))
+    # 2^30 of int32's 2^31 for the bound, the rest for rounding
+    tl.store(row_scale_ptr + stat[:, None], 2.0**30 / tl.where(bound < 1e-28, 1e-28, bound))
+    tl.store(dim_scale_ptr + (bh * (TP // BM) + block).to(tl.int64) * DP + d, 1 / k_all)
 
 
 @triton.jit
 def _bwd_kernel(
-    qkv_ptr, q, dout, lse, delta, dq, steps_ptr, dqkv_ptr, cos_ptr, sin_ptr, doc_ptr, doc_end_ptr,
+    qkv_ptr,  # [B, T, 3C], q and k rotated
+    q, dout,  # [B, T, 3C], [B, T, C]: TMA descriptors where TMA, of tiles of BM rows
+    lse_ptr, delta_ptr, row_scale_ptr, dim_scale_ptr,  # of the delta kernel
+    dq,  # [B H TP, DP], added to; int32 in fixed point, else fp32; a descriptor where TMA
+    dqkv_ptr,  # [B, T, 3C], whose k and v columns are written
+    cos_ptr, sin_ptr, doc_ptr,
+    doc_end_ptr,  # [B, T] int32, for each key the first query of a later document
     seed_ptr, T, TP, stride_qkv, stride_dout, stride_dqkv, scale, scale_log2e,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, DOC: tl.constexpr,
-    DROP: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    DROP: tl.constexpr, FIXED: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
+    """Compute BN rows of dk and dv, and their part of dq, looping over tiles of BM queries."""
     tl.static_assert(BN % BM == 0)
     h, b, H = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     bh, row0, n0 = b * H + h, b.to(tl.int64) * T, tl.program_id(0) * BN
     m, n, d = tl.arange(0, BM), n0 + tl.arange(0, BN), tl.arange(0, DP)
-    dims = (d < D)[None, :]
-    own = (n < T)[:, None] & dims
-    q_ptr = qkv_ptr + row0 * stride_qkv + h * D
-    k_ptr = q_ptr + H * D + n[:, None].to(tl.int64) * stride_qkv + d
+    own = (n < T)[:, None] & (d < D)[None, :]
+    qkv_ptr += row0 * stride_qkv
+    k_ptr = qkv_ptr + (H + h) * D + n[:, None].to(tl.int64) * stride_qkv + d
     k = tl.load(k_ptr, mask=own, other=0.0)
     v = tl.load(k_ptr + H * D, mask=own, other=0.0)
     end = T
     if DOC:
-        doc_ptr += row0
         end = tl.load(doc_end_ptr + row0 + tl.minimum(n0 + BN, T) - 1)
-
-    # On sm_80 Triton 3.7 lays out dots alike, a warp to 16 rows, when their operands share terms. p
-    # and ds need that: `rows` masks q, dout, lse and delta, though the last two are padded. dq, of
-    # whose 64 rows 8 warps would do each twice, must not: it shares none. And addresses hoisted out
-    # of the loop would spill. `python -m kernels.resources` shows all three.
     stat0 = bh.to(tl.int64) * TP
-    steps_ptr += stat0
+    lse_ptr += stat0
+    delta_ptr += stat0
+    row_scale_ptr += stat0
+    dim_scale_ptr += stat0 // BM * DP
     if not TMA:
-        do_ptr = dout + row0 * stride_dout + h * D
-        q_tile, do_tile = m[:, None] * stride_qkv + d, m[:, None] * stride_dout + d
-        lse_ptr, delta_ptr = lse + stat0, delta + stat0
-        PAIRS: tl.constexpr = DP // 2
-        dq_ptr = dq.to(tl.pointer_type(tl.int64)) + stat0 * PAIRS
-        dq_tile = m[:, None].to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+        q, dout = qkv_ptr, dout + row0 * stride_dout
+        dq += stat0 * DP
+
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DP], tl.float32)
-    for m0 in tl.range(n0, end, BM, disable_licm=not TMA):
-        rows = m0 + m < T
-        if TMA:
-            qm = q.load([b, m0, h * D]).reshape(BM, DP)
-            lse_m = lse.load([bh, m0]).reshape(BM)
-        else:
-            at = q_ptr + tl.cast(m0, tl.int64) * stride_qkv + q_tile
-            qm = tl.load(at, mask=rows[:, None] & dims, other=0.0)
-            lse_m = tl.load(lse_ptr + m0 + m, mask=rows, other=0.0)
+    for m0 in tl.range(n0, end, BM, disable_licm=not TMA):  # else hoisted addresses spill
+        qm = _load_tile(q, b, m0, h * D, T, stride_qkv, True, BM, D, DP, TMA)
+        lse = tl.load(lse_ptr + m0 + m)
         st = tl.dot(k, qm.T, input_precision="ieee")  # [BN, BM]: keys down, queries across
-        pt = tl.exp2(st * scale_log2e - lse_m[None, :])
-        if m0 < n0 + BN - 1:  # the diagonal cuts this block
-            pt = tl.where(n[:, None] <= (m0 + m)[None, :], pt, 0.0)
+        pt = tl.exp2(st * scale_log2e - lse[None, :])
+        doc_start = 0
         if DOC:
-            start = tl.load(doc_ptr + m0 + m, mask=rows, other=T)
-            pt = tl.where(n[:, None] >= start[None, :], pt, 0.0)
-        if TMA:
-            do = dout.load([b, m0, h * D]).reshape(BM, DP)
-            delta_m = delta.load([bh, m0]).reshape(BM)
-        else:
-            at = do_ptr + tl.cast(m0, tl.int64) * stride_dout + do_tile
-            do = tl.load(at, mask=rows[:, None] & dims, other=0.0)
-            delta_m = tl.load(delta_ptr + m0 + m, mask=rows, other=0.0)
+            doc_start = tl.load(doc_ptr + row0 + m0 + m, mask=m0 + m < T, other=T)[None, :]
+        diagonal = m0 < n0 + BN - 1 if TMA else True  # a branch would spill on sm_80
+        pt = _mask(pt, (m0 + m)[None, :], n[:, None], doc_start, 0.0, diagonal, DOC)
+        do = _load_tile(dout, b, m0, h * D, T, stride_dout, True, BM, D, DP, TMA)
+        delta = tl.load(delta_ptr + m0 + m)
         if DROP > 0:
-            keep = _keep(seed_ptr, bh, m0 + m, n0, BN, DROP).T
+            keep = _keep(seed_ptr, bh, m0, n0, BM, BN, DROP, True).T
         kept = tl.where(keep, pt, 0.0) if DROP > 0 else pt
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
         dpt = tl.dot(v, do.T, input_precision="ieee")
         if DROP > 0:
             dpt = tl.where(keep, dpt * (1 / (1 - DROP)), 0.0)
-        dst = (pt * (dpt - delta_m[None, :])).to(qm.dtype)
-        steps = tl.load(steps_ptr + m0 + m)
+        dst = (pt * (dpt - delta[None, :])).to(qm.dtype)
         dk = tl.dot(dst, qm, dk, input_precision="ieee")
         part = tl.dot(dst.T, k, input_precision="ieee")
-        part = (part * steps[:, None]).to(tl.int32)
+        if FIXED:
+            part *= tl.load(dim_scale_ptr + m0 // BM * DP + d)[None, :]
+            row_scale = tl.load(row_scale_ptr + m0 + m)[:, None]
+            part = tl.floor(part * row_scale + 0.5).to(tl.int32)  # to the nearest
         if TMA:
             dq.atomic_add([bh * TP + m0, 0], part)
-        else:  # two columns to an add: a carry into the second is one step, and as repeatable
-            even, odd = part.to(tl.int64).reshape(BM, PAIRS, 2).split()
-            tl.atomic_add(dq_ptr + m0 * PAIRS + dq_tile, even + (odd << 32), sem="relaxed")
+        elif FIXED:  # two columns to an add: a carry into the second is one step, and as repeatable
+            even, odd = part.to(tl.int64).reshape(BM, DP // 2, 2).split()
+            pairs = dq.to(tl.pointer_type(tl.int64)) + m0 * (DP // 2)
+            pairs += m[:, None] * (DP // 2) + tl.arange(0, DP // 2)
+            tl.atomic_add(pairs, even + (odd << 32), sem="relaxed")
+        else:
+            tl.atomic_add(dq + m0 * DP + m[:, None] * DP + d, part, sem="relaxed")
     dk_ptr = dqkv_ptr + (row0 + n)[:, None] * stride_dqkv + (H + h) * D
     tl.store(dk_ptr + H * D + d, dv * (1 / (1 - DROP)), mask=own)
     tl.store(dk_ptr + d, dk * scale, mask=own)
@@ -253,14 +338,20 @@ def _bwd_kernel(
 
 @triton.jit
 def _dq_kernel(
-    dq_ptr, steps_ptr, dqkv_ptr, cos_ptr, sin_ptr, T, TP, stride_dqkv, scale,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr
+    dq_ptr, row_scale_ptr, dim_scale_ptr,  # of the backward kernel
+    dqkv_ptr,  # [B, T, 3C], whose q columns are written
+    cos_ptr, sin_ptr, T, TP, stride_dqkv, scale,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, FIXED: tl.constexpr,
+    BM: tl.constexpr
 ):  # fmt: skip
-    h, b, H = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    d = tl.arange(0, DP)[None, :]
-    stat = (b * H + h).to(tl.int64) * TP + m
-    dq = tl.load(dq_ptr + stat[:, None] * DP + d) * scale / tl.load(steps_ptr + stat)[:, None]
+    """Scale dq back, and rotate it back."""
+    block, h, b, H = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    m, d = block * BM + tl.arange(0, BM), tl.arange(0, DP)[None, :]
+    stat = ((b * H + h).to(tl.int64) * TP + m)[:, None]
+    dq = tl.load(dq_ptr + stat * DP + d) * scale
+    if FIXED:
+        dim_scale_ptr += ((b * H + h) * (TP // BM) + block).to(tl.int64) * DP
+        dq = dq / tl.load(row_scale_ptr + stat) / tl.load(dim_scale_ptr + d)
     row_ptr = dqkv_ptr + (b.to(tl.int64) * T + m)[:, None] * stride_dqkv + h * D
     tl.store(row_ptr + d, dq, mask=(m < T)[:, None] & (d < D))
     if R > 0:
@@ -268,98 +359,56 @@ def _dq_kernel(
         _rotate(row_ptr, m, T, cos_ptr, sin_ptr, -1, R, HALF)
 
 
-# By compute capability: "queries keys warps stages TMA", default first; tuning may reorder them.
-# Dropout needs registers, and so tiles of its own. A padded head dim runs without TMA.
-_ROWS = {80: "64 0 4 1", 90: "64 0 4 1"}
-_LAUNCHES = [
-    ("rotate_k", _rotate_k_kernel, _ROWS),
-    ("delta", _delta_kernel, _ROWS),
-    ("dq", _dq_kernel, _ROWS),
-    ("fwd_d64", _fwd_kernel, {
-        80: "128 64 4 2, 128 64 4 3, 128 64 8 3, 64 64 4 3, 128 128 8 2",
-        90: "128 64 8 3 1, 128 128 8 2 1, 128 64 4 3 1, 64 128 4 2 1, 64 64 4 3 1, 128 64 8 3"}),
-    ("bwd_d64", _bwd_kernel, {
-        80: "64 128 8 2, 64 128 8 3, 32 128 8 2, 32 128 4 2, 32 64 4 2",
-        90: "64 128 8 2 1, 64 128 8 3 1, 64 64 4 2 1, 32 128 8 2 1, 32 128 4 2 1, 64 128 8 2"}),
-    ("fwd_d64_dropout", _fwd_kernel, {80: "128 64 8 2, 64 64 4 2", 90: "128 64 8 3 1"}),
-    ("bwd_d64_dropout", _bwd_kernel, {80: "32 128 8 2, 16 128 8 2", 90: "64 128 8 2 1"}),
-    ("fwd_d128", _fwd_kernel, {80: "128 64 8 2, 64 64 4 2", 90: "128 128 8 2 1, 128 64 8 3 1"}),
-    ("bwd_d128", _bwd_kernel, {80: "64 64 8 2, 32 64 4 2", 90: "32 128 8 2 1, 32 64 4 2 1"}),
-    ("fwd_d128_dropout", _fwd_kernel, {80: "64 64 4 2, 128 32 8 3", 90: "128 64 8 2 1"}),
-    ("bwd_d128_dropout", _bwd_kernel, {80: "64 64 8 2, 32 64 8 2", 90: "32 64 8 2 1, 16 64 4 2 1"}),
-]  # fmt: skip
-_SIGNATURE = types(
-    "qkv_ptr out_ptr dout_ptr dqkv_ptr q kv dout",
-    "T TP stride_qkv stride_out stride_dout stride_dqkv",
-    **{f"{name}_ptr": "*fp32" for name in ("cos", "sin", "lse", "peak", "delta", "steps")},
-    **dict.fromkeys(("doc_ptr", "doc_end_ptr", "dq_ptr", "dq"), "*i32"), seed_ptr="*i64",
-    lse="*fp32", delta="*fp32", scale="fp32", scale_log2e="fp32",
-)  # fmt: skip
-_DESCRIPTORS = {"kv": "T[1,{BN},{DP}]", "q": "T[1,{BM},{DP}]", "dout": "T[1,{BM},{DP}]"}
-_DESCRIPTORS |= {"dq": "i32[{BM},{DP}]", "lse": "fp32[1,{BM}]", "delta": "fp32[1,{BM}]"}
-
-
-def _kernel(name: str, fn, launches: dict[int, str]) -> Kernel:
-    keys, takes = ("BM", "BN", "num_warps", "num_stages", "TMA"), set(fn.arg_names)
-    table = {
-        sm: [{"TMA": 0} | dict(zip(keys, map(int, row.split()))) for row in rows.split(",")]
-        for sm, rows in launches.items()
-    }
-    D, drop = 128 if "d128" in name else 64, 0.1 if "dropout" in name else 0.0
-    shape = {"D": D, "DP": D, "R": 32, "HALF": 16, "DROP": drop}
-    shape, used = ({k: d[k] for k in d.keys() & takes} for d in (shape, _DESCRIPTORS))
-    masks = ({"DOC": False}, {"DOC": True}) if "DOC" in takes else ({},)
-    return Kernel(f"attention_{name}", fn, table, _SIGNATURE, shape, "DOC" in takes, masks, used)
-
-
-KERNELS = [_kernel(*row) for row in _LAUNCHES]
+KERNELS = attention_tiles.kernels(
+    rotate_k=_rotate_k_kernel, fwd=_fwd_kernel, delta=_delta_kernel, bwd=_bwd_kernel, dq=_dq_kernel
+)
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
 
-def _launch(op: str, args: dict) -> None:
-    """Run kernel `op` with those of `args`, its arguments by name, that it takes."""
-    variant = f"_d{max(64, args['DP'])}" + "_dropout" * (args["DROP"] > 0)
-    kernel = _BY_NAME[f"attention_{op}" + variant * (op in ("fwd", "bwd"))]
-    values = args | config(kernel, args["qkv_ptr"])
-    values["TMA"] = values["TMA"] and args["D"] == args["DP"]
-    if args["qkv_ptr"].is_cuda and args["qkv_ptr"].dtype is torch.float32:
-        values |= {"BM": 32, "BN": 32, "TMA": 0}  # twice the bytes, and no tensor cores to feed
-    for name, template in kernel.descriptors.items() if values["TMA"] else ():
-        x, block = values[name], template[template.index("[") :].format(**values)
-        values[name] = TensorDescriptor(x, list(x.shape), list(x.stride()), json.loads(block))
-    rows, block = args["TP" if op == "delta" else "T"], values["BN" if op == "bwd" else "BM"]
-    grid, names = (triton.cdiv(rows, block), args["H"], args["B"]), kernel.fn.arg_names
-    with torch.cuda.device_of(args["qkv_ptr"]):
-        kernel.fn[grid](**{n: values.get(n) for n in (*names, "num_warps", "num_stages")})
+def _tile(op: str, qkv: Tensor, D: int, dropout_p: float) -> dict:
+    """Return the tile and launch options of "fwd" or "bwd" for this device and head dim."""
+    name = f"attention_{op}_d{64 if D <= 64 else 128}" + "_dropout" * (dropout_p > 0)
+    tile = dict(config(_BY_NAME[name], qkv))
+    if qkv.is_cuda and qkv.dtype is torch.float32:
+        tile |= {"BM": 32, "BN": 32, "TMA": 0}  # twice the bytes, and no tensor cores to feed
+    tile["TMA"] = tile["TMA"] and D == triton.next_power_of_2(D)
+    return tile
 
 
-def _arguments(qkv, n_head, rope, drop, seed, doc_start) -> dict:
-    """What forward and backward pass alike, by the kernels' names."""
-    (B, T, C3), (cos, sin) = qkv.shape, rope or (None, None)
-    D, half = C3 // (3 * n_head), 0 if rope is None else cos.shape[1]
-    args = {"D": D, "DP": triton.next_power_of_2(D), "R": 2 * half, "DROP": drop, "B": B, "T": T}
-    args |= {"H": n_head, "TP": triton.cdiv(T, PAD) * PAD, "HALF": triton.next_power_of_2(half)}
-    args |= {"qkv_ptr": qkv, "stride_qkv": qkv.stride(1), "cos_ptr": cos, "sin_ptr": sin}
-    args |= {"scale": D**-0.5, "scale_log2e": D**-0.5 / math.log(2), "seed_ptr": seed}
-    return args | {"doc_ptr": doc_start, "DOC": doc_start is not None}
+def _shape(qkv: Tensor, n_head: int, rope) -> tuple:
+    """Return ((B, H, T, TP), constexprs of the head, cos, sin)."""
+    B, T, C3 = qkv.shape
+    assert T * qkv.stride(1) < 2**31, "offsets within a sequence are 32-bit"
+    D, (cos, sin) = C3 // (3 * n_head), rope or (None, None)
+    half = 0 if rope is None else cos.shape[1]
+    head = {"D": D, "R": 2 * half, "HALF": triton.next_power_of_2(half)}
+    return (B, n_head, T, triton.cdiv(T, PAD) * PAD), head, cos, sin
 
 
 def attention_fwd(
     qkv, n_head, rope=None, dropout_p=0.0, seed=None, doc_start=None, out=None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`attention` without autograd or checks: (out, lse, peak), the latter two for `attention_bwd`.
+    """Return (out, lse, peak), the latter two for `attention_bwd`: no autograd, no checks.
 
     For a block that owns its buffers: out may be columns of a wider one. seed is a tensor.
     """
-    args = _arguments(qkv, n_head, rope, dropout_p, seed, doc_start)
-    B, T, C3 = qkv.shape
-    out = qkv.new_empty(B, T, C3 // 3) if out is None else out
-    lse = qkv.new_empty(B * n_head, args["TP"], dtype=torch.float32)  # log-sum-exp in base 2
-    peak = qkv.new_zeros(B * n_head, 2, dtype=torch.float32)  # largest |k_d| and |v| of a head
-    args |= {"out_ptr": out, "stride_out": out.stride(1), "lse_ptr": lse, "peak_ptr": peak}
+    (B, H, T, TP), head, cos, sin = _shape(qkv, n_head, rope)
+    DP, doc = triton.next_power_of_2(head["D"]), doc_start is not None
+    tile = _tile("fwd", qkv, head["D"], dropout_p)
+    out = qkv.new_empty(B, T, H * head["D"]) if out is None else out
+    lse = qkv.new_empty(B * H, TP, dtype=torch.float32)
+    peak = qkv.new_empty(B * H, TP // tile["BM"], 1 + doc, 2, DP, dtype=torch.int32)
     if rope is not None:
-        _launch("rotate_k", args)
-    _launch("fwd", args | {"kv": qkv})
+        _rotate_k_kernel[triton.cdiv(T, 64), H, B](
+            qkv, cos, sin, T, qkv.stride(1), **head, BM=64, num_warps=4
+        )
+    kv = qkv
+    if tile["TMA"]:
+        kv = TensorDescriptor(qkv, list(qkv.shape), list(qkv.stride()), [1, tile["BN"], DP])
+    _fwd_kernel[triton.cdiv(T, tile["BM"]), H, B](
+        qkv, kv, out, lse, peak, cos, sin, doc_start, seed, T, TP, qkv.stride(1), out.stride(1),
+        head["D"] ** -0.5 / math.log(2), **head, DP=DP, DOC=doc, DROP=dropout_p, **tile,
+    )  # fmt: skip
     return out, lse, peak
 
 
@@ -367,20 +416,36 @@ def attention_bwd(
     dout, qkv, out, lse, peak, n_head,
     rope=None, dropout_p=0.0, seed=None, doc_start=None, dqkv=None
 ) -> Tensor:  # fmt: skip
-    """dqkv [B, T, 3C]; dout, out and dqkv may be columns of wider buffers, qkv is still rotated."""
-    args = _arguments(qkv, n_head, rope, dropout_p, seed, doc_start)
+    """Return dqkv [B, T, 3C]. dout, out and dqkv may be columns of wider buffers."""
+    (B, H, T, TP), head, cos, sin = _shape(qkv, n_head, rope)
+    D, DP, doc = head["D"], peak.shape[-1], doc_start is not None
+    tile = _tile("bwd", qkv, D, dropout_p)
+    BM, BN = tile["BM"], tile["BN"]
     dqkv = qkv.new_empty(qkv.shape) if dqkv is None else dqkv
-    dq = qkv.new_zeros(lse.numel(), args["DP"], dtype=torch.int32)
-    delta, steps = torch.empty_like(lse), torch.empty_like(lse)
-    args |= {"lse_ptr": lse, "delta_ptr": delta, "steps_ptr": steps, "peak_ptr": peak, "dq_ptr": dq}
-    for name, x in ("out", out), ("dout", dout), ("dqkv", dqkv):
-        args |= {f"{name}_ptr": x, f"stride_{name}": x.stride(1)}
-    if doc_start is not None:  # for each key, the first query of a later document
-        later = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
-        args["doc_end_ptr"] = later
-    _launch("delta", args)
-    _launch("bwd", args | {"q": qkv, "dout": dout, "lse": lse, "delta": delta, "dq": dq})
-    _launch("dq", args)
+    dq = qkv.new_zeros(B * H * TP, DP, dtype=torch.int32 if FIXED_POINT else torch.float32)
+    delta, row_scale = torch.empty_like(lse), torch.empty_like(lse)
+    dim_scale = lse.new_empty(B * H, TP // BM, DP)
+    doc_end = None
+    if doc:  # for each key, the first query of a later document
+        doc_end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
+    _delta_kernel[TP // BM, H, B](
+        out, dout, lse, delta, peak, row_scale, dim_scale, doc_start, T, TP, out.stride(1),
+        dout.stride(1), D=D, DP=DP, DOC=doc, DROP=dropout_p, BM=BM, PEAK=TP // peak.shape[1],
+        num_warps=4,
+    )  # fmt: skip
+    q, do, dq_ = qkv, dout, dq
+    if tile["TMA"]:
+        q, do = (TensorDescriptor(x, list(x.shape), list(x.stride()), [1, BM, DP]) for x in (q, do))
+        dq_ = TensorDescriptor.from_tensor(dq, [BM, DP])
+    _bwd_kernel[triton.cdiv(T, BN), H, B](
+        qkv, q, do, lse, delta, row_scale, dim_scale, dq_, dqkv, cos, sin, doc_start, doc_end, seed,
+        T, TP, qkv.stride(1), dout.stride(1), dqkv.stride(1), D**-0.5, D**-0.5 / math.log(2),
+        **head, DP=DP, DOC=doc, DROP=dropout_p, FIXED=FIXED_POINT, **tile,
+    )  # fmt: skip
+    _dq_kernel[triton.cdiv(T, BM), H, B](
+        dq, row_scale, dim_scale, dqkv, cos, sin, T, TP, dqkv.stride(1), D**-0.5,
+        **head, DP=DP, FIXED=FIXED_POINT, BM=BM, num_warps=4,
+    )  # fmt: skip
     return dqkv
 
 
