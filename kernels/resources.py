@@ -88,14 +88,14 @@ class Row:
 
     @property
     def case(self) -> str:
-        """Its name in bounds.json."""
+        """Return its name in bounds.json."""
         return " ".join(
             [f"sm_{self.sm}", self.kernel, *(f"{k}={v}" for k, v in self.variant.items())]
         )
 
     @property
     def bound_frac(self) -> float:
-        """Of the peak, in the fastest loop: attention's others mask, a GEMM's are alike."""
+        """Return the fastest loop's: attention's other one masks, a GEMM's are alike."""
         return max(map(sass.bound_frac, self.loops), default=0.0)
 
 
@@ -213,7 +213,7 @@ def show(row: Row) -> str:
 
 
 def blocks(config: dict) -> float:
-    """Blocks of 64 x 64 scores, or of 128 x 128 x 64 of a GEMM, in a turn; 1 for others' turns."""
+    """Return how many 64 x 64 scores, or 128 x 128 x 64 of a GEMM, a turn does; else 1."""
     if "BM" in config:
         return config["BM"] * config["BN"] / 64**2
     return (

@@ -1,16 +1,18 @@
-"""What one turn of a compiled kernel's inner loop costs each pipe of an SM, counted in its SASS.
+"""Count what a turn of a compiled kernel's matmul loops costs each pipe of an SM, in its SASS.
 
-    python -m kernels.sass FILE.cubin ...       # any kernel's, this project's or not
+    python -m kernels.sass FILE.cubin ...       # of any kernel, this project's or another's
 
-Each pipe is busy for some cycles per turn; the slowest sets a bound that no schedule can beat, and
-bound_frac is the share of the tensor cores' peak left under it. A counted loop is an innermost one
-that holds tensor-core instructions. What a branch inside it skips is left out, unless it holds some
-too: there, attention masks the blocks on the diagonal.
+A pipe is busy for some cycles a turn, and no schedule beats the slowest: bound_frac is the share of
+the tensor cores' peak that it leaves. The loops are the innermost with tensor-core instructions, in
+program order. What a branch inside one skips is left out unless it holds some: attention's backward
+masks there, on the diagonal only.
 
-Not counted, so the bound is an upper one: latency (one block of threads per SM hides little of it),
-bank conflicts, L2 and device memory, atomics, what TMA writes to shared memory.
-Sources: CUDA C++ programming guide, "Throughput of native arithmetic instructions", 8.0 and 9.0,
-for lanes; Nsight Compute's guide, "Pipelines", for which pipe executes what.
+The bound is an upper one. Not counted: latency; bank conflicts; L2, device memory and atomics; and,
+given a cubin alone, what TMA moves. mma.sync counts at the full rate on sm_90 too. What pads a
+matmul counts as work.
+
+Rates: CUDA C++ programming guide, "Throughput of native arithmetic instructions", 8.0 and 9.0.
+Which pipe executes what: Nsight Compute's profiling guide, "Pipelines".
 """
 
 import math
@@ -28,7 +30,7 @@ SHARED_BYTES = 128  # a cycle and SM: 32 banks of 4 bytes
 SCHEDULERS = 4  # an SM's; each issues one instruction a cycle
 LANES = {80: {"fma": 64, "alu": 64, "xu": 16}, 90: {"fma": 128, "alu": 64, "xu": 16}}
 IMAD_LANES = 64  # sm_90's other 64 do floats only
-# opcodes, up to their first dot; what is in no pipe here (moves, branches, uniform) is issued only
+# opcodes up to their first dot; the others (loads, branches, the uniform path) are only issued
 PIPES = {
     "fma": "FFMA FMUL FADD HFMA2 HMUL2 HADD2 IMAD IDP",
     "alu": "IADD IADD3 VIADD LOP3 PLOP3 SHF LEA PRMT SGXT BMSK IABS MOV SEL FSEL F2FP"
@@ -39,7 +41,7 @@ PIPE_OF = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes
 
 
 def disassemble(cubin: bytes) -> tuple[int, list[str]]:
-    """The compute capability of a cubin, and its labels ("x:") and instructions in order."""
+    """Return a cubin's compute capability, and its labels ("x:") and instructions in order."""
     nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
@@ -53,7 +55,7 @@ def disassemble(cubin: bytes) -> tuple[int, list[str]]:
 
 
 def inner_loops(lines: list[str]) -> list[list[str]]:
-    """The instructions of each innermost loop with tensor-core instructions, in program order."""
+    """Return the instructions of each innermost loop with tensor-core instructions."""
     at = {line[:-1]: i for i, line in enumerate(lines) if line[-1] == ":"}
     targets = ((i, re.match(r"BRA\b.*\((\.\w+)\)", line)) for i, line in enumerate(lines))
     branches = [(i, at[m[1]]) for i, m in targets if m]
@@ -79,7 +81,7 @@ def inner_loops(lines: list[str]) -> list[list[str]]:
 
 
 def tensor_flop(instruction: str) -> float:
-    """FLOP of one warp in a tensor-core instruction: a quarter of a wgmma, which four share."""
+    """Return a warp's FLOP on the tensor cores: a quarter of a wgmma, which four warps share."""
     if m := re.search(r"\bHMMA\.(16)(8)(8|16)\.|\bHGMMA\.(64)x(\d+)x(16)\.", instruction):
         rows, cols, depth = map(int, filter(None, m.groups()))
         return 2 * rows * cols * depth / (4 if m[4] else 1)
@@ -87,7 +89,7 @@ def tensor_flop(instruction: str) -> float:
 
 
 def shared_bytes(instruction: str) -> float:
-    """Bytes that one warp moves between shared memory and registers, tensor cores or the copier."""
+    """Return the bytes of shared memory's time that a warp takes: 128 at least, if it takes any."""
     opcode, _, operands = instruction.partition(" ")
     if m := re.match(r"HGMMA\.64x(\d+)x16", opcode):  # B, and A where no register precedes it
         a_rows = 0 if re.match(r"R\d+, R\d+", operands) else 64
@@ -96,17 +98,17 @@ def shared_bytes(instruction: str) -> float:
         return 128 * int(opcode[-1]) if opcode[-2:] in (".2", ".4") else 128
     if re.match("LDS|STS|LDGSTS|ATOMS", opcode):
         return 32 * 4 * (4 if ".128" in opcode else 2 if ".64" in opcode else 1)
-    return 128 if opcode.startswith("SHFL") else 0  # 32 lanes a cycle, through the same crossbar
+    return 128 if opcode.startswith("SHFL") else 0  # 32 lanes a cycle, through the same pipe
 
 
 def spill_bytes(loop: list[str]) -> int:
-    """Bytes a thread that a loop stores to and loads from local memory in a turn."""
+    """Return the bytes a thread that a turn of a loop stores to and loads from local memory."""
     found = (re.search(r"\b(?:LDL|STL)(?:\.\w+)*?(?:\.(64|128))?\b", line) for line in loop)
     return sum(int(m[1] or 32) // 8 for m in found if m)
 
 
 def tma_bytes(ttgir: str) -> int:
-    """Bytes that a block moves by TMA in a turn of its first innermost loop with a matmul."""
+    """Return the bytes that TMA moves in a turn of the first innermost loop with a matmul."""
     indented = r"(?=^( *)\S.*scf\.for .*\n((?:\1 .*\n)*))"
     for _, body in re.findall(indented, ttgir, re.MULTILINE):
         if "scf.for" not in body and re.search(r"\bdot |_dot ", body):
@@ -116,15 +118,16 @@ def tma_bytes(ttgir: str) -> int:
 
 
 def cycles(loop: list[str], sm: int, warps: int, tma_bytes: int = 0) -> dict[str, float]:
-    """Cycles by pipe that a turn of `loop`, by a block of so many warps, keeps an SM busy."""
+    """Return the cycles by pipe that a turn, by a block of so many warps, keeps an SM busy."""
     slots = dict.fromkeys(PIPES, 0)
     imads = 0
     for code in loop:
         opcode, *suffixes = code.split(" ")[0].split(".")
-        wide = 2 if {"WIDE", "HI"} & set(suffixes) and opcode == "IMAD" else 1  # two results
+        is_imad = opcode == "IMAD"
+        wide = 1 + (is_imad and not {"WIDE", "HI"}.isdisjoint(suffixes))  # 64 bits: assumed twice
+        imads += wide * is_imad
         if opcode in PIPE_OF:
             slots[PIPE_OF[opcode]] += wide
-        imads += wide * (opcode == "IMAD")
     busy = {
         "tensor": sum(map(tensor_flop, loop)) / TENSOR_FLOP[sm],
         "shared": sum(map(shared_bytes, loop)) / SHARED_BYTES,
@@ -136,7 +139,7 @@ def cycles(loop: list[str], sm: int, warps: int, tma_bytes: int = 0) -> dict[str
 
 
 def bound_frac(busy: dict[str, float]) -> float:
-    """The share of the tensor cores' peak that the slowest pipe leaves."""
+    """Return the share of the tensor cores' peak that the slowest pipe leaves."""
     return busy["tensor"] / max(busy.values())
 
 
