@@ -4,8 +4,8 @@
 
 A pipe is busy for some cycles a turn, and no schedule beats the slowest: bound_frac is the share of
 the tensor cores' peak that it leaves. The loops are the innermost with tensor-core instructions, in
-program order. What a branch inside one skips is left out unless it holds some: attention's backward
-masks there, on the diagonal only.
+program order. A block that a turn may leave out is left out unless it holds some: attention's
+backward masks there, on the diagonal only.
 
 The bound is an upper one. Not counted: latency; bank conflicts; L2, device memory and atomics; and,
 given a cubin alone, what TMA moves. mma.sync counts at the full rate on sm_90 too. What pads a
@@ -49,34 +49,55 @@ def disassemble(cubin: bytes) -> tuple[int, list[str]]:
         command = [nvdisasm, "-c", "-ndf", f.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = re.findall(r"^(\.L_\w+:)|^\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", text, re.MULTILINE)
-    # without predicates, since an instruction issues either way
-    codes = [label or re.sub(r"^@\S+\s+", "", code) for label, code in lines]
-    return int(re.search(r"EF_CUDA_SM(\d+)", text)[1]), codes
+    sm = re.search(r"EF_CUDA_SM(\d+)|\.target\s+sm_(\d+)", text)
+    return int(sm[1] or sm[2]), [label or code for label, code in lines]
 
 
 def inner_loops(lines: list[str]) -> list[list[str]]:
     """Return the instructions of each innermost loop with tensor-core instructions."""
-    at = {line[:-1]: i for i, line in enumerate(lines) if line[-1] == ":"}
-    targets = ((i, re.match(r"BRA\b.*\((\.\w+)\)", line)) for i, line in enumerate(lines))
-    branches = [(i, at[m[1]]) for i, m in targets if m]
-    ends = {to: i for i, to in branches if to < i}  # by label: the last branch back to it
-    spans = [
-        (start, end)
-        for start, end in ends.items()
-        # a wait that is laid out past the end of the program branches back into it
-        if any(map(tensor_flop, lines[start:end])) and "EXIT" not in lines[start:end]
-    ]
-    inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
+    blocks, at = [[]], {}  # of the flow graph; which one a label begins
+    for line in lines:
+        if blocks[-1] and (line[-1] == ":" or re.search(r"\b(BRA|CALL|EXIT)\b", blocks[-1][-1])):
+            blocks.append([])
+        if line[-1] == ":":
+            at[line[:-1]] = len(blocks) - 1
+        else:
+            blocks[-1].append(line)
+    before, after = [[] for _ in blocks], [[] for _ in blocks]
+    for i, block in enumerate(blocks):
+        last = "".join(block[-1:])
+        if to := re.search(r"\b(?:BRA|CALL)\b.*\((\.\w+)\)", last):
+            after[i].append(at[to[1]])
+        if i + 1 < len(blocks) and not re.match(r"BRA\S* `|EXIT", last):
+            after[i].append(i + 1)
+        for j in after[i]:
+            before[j].append(i)
+
+    doms, changed = [set(range(len(blocks))) for _ in blocks], True  # on every way to a block
+    while changed:
+        changed = False
+        for i, old in enumerate(doms):
+            doms[i] = {i}.union(
+                set.intersection(*(doms[j] for j in before[i])) if before[i] else ()
+            )
+            changed |= doms[i] != old
+    bodies, latches = {}, {}  # by the first block of a loop: its blocks, those that branch back
+    for i, dom in enumerate(doms):
+        for j in dom & set(after[i]):
+            latches.setdefault(j, []).append(i)
+            body, todo = bodies.setdefault(j, {j}), [i]
+            while todo:
+                if (k := todo.pop()) not in body:
+                    body.add(k)
+                    todo += before[k]
+    matmul = {i for i, block in enumerate(blocks) if any(map(tensor_flop, block))}
+    bodies = {j: body for j, body in bodies.items() if body & matmul}
     loops = []
-    for start, end in sorted(inner):
-        skipped = {
-            k
-            for i, to in branches
-            if start < i < to <= end and not any(map(tensor_flop, lines[i + 1 : to]))
-            for k in range(i + 1, to)
-        }
-        span = (i for i in range(start, end + 1) if i not in skipped and lines[i][-1] != ":")
-        loops.append([lines[i] for i in span])
+    for j, body in sorted(bodies.items()):
+        if not any(other < body for other in bodies.values()):
+            always = set.intersection(*(doms[i] for i in latches[j])) | matmul
+            codes = (code for i in sorted(body & always) for code in blocks[i])
+            loops.append([re.sub(r"^@\S+\s+", "", code) for code in codes])  # predicate: it issues
     return loops
 
 

@@ -4,38 +4,47 @@ import pytest
 
 from kernels import sass
 
-# An outer loop .L_1 over an inner one, .L_2, in which a branch to .L_3 skips a mask; past the end a
-# wait, .L_5, that comes back into the inner loop.
+# An outer loop .L_1 over an inner one, .L_2, in which a branch to .L_3 skips a mask. Out of line
+# are a part that a turn may take, .L_7, and past the end a wait, .L_5.
 PROGRAM = """
 IADD3 R1, R1, 0x1, RZ
 .L_1:
 STL.64 [R1], R2
+BRA `(.L_2)
+.L_7:
+MUFU.EX2 R9, R9
+BRA `(.L_8)
 .L_2:
 LDSM.16.M88.4 R4, [R8]
 HMMA.16816.F32.BF16 R12, R4, R6, R12
-BRA `(.L_3)
-FSEL R12, R12, -INF, P0
+@P1 BRA `(.L_7)
+.L_8:
+@P0 BRA `(.L_3)
+@P2 FSEL R12, R12, -INF, P0
 .L_3:
-LDL.LU R3, [R1]
+@P2 LDL.LU R3, [R1]
 STL.128 [R1+0x8], R4
-BRA `(.L_5)
+@!P0 BRA `(.L_5)
 .L_4:
-BRA `(.L_2)
+@P0 BRA `(.L_2)
+@!P3 CALL.REL.NOINC `(.L_9)
 BRA `(.L_1)
+.L_9:
 EXIT
 .L_5:
 SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2
-BRA `(.L_5)
+@!P0 BRA `(.L_5)
 BRA `(.L_4)
 .L_6:
 BRA `(.L_6)
+.L_10:
 """
 
 
 def test_inner_loop_without_what_it_skips():
     (loop,) = sass.inner_loops(PROGRAM.split("\n")[1:-1])
     assert [line.split(".")[0].split()[0] for line in loop] == [
-        "LDSM", "HMMA", "BRA", "LDL", "STL", "BRA", "BRA"
+        "LDSM", "HMMA", "BRA", "BRA", "LDL", "STL", "BRA", "BRA"
     ]  # fmt: skip
     assert sass.spill_bytes(loop) == 4 + 16
 
