@@ -150,9 +150,9 @@ def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
         return Row(name, sm, default, config, variant, 0, 0, 0, 0.0, 0, 0, (problem,))
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spills = _ptxas(ptx)
-    _, code = sass.disassemble(compiled.asm["cubin"])
-    inner = sass.inner_loops(code) if kernel.tensor_core else []
-    loop_spills = sum(map(sass.spill_bytes, inner or [code]))
+    code = sass.disassemble(compiled.asm["cubin"])[1] if kernel.tensor_core or spills else []
+    inner = sass.inner_loops(code)
+    loop_spills = sum(map(sass.spill_bytes, inner or [code]))  # all of it, where nothing multiplies
     moved = sass.tma_bytes(compiled.asm["ttgir"])
     loops = tuple(sass.cycles(x, sm, config["num_warps"], moved) for x in inner)
     count = {key: len(re.findall(regex, ptx)) for key, regex in INSTRUCTIONS.items()}
