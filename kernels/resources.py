@@ -1,6 +1,7 @@
 """What each kernel configuration needs on an A100 and an H100: compiled ahead of time, no GPU.
 
-    python -m kernels.resources [--sm=80] [--kernel=in_proj] [--defaults] [--json] [--prune]
+    python -m kernels.resources [--sm=80] [--kernel=in_proj] [--defaults] [--json]
+    python -m kernels.resources [--prune | --record]
 
 Compiles each configuration of each kernel's table (bf16, phi-1's shapes) down to a cubin and prints
 registers, spills (ptxas -v), shared memory, theoretical occupancy, and the tensor-core and
@@ -8,9 +9,10 @@ asynchronous copy instructions in the PTX; then, for each inner loop with tensor
 the cycles that each pipe of an SM is busy and the TFLOP/s that the slowest allows (sass.py), per
 64 x 64 block of scores or 128 x 128 x 64 block of a GEMM. Exits with status 1 if a default, the
 configuration that a launch takes, spills in a loop, asks for more shared memory than a block may
-have (Triton compiles it all the same), or lacks the tensor-core instructions of a GEMM or of
-attention. `--prune` writes the configurations that pass to kernels/tuning.json, which launches
-read. One to two seconds each.
+have (Triton compiles it all the same), lacks the tensor-core instructions of a GEMM or of
+attention, or has a lower bound than kernels/bounds.json holds for this version of Triton. `--prune`
+writes the configurations that pass to kernels/tuning.json, which launches read; `--record` the
+bounds of the defaults to bounds.json. One to two seconds each.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
@@ -45,6 +47,8 @@ SHARED_PER_SM_BYTES = {80: 167_936, 90: 233_472}
 SHARED_RESERVED_BYTES = 1024  # per block
 REGISTERS_PER_SM, REGISTER_UNIT, WARPS_PER_SM, BLOCKS_PER_SM = 65_536, 256, 64, 32
 GPU = {80: "A100", 90: "H100"}
+# {triton's version: {case: bound_frac}}; a bound may fall by the slack, of the peak
+BOUNDS_FILE, BOUND_SLACK = Path(__file__).with_name("bounds.json"), 0.01
 INSTRUCTIONS = {
     "mma": r"\bmma\.sync|\bwgmma\.mma_async",
     "async_copies": r"\bcp\.async\.c[ag]\b|\bcp\.async\.bulk\.tensor",
@@ -60,6 +64,7 @@ class Config:
     defaults: bool = False  # only the configurations that launches take
     json: bool = False  # print rows as JSON
     prune: bool = False  # write the configurations that fit to kernels/tuning.json
+    record: bool = False  # write the defaults' bounds to kernels/bounds.json
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,15 @@ class Row:
     loops: tuple[dict[str, float], ...] = ()  # cycles by pipe of a turn of each matmul loop
 
     @property
+    def case(self) -> str:
+        """Return its name in bounds.json."""
+        return " ".join(
+            [f"sm_{self.sm}", self.kernel, *(f"{k}={v}" for k, v in self.variant.items())]
+        )
+
+    @property
     def bound_frac(self) -> float:
-        """Of the peak, in the fastest loop: attention's others mask, a GEMM's are alike."""
+        """Return the fastest loop's: attention's other one masks, a GEMM's are alike."""
         return max(map(sass.bound_frac, self.loops), default=0.0)
 
 
@@ -138,9 +150,9 @@ def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
         return Row(name, sm, default, config, variant, 0, 0, 0, 0.0, 0, 0, (problem,))
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spills = _ptxas(ptx)
-    _, code = sass.disassemble(compiled.asm["cubin"])
-    inner = sass.inner_loops(code) if kernel.tensor_core else []
-    loop_spills = sum(map(sass.spill_bytes, inner or [code]))
+    code = sass.disassemble(compiled.asm["cubin"])[1] if kernel.tensor_core or spills else []
+    inner = sass.inner_loops(code)
+    loop_spills = sum(map(sass.spill_bytes, inner or [code]))  # all of it, where nothing multiplies
     moved = sass.tma_bytes(compiled.asm["ttgir"])
     loops = tuple(sass.cycles(x, sm, config["num_warps"], moved) for x in inner)
     count = {key: len(re.findall(regex, ptx)) for key, regex in INSTRUCTIONS.items()}
@@ -201,7 +213,7 @@ def show(row: Row) -> str:
 
 
 def blocks(config: dict) -> float:
-    """Blocks of 64 x 64 scores, or of 128 x 128 x 64 of a GEMM, in a turn; 1 for others' turns."""
+    """Return how many 64 x 64 scores, or 128 x 128 x 64 of a GEMM, a turn does; else 1."""
     if "BM" in config:
         return config["BM"] * config["BN"] / 64**2
     return (
@@ -223,6 +235,21 @@ def prune(rows: list[Row]) -> None:
         for name in TUNING.get(sm, {}).keys() - known.keys():
             del TUNING[sm][name]
     write_tuning()
+
+
+def hold_bounds(rows: list[Row], record: bool) -> list[Row]:
+    """Return `rows`, a default below bounds.json with that problem; record writes the file anew."""
+    table = json.loads(BOUNDS_FILE.read_text()) if BOUNDS_FILE.exists() else {}
+    floors, held = table.setdefault(triton.__version__, {}), []
+    if record:
+        floors |= {r.case: round(r.bound_frac, 3) for r in rows if r.default and r.loops}
+        BOUNDS_FILE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    for r in rows:
+        floor = floors.get(r.case, 0) if r.default else 0
+        low = f"bound {r.bound_frac:.3f} of peak, was {floor}: if that is meant, --record it"
+        below = r.bound_frac < floor - BOUND_SLACK
+        held.append(replace(r, problems=(*r.problems, low)) if below else r)
+    return held
 
 
 def main() -> None:
@@ -253,8 +280,11 @@ def main() -> None:
     with ProcessPoolExecutor(JOBS) as pool:
         results = pool.map(measure, *zip(*jobs))
         rows = list(tqdm(results, total=len(jobs), disable=None, unit="configuration"))
+    if not config.prune:
+        rows = hold_bounds(rows, config.record)
     if config.json:
-        print(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
+        rows_json = [dataclasses.asdict(r) | {"bound_frac": r.bound_frac} for r in rows]
+        print(json.dumps(rows_json, indent=1))
     else:
         print(f"{'':6}{'kernel':<35}regs spills   shared   occ  mma  async  configuration")
         print("\n".join(map(show, rows)))

@@ -1,16 +1,21 @@
-"""What one turn of a compiled kernel's inner loop costs each pipe of an SM, counted in its SASS.
+"""Count what a turn of a compiled kernel's matmul loops costs each pipe of an SM, in its SASS.
 
-    python -m kernels.sass FILE.cubin ...       # any kernel's, this project's or not
+    python -m kernels.sass FILE.cubin ...       # of any kernel, this project's or another's
 
-Each pipe is busy for some cycles per turn; the slowest sets a bound that no schedule can beat, and
-bound_frac is the share of the tensor cores' peak left under it. A counted loop is an innermost one
-that holds tensor-core instructions. What a branch inside it skips is left out, unless it holds some
-too: there, attention masks the blocks on the diagonal.
+A pipe is busy for some cycles a turn, and no schedule beats the slowest: bound_frac is the share of
+the tensor cores' peak that it leaves. The loops are the innermost with tensor-core instructions, in
+program order. A block that a turn may leave out is left out unless it holds some: attention's
+backward masks there, on the diagonal only.
 
-Not counted, so the bound is an upper one: latency (one block of threads per SM hides little of it),
-bank conflicts, L2 and device memory, atomics, what TMA writes to shared memory.
-Sources: CUDA C++ programming guide, "Throughput of native arithmetic instructions", 8.0 and 9.0,
-for lanes; Nsight Compute's guide, "Pipelines", for which pipe executes what.
+The bound is an upper one. Not counted: latency; bank conflicts; L2, device memory and atomics; and,
+given a cubin alone, what TMA moves. mma.sync counts at the full rate on sm_90 too. What pads a
+matmul counts as work. It says what a loop cannot exceed, not what it reaches: at head dim 64 and
+sequence 2048, causal, FlashAttention-2's forward and that of Triton's tutorial run at 0.48 and 0.49
+of it on an A100 (150 and 152 TFLOP/s of 312), the tutorial's forward and backward at 0.24 and 0.28
+on an H100 (204 of 838, 145 of 520; triton issue 5437).
+
+Rates: CUDA C++ programming guide, "Throughput of native arithmetic instructions", 8.0 and 9.0.
+Which pipe executes what: Nsight Compute's profiling guide, "Pipelines".
 """
 
 import math
@@ -28,7 +33,7 @@ SHARED_BYTES = 128  # a cycle and SM: 32 banks of 4 bytes
 SCHEDULERS = 4  # an SM's; each issues one instruction a cycle
 LANES = {80: {"fma": 64, "alu": 64, "xu": 16}, 90: {"fma": 128, "alu": 64, "xu": 16}}
 IMAD_LANES = 64  # sm_90's other 64 do floats only
-# opcodes, up to their first dot; what is in no pipe here (moves, branches, uniform) is issued only
+# opcodes up to their first dot; the others (loads, branches, the uniform path) are only issued
 PIPES = {
     "fma": "FFMA FMUL FADD HFMA2 HMUL2 HADD2 IMAD IDP",
     "alu": "IADD IADD3 VIADD LOP3 PLOP3 SHF LEA PRMT SGXT BMSK IABS MOV SEL FSEL F2FP"
@@ -39,7 +44,7 @@ PIPE_OF = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes
 
 
 def disassemble(cubin: bytes) -> tuple[int, list[str]]:
-    """The compute capability of a cubin, and its labels ("x:") and instructions in order."""
+    """Return a cubin's compute capability, and its labels ("x:") and instructions in order."""
     nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
@@ -47,39 +52,64 @@ def disassemble(cubin: bytes) -> tuple[int, list[str]]:
         command = [nvdisasm, "-c", "-ndf", f.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = re.findall(r"^(\.L_\w+:)|^\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", text, re.MULTILINE)
-    # without predicates, since an instruction issues either way
-    codes = [label or re.sub(r"^@\S+\s+", "", code) for label, code in lines]
-    return int(re.search(r"EF_CUDA_SM(\d+)", text)[1]), codes
+    sm = re.search(r"EF_CUDA_SM(\d+)|\.target\s+sm_(\d+)", text)
+    return int(sm[1] or sm[2]), [label or code for label, code in lines]
+
+
+def flow_graph(lines: list[str]) -> tuple[list[list[str]], list[list[int]], list[list[int]]]:
+    """Return a program's basic blocks, and by block those before it and those after it."""
+    blocks, at = [[]], {}  # which block a label begins
+    for line in lines:
+        if blocks[-1] and (line[-1] == ":" or re.search(r"\b(BRA|CALL|EXIT)\b", blocks[-1][-1])):
+            blocks.append([])
+        if line[-1] == ":":
+            at[line[:-1]] = len(blocks) - 1
+        else:
+            blocks[-1].append(line)
+    before, after = [[] for _ in blocks], [[] for _ in blocks]
+    for i, block in enumerate(blocks):
+        last = "".join(block[-1:])
+        if to := re.search(r"\b(?:BRA|CALL)\b.*\((\.\w+)\)", last):
+            after[i].append(at[to[1]])
+        if i + 1 < len(blocks) and not re.match(r"BRA\S* `|EXIT", last):
+            after[i].append(i + 1)
+        for j in after[i]:
+            before[j].append(i)
+    return blocks, before, after
 
 
 def inner_loops(lines: list[str]) -> list[list[str]]:
-    """The instructions of each innermost loop with tensor-core instructions, in program order."""
-    at = {line[:-1]: i for i, line in enumerate(lines) if line[-1] == ":"}
-    targets = ((i, re.match(r"BRA\b.*\((\.\w+)\)", line)) for i, line in enumerate(lines))
-    branches = [(i, at[m[1]]) for i, m in targets if m]
-    ends = {to: i for i, to in branches if to < i}  # by label: the last branch back to it
-    spans = [
-        (start, end)
-        for start, end in ends.items()
-        # a wait that is laid out past the end of the program branches back into it
-        if any(map(tensor_flop, lines[start:end])) and "EXIT" not in lines[start:end]
-    ]
-    inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    loops = []
-    for start, end in sorted(inner):
-        skipped = {
-            k
-            for i, to in branches
-            if start < i < to <= end and not any(map(tensor_flop, lines[i + 1 : to]))
-            for k in range(i + 1, to)
-        }
-        span = (i for i in range(start, end + 1) if i not in skipped and lines[i][-1] != ":")
-        loops.append([lines[i] for i in span])
-    return loops
+    """Return the instructions of each innermost loop with tensor-core instructions.
+
+    A loop is a natural one: an edge back to a block that dominates its start, and what leads there.
+    """
+    blocks, before, after = flow_graph(lines)
+    dominators, changed = [set(range(len(blocks))) for _ in blocks], True
+    while changed:
+        changed = False
+        for i, old in enumerate(dominators):
+            common = set.intersection(*(dominators[j] for j in before[i])) if before[i] else set()
+            dominators[i] = common | {i}
+            changed |= dominators[i] != old
+    body, always = {}, {}  # by a loop's first block: all of its blocks, and those in every turn
+    for i, dominator in enumerate(dominators):
+        for first in dominator.intersection(after[i]):
+            inside, todo = body.setdefault(first, {first}), [i]
+            while todo:
+                if (j := todo.pop()) not in inside:
+                    inside.add(j)
+                    todo += before[j]
+            always[first] = always.get(first, dominator) & dominator
+    matmul = {i for i, block in enumerate(blocks) if any(map(tensor_flop, block))}
+    found = {first: inside for first, inside in body.items() if inside & matmul}
+    inner = [x for x in sorted(found) if not any(other < found[x] for other in found.values())]
+    counted = ([blocks[i] for i in sorted(found[x] & (always[x] | matmul))] for x in inner)
+    # without predicates, since an instruction issues either way
+    return [[re.sub(r"^@\S+\s+", "", c) for block in loop for c in block] for loop in counted]
 
 
 def tensor_flop(instruction: str) -> float:
-    """FLOP of one warp in a tensor-core instruction: a quarter of a wgmma, which four share."""
+    """Return a warp's FLOP on the tensor cores: a quarter of a wgmma, which four warps share."""
     if m := re.search(r"\bHMMA\.(16)(8)(8|16)\.|\bHGMMA\.(64)x(\d+)x(16)\.", instruction):
         rows, cols, depth = map(int, filter(None, m.groups()))
         return 2 * rows * cols * depth / (4 if m[4] else 1)
@@ -87,7 +117,7 @@ def tensor_flop(instruction: str) -> float:
 
 
 def shared_bytes(instruction: str) -> float:
-    """Bytes that one warp moves between shared memory and registers, tensor cores or the copier."""
+    """Return the bytes of shared memory's time that a warp takes: 128 at least, if it takes any."""
     opcode, _, operands = instruction.partition(" ")
     if m := re.match(r"HGMMA\.64x(\d+)x16", opcode):  # B, and A where no register precedes it
         a_rows = 0 if re.match(r"R\d+, R\d+", operands) else 64
@@ -96,17 +126,17 @@ def shared_bytes(instruction: str) -> float:
         return 128 * int(opcode[-1]) if opcode[-2:] in (".2", ".4") else 128
     if re.match("LDS|STS|LDGSTS|ATOMS", opcode):
         return 32 * 4 * (4 if ".128" in opcode else 2 if ".64" in opcode else 1)
-    return 128 if opcode.startswith("SHFL") else 0  # 32 lanes a cycle, through the same crossbar
+    return 128 if opcode.startswith("SHFL") else 0  # 32 lanes a cycle, through the same pipe
 
 
 def spill_bytes(loop: list[str]) -> int:
-    """Bytes a thread that a loop stores to and loads from local memory in a turn."""
+    """Return the bytes a thread that a turn of a loop stores to and loads from local memory."""
     found = (re.search(r"\b(?:LDL|STL)(?:\.\w+)*?(?:\.(64|128))?\b", line) for line in loop)
     return sum(int(m[1] or 32) // 8 for m in found if m)
 
 
 def tma_bytes(ttgir: str) -> int:
-    """Bytes that a block moves by TMA in a turn of its first innermost loop with a matmul."""
+    """Return the bytes that TMA moves in a turn of the first innermost loop with a matmul."""
     indented = r"(?=^( *)\S.*scf\.for .*\n((?:\1 .*\n)*))"
     for _, body in re.findall(indented, ttgir, re.MULTILINE):
         if "scf.for" not in body and re.search(r"\bdot |_dot ", body):
@@ -116,15 +146,16 @@ def tma_bytes(ttgir: str) -> int:
 
 
 def cycles(loop: list[str], sm: int, warps: int, tma_bytes: int = 0) -> dict[str, float]:
-    """Cycles by pipe that a turn of `loop`, by a block of so many warps, keeps an SM busy."""
+    """Return the cycles by pipe that a turn, by a block of so many warps, keeps an SM busy."""
     slots = dict.fromkeys(PIPES, 0)
     imads = 0
     for code in loop:
         opcode, *suffixes = code.split(" ")[0].split(".")
-        wide = 2 if {"WIDE", "HI"} & set(suffixes) and opcode == "IMAD" else 1  # two results
+        is_imad = opcode == "IMAD"
+        wide = 1 + (is_imad and not {"WIDE", "HI"}.isdisjoint(suffixes))  # 64 bits: assumed twice
+        imads += wide * is_imad
         if opcode in PIPE_OF:
             slots[PIPE_OF[opcode]] += wide
-        imads += wide * (opcode == "IMAD")
     busy = {
         "tensor": sum(map(tensor_flop, loop)) / TENSOR_FLOP[sm],
         "shared": sum(map(shared_bytes, loop)) / SHARED_BYTES,
@@ -136,7 +167,7 @@ def cycles(loop: list[str], sm: int, warps: int, tma_bytes: int = 0) -> dict[str
 
 
 def bound_frac(busy: dict[str, float]) -> float:
-    """The share of the tensor cores' peak that the slowest pipe leaves."""
+    """Return the share of the tensor cores' peak that the slowest pipe leaves."""
     return busy["tensor"] / max(busy.values())
 
 
