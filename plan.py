@@ -76,7 +76,7 @@ def saved_bytes(c: ModelConfig, n_bytes: int = 2) -> int:
     C, M, statistics_bytes = c.width, c.mlp_width, 4 * c.n_head + 8
     if c.kernels == "torch":
         return n_bytes * (9 * C + 2 * M) + (2 * C if c.dropout else 0) + statistics_bytes
-    return n_bytes * (5 * C + M) + statistics_bytes
+    return n_bytes * (5 * C + M) + statistics_bytes + C // 16  # peaks of 128 rows: 2 fp32 a dim
 
 
 def parameters_by_unit(c: ModelConfig) -> tuple[int, int]:

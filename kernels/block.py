@@ -4,9 +4,10 @@ Autograd alone would keep what each op wants for itself. This node keeps, for a 
 
     x     C       qkv  3C, rotated     u  M = 4C     y  C, attention's output
 
-(and fp32 statistics: 8 bytes of LayerNorm, 4 a head of attention). h = ln(x) and a = gelu(u) are
-made again in backward by kernels that read their inputs anyway. qkv and u are columns of one buffer
-[N, 3C + M], and so are their gradients: in_proj's backward is one GEMM for each of dx and dw.
+(and in fp32 8 bytes of LayerNorm's statistics, and of attention's 4 a head, with peaks of C / 16).
+h = ln(x) and a = gelu(u) are made again in backward by kernels that read their inputs anyway. qkv
+and u are columns of one buffer [N, 3C + M], and so are their gradients: in_proj's backward is one
+GEMM for each of dx and dw.
 
 Activations and their gradients are bf16, fp16 or fp32. Weights may be fp32 whatever x is: they are
 cast once a call, and their gradients are fp32 sums that were never rounded to less. If an fp32

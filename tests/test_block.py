@@ -61,8 +61,8 @@ def test_same_loss_and_gradients_as_the_torch_path(dtype, changes):
     exact.double()
     batch, scale = tokens(), 64.0 if dtype is torch.float16 else 1.0
     a, b, c = (gradients(m, *batch, scale) for m in (ours, same, exact))
-    for name in c:
-        check(name, a[name], b[name], c[name])
+    for name in c:  # a whole model's gradients: every GEMM's tiles round in their own way
+        check(name, a[name], b[name], c[name], ulps=16)
 
 
 def test_documents_are_kept_apart_as_on_the_torch_path():
@@ -184,11 +184,11 @@ def saved_bytes(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> int:
 
 @pytest.mark.parametrize(("dtype", "p"), [(torch.float16, 0.0), (torch.float32, 0.1)])
 def test_saved_bytes_of_a_block(dtype, p):
-    """9 C elements a token, LayerNorm's two statistics, attention's log-sum-exp: no more."""
+    """9 C elements a token, LayerNorm's two statistics, attention's log-sum-exp and peaks: no more."""
     c = dataclasses.replace(SHAPE, mlp_width=256, seq_len=128, kernels="triton", dropout=p)
     B, T, H, C = 2, 128, c.n_head, c.width
     one, three = (saved_bytes(dataclasses.replace(c, n_layer=n), dtype, B, T) for n in (1, 3))
-    a_head = 2 * 4 * B * H + 8 * (p > 0)  # the largest |k| and |v|; the seed
+    a_head = 2 * 4 * B * H * (C // H) + 8 * (p > 0)  # the largest |k_d| and |v_d|; the seed
     per_token = 9 * C * dtype.itemsize + 2 * 4 + 4 * H
     assert (three - one) / 2 == B * T * per_token + a_head
 

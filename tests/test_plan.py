@@ -90,8 +90,7 @@ def test_activations_are_what_torch_saves(shape, dtype):
 def test_activations_are_what_the_kernels_save():
     c, more = (configured(seq_len=128, kernels="triton", n_layer=n) for n in (1, 2))
     saved = [saved_for_backward(Phi(x.model).half(), x, 1) for x in (c, more)]
-    a_head = 2 * 4 * c.n_head  # the largest |k| and |v|
-    assert saved[1] - saved[0] == 128 * plan.saved_bytes(c.model) + a_head
+    assert saved[1] - saved[0] == 128 * plan.saved_bytes(c.model)
 
 
 def train_two_steps(c: plan.Config, model: Phi) -> None:
