@@ -184,7 +184,7 @@ def saved_bytes(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> int:
 
 @pytest.mark.parametrize(("dtype", "p"), [(torch.float16, 0.0), (torch.float32, 0.1)])
 def test_saved_bytes_of_a_block(dtype, p):
-    """9 C elements a token, LayerNorm's two statistics, attention's log-sum-exp and peaks: no more."""
+    """9 C elements a token, LayerNorm's statistics, attention's log-sum-exp and peaks: no more."""
     c = dataclasses.replace(SHAPE, mlp_width=256, seq_len=128, kernels="triton", dropout=p)
     B, T, H, C = 2, 128, c.n_head, c.width
     one, three = (saved_bytes(dataclasses.replace(c, n_layer=n), dtype, B, T) for n in (1, 3))
