@@ -116,7 +116,7 @@ def _keep(
         words = tl.join(tl.join(a, c), tl.join(b, d))
         draws = tl.join(words << 16, words).reshape(BM // 16, 8, BN // 32, 8, 2, 2, 2)
         draws = draws.permute(0, 5, 1, 2, 4, 6, 3).reshape(BM, BN)
-    return draws >= tl.full([], int(DROP * 2**16 + 0.5) << 16, tl.uint32)
+    return draws >= tl.full([], int(DROP * 65535 + 0.5) << 16, tl.uint32)
 
 
 @triton.jit
