@@ -181,23 +181,6 @@ def _projection_inputs(c: ModelConfig, batch: int, like: dict) -> list[Tensor]:
     ]
 
 
-def mlp_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Case:
-    inputs, p = _projection_inputs(c, batch, {"device": device, "dtype": dtype}), c.dropout
-    drops = [torch.ones(batch * c.seq_len, c.width, device=device)] * 2 if p else None
-
-    def eager(*args: Tensor) -> tuple[Tensor, Tensor]:
-        keep = drops and [F.dropout(t, p) != 0 for t in drops]
-        return mlp.projections_reference(*args, keep, p)
-
-    def ours(*args: Tensor) -> tuple[Tensor, Tensor]:
-        return mlp.projections(*args, p, SEED)
-
-    providers = {"eager": eager, "ours": ours, "compile": compiled(eager)}
-    bwd = ["residual_bwd", "attention_out_dx", "gelu_bwd", "out_proj_dw", "attention_db"]
-    phases = both(["in_proj_fwd", "out_proj_fwd"], [*bwd, "in_proj_dw", "in_proj_dx"])
-    return Case("mlp", inputs, providers, ours if p else eager, phases, batch, True, p)
-
-
 def _forward_case(
     name: str, inputs: list[Tensor], ours: Callable, reference: Callable, batch: int, p: float = 0.0
 ) -> Case:
@@ -299,7 +282,6 @@ CASES: dict[str, Callable[[ModelConfig, int, torch.dtype, str], Case]] = {
     "attention_docs": partial(attention_case, docs=True),
     "layernorm": layernorm_case,
     "cross_entropy": cross_entropy_case,
-    "mlp": mlp_case,
     "in_proj_fwd": in_proj_case,
     "out_proj_fwd": out_proj_case,
     "gelu_bwd": gelu_bwd_case,
