@@ -92,7 +92,7 @@ class Part:
             for line in self.process.stdout:
                 f.write(line)
                 try:
-                    self.rows.append(json.loads(line if line[0] == "{" else ""))
+                    self.rows.append(json.loads("{" + line.partition("{")[2]))  # behind dots
                 except ValueError:
                     self.said = line.strip() or self.said
                     print(prefix + line, end="", flush=True)
