@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[1]
 TESTED = ["layernorm", "attention", "cross_entropy", "mlp", "block", "decode"]
 ALONE = ["train.py::test_half_precision_resumes_bitwise", "plan.py::test_memory_on_a_gpu"]
 TOY = ["--vocab_size=96", "--seq_len=64", "--n_layer=1", "--n_head=2", "--width=64",
-       "--mlp_width=128", "--rotary_dim=16", "--device=cpu"]  # fmt: skip
+       "--mlp_width=128", "--rotary_dim=16", "--device=cpu", "--dtype=float16"]  # fmt: skip
 SMI = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.draw,power.limit,temperature.gpu",
        "--format=csv,noheader"]  # fmt: skip
 
@@ -55,6 +55,7 @@ class Config:
 
     do: str  # check, bench or tune
     out: Path = Path("out/gpu")  # folder for gpu.json, logs.tar.gz and tuning.json
+    only: str = ""  # regular expression: run only the parts whose names it is found in
     toy: bool = False  # run all of it on a CPU at toy size: does it work? The times mean nothing
 
     def __post_init__(self):
@@ -99,13 +100,13 @@ class Part:
 
     def finish(self, end: float) -> None:
         """Wait for it until `end`, then kill it and all that it started."""
-        while self.exit is None and (left := end - time.monotonic()) > 0:
+        while self.process.poll() is None and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.exit = self.process.wait(min(left, 4))
+                self.process.wait(min(left, 4))
             with contextlib.suppress(OSError):  # no nvidia-smi
                 said = subprocess.run(SMI, capture_output=True, text=True).stdout
                 self.gpu = said.strip() or self.gpu
-        self.seconds = round(time.monotonic() - self.began, 1)
+        self.exit, self.seconds = self.process.poll(), round(time.monotonic() - self.began, 1)
         self.kill()
         self.reader.join(5)
         ended = "ended by force" if self.exit is None else f"exit {self.exit}"
@@ -141,7 +142,7 @@ def step(model: str, impl: str, toy: bool, *flags: str) -> Part:
 
 
 def ops(name: str, toy: bool, *flags: str) -> Part:
-    tiny = [*TOY, "--batch=1", "--dtype=float16"] * toy
+    tiny = [*TOY, "--batch=1"] * toy
     op = f"--op={name.split()[0]}"
     return Part(name, ["-m", "kernels.bench", op, "--json", *flags, *tiny])
 
@@ -188,9 +189,12 @@ def tune(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
     """
     found = out / "tuning.json"
     command = ["-m", "kernels.tune", f"--out={found}", *[*TOY, "--batch=1"] * toy]
-    todo = [(f"{op}{drop}", op, drop) for drop in ("", " --dropout=0.1") for op in DROPOUT_OPS]
-    todo += [(op, op, "") for op in OPS if op not in DROPOUT_OPS]
-    each = [Part(name, [*command, f"--op={op}", *drop.split()]) for name, op, drop in todo]
+    todo = [(op, 0) for op in DROPOUT_OPS] + [(op, 0.1) for op in DROPOUT_OPS]
+    todo += [(op, 0) for op in OPS if op not in DROPOUT_OPS]
+    each = [
+        Part(op + " dropout" * (p > 0), [*command, f"--op={op}", f"--dropout={p}"])
+        for op, p in todo
+    ]
     warm, after = Part("warm", [*command, "--warm"]), step("phi1", "ours", toy)
     return [(90, [warm]), *((28, [part]) for part in each), (50, [after])]
 
@@ -234,13 +238,18 @@ def pytest_runtest_logreport(report):
         emit({"test": report.nodeid, "outcome": report.outcome, "why": why[:200].strip()} | told)
 
 
+def failures(record: dict) -> list[str]:
+    """The parts that failed; what only warms caches may run out of time."""
+    return [n for n, p in record["parts"].items() if p["exit"] != 0 and not n.startswith("warm")]
+
+
 def table(record: dict) -> str:
     """The record in some forty lines: tests, ours beside the fastest peer, what failed."""
     lines = [", ".join(f"{k} {record[k]}" for k in ("device", "torch", "triton", "commit", "date"))]
     for name, part in record["parts"].items():
         rows, said = [] if name.startswith("warm") else part["rows"], []
         if "tests" in part:
-            said.append(", ".join(f"{n} {outcome}" for outcome, n in part["tests"].items()))
+            said.append(", ".join(f"{n} {outcome}" for outcome, n in sorted(part["tests"].items())))
         measured = [Row(**r) for r in rows if "provider" in r]
         said += ratios(measured)
         said += [f"{r.op} {r.provider} {r.note or 'WRONG'}" for r in measured
@@ -256,14 +265,19 @@ def table(record: dict) -> str:
             elif "impl" in r:
                 said.append(r["note"])
             elif "kernel" in r:
-                said.append(f"{r['kernel']:<28}{r['ms']:>8.3f} ms {r.get('gain', 0):>+7.1%}")
+                ms = (
+                    f"{r['ms']:>8.3f} ms {r.get('gain', 0):>+7.1%}"
+                    if "ms" in r
+                    else "NONE IS RIGHT"
+                )
+                said.append(f"{r['kernel']:<28}{ms}")
             elif "takes" in r:
                 said.append(f"takes {r['takes']}: triton {r['triton']}, cublas {r['cublas']} ms")
             for d in r.get("rows", []):  # of eval.decode_bench
                 speed = f"{d['tokens_per_s']:>9,.0f} tokens/s, the same tokens {d['same_frac']:.0%}"
                 said.append(f"batch {d['batch']:<4}{d['impl']:<14}{speed}")
-        lines += [f"{name:<22}{line}" for line in said]
-    failed = [f"{n} ({p['said'][:80]})" for n, p in record["parts"].items() if p["exit"] != 0]
+        lines += [f"{name:<24}{line}" for line in said]
+    failed = [f"{n} ({record['parts'][n]['said'][:80]})" for n in failures(record)]
     return "\n".join(lines + [f"failed or ended by force: {'; '.join(failed)}"] * bool(failed))
 
 
@@ -291,9 +305,11 @@ def main() -> None:
             with tarfile.open(c.out / "logs.tar.gz", "w:gz") as tar:
                 tar.add(logs, f"logs-{c.do}")
 
-        run_plan(PLANS[c.do](c.out.resolve(), c.toy), Path(logs), save)
+        plan = PLANS[c.do](c.out.resolve(), c.toy)
+        plan = [(s, [p for p in group if re.search(c.only, p.name)]) for s, group in plan]
+        run_plan(plan, Path(logs), save)
     print(table(record))
-    sys.exit(any(part["exit"] != 0 for part in record["parts"].values()))
+    sys.exit(bool(failures(record)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Timers, the roof they measure (a large matmul and a large copy), and results as lines of JSON."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 
@@ -56,9 +57,11 @@ def percentiles(times_ms: list[float]) -> tuple[float, float, float]:
 
 
 def emit(row: dict) -> None:
-    """Print a line of JSON: five digits of each number, and nothing that is NaN, zero or empty."""
+    """Print a line of JSON: five digits of each float, and nothing infinite, NaN, zero or empty."""
     row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
-    print(json.dumps({k: v for k, v in row.items() if v and v == v}), flush=True)
+    unfit = (math.inf, -math.inf)
+    row = {k: v for k, v in row.items() if v and v == v and v not in unfit}
+    print(json.dumps(row), flush=True)
 
 
 def measured_roof(

@@ -122,11 +122,12 @@ def tune_op(case: Case, name: str, sm: int, timer) -> list[dict]:
                 problem = type(e).__name__
             if problem:
                 print(f"{kernel.name} {candidate}: {problem}", file=sys.stderr, flush=True)
-        best = min(range(len(times)), key=times.__getitem__)
+        ms, best = min(zip(times, range(len(times))))
         table[kernel.name] = [candidates[best]] + [c for c in candidates if c != candidates[best]]
-        gain = times[0] / times[best] - 1 if math.isfinite(times[0]) else math.nan
-        rows.append({"op": case.name, "kernel": kernel.name, "ms": times[best], "gain": gain})
-        rows[-1] |= {"failed": times.count(math.inf), "best": candidates[best]}
+        row = {"op": case.name, "kernel": kernel.name, "failed": times.count(math.inf)}
+        if ms < math.inf:
+            row |= {"ms": ms, "gain": times[0] / ms - 1, "best": candidates[best]}
+        rows.append(row)
     return rows
 
 
@@ -138,8 +139,9 @@ def choose_version(case: Case, sm: int, timer, device: str) -> dict:
     return {"op": case.name, "takes": found["gemm"][case.name]} | times
 
 
-def tune(config: Config, device: str, sm: int, timer) -> None:
-    """Tune what `config` asks for; the tables are written after every op."""
+def tune(config: Config, device: str, sm: int, timer) -> bool:
+    """Tune what `config` asks for, writing after every op; whether each kernel runs at all."""
+    fine = True
     spec.TUNING_FILE = config.out
     config.out.parent.mkdir(parents=True, exist_ok=True)
     if config.out.exists():
@@ -154,8 +156,10 @@ def tune(config: Config, device: str, sm: int, timer) -> None:
         write_tuning()
         for row in rows:
             emit(row)
+            fine &= "best" in row or "takes" in row
         del case
         torch.cuda.empty_cache()
+    return fine
 
 
 def launch(config: Config, op: str, dropout: float, n: int, sm: int) -> None:
@@ -189,7 +193,8 @@ def main() -> None:
     if config.warm:
         return warm(config, sm)
     name = torch.cuda.get_device_name() if on_gpu else "a CPU"
-    tune(config, name, sm, CudaTimer(2, 10) if on_gpu else WallTimer(1))
+    timer = CudaTimer(2, 10) if on_gpu else WallTimer(1)
+    sys.exit(not tune(config, name, sm, timer))
 
 
 if __name__ == "__main__":
