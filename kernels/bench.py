@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from config import UserError, parse, run
-from kernels.cases import CASES, LIGER, Case
+from kernels.cases import CASES, Case
 from kernels.timing import CudaTimer, WallTimer, emit, measured_roof
 from kernels.trace import profile
 from kernels.work import Rates, training_ops
@@ -119,11 +119,22 @@ def relative_error(ours: list[Tensor], exact: list[Tensor]) -> float:
     return torch.stack(errors).max().item()
 
 
-def run_case(case: Case, roof: Rates, c: ModelConfig, timer) -> Iterator[Row]:
-    """Check and time every implementation of one op; one that fails leaves a row that says why."""
+def upstream_of(case: Case) -> list[Tensor]:
+    """Gradients of the outputs, at random; of a loss 1."""
     with torch.no_grad():
         shapes = forward(case.providers["eager"], copies(case))
-    upstream = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in shapes]
+    return [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in shapes]
+
+
+def whole(case: Case, fn: Callable, inputs: list[Tensor], upstream: list[Tensor]) -> None:
+    out = forward(fn, inputs)
+    if case.backward:
+        backward(out, inputs, upstream)
+
+
+def run_case(case: Case, roof: Rates, c: ModelConfig, timer) -> Iterator[Row]:
+    """Check and time every implementation of one op; one that fails leaves a row that says why."""
+    upstream = upstream_of(case)
     exact = results(case, case.reference, upstream, torch.float32)
     bound = 4 * torch.finfo(case.inputs[0].dtype).eps
     work = {
@@ -139,11 +150,7 @@ def run_case(case: Case, roof: Rates, c: ModelConfig, timer) -> Iterator[Row]:
                 bound += 2 * error if name == "eager" and not case.dropout else 0.0
                 ok = error <= bound or bool(case.dropout and not mine)  # not if NaN
                 inputs = copies(case)
-
-                def whole(f=fn, x=inputs):
-                    out = forward(f, x)
-                    return backward(out, x, upstream) if case.backward else out
-
+                both = partial(whole, case, fn, inputs, upstream)
                 for phase, ops in case.phases.items():
                     if phase == "bwd":
                         timed = timer(
@@ -151,14 +158,14 @@ def run_case(case: Case, roof: Rates, c: ModelConfig, timer) -> Iterator[Row]:
                             lambda out, x=inputs: backward(out, x, upstream),
                         )
                     else:
-                        part = partial(forward, fn, inputs) if phase == "fwd" else whole
+                        part = partial(forward, fn, inputs) if phase == "fwd" else both
                         timed = timer(lambda: None, lambda _, part=part: part())
                     flops = sum(work[op].flops for op in ops)
                     moved = sum(work[op].bytes for op in ops)
                     floor_ms = sum(roof.floor_us(work[op])[0] for op in ops) / 1e3
                     speed = flops / timed[1] / 1e9, moved / timed[1] / 1e6, floor_ms / timed[1]
                     yield Row(case.name, name, phase, *timed, *speed, error, ok)
-                for kernel, _, us in profile(whole, inputs[0].device)[:SPLIT] if mine else ():
+                for kernel, _, us in profile(both, inputs[0].device)[:SPLIT] if mine else ():
                     yield Row(case.name, name, kernel[:60], p50_ms=us / 1e3, error=error, ok=ok)
         except Exception as e:  # a backend that does not take the shape, or is not there
             if name == "eager":
@@ -221,8 +228,6 @@ def bench(config: Config, device: str, name: str, timer) -> list[Row]:
         if device == "cuda":
             torch.cuda.empty_cache()
     print("\n".join(ratios(rows)), file=out)
-    if not LIGER:
-        print("liger_kernel is not installed: none of its rows", file=out)
     return rows
 
 

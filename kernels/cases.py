@@ -7,9 +7,9 @@ masks are the same, and the peers are timed only.
 import contextlib
 import importlib.util
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from kernels.layernorm import layernorm, layernorm_reference
 from kernels.work import training_ops
 from model import ModelConfig
 
-LIGER = importlib.util.find_spec("liger_kernel") is not None
+LIGER = importlib.util.find_spec("liger_kernel") is not None  # or none of its rows
 SEED = 7  # of dropout's masks
 DOCUMENT = 512  # tokens of each document, in attention_docs
 
@@ -48,10 +48,11 @@ class Case:
     backward: bool = True
     dropout: float = 0.0
     flops_frac: float = 1.0  # of work.py's FLOPs: documents leave some out
-    within: dict[str, tuple] = field(default_factory=dict)  # provider -> what `assigned` takes
+    within: dict[str, tuple] = field(default_factory=dict)  # provider -> (module, name, its value)
 
     def running(self, provider: str):
-        return assigned(*self.within[provider]) if provider in self.within else nullcontext()
+        within = self.within.get(provider)
+        return patch.object(*within) if within else contextlib.nullcontext()
 
 
 def compiled(fn: Callable) -> Callable:
@@ -65,17 +66,6 @@ def both(fwd: list[str], bwd: list[str]) -> dict[str, list[str]]:
 
 def rows(c: ModelConfig, batch: int, width: int, like: dict, scale: float = 1.0) -> Tensor:
     return torch.randn(batch * c.seq_len, width, **like) * scale
-
-
-@contextlib.contextmanager
-def assigned(module, name: str, value):
-    """Within, module.name is value."""
-    was = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, was)
 
 
 def attention_case(

@@ -42,6 +42,9 @@ class Kernel:
     descriptors: dict[str, str] = field(default_factory=dict)
 
 
+LAUNCHED: dict[str, Kernel] = {}  # each that was launched, by name: kernels.tune asks
+
+
 def types(pointers: str, integers: str = "", **others: str) -> dict[str, str]:
     """A signature: names of working-dtype pointers, of 32-bit integers, and the rest as given."""
     names = dict.fromkeys(pointers.split(), "*T") | dict.fromkeys(integers.split(), "i32")
@@ -55,6 +58,7 @@ def capability(x: torch.Tensor) -> int:
 
 def config(kernel: Kernel, x: torch.Tensor) -> dict:
     """The launch configuration of `kernel` for the device of `x`."""
+    LAUNCHED[kernel.name] = kernel
     sm = capability(x)
     return (TUNING.get(f"sm_{sm}", {}).get(kernel.name) or kernel.configs[sm])[0]
 

@@ -16,9 +16,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,10 +26,10 @@ import torch
 
 from config import parse, run
 from kernels import bench, spec
-from kernels.bench import backward, copies, forward, relative_error, results
+from kernels.bench import copies, relative_error, results, upstream_of, whole
 from kernels.cases import CASES, Case
 from kernels.resources import all_kernels
-from kernels.spec import TUNING, Kernel, write_tuning
+from kernels.spec import LAUNCHED, TUNING, write_tuning
 from kernels.timing import CudaTimer, WallTimer, emit
 from model import ModelConfig
 
@@ -57,55 +57,25 @@ def mine(case: Case) -> list[str]:
     return [name for name in case.providers if name.startswith("ours") and "fp32" not in name]
 
 
-def kernels_used(fn: Callable) -> list[Kernel]:
-    """The kernels with a choice of configurations that fn() launches, in order."""
-    used, modules = {}, [m for n, m in sys.modules.items() if n.startswith("kernels.")]
-    original = spec.config
-
-    def record(kernel: Kernel, x) -> dict:
-        used[kernel.name] = kernel
-        return original(kernel, x)
-
-    patched = [m for m in modules if getattr(m, "config", None) is original]
-    try:
-        for m in patched:
-            m.config = record
-        fn()
-    finally:
-        for m in patched:
-            m.config = original
-    return list(used.values())
-
-
-def upstream(case: Case) -> list[torch.Tensor]:
-    with torch.no_grad():
-        shapes = forward(case.providers["eager"], copies(case))
-    return [torch.randn_like(t) for t in shapes]
-
-
 def time_ms(case: Case, name: str, timer) -> float:
     """Median of forward, and backward where the case has one."""
-    inputs, fn, grads = copies(case), case.providers[name], upstream(case)
-
-    def whole(_):
-        out = forward(fn, inputs)
-        return backward(out, inputs, grads) if case.backward else out
-
+    run_once = partial(whole, case, case.providers[name], copies(case), upstream_of(case))
     with case.running(name):
-        return timer(lambda: None, whole)[1]
+        return timer(lambda: None, lambda _: run_once())[1]
 
 
 def tune_op(case: Case, name: str, sm: int, timer) -> list[dict]:
     """Order the tables of the kernels that provider `name` launches; a row for each."""
     fn, table, rows = case.providers[name], TUNING.setdefault(f"sm_{sm}", {}), []
-    grads = upstream(case)
+    grads = upstream_of(case)
     exact = results(case, case.reference, grads, torch.float32)
     bound = 4 * torch.finfo(case.inputs[0].dtype).eps
     if not case.dropout:
         bound += 2 * relative_error(results(case, case.providers["eager"], grads), exact)
+    LAUNCHED.clear()
     with case.running(name):
-        used = kernels_used(lambda: results(case, fn, grads))
-    for kernel in used:
+        results(case, fn, grads)
+    for kernel in list(LAUNCHED.values()):
         candidates = table.get(kernel.name) or kernel.configs[sm]
         if len(candidates) == 1:
             continue
@@ -162,28 +132,32 @@ def tune(config: Config, device: str, sm: int, timer) -> bool:
     return fine
 
 
-def launch(config: Config, op: str, dropout: float, n: int, sm: int) -> None:
-    """Launch an op's kernels in the nth candidate of each, on one sequence: the same code."""
-    table = TUNING.setdefault(f"sm_{sm}", {})
-    for name, kernel in all_kernels().items():
-        fit = [c for c in kernel.configs[sm] if c in table.get(name, [c])]
-        table[name] = fit[n % len(fit) :] + fit[: n % len(fit)]
-    case = config.case(op, batch=1, dropout=dropout)
-    for name in mine(case):
-        with case.running(name):
-            results(case, case.providers[name], upstream(case))
+def launch(config: Config, sm: int, op: str, dropout: float, first: int) -> list[str]:
+    """Launch every other candidate of an op, on one sequence: the same code. Give what failed."""
+    failed = []
+    for n in range(first, max(len(k.configs[sm]) for k in all_kernels().values()), 2):
+        for name, kernel in all_kernels().items():
+            table = TUNING.setdefault(f"sm_{sm}", {})
+            fit = [c for c in kernel.configs[sm] if c in table.get(name, [c])]
+            table[name] = fit[n % len(fit) :] + fit[: n % len(fit)]
+        try:
+            case = config.case(op, batch=1, dropout=dropout)
+            for name in mine(case):
+                with case.running(name):
+                    results(case, case.providers[name], upstream_of(case))
+        except Exception as e:  # the rest may work; if the context is lost, no other op's is
+            failed.append(f"{op}, dropout {dropout}, candidates {n}: {type(e).__name__} {e}"[:200])
+    return failed
 
 
 def warm(config: Config, sm: int) -> None:
-    """Compile every candidate into Triton's cache on disk: a second each, on as many cores as there
-    are. Launches do it, as they alone know what Triton specialises a kernel on."""
-    most = max(len(kernel.configs[sm]) for kernel in all_kernels().values())
-    jobs = [(op, 0.0, n) for n in range(most) for op in config.op]
-    jobs += [(op, 0.1, n) for n in range(most) for op in config.op if op in DROPOUT_OPS]
-    with ProcessPoolExecutor(max(2, os.cpu_count() - 2), get_context("spawn")) as pool:
-        done = [pool.submit(launch, config, *job, sm) for job in jobs]
-        failed = [f"{job}: {e}" for job, f in zip(jobs, done) if (e := f.exception())]
-    print(f"{len(jobs) - len(failed)} of {len(jobs)} launched", *failed, sep="\n", flush=True)
+    """Compile every candidate into Triton's cache on disk, on all cores at once, by launching it:
+    only a launch knows what Triton specialises a kernel on."""
+    jobs = [(op, p) for op in config.op for p in (0.0, 0.1) if p == 0 or op in DROPOUT_OPS]
+    jobs = [(*job, first) for job in jobs for first in (0, 1)]
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() + 4), get_context("spawn")) as pool:
+        for failed in pool.map(launch, *zip(*((config, sm, *job) for job in jobs))):
+            print(*failed, sep="\n", end="\n" * bool(failed), flush=True)
 
 
 def main() -> None:
