@@ -252,8 +252,8 @@ def table(record: dict) -> str:
             said.append(", ".join(f"{n} {outcome}" for outcome, n in sorted(part["tests"].items())))
         measured = [Row(**r) for r in rows if "provider" in r]
         said += ratios(measured)
-        said += [f"{r.op} {r.provider} {r.note or 'WRONG'}" for r in measured
-                 if r.provider.startswith("ours") and not r.ok]  # fmt: skip
+        said += {f"{r.op} {r.provider} {r.note or 'WRONG'}": 0 for r in measured
+                 if r.provider.startswith("ours") and not r.ok}  # fmt: skip
         for r in rows:
             if "test" in r:
                 said.append(" ".join(str(r.get(k, "")) for k in ("outcome", "test", "why", "told")))

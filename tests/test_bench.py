@@ -196,6 +196,16 @@ def test_gemm_versions_are_forced_and_restored():
     assert mlp.choice("gelu_bwd", torch.zeros(1)) == before
 
 
+def test_fp32_adds_are_a_provider(monkeypatch):
+    """Where attention.py has the switch, which backward reads too."""
+    monkeypatch.setattr(cases.attention_module, "FIXED_POINT", True, raising=False)
+    case = cases.CASES["attention"](TINY, 1, torch.float16, DEVICE)
+    assert "ours fp32 adds" in case.providers
+    with case.running("ours fp32 adds"):
+        assert not cases.attention_module.FIXED_POINT
+    assert cases.attention_module.FIXED_POINT
+
+
 def test_the_whole_flow(cli):
     shape = ["--vocab_size=96", "--seq_len=32", "--n_layer=1", "--n_head=2", "--width=64",
              "--mlp_width=128", "--rotary_dim=16", "--batch=1", "--dtype=float16"]  # fmt: skip
