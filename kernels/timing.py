@@ -60,8 +60,7 @@ def emit(row: dict) -> None:
     """Print a line of JSON: five digits of each float, and nothing infinite, NaN, zero or empty."""
     row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
     unfit = (math.inf, -math.inf)
-    row = {k: v for k, v in row.items() if v and v == v and v not in unfit}
-    print(json.dumps(row), flush=True)
+    print(json.dumps({k: v for k, v in row.items() if v and v == v and v not in unfit}), flush=True)
 
 
 def measured_roof(
