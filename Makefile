@@ -29,8 +29,8 @@ TOTAL_STEPS    := $(shell echo $$(($(BASE_STEPS) + $(FINETUNE_STEPS))))
 set = $(foreach x,$(1),$(OUT)/.settings/$(x)@$($(x)))
 
 .DEFAULT_GOAL := help
-.PHONY: help train demo-full ladder report best test resources gpu lint clean raw filtered exercises \
-        pairs tokenizer tokens pretrain finetune eval
+.PHONY: help train demo-full ladder report best test resources gpu-check gpu-bench gpu-tune lint clean \
+        raw filtered exercises pairs tokenizer tokens pretrain finetune eval
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/tokens/%/summary.json $(OUT)/runs/%/summary.json $(OUT)/eval/%/results.json
 
@@ -50,8 +50,14 @@ lint: $(VENV)  ## check the style
 resources: $(VENV)  ## compile every default kernel for sm_80 and sm_90; fails if one spills
 	$(PYTHON) -m kernels.resources --defaults
 
-gpu:  ## on a GPU: its tests and all benchmarks, 9 minutes, with your own python3
-	python3 -m kernels.gpu --out=$(OUT)/gpu
+gpu-check:  ## on a GPU, with your own python3, 3 minutes: is each kernel right, does train.py run
+gpu-bench:  ## likewise, 9 minutes: training steps, ops and decoding beside their peers
+gpu-tune:  ## likewise, 7 minutes: the fastest configurations, to GPU_OUT (out/gpu) like all of it
+
+GPU_OUT ?= out/gpu
+
+gpu-check gpu-bench gpu-tune:
+	python3 -m kernels.gpu --do=$(@:gpu-%=%) --out=$(GPU_OUT)
 
 clean:  ## delete what the stages wrote (out/), not .venv
 	rm -rf out

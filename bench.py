@@ -6,19 +6,18 @@
 A step is `micro_steps` times forward and backward, then clipping and AdamW, on random tokens, under
 autocast for all three: fp32 weights and optimiser states, matrices in half precision. (train.py has
 FSDP2 cast the weights, once a step rather than once a micro-batch.) The micro-batch is the
-configuration's, halved until it fits. The peers are compiled whole, where there is a GPU. MFU is
-over the data sheet's peak, causal FLOPs; the profile's floors are kernels/work.py's, at the rates
-of a large matmul and a large copy timed in the same run.
+configuration's, halved until it fits. The peers' blocks are compiled, where there is a GPU; a whole
+model would take minutes. MFU is over the data sheet's peak, causal FLOPs; the profile's floors are
+kernels/work.py's, at the rates of a large matmul and a large copy timed in the same run.
 """
 
 import contextlib
 import dataclasses
 import gc
-import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError, parse, run
-from kernels.timing import CudaTimer, WallTimer, measured_roof, percentiles
+from kernels.timing import CudaTimer, WallTimer, emit, measured_roof, percentiles
 from kernels.trace import floors_us, profile, show_profile, synchronize
 from kernels.work import mfu
 from model import ModelConfig, Phi, flops_per_token, parameter_count, select_kernels
-from runlog import environment, peak_flops
+from runlog import peak_flops
 from train import DTYPES, TrainConfig, make_optimizer
 
 LARGE = 50_000_000  # parameters: a CPU takes minutes a step
@@ -44,7 +43,7 @@ class Config(TrainConfig):
     steps: int = 10  # timed steps, after two that are not
     micro_steps: int = 1  # micro-batches a step accumulates
     kernels_shown: int = 30  # lines of the profile
-    json: bool = False  # print JSON instead of tables
+    json: bool = False  # print lines of JSON too
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,8 +102,8 @@ class HuggingFace(torch.nn.Module):
 
 MODELS: dict[str, Callable] = {
     "ours": lambda c: phi(c, "triton"),
-    "torch": lambda c: torch_compile(phi(c, "torch"), c),
-    "transformers": lambda c: torch_compile(HuggingFace(c.model), c),
+    "torch": lambda c: compile_blocks(phi(c, "torch"), "blocks", c),
+    "transformers": lambda c: compile_blocks(HuggingFace(c.model), "net.model.layers", c),
 }
 
 
@@ -115,10 +114,10 @@ def device_of(c: Config) -> torch.device:
     return torch.device("cuda" if cuda and c.device != "cpu" else "cpu")
 
 
-def torch_compile(model: torch.nn.Module, c: Config) -> torch.nn.Module:
+def compile_blocks(model: torch.nn.Module, blocks: str, c: Config) -> torch.nn.Module:
     """Compiled in place on a GPU; a CPU would take longer for it than the steps do."""
-    if device_of(c).type == "cuda":
-        model.compile(dynamic=False)
+    for block in model.get_submodule(blocks) if device_of(c).type == "cuda" else ():
+        block.compile(dynamic=False)
     return model
 
 
@@ -162,10 +161,13 @@ def free() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def measure(c: Config, impl: str, peak: float) -> tuple[Result, Callable | None]:
-    """Time `impl` at the largest of micro_batch, micro_batch / 2, ... that fits; also its step."""
+def measure(c: Config, impl: str, peak: float) -> Iterator[tuple[Result, Callable | None]]:
+    """Time `impl` at the largest of micro_batch, micro_batch / 2, ... that fits; also its step.
+
+    What does not fit gives a result too, without a step.
+    """
     device, micro_batch = device_of(c), c.micro_batch
-    while True:
+    while micro_batch:
         free()
         try:
             step = make_step(c, impl, micro_batch)
@@ -178,20 +180,24 @@ def measure(c: Config, impl: str, peak: float) -> tuple[Result, Callable | None]
                 step()
                 synchronize(device)
                 times_ms.append((time.perf_counter() - began) * 1e3)
-            break
         except torch.OutOfMemoryError:
             step = None  # or its memory is not freed
-            if micro_batch == 1:
-                return Result(impl, note="a micro-batch of 1 does not fit"), None
-            print(f"{impl}: a micro-batch of {micro_batch} does not fit", file=sys.stderr)
+            note = f"out of memory at micro-batch {micro_batch} ({peak_gib(device):.1f} GiB)"
+            yield Result(impl, micro_batch, note=note), None
             micro_batch //= 2
+            continue
         except ValueError as e:  # a UserError, or a shape that the kernels do not take
-            return Result(impl, note=str(e)), None
-    p20, p50, p80 = percentiles(times_ms)
-    rate = c.micro_steps * micro_batch * c.seq_len / p50 * 1e3
-    gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
-    used = mfu(c.model, rate, peak)
-    return Result(impl, micro_batch, p20, p50, p80, rate, used, gib, loss), step
+            yield Result(impl, note=str(e)), None
+            return
+        p20, p50, p80 = percentiles(times_ms)
+        rate = c.micro_steps * micro_batch * c.seq_len / p50 * 1e3
+        used = mfu(c.model, rate, peak)
+        yield Result(impl, micro_batch, p20, p50, p80, rate, used, peak_gib(device), loss), step
+        return
+
+
+def peak_gib(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
 
 
 def show(r: Result) -> str:
@@ -215,14 +221,15 @@ def main() -> None:
     print(f"{flops_per_token(c.model) / 1e9:.3f} GFLOP a token; MFU over {roof_name}", file=out)
     columns = f"{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'tokens/s':>12}{'MFU':>8}{'GiB':>10}"
     print(f"{'':<14}{'batch':>5}{columns}{'loss':>9}", file=out)
-    results, rows, floors = [], [], {}
+    rows = []
     for impl in [c.impl] if c.impl else MODELS:
-        result, step = measure(c, impl, peak)
-        print(show(result), file=out, flush=True)
-        results.append(result)
-        if step and not rows:  # ours, or the first there is
-            rows, profiled = profile(step, device), result
-        del step
+        for result, step in measure(c, impl, peak):
+            print(show(result), file=out, flush=True)
+            if c.json:
+                emit(vars(result))
+            if step and not rows:  # ours, or the first there is
+                rows, profiled = profile(step, device), result
+            del step
     free()
     if rows:
         if device.type == "cuda":
@@ -233,9 +240,10 @@ def main() -> None:
         roof = f"{rates.gemm / 1e12:.3g} TFLOP/s, {rates.memory / 1e9:,.0f} GB/s"
         print(f"\n{profiled.impl}'s step, kernel by kernel; floors at {roof}", file=out)
         print(show_profile(rows, floors, c.kernels_shown), file=out)
-    if c.json:
-        record = {"results": [vars(r) for r in results], "kernels": rows, "floors_us": floors}
-        print(json.dumps(record | environment(), indent=1))
+        if c.json:
+            shown = [(name[:60], calls, round(us)) for name, calls, us in rows[: c.kernels_shown]]
+            floors = {name: round(us) for name, us in floors.items()}
+            emit({"profiled": profiled.impl, "kernels_us": shown, "floors_us": floors})
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class Config(TrainConfig):
     prompt_tokens: int = 32  # length of the prompts
     new_tokens: int = 128  # generated for each
     rounds: int = 5  # timed calls of each, after one that is not
+    static: bool = True  # time transformers' static cache too; on a GPU it compiles for a minute
     json: bool = False  # print JSON instead of a table
 
     def __post_init__(self):
@@ -77,7 +78,8 @@ def calls(c: Config, model: Phi, batch: int) -> dict[str, Callable[[], Tensor]]:
     idx = torch.randint(1, c.vocab_size, (batch, c.prompt_tokens))
     idx[:, 0] = 0  # as Numbers.start
     prompts = [" ".join(map(str, row[1:].tolist())) for row in idx]
-    peer = HuggingFace(c.model).net.to(device, dtype).eval()
+    with device:  # where drawing the weights takes no time
+        peer = HuggingFace(c.model).net.to(dtype).eval()
     peer.load_state_dict(parts(model))
     peer.config.use_cache = True
     options = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
@@ -97,11 +99,8 @@ def calls(c: Config, model: Phi, batch: int) -> dict[str, Callable[[], Tensor]]:
     def theirs(**extra) -> Tensor:
         return peer.generate(idx.to(device), **options, **extra)[:, c.prompt_tokens :].cpu()
 
-    return {
-        "ours": ours,
-        "transformers": theirs,
-        "transformers static": lambda: theirs(**static),
-    }
+    with_static = {"transformers static": lambda: theirs(**static)} if c.static else {}
+    return {"ours": ours, "transformers": theirs} | with_static
 
 
 def step_bytes(c: ModelConfig, batch: int, positions: float, itemsize: int) -> float:
@@ -134,7 +133,8 @@ def measure(c: Config) -> list[dict]:
     device, rows = device_of(c), []
     torch.manual_seed(c.seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = Phi(c.model).to(device, dtype).eval()
+    with device:
+        model = Phi(c.model).to(dtype).eval()
     roof = measured_roof(CudaTimer(), "cuda", dtype).memory if device.type == "cuda" else None
     for batch in c.batch:
         functions = calls(c, model, batch)

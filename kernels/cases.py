@@ -1,10 +1,15 @@
-"""What kernels.bench runs: for each op its inputs, ours, the peers and an fp32 reference."""
+"""What kernels.bench runs: for each op its inputs, ours, the peers and an fp32 reference.
+
+With dropout each implementation draws masks of its own: the reference is then ours, in fp32, whose
+masks are the same, and the peers are timed only.
+"""
 
 import contextlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
+from kernels import attention as attention_module
 from kernels import gemm, mlp, pointwise
 from kernels.attention import attention, attention_reference
 from kernels.block import block
@@ -20,12 +26,17 @@ from kernels.layernorm import layernorm, layernorm_reference
 from kernels.work import training_ops
 from model import ModelConfig
 
-LIGER = importlib.util.find_spec("liger_kernel") is not None
+LIGER = importlib.util.find_spec("liger_kernel") is not None  # or none of its rows
+SEED = 7  # of dropout's masks
+DOCUMENT = 512  # tokens of each document, in attention_docs
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a shape. `providers` map inputs to a tensor or a tuple; "eager" comes first."""
+    """An op at a shape. `providers` map inputs to a tensor or a tuple; "eager" comes first.
+
+    A provider runs, backward included, within `running(its name)`.
+    """
 
     name: str
     inputs: list[Tensor]
@@ -34,11 +45,19 @@ class Case:
     # What each phase costs: names of work.py's ops at `batch` sequences.
     phases: dict[str, list[str]]
     batch: int
-    backward: bool = field(default=True)
+    backward: bool = True
+    dropout: float = 0.0
+    flops_frac: float = 1.0  # of work.py's FLOPs: documents leave some out
+    within: dict[str, tuple] = field(default_factory=dict)  # provider -> (module, name, its value)
+
+    def running(self, provider: str):
+        within = self.within.get(provider)
+        return patch.object(*within) if within else contextlib.nullcontext()
 
 
 def compiled(fn: Callable) -> Callable:
-    return torch.compile(fn, dynamic=False)
+    """As torch.compile makes it; on a CPU, where that takes longer than all the rest, as it is."""
+    return torch.compile(fn, dynamic=False) if torch.cuda.is_available() else fn
 
 
 def both(fwd: list[str], bwd: list[str]) -> dict[str, list[str]]:
@@ -49,9 +68,13 @@ def rows(c: ModelConfig, batch: int, width: int, like: dict, scale: float = 1.0)
     return torch.randn(batch * c.seq_len, width, **like) * scale
 
 
-def attention_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Case:
-    batch, T, C, H = max(1, batch // 4), c.seq_len, c.width, c.n_head
-    rope = [t.to(device) for t in model.rope_tables(T, c.rotary_dim, c.rope_theta)]
+def attention_case(
+    c: ModelConfig, batch: int, dtype: torch.dtype, device: str, docs: bool = False
+) -> Case:
+    batch, T, C, H, p = max(1, batch // 4), c.seq_len, c.width, c.n_head, c.dropout
+    rope = tuple(t.to(device) for t in model.rope_tables(T, c.rotary_dim, c.rope_theta))
+    t = torch.arange(T, device=device, dtype=torch.int32)
+    doc = (t // DOCUMENT * DOCUMENT).expand(batch, T).contiguous() if docs else None
 
     def rotated(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.view(batch, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # [B, H, T, D]
@@ -62,35 +85,44 @@ def attention_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) 
     def sdpa(backend: SDPBackend, qkv: Tensor) -> Tensor:
         q, k, v = rotary(qkv)
         with sdpa_kernel(backend):
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
         return y.transpose(1, 2).reshape(batch, T, C)
 
-    providers = {
-        "eager": lambda qkv: model.attention(qkv, H, *rope),
-        "ours": lambda qkv: attention(qkv, H, rope),
-        "compile": compiled(lambda qkv: model.attention(qkv, H, *rope)),
-        "sdpa flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
-        "sdpa cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
-        "sdpa efficient": partial(sdpa, SDPBackend.EFFICIENT_ATTENTION),
-        "flex": flex(rotary, T, device),
-    }
-    reference = partial(attention_reference, n_head=H, rope=rope)
+    def eager(qkv: Tensor) -> Tensor:
+        return model.attention(qkv, H, *rope, p, doc_start=doc)
+
+    def ours(qkv: Tensor) -> Tensor:
+        return attention(qkv, H, rope, dropout_p=p, seed=SEED, doc_start=doc)
+
+    providers = {"eager": eager, "ours": ours, "compile": compiled(eager)}
+    within = {"ours fp32 adds": (attention_module, "FIXED_POINT", False)}
+    if hasattr(attention_module, "FIXED_POINT"):
+        providers["ours fp32 adds"] = ours
+    if not docs:
+        for name in ("flash", "cudnn", "efficient"):
+            backend = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
+            providers[f"sdpa {name}"] = partial(sdpa, backend)
+    if not p:
+        providers["flex"] = flex(rotary, T, device, doc)
+    reference = ours if p else partial(attention_reference, n_head=H, rope=rope, doc_start=doc)
     qkv = torch.randn(batch, T, 3 * C, device=device, dtype=dtype)
-    phases = both(["attention_fwd"], ["attention_bwd"])
-    return Case("attention", [qkv], providers, reference, phases, batch)
+    phases, frac = both(["attention_fwd"], ["attention_bwd"]), min(1, DOCUMENT / T) if docs else 1
+    name = "attention" + "_docs" * docs
+    return Case(name, [qkv], providers, reference, phases, batch, True, p, frac, within)
 
 
-def flex(rotary: Callable, T: int, device: str) -> Callable:
+def flex(rotary: Callable, T: int, device: str, doc: Tensor | None) -> Callable:
     """FlexAttention behind `rotary`; its block mask is made at the first call."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     state = {}
 
+    def seen(b, h, q, k):
+        return (q >= k) & (k >= doc[0, q]) if doc is not None else q >= k
+
     def call(qkv: Tensor) -> Tensor:
         if not state:
-            state["mask"] = create_block_mask(
-                lambda b, h, q, k: q >= k, None, None, T, T, device=device
-            )
+            state["mask"] = create_block_mask(seen, None, None, T, T, device=device)
             state["fn"] = compiled(flex_attention)
         y = state["fn"](*rotary(qkv), block_mask=state["mask"])
         return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
@@ -139,38 +171,18 @@ def _projection_inputs(c: ModelConfig, batch: int, like: dict) -> list[Tensor]:
     ]
 
 
-def mlp_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Case:
-    inputs = _projection_inputs(c, batch, {"device": device, "dtype": dtype})
-    reference = mlp.projections_reference
-    providers = {"eager": reference, "ours": mlp.projections, "compile": compiled(reference)}
-    bwd = ["residual_bwd", "attention_out_dx", "gelu_bwd", "out_proj_dw", "attention_db"]
-    phases = both(["in_proj_fwd", "out_proj_fwd"], [*bwd, "in_proj_dw", "in_proj_dx"])
-    return Case("mlp", inputs, providers, reference, phases, batch)
-
-
-@contextlib.contextmanager
-def every_gemm(version: str):
-    """Within, mlp.py takes this version of each op, on every device."""
-    was, mlp.choice = mlp.choice, lambda op, x: version
-    try:
-        yield
-    finally:
-        mlp.choice = was
-
-
-def _gemm_case(name: str, inputs: list[Tensor], ours: Callable, reference: Callable, batch: int):
-    """One op of mlp.py's GEMM table, by itself, forward: both versions and the peers."""
-
-    def version(which: str) -> Callable:
-        def call(*args):
-            with every_gemm(which):
-                return ours(*args)
-
-        return call
-
-    providers = {"eager": reference, "compile": compiled(reference)}
-    providers |= {f"ours {which}": version(which) for which in ("triton", "cublas")}
-    return Case(name, inputs, providers, reference, {"fwd": [name]}, batch, backward=False)
+def _forward_case(
+    name: str, inputs: list[Tensor], ours: Callable, reference: Callable, batch: int, p: float = 0.0
+) -> Case:
+    """One op of the block by itself, forward; of mlp.py's GEMM table both versions."""
+    providers, within = {"eager": reference, "compile": compiled(reference)}, {}
+    for version in ("triton", "cublas") if name in mlp.GEMM[80] else ():
+        providers[f"ours {version}"] = ours
+        within[f"ours {version}"] = (mlp, "choice", lambda op, x, v=version: v)
+    if not within:
+        providers["ours"] = ours
+    exact = ours if p else reference
+    return Case(name, inputs, providers, exact, {"fwd": [name]}, batch, False, p, within=within)
 
 
 def in_proj_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Case:
@@ -180,19 +192,32 @@ def in_proj_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) ->
         qkvu = F.linear(h, w_in, b_in)
         return qkvu, F.gelu(qkvu[:, 3 * c.width :], approximate="tanh")
 
-    return _gemm_case("in_proj_fwd", [h, w_in, b_in], mlp.in_proj_fwd, reference, batch)
+    return _forward_case("in_proj_fwd", [h, w_in, b_in], mlp.in_proj_fwd, reference, batch)
 
 
 def out_proj_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Case:
     like = {"device": device, "dtype": dtype}
     x, _, y, _, _, w_out, *biases = _projection_inputs(c, batch, like)
-    inputs = [y, rows(c, batch, c.mlp_width, like), w_out, *biases, x]
+    inputs, p = [y, rows(c, batch, c.mlp_width, like), w_out, *biases, x], c.dropout
 
     def reference(y, a, w_out, b_attn, b_mlp, x) -> Tensor:
         w_attn, w_mlp = w_out.split([c.width, c.mlp_width], 1)
-        return x + F.linear(y, w_attn, b_attn) + F.linear(a, w_mlp, b_mlp)
+        y, a = F.linear(y, w_attn, b_attn), F.linear(a, w_mlp, b_mlp)
+        return x + F.dropout(y, p) + F.dropout(a, p)
 
-    return _gemm_case("out_proj_fwd", inputs, mlp.out_proj_fwd, reference, batch)
+    ours = partial(mlp.out_proj_fwd, p=p, seed=SEED)
+    return _forward_case("out_proj_fwd", inputs, ours, reference, batch, p)
+
+
+def residual_bwd_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Case:
+    inputs, p = [rows(c, batch, c.width, {"device": device, "dtype": dtype})], c.dropout
+
+    def reference(dout: Tensor) -> tuple[Tensor, ...]:
+        d1, d2 = (F.dropout(dout, p) if p else dout for _ in "12")
+        return d1, d2, d1.float().sum(0), d2.float().sum(0)
+
+    ours = partial(pointwise.residual_bwd, p=p, seed=SEED)
+    return _forward_case("residual_bwd", inputs, ours, reference, batch, p)
 
 
 def gelu_bwd_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Case:
@@ -210,18 +235,18 @@ def gelu_bwd_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -
         du = torch.ops.aten.gelu_backward(d @ w_mlp, u, approximate="tanh")
         return du, F.gelu(u, approximate="tanh"), du.float().sum(0)
 
-    return _gemm_case("gelu_bwd", inputs, ours, reference, batch)
+    return _forward_case("gelu_bwd", inputs, ours, reference, batch)
 
 
 def block_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Case:
     """A whole block as model.py calls it: ours against its own torch path."""
-    batch, C = max(1, batch // 4), c.width
+    batch, C, p = max(1, batch // 4), c.width, c.dropout
     rope = tuple(t.to(device) for t in model.rope_tables(c.seq_len, c.rotary_dim, c.rope_theta))
     with torch.device(device):
         net = model.Block(c)
-    for name, p in net.named_parameters():
-        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5, mean=float(name == "ln.weight"))
-    names, inputs = zip(*((n, p.detach().to(dtype)) for n, p in net.named_parameters()))
+    for name, w in net.named_parameters():
+        torch.nn.init.normal_(w, std=w.shape[-1] ** -0.5, mean=float(name == "ln.weight"))
+    names, inputs = zip(*((n, w.detach().to(dtype)) for n, w in net.named_parameters()))
     x = torch.randn(batch, c.seq_len, C, device=device, dtype=dtype)
 
     def reference(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -230,23 +255,25 @@ def block_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> C
     def ours(x: Tensor, *parameters: Tensor) -> Tensor:
         w = dict(zip(names, parameters))
         order = "ln.weight", "ln.bias", "w_in", "b_in", "w_out", "b_attn", "b_mlp"
-        return block(x, *(w[n] for n in order), c.n_head, rope)
+        return block(x, *(w[n] for n in order), c.n_head, rope, p, (SEED, SEED))
 
     outside = ("embedding", "ln_f", "head", "cross_entropy")
     ops = [o for o in training_ops(c, batch) if not o.name.startswith(outside)]
     work = {p: [o.name for o in ops if o.phase == p] for p in ("forward", "backward")}
     providers = {"eager": reference, "ours": ours, "compile": compiled(reference)}
     phases = both(work["forward"], work["backward"])
-    return Case("block", [x, *inputs], providers, reference, phases, batch)
+    exact = ours if p else reference
+    return Case("block", [x, *inputs], providers, exact, phases, batch, True, p)
 
 
 CASES: dict[str, Callable[[ModelConfig, int, torch.dtype, str], Case]] = {
     "block": block_case,
     "attention": attention_case,
+    "attention_docs": partial(attention_case, docs=True),
     "layernorm": layernorm_case,
     "cross_entropy": cross_entropy_case,
-    "mlp": mlp_case,
     "in_proj_fwd": in_proj_case,
     "out_proj_fwd": out_proj_case,
     "gelu_bwd": gelu_bwd_case,
+    "residual_bwd": residual_bwd_case,
 }

@@ -1,181 +1,315 @@
-"""All that needs a GPU in one command: the tests, the benchmarks, and a short table last.
+"""A GPU's half hour as three commands, each of use alone, with the seconds that it may take:
 
-    make gpu                       python3 -m kernels.gpu --out=out/gpu
+    make gpu-check GPU_OUT=DIR   170   is each op right in bf16 and fp16; does train.py run, resume?
+    make gpu-bench               540   training steps, ops and decoding, each beside its peers
+    make gpu-tune                420   the fastest configurations, and a step with them
 
-Each part is a process of its own, with a share of the time left, so that one that fails or hangs
-costs no other its turn. What they print lies in `out`, and all numbers in `out`/gpu.json, which is
-what belongs under records/. Uses whichever Python runs it; installs and downloads nothing.
+A command is groups of parts, in the order of worth. The parts of a group run side by side, each a
+process group of its own, so that one that fails, hangs or loses its CUDA context costs no other its
+turn; a group may take its own seconds and those that earlier ones left. What parts print is shown
+as it comes. Their lines of JSON are gathered in `out`/gpu.json, written as each part ends, and all
+that they said in `out`/logs.tar.gz. It uses the Python that runs it, and installs nothing.
 """
 
-import csv
+import collections
+import contextlib
 import datetime
+import importlib.util
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
+import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import triton
 
 from config import UserError, parse, run
+from kernels.bench import Row, ratios
+from kernels.spec import TUNING_FILE
+from kernels.timing import emit
+from kernels.tune import DROPOUT_OPS, OPS
+from runlog import environment
 
 ROOT = Path(__file__).parents[1]
-# what has tests for a GPU
-TESTED = ["attention", "block", "mlp", "layernorm", "cross_entropy", "plan", "train"]
+# What has tests for a GPU: files of which all count, and single tests.
+TESTED = ["layernorm", "attention", "cross_entropy", "mlp", "block", "decode"]
+ALONE = ["train.py::test_half_precision_resumes_bitwise", "plan.py::test_memory_on_a_gpu"]
+TOY = ["--vocab_size=96", "--seq_len=64", "--n_layer=1", "--n_head=2", "--width=64",
+       "--mlp_width=128", "--rotary_dim=16", "--device=cpu", "--dtype=float16"]  # fmt: skip
+SMI = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.draw,power.limit,temperature.gpu",
+       "--format=csv,noheader"]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Config:
-    """Run GPU tests, kernel benchmarks and step benchmarks on this GPU."""
+    """Check, measure or tune the kernels on this GPU."""
 
-    out: Path = Path("out/gpu")  # folder for gpu.json and what each part prints
-    minutes: float = 8.5  # for all of it
+    do: str  # check, bench or tune
+    out: Path = Path("out/gpu")  # folder for gpu.json, logs.tar.gz and tuning.json
+    only: str = ""  # regular expression: run only the parts whose names it is found in
+    toy: bool = False  # run all of it on a CPU at toy size: does it work? The times mean nothing
+
+    def __post_init__(self):
+        if self.do not in PLANS:
+            raise UserError(f"do is {self.do!r}, want one of {', '.join(PLANS)}")
+        if not (self.toy or torch.cuda.is_available()):
+            raise UserError(f"gpu-{self.do} wants a GPU, and there is no CUDA device here")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
+    """A command, and what became of it."""
+
     name: str
     command: list[str]  # after the interpreter
-    minutes: float  # at most
-    rc: int | None = None  # exit status; None if it was stopped
+    exit: int | None = None  # None until it has ended, and if it was ended by force
     seconds: float = 0.0
+    gpu: str = ""  # what nvidia-smi said while it ran
+    said: str = ""  # its last line that is no JSON
+    rows: list[dict] = field(default_factory=list)  # its lines of JSON
+
+    def start(self, logs: Path, prefix: str) -> None:
+        print(f"{self.name}: {' '.join(self.command)}", flush=True)
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, *self.command], cwd=ROOT, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
+        )  # fmt: skip
+        log = logs / f"{self.name.replace(' ', '_')}.log"
+        self.reader = threading.Thread(target=self.read, args=(log, prefix), daemon=True)
+        self.reader.start()
+
+    def read(self, log: Path, prefix: str) -> None:
+        with open(log, "w", buffering=1) as f:
+            for line in self.process.stdout:
+                f.write(line)
+                try:
+                    self.rows.append(json.loads("{" + line.partition("{")[2]))  # behind dots
+                except ValueError:
+                    self.said = line.strip() or self.said
+                    print(prefix + line, end="", flush=True)
+
+    def finish(self, end: float) -> None:
+        """Wait for it until `end`, then kill it and all that it started."""
+        while self.process.poll() is None and (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(min(left, 4))
+            with contextlib.suppress(OSError):  # no nvidia-smi
+                said = subprocess.run(SMI, capture_output=True, text=True).stdout
+                self.gpu = said.strip() or self.gpu
+        self.exit, self.seconds = self.process.poll(), round(time.monotonic() - self.began, 1)
+        self.kill()
+        self.reader.join(5)
+        ended = "ended by force" if self.exit is None else f"exit {self.exit}"
+        print(f"{self.name}: {ended} after {self.seconds} s\n", flush=True)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def outcome(self) -> dict:
+        """For the record: rows, or tests as counts with what those said that did not pass."""
+        found = {"exit": self.exit, "seconds": self.seconds, "gpu": self.gpu}
+        found |= {"said": self.said} if self.exit != 0 else {}
+        tests = {}
+        for row in self.rows:
+            if "test" in row and tests.get(row["test"], row)["outcome"] != "failed":
+                tests[row["test"]] = row
+        if not tests:  # times of what only warms caches mean nothing
+            return found | {"rows": [] if self.name.startswith("warm") else self.rows}
+        counts = collections.Counter(row["outcome"] for row in tests.values())
+        kept = [
+            r for r in tests.values() if r["outcome"] in ("failed", "unfinished") or "told" in r
+        ]
+        return found | {"tests": counts, "rows": kept}
 
 
-def parts(out: Path) -> list[Part]:
-    """In the order of worth: later ones go without if time runs out."""
-    steps = []
-    for model in ("phi1", "phi1_small"):
-        for impl in ("ours", "torch", "transformers"):
-            command = ["bench.py", f"configs/{model}.toml", f"--impl={impl}", "--json"]
-            steps.append(Part(f"{model} {impl}", command, 2))
-    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    files = [f"tests/test_{k}.py" for k in TESTED]
-    ops = ["-m", "kernels.bench", f"--csv={out / 'kernels.csv'}"]
-    decode = ["-m", "eval.decode_bench", "configs/phi1.toml", "--batch=1", "--batch=64", "--json"]
-    return [
-        Part("tests", [*pytest, "-m", "gpu", *files], 2),
-        *steps[:3],
-        Part("kernels", ops, 3),
-        Part("decode", [*decode, "--new_tokens=256", "--rounds=3"], 1.5),
-        *steps[3:],
-        Part("all tests", [*pytest, *files[:-1], "tests/test_decode.py"], 2),  # on the GPU here
+def step(model: str, impl: str, toy: bool, *flags: str) -> Part:
+    command = ["bench.py", f"configs/{model}.toml", f"--impl={impl}", "--dtype=bfloat16", "--json"]
+    tiny = [*TOY, "--dtype=float32", "--micro_batch=2", "--steps=1"] * toy
+    name = " ".join([model, impl, *flags]).replace("--", "")
+    return Part(name, [*command, "--micro_batch=8", "--kernels_shown=16", *flags, *tiny])
+
+
+def ops(name: str, toy: bool, *flags: str) -> Part:
+    tiny = [*TOY, "--batch=1"] * toy
+    op = f"--op={name.split()[0]}"
+    return Part(name, ["-m", "kernels.bench", op, "--json", *flags, *tiny])
+
+
+def check(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
+    """Compiling is most of it, so that many processes share the GPU."""
+    files = [f"tests/test_{name}.py" for name in TESTED] + [f"tests/test_{test}" for test in ALONE]
+    command = ["-m", "pytest", "-q", "--override-ini=addopts=", "--tb=short", "-pkernels.gpu"]
+    if importlib.util.find_spec("xdist"):
+        command += [f"-n{2 if toy else max(2, os.cpu_count() - 2)}", "--dist=worksteal"]
+    toys = ["-k", "bfloat16 and cpu or layernorm and (bad_input or gpu)"] * toy
+    return [(170, [Part("tests", [*command, *toys, *files])])]
+
+
+def bench(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
+    """First what Triton and torch.compile take longest for, side by side and at the same shapes."""
+    phi1, small = (
+        [step(model, impl, toy) for impl in ("ours", "torch", "transformers")]
+        for model in ("phi1", "phi1_small")
+    )
+    phi1.insert(1, step("phi1", "ours", toy, "--dropout=0"))
+    attention, block = ops("attention", toy), ops("block", toy)
+    dropped = ops("attention dropout", toy, "--dropout=0.1")
+    fp16 = ops("attention fp16", toy, "--op=attention_docs", "--dtype=float16")
+    small_flags = {"bench.py": ["--n_layer=1", "--vocab_size=1024", "--steps=1"], "-m": ["--warm"]}
+    warm = [
+        Part(f"warm {part.name}", part.command + small_flags[part.command[0]])
+        for part in [*phi1, *small, attention, block, dropped, fp16]
     ]
+    decode = ["-m", "eval.decode_bench", "configs/phi1.toml", "--batch=1", "--batch=64", "--json"]
+    decode += ["--rounds=2", "--new_tokens=128", "--static=false"]
+    decode += [*TOY, "--new_tokens=4"] * toy
+    timed = list(zip((45, 40, 45, 50), phi1))
+    timed += [(40, attention), (15, ops("layernorm", toy)), (30, dropped), (30, block)]
+    timed += [(35, fp16), (20, ops("cross_entropy", toy)), (45, Part("decode", decode))]
+    timed += list(zip((20, 25, 25), small))
+    return [(75, warm), *((seconds, [part]) for seconds, part in timed)]
 
 
-def run_part(part: Part, out: Path, seconds: float) -> Part:
-    """Run it for at most `seconds`; what it prints goes to files, its end here when it fails."""
-    stem, began = out / part.name.replace(" ", "_"), time.monotonic()
-    print(f"{part.name}: {' '.join(part.command)}", flush=True)
-    with open(f"{stem}.out", "w") as stdout, open(f"{stem}.err", "w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, *part.command], cwd=ROOT, stdout=stdout, stderr=stderr
-        )
+def tune(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
+    """First every candidate is compiled, side by side; then an op a process; the step last.
+
+    An op goes with dropout last: where a table or a choice serves both, it is phi-1's that counts.
+    """
+    found = out / "tuning.json"
+    command = ["-m", "kernels.tune", f"--out={found}", *[*TOY, "--batch=1"] * toy]
+    todo = [(op, 0) for op in DROPOUT_OPS] + [(op, 0.1) for op in DROPOUT_OPS]
+    todo += [(op, 0) for op in OPS if op not in DROPOUT_OPS]
+    each = [
+        Part(op + " dropout" * (p > 0), [*command, f"--op={op}", f"--dropout={p}"])
+        for op, p in todo
+    ]
+    warm, after = Part("warm", [*command, "--warm"]), step("phi1", "ours", toy)
+    return [(90, [warm]), *((28, [part]) for part in each), (50, [after])]
+
+
+PLANS = {"check": check, "bench": bench, "tune": tune}
+
+
+def run_plan(plan: list[tuple[int, list[Part]]], logs: Path, save) -> None:
+    """Run the groups in turn, and `save` each part that has ended; leave nothing running."""
+    end = time.monotonic()
+    for seconds, group in plan:
+        end, begun = end + seconds, []
         try:
-            rc = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            rc = None
-    done = replace(part, rc=rc, seconds=round(time.monotonic() - began, 1))
-    print(f"  {'stopped' if rc is None else f'exit {rc}'} after {done.seconds} s", flush=True)
-    if rc != 0:
-        said = "".join(Path(f"{stem}.{k}").read_text(errors="replace") for k in ("out", "err"))
-        print("    " + "\n    ".join(said.splitlines()[-15:]), flush=True)
-    return done
+            for part in group:
+                part.start(logs, f"{part.name}: " * (len(group) > 1))
+                begun.append(part)
+            for part in group:
+                part.finish(end)
+                save(part)
+        finally:
+            for part in begun:
+                part.kill()
 
 
-def collect(out: Path, done: list[Part]) -> dict:
-    """Everything that was measured, as one JSON object."""
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "parts": {p.name: {"exit": p.rc, "seconds": p.seconds} for p in done},
-        "kernels": [],
-        "steps": {},
-    }
-    if (out / "kernels.csv").exists():
-        with open(out / "kernels.csv", newline="") as f:
-            record["kernels"] = list(csv.DictReader(f))
-    for part in done:
-        if "--json" in part.command and part.rc == 0:
-            text = (out / f"{part.name.replace(' ', '_')}.out").read_text()
-            found = json.loads(text[text.index("{") :])
-            if "results" in found:
-                record["steps"][part.name] = found
-            else:
-                record[part.name] = found["rows"]
-    tests = out / "tests.out"
-    record["tests"] = tests.read_text().strip().splitlines()[-1:] if tests.exists() else []
-    return record
+# Pytest takes these with `-p kernels.gpu`: a line of JSON for each test, when it begins and ends.
+
+
+def pytest_runtest_logstart(nodeid):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        emit({"test": nodeid, "outcome": "unfinished"})
+
+
+def pytest_runtest_logreport(report):
+    crash = getattr(report.longrepr, "reprcrash", None)
+    why = crash.message if crash else str(report.longrepr or "")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        if report.failed and re.search(r"CUDA error|Error \[CUDA\]", why):
+            os._exit(1)  # its context is dead; the tests to come get a process of their own
+    elif report.when == "call" or not report.passed:
+        told = dict(report.user_properties)
+        emit({"test": report.nodeid, "outcome": report.outcome, "why": why[:200].strip()} | told)
+
+
+def failures(record: dict) -> list[str]:
+    """The parts that failed; what only warms caches may run out of time."""
+    return [n for n, p in record["parts"].items() if p["exit"] != 0 and not n.startswith("warm")]
 
 
 def table(record: dict) -> str:
-    """The record in some thirty lines: ours, the fastest peer, and the ratio."""
-    lines = [f"{record['device']}, torch {record['versions']['torch']}, {record['date']}"]
-    lines += [f"tests     {line}" for line in record["tests"]]
-    rows = [r for r in record["kernels"] if r["ok"] == "True"]
-    wrong = [r for r in record["kernels"] if r["ok"] != "True" and not r["note"]]
-    for op, phase in dict.fromkeys((r["op"], r["phase"]) for r in rows):
-        same = [r for r in rows if (r["op"], r["phase"]) == (op, phase)]
-        ours, peers = (
-            sorted((r for r in same if r["provider"].startswith("ours") == mine), key=_ms)
-            for mine in (True, False)
-        )
-        if ours and peers:
-            lines.append(
-                f"{op:<14}{phase:<8}{_ms(ours[0]):>9.3f} ms {float(ours[0]['roof_frac']):>7.1%} of "
-                f"the roof {_ms(peers[0]) / _ms(ours[0]):>6.2f}x {peers[0]['provider']}"
-            )
-    lines += [f"WRONG     {r['op']} {r['provider']}: error {r['error']}" for r in wrong]
-    results = {name: step["results"][0] for name, step in record["steps"].items()}
-    for name, r in results.items():
-        if r["note"]:
-            lines.append(f"{name:<24}none: {r['note']}")
-            continue
-        ours = results.get(f"{name.split()[0]} ours", {}).get("tokens_per_s")
-        ratio = f"{ours / r['tokens_per_s']:>7.2f}x" if ours else f"{'-':>8}"
-        lines.append(
-            f"{name:<24}{r['tokens_per_s']:>10,.0f} tokens/s {r['mfu']:>7.1%} MFU "
-            f"{r['peak_gib']:>6.1f} GiB, ours is{ratio}"
-        )
-    for r in record.get("decode", []):
-        share = f", {r['roof_frac']:.1%} of a copy's bandwidth" if "roof_frac" in r else ""
-        which = f"decode, batch {r['batch']:<4}{r['impl']:<24}"
-        lines.append(f"{which}{r['tokens_per_s']:>10,.0f} tokens/s{share}")
-    failed = [n for n, p in record["parts"].items() if p["exit"] != 0]
-    return "\n".join([*lines, f"failed or stopped: {', '.join(failed)}"][: None if failed else -1])
-
-
-def _ms(row: dict) -> float:
-    return float(row["p50_ms"])
-
-
-def run_all(todo: list[Part], out: Path, minutes: float) -> list[Part]:
-    """Run the parts until the time is over; gpu.json is written after each."""
-    end, done = time.monotonic() + 60 * minutes, []
-    for part in todo:
-        left = end - time.monotonic()
-        if left < 20:
-            print(f"{part.name}: no time left", flush=True)
-            continue
-        done.append(run_part(part, out, min(left, 60 * part.minutes)))
-        (out / "gpu.json").write_text(json.dumps(collect(out, done), indent=1) + "\n")
-    return done
+    """The record in some forty lines: tests, ours beside the fastest peer, what failed."""
+    lines = [", ".join(f"{k} {record[k]}" for k in ("device", "torch", "triton", "commit", "date"))]
+    for name, part in record["parts"].items():
+        rows, said = part["rows"], []
+        if "tests" in part:
+            said.append(", ".join(f"{n} {outcome}" for outcome, n in sorted(part["tests"].items())))
+        measured = [Row(**r) for r in rows if "provider" in r]
+        said += ratios(measured)
+        said += {f"{r.op} {r.provider} {r.note or 'WRONG'}": 0 for r in measured
+                 if r.provider.startswith("ours") and not r.ok}  # fmt: skip
+        for r in rows:
+            if "test" in r:
+                said.append(" ".join(str(r.get(k, "")) for k in ("outcome", "test", "why", "told")))
+            elif "mfu" in r:
+                speed = f"{r['tokens_per_s']:>9,.0f} tokens/s {r['mfu']:>6.1%} MFU"
+                said.append(
+                    f"micro-batch {r['micro_batch']:<3}{speed} {r.get('peak_gib', 0):.0f} GiB"
+                )
+            elif "impl" in r:
+                said.append(r["note"])
+            elif "kernel" in r:
+                ms = (
+                    f"{r['ms']:>8.3f} ms {r.get('gain', 0):>+7.1%}"
+                    if "ms" in r
+                    else "NONE IS RIGHT"
+                )
+                said.append(f"{r['kernel']:<28}{ms}")
+            elif "takes" in r:
+                said.append(f"takes {r['takes']}: triton {r['triton']}, cublas {r['cublas']} ms")
+            for d in r.get("rows", []):  # of eval.decode_bench
+                speed = f"{d['tokens_per_s']:>9,.0f} tokens/s, the same tokens {d['same_frac']:.0%}"
+                said.append(f"batch {d['batch']:<4}{d['impl']:<14}{speed}")
+        lines += [f"{name:<24}{line}" for line in said]
+    failed = [f"{n} ({record['parts'][n]['said'][:80]})" for n in failures(record)]
+    return "\n".join(lines + [f"failed or ended by force: {'; '.join(failed)}"] * bool(failed))
 
 
 def main() -> None:
-    config = parse(Config)
-    if not torch.cuda.is_available():
-        raise UserError("make gpu measures a GPU, and there is no CUDA device here")
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "kernels.csv").unlink(missing_ok=True)
-    os.environ.pop("TRITON_INTERPRET", None)
-    done = run_all(parts(config.out.resolve()), config.out, config.minutes)
-    print("\n" + table(collect(config.out, done)))
-    sys.exit(any(p.rc != 0 for p in done))
+    c = parse(Config)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no part outlives it
+    os.environ |= {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if c.toy else {}
+    if not c.toy:
+        os.environ.pop("TRITON_INTERPRET", None)
+    c.out.mkdir(parents=True, exist_ok=True)
+    if c.do == "tune":
+        os.environ["NANOPHI_TUNING"] = str(
+            shutil.copy(TUNING_FILE, c.out.resolve() / "tuning.json")
+        )
+    file = c.out / "gpu.json"
+    records = json.loads(file.read_text()) if file.exists() else {}
+    record = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "parts": {}}
+    records[c.do] = record = environment() | record
+    with tempfile.TemporaryDirectory() as logs:
+
+        def save(part: Part) -> None:
+            record["parts"][part.name] = part.outcome()
+            file.write_text(json.dumps(records) + "\n")
+            with tarfile.open(c.out / "logs.tar.gz", "w:gz") as tar:
+                tar.add(logs, f"logs-{c.do}")
+
+        plan = PLANS[c.do](c.out.resolve(), c.toy)
+        plan = [(s, [p for p in group if re.search(c.only, p.name)]) for s, group in plan]
+        run_plan(plan, Path(logs), save)
+    print(table(record))
+    sys.exit(bool(failures(record)))
 
 
 if __name__ == "__main__":

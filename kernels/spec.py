@@ -2,11 +2,13 @@
 
 Each kernel module exports `KERNELS`, a list of `Kernel`. `configs` are candidates written by hand,
 the default first. `kernels/tuning.json` is written by programs only: `kernels.resources --prune`
-keeps the candidates that fit the hardware, `kernels.tune` puts the fastest first and notes which
-version of each GEMM won. A launch takes the first entry for its device.
+keeps the candidates that fit the hardware; `kernels.tune` writes another, the fastest first, with
+the version of each GEMM that won. A launch takes the first entry for its device; the environment's
+NANOPHI_TUNING names another file to read.
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +16,8 @@ from typing import Any
 
 import torch
 
-TUNING_FILE = Path(__file__).with_name("tuning.json")
-TUNING: dict = json.loads(TUNING_FILE.read_text()) if TUNING_FILE.exists() else {}
+TUNING_FILE = Path(os.environ.get("NANOPHI_TUNING", Path(__file__).with_name("tuning.json")))
+TUNING: dict = json.loads(TUNING_FILE.read_text())
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Kernel:
     descriptors: dict[str, str] = field(default_factory=dict)
 
 
+LAUNCHED: dict[str, Kernel] = {}  # each that was launched, by name: kernels.tune asks
+
+
 def types(pointers: str, integers: str = "", **others: str) -> dict[str, str]:
     """A signature: names of working-dtype pointers, of 32-bit integers, and the rest as given."""
     names = dict.fromkeys(pointers.split(), "*T") | dict.fromkeys(integers.split(), "i32")
@@ -53,6 +58,7 @@ def capability(x: torch.Tensor) -> int:
 
 def config(kernel: Kernel, x: torch.Tensor) -> dict:
     """The launch configuration of `kernel` for the device of `x`."""
+    LAUNCHED[kernel.name] = kernel
     sm = capability(x)
     return (TUNING.get(f"sm_{sm}", {}).get(kernel.name) or kernel.configs[sm])[0]
 

@@ -1,5 +1,7 @@
-"""Timers, and the roof they measure: a large matmul and a large copy."""
+"""Timers, the roof they measure (a large matmul and a large copy), and results as lines of JSON."""
 
+import json
+import math
 import time
 from collections.abc import Callable
 
@@ -52,6 +54,13 @@ def percentiles(times_ms: list[float]) -> tuple[float, float, float]:
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     )
     return p20.item(), p50.item(), p80.item()
+
+
+def emit(row: dict) -> None:
+    """Print a line of JSON: five digits of each float, and nothing infinite, NaN, zero or empty."""
+    row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+    unfit = (math.inf, -math.inf)
+    print(json.dumps({k: v for k, v in row.items() if v and v == v and v not in unfit}), flush=True)
 
 
 def measured_roof(

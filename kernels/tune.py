@@ -1,141 +1,174 @@
-"""Find the fastest configuration of every kernel on this GPU, and write them to tuning.json.
+"""Find the fastest configuration of every kernel on this GPU, and write them to `out`.
 
-    python -m kernels.tune [--op NAME] [--minutes 8]
+    python -m kernels.tune [--op=NAME] [--dropout=0.1] [--out=out/tuning.json]
+    NANOPHI_TUNING=out/tuning.json python bench.py configs/phi1.toml      a step with them
+    cp out/tuning.json kernels/tuning.json                                to keep them
 
-Each op of kernels.bench is run once to see which kernels it launches. Then, one kernel after the
-other, every candidate of its table is timed in the op's own forward or backward, the others held
-fixed, and the fastest goes first. Last, both versions of each GEMM are timed with their best
-configurations: the faster one is what mlp.py takes on devices of this capability. A candidate that
-is not right, or does not run, is left where it stands. What was found before is kept if time runs
-out; nothing is written for an op that was not finished.
+Each implementation of an op (cases.py) is run once to see which kernels it launches. Then, one
+kernel after the other, every candidate of its table is timed in the op's own forward or backward,
+the others held fixed, and the fastest goes first. Last, where an op has two versions, both are
+timed with their best configurations: the faster one is what mlp.py takes on devices of this
+capability. A candidate that is not right, or does not run, is left where it stands. `out` is read
+if it is there, and written after each op.
 """
 
+import json
 import math
+import os
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from config import UserError, parse, run
-from kernels import cases, spec
-from kernels.bench import backward, copies, forward, relative_error, results
+from config import parse, run
+from kernels import bench, spec
+from kernels.bench import copies, relative_error, results, upstream_of, whole
 from kernels.cases import CASES, Case
-from kernels.spec import TUNING, Kernel, write_tuning
-from kernels.timing import CudaTimer
+from kernels.resources import all_kernels
+from kernels.spec import LAUNCHED, TUNING, write_tuning
+from kernels.timing import CudaTimer, WallTimer, emit
 from model import ModelConfig
+
+# Each kernel of the block and the head is launched by one of these; `block` repeats them.
+DROPOUT_OPS = ("attention", "out_proj_fwd", "residual_bwd")
+OPS = (*DROPOUT_OPS, "gelu_bwd", "in_proj_fwd", "layernorm", "cross_entropy")
 
 
 @dataclass(frozen=True)
-class Config(ModelConfig):
+class Config(bench.Config):
     """Time every configuration at phi-1's shape, unless told otherwise, on this GPU."""
 
-    op: str = ""  # which op: attention, layernorm, ...; all of them if not given
-    batch: int = 16  # sequences; attention takes a quarter
-    minutes: float = 8.0  # no new configuration is begun after this time
+    op: tuple[str, ...] = OPS  # which ops; may be given several times
+    out: Path = Path("out/tuning.json")  # the tables, each with the fastest first
+    warm: bool = False  # compile every candidate, in many processes at once, and time nothing
+
+    def case(self, op: str, **changes) -> Case:
+        """The case of an op as `self` has it, or with other values."""
+        c = replace(self, **changes)
+        shape = ModelConfig(**{f.name: getattr(c, f.name) for f in fields(ModelConfig)})
+        return CASES[op](shape, c.batch, getattr(torch, c.dtype), c.device)
 
 
-def kernels_used(fn: Callable) -> list[Kernel]:
-    """The kernels with a choice of configurations that fn() launches, in order."""
-    used, modules = {}, [m for n, m in sys.modules.items() if n.startswith("kernels.")]
-    original = spec.config
-
-    def record(kernel: Kernel, x) -> dict:
-        used[kernel.name] = kernel
-        return original(kernel, x)
-
-    patched = [m for m in modules if getattr(m, "config", None) is original]
-    try:
-        for m in patched:
-            m.config = record
-        fn()
-    finally:
-        for m in patched:
-            m.config = original
-    return list(used.values())
+def mine(case: Case) -> list[str]:
+    return [name for name in case.providers if name.startswith("ours") and "fp32" not in name]
 
 
-def time_ms(case: Case, fn: Callable, timer) -> float:
+def time_ms(case: Case, name: str, timer) -> float:
     """Median of forward, and backward where the case has one."""
-    inputs = copies(case)
-    if not case.backward:
-        return timer(lambda: None, lambda _: forward(fn, inputs))[1]
-    upstream = [torch.randn_like(t) for t in forward(fn, inputs)]
-    return timer(lambda: None, lambda _: backward(forward(fn, inputs), inputs, upstream))[1]
+    run_once = partial(whole, case, case.providers[name], copies(case), upstream_of(case))
+    with case.running(name):
+        return timer(lambda: None, lambda _: run_once())[1]
 
 
-def tune_op(case: Case, name: str, sm: int, timer, out_of_time: Callable) -> list[str]:
-    """Order the tables of the kernels that provider `name` launches; a line for each."""
-    fn, table, lines = case.providers[name], TUNING.setdefault(f"sm_{sm}", {}), []
-    with torch.no_grad():
-        shapes = forward(case.providers["eager"], copies(case))
-    upstream = [torch.randn_like(t) for t in shapes]
-    exact = results(case, case.reference, upstream, torch.float32)
+def tune_op(case: Case, name: str, sm: int, timer) -> list[dict]:
+    """Order the tables of the kernels that provider `name` launches; a row for each."""
+    fn, table, rows = case.providers[name], TUNING.setdefault(f"sm_{sm}", {}), []
+    grads = upstream_of(case)
+    exact = results(case, case.reference, grads, torch.float32)
     bound = 4 * torch.finfo(case.inputs[0].dtype).eps
-    bound += 2 * relative_error(results(case, case.providers["eager"], upstream), exact)
-    for kernel in kernels_used(lambda: results(case, fn, upstream)):
+    if not case.dropout:
+        bound += 2 * relative_error(results(case, case.providers["eager"], grads), exact)
+    LAUNCHED.clear()
+    with case.running(name):
+        results(case, fn, grads)
+    for kernel in list(LAUNCHED.values()):
         candidates = table.get(kernel.name) or kernel.configs[sm]
         if len(candidates) == 1:
             continue
         times = []
-        for candidate in tqdm(candidates, desc=kernel.name, leave=False, disable=None):
-            if out_of_time():
-                table[kernel.name] = candidates
-                return lines
+        for candidate in candidates:
             table[kernel.name] = [candidate]
             try:
-                right = relative_error(results(case, fn, upstream), exact) <= bound
-                times.append(time_ms(case, fn, timer) if right else math.inf)
+                with case.running(name):
+                    right = relative_error(results(case, fn, grads), exact) <= bound
+                times.append(time_ms(case, name, timer) if right else math.inf)
+                problem = "" if right else "WRONG"
             except Exception as e:  # too large for the device, or a fault of the compiler's
-                tqdm.write(f"{kernel.name} {candidate}: {type(e).__name__}", file=sys.stderr)
                 times.append(math.inf)
-        best = min(range(len(times)), key=times.__getitem__)
+                problem = type(e).__name__
+            if problem:
+                print(f"{kernel.name} {candidate}: {problem}", file=sys.stderr, flush=True)
+        ms, best = min(zip(times, range(len(times))))
         table[kernel.name] = [candidates[best]] + [c for c in candidates if c != candidates[best]]
-        gain = times[0] / times[best] - 1 if math.isfinite(times[0]) else math.inf
-        lines.append(f"{case.name:<14}{kernel.name:<28}{times[best]:>9.3f} ms  {gain:>+7.1%}")
-    return lines
+        row = {"op": case.name, "kernel": kernel.name, "failed": times.count(math.inf)}
+        if ms < math.inf:
+            row |= {"ms": ms, "gain": times[0] / ms - 1, "best": candidates[best]}
+        rows.append(row)
+    return rows
 
 
-def choose_gemm(case: Case, sm: int, timer, device: str) -> str:
+def choose_version(case: Case, sm: int, timer, device: str) -> dict:
     """Note which version of a GEMM op is the faster."""
-    times = {v: time_ms(case, case.providers[f"ours {v}"], timer) for v in ("triton", "cublas")}
-    faster = min(times, key=times.get)
+    times = {name.split()[1]: time_ms(case, name, timer) for name in mine(case)}
     found = TUNING.setdefault("measured", {}).setdefault(f"sm_{sm}", {"device": "", "gemm": {}})
-    found["device"], found["gemm"][case.name] = device, faster
-    return f"{case.name:<14}" + "  ".join(f"{v} {ms:.3f} ms" for v, ms in times.items())
+    found["device"], found["gemm"][case.name] = device, min(times, key=times.get)
+    return {"op": case.name, "takes": found["gemm"][case.name]} | times
 
 
-def tune(config: Config, device: str, name: str, sm: int, timer) -> None:
-    """Tune what `config` asks for; tuning.json is written after every op."""
-    shape = {f: getattr(config, f) for f in ModelConfig.__dataclass_fields__}
-    c, end = ModelConfig(**shape), time.monotonic() + 60 * config.minutes
-    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+def tune(config: Config, device: str, sm: int, timer) -> bool:
+    """Tune what `config` asks for, writing after every op; whether each kernel runs at all."""
+    fine = True
+    spec.TUNING_FILE = config.out
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    if config.out.exists():
+        TUNING.update(json.loads(config.out.read_text()))
     torch.manual_seed(0)
-    for op in [config.op] if config.op else CASES:
-        if time.monotonic() > end:
-            print(f"{op}: not begun, {config.minutes:g} minutes are over")
-            continue
-        case = CASES[op](c, config.batch, dtype, device)
-        triton = "ours triton" if "ours triton" in case.providers else "ours"
-        lines = tune_op(case, triton, sm, timer, lambda: time.monotonic() > end)
-        if triton != "ours":
-            lines.append(choose_gemm(case, sm, timer, name))
+    for op in config.op:
+        case, rows = config.case(op), []
+        for name in mine(case):
+            rows += tune_op(case, name, sm, timer)
+        if len(mine(case)) > 1:
+            rows.append(choose_version(case, sm, timer, device))
         write_tuning()
-        print("\n".join(lines), flush=True)
+        for row in rows:
+            emit(row)
+            fine &= "best" in row or "takes" in row
         del case
         torch.cuda.empty_cache()
+    return fine
+
+
+def launch(config: Config, sm: int, op: str, dropout: float, first: int) -> list[str]:
+    """Launch every other candidate of an op, on one sequence: the same code. Give what failed."""
+    failed = []
+    for n in range(first, max(len(k.configs[sm]) for k in all_kernels().values()), 2):
+        for name, kernel in all_kernels().items():
+            table = TUNING.setdefault(f"sm_{sm}", {})
+            fit = [c for c in kernel.configs[sm] if c in table.get(name, [c])]
+            table[name] = fit[n % len(fit) :] + fit[: n % len(fit)]
+        try:
+            case = config.case(op, batch=1, dropout=dropout)
+            for name in mine(case):
+                with case.running(name):
+                    results(case, case.providers[name], upstream_of(case))
+        except Exception as e:  # the rest may work; if the context is lost, no other op's is
+            failed.append(f"{op}, dropout {dropout}, candidates {n}: {type(e).__name__} {e}"[:200])
+    return failed
+
+
+def warm(config: Config, sm: int) -> None:
+    """Compile every candidate into Triton's cache on disk, on all cores at once, by launching it:
+    only a launch knows what Triton specialises a kernel on."""
+    jobs = [(op, p) for op in config.op for p in (0.0, 0.1) if p == 0 or op in DROPOUT_OPS]
+    jobs = [(*job, first) for job in jobs for first in (0, 1)]
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() + 4), get_context("spawn")) as pool:
+        for failed in pool.map(launch, *zip(*((config, sm, *job) for job in jobs))):
+            print(*failed, sep="\n", end="\n" * bool(failed), flush=True)
 
 
 def main() -> None:
     config = parse(Config)
-    if config.op and config.op not in cases.CASES:
-        raise UserError(f"--op={config.op}: no such op; want one of {', '.join(CASES)}")
-    if not torch.cuda.is_available():
-        raise UserError("kernels.tune times GPU kernels, and there is no CUDA device here")
-    sm = spec.capability(torch.empty(0, device="cuda"))
-    tune(config, "cuda", torch.cuda.get_device_name(), sm, CudaTimer(2, 10))
+    on_gpu = config.device == "cuda"
+    sm = spec.capability(torch.empty(0, device=config.device))
+    if config.warm:
+        return warm(config, sm)
+    name = torch.cuda.get_device_name() if on_gpu else "a CPU"
+    timer = CudaTimer(2, 10) if on_gpu else WallTimer(1)
+    sys.exit(not tune(config, name, sm, timer))
 
 
 if __name__ == "__main__":

@@ -117,9 +117,9 @@ def ranks(c: Config, folder: Path) -> None:
     for i in range(c.rounds):
         for n in rates:
             out = folder / f"{n}-{i}"
-            Run(out, ["configs/demo.toml", f"--data={c.data.resolve()}", "--max_steps=30",
-                "--seqs_per_step=8", "--micro_batch=4", "--eval_interval=30", "--eval_seqs=1",
-                "--log_interval=10"], n).finish()  # fmt: skip
+            Run(out, ["configs/demo.toml", f"--data={c.data.resolve()}", "--device=cpu",
+                "--max_steps=30", "--seqs_per_step=8", "--micro_batch=4", "--eval_interval=30",
+                "--eval_seqs=1", "--log_interval=10"], n).finish()  # fmt: skip
             lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
             rates[n].append(max(r["tokens_per_s"] for r in lines if "lr" in r))
     one, two = (statistics.median(r) for r in rates.values())

@@ -50,7 +50,7 @@ class Run:
                 "MASTER_ADDR": "localhost",
                 "MASTER_PORT": port,
             }
-            argv = ["train.py", *map(str, flags), f"--out={out}", "--threads=1", "--device=cpu"]
+            argv = ["train.py", *map(str, flags), f"--out={out}", "--threads=1"]
             args = (place if ranks > 1 else {}, argv, self.said_in[rank], plant)
             self.processes.append(server.Process(target=_rank, args=args, daemon=True))
         for process in self.processes:

@@ -1,8 +1,10 @@
 """The benchmarks' flow, on a CPU in Triton's interpreter at tiny shapes; the times mean nothing."""
 
-import csv
+import dataclasses
 import json
 import math
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ from three_way import DEVICE  # sets TRITON_INTERPRET before kernels are importe
 import bench
 from kernels import bench as kernel_bench
 from kernels import cases, mlp
-from kernels.bench import Row, ratios, run_case, write_csv
+from kernels.bench import Row, ratios
 from kernels.cases import Case
-from kernels.timing import WallTimer, measured_roof, percentiles
+from kernels.timing import WallTimer, emit, measured_roof, percentiles
 from kernels.trace import GROUPS, floors_us, group, show_profile
 from kernels.work import Rates, training_ops
 from model import ModelConfig
@@ -30,20 +32,53 @@ def timer(prepare, run):
     return 1.0, 2.0, 4.0
 
 
+def run_case(case, roof, c, timer) -> list[Row]:
+    return list(kernel_bench.run_case(case, roof, c, timer))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("op", list(cases.CASES))
-def test_every_op_runs_and_ours_is_right(op, monkeypatch):
-    monkeypatch.setattr(cases, "compiled", lambda fn: fn)
+def test_every_op_runs_and_ours_is_right(op, dropout):
+    c = dataclasses.replace(TINY, dropout=dropout)
     torch.manual_seed(0)
-    rows = run_case(cases.CASES[op](TINY, 1, torch.float16, DEVICE), ROOF, TINY, timer)
-    ours = [r for r in rows if r.provider.startswith("ours")]
+    case = cases.CASES[op](c, 1, torch.float16, DEVICE)
+    if dropout and not case.dropout:
+        pytest.skip("an op that knows no dropout")
+    rows = run_case(case, ROOF, c, timer)
+    ours = [r for r in rows if r.provider.startswith("ours") and r.roof_frac]
     eager = [r for r in rows if r.provider == "eager"]
     assert len(ours) >= len(eager) >= 1
     for row in eager + ours:
         assert row.ok, row
         assert row.p50_ms == 2.0
-        assert 0 < row.roof_frac < 1
+        assert row.roof_frac < 1
+    for row in ours:
+        assert 0 <= row.error < 4e-3
     assert [r.phase for r in ours[: len(eager)]] == [r.phase for r in eager]
     assert ratios(rows)
+    if case.backward:  # what the profiler saw beneath
+        assert {"_AttentionBackward", "_BlockBackward", "_LayerNormBackward", "_CrossEntropy"} & {
+            r.phase for r in rows if not r.roof_frac and not r.note
+        }
+
+
+def test_dropout_of_another_seed_is_wrong(monkeypatch):
+    c = dataclasses.replace(TINY, dropout=0.1)
+    case = cases.CASES["residual_bwd"](c, 1, torch.float16, DEVICE)
+    case.providers["ours"] = partial(case.providers["ours"], seed=cases.SEED + 1)
+    *_, row = [r for r in run_case(case, ROOF, c, timer) if r.provider == "ours" and r.roof_frac]
+    assert not row.ok
+
+
+def test_documents_of_a_quarter_leave_three_quarters_of_the_flops_out(monkeypatch):
+    monkeypatch.setattr(cases, "DOCUMENT", TINY.seq_len // 4)
+    roof = Rates(1e9, 1e9, 1e9, 1e12)  # all is compute bound
+    whole, apart = (
+        run_case(cases.CASES[op](TINY, 1, torch.float16, DEVICE), roof, TINY, timer)[0]
+        for op in ("attention", "attention_docs")
+    )
+    assert apart.roof_frac == pytest.approx(whole.roof_frac / 4)
+    assert apart.tflops == pytest.approx(whole.tflops / 4)
 
 
 def case_of(**providers):
@@ -75,7 +110,7 @@ def refuses(x):
 
 @pytest.mark.parametrize("fn", [unwritten, slightly_wrong, wrong_gradient])
 def test_a_wrong_kernel_is_told(fn):
-    right, wrong = run_case(case_of(ours=fn), ROOF, TINY, timer)
+    right, wrong = (r for r in run_case(case_of(ours=fn), ROOF, TINY, timer) if r.roof_frac)
     assert right.ok
     assert not wrong.ok
     assert "WRONG" in kernel_bench.show(wrong)
@@ -111,6 +146,7 @@ def test_inputs_are_fresh_for_everyone():
         return y
 
     rows = run_case(case_of(ours=overwrites, peer=lambda x: 2 * x), ROOF, TINY, timer)
+    rows = [r for r in rows if r.roof_frac]
     assert [r.ok for r in rows] == [True, True, True]
     assert rows[2].error == 0.0
 
@@ -129,7 +165,8 @@ def test_ratios_take_the_fastest():
         for name, ms, ok in (("eager", 9.0, True), ("flash", 3.0, True), ("cheat", 1.0, False),
                              ("ours a", 2.0, True), ("ours b", 4.0, True))
     ]  # fmt: skip
-    assert ratios(rows) == ["op fwd: ours a is 1.50x flash"]
+    [line] = ratios(rows)
+    assert " ".join(line.split()) == "op fwd ours a 2.000 ms, 0.0% of the roof, 1.50x flash"
 
 
 def test_timing():
@@ -145,34 +182,41 @@ def test_timing():
     assert all(t > 0 for t in WallTimer(3)(lambda: 9, lambda n: math.factorial(n)))
 
 
+def test_emit(capsys):
+    emit({"a": 1 / 3, "b": math.nan, "c": "", "d": math.inf, "e": 0.0, "f": [1], "g": True})
+    assert json.loads(capsys.readouterr().out) == {"a": 0.33333, "f": [1], "g": True}
+
+
 def test_gemm_versions_are_forced_and_restored():
     before = mlp.choice("gelu_bwd", torch.zeros(1))
-    with cases.every_gemm("either"):
-        assert mlp.choice("gelu_bwd", torch.zeros(1)) == "either"
-    assert mlp.choice("gelu_bwd", torch.zeros(1)) == before != "either"
+    case = cases.CASES["gelu_bwd"](TINY, 1, torch.float16, DEVICE)
+    for version in ("triton", "cublas"):
+        with case.running(f"ours {version}"):
+            assert mlp.choice("gelu_bwd", torch.zeros(1)) == version
+    assert mlp.choice("gelu_bwd", torch.zeros(1)) == before
 
 
-def test_csv_grows(tmp_path):
-    path = tmp_path / "rows.csv"
-    for op in "ab":
-        write_csv(path, [Row(op, "ours", "fwd", p50_ms=2.0)], "a GPU, of a kind")
-    with open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
-    assert [r["op"] for r in rows] == ["a", "b"]
-    assert (rows[0]["device"], len(rows[0]["kernels_sha256"])) == ("a GPU, of a kind", 12)
+def test_fp32_adds_are_a_provider(monkeypatch):
+    """Where attention.py has the switch, which backward reads too."""
+    monkeypatch.setattr(cases.attention_module, "FIXED_POINT", True, raising=False)
+    case = cases.CASES["attention"](TINY, 1, torch.float16, DEVICE)
+    assert "ours fp32 adds" in case.providers
+    with case.running("ours fp32 adds"):
+        assert not cases.attention_module.FIXED_POINT
+    assert cases.attention_module.FIXED_POINT
 
 
-def test_the_whole_flow(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cases, "compiled", lambda fn: fn)
-    monkeypatch.setattr(kernel_bench, "measured_roof", lambda *args: ROOF)
-    shape = {"vocab_size": 96, "seq_len": 32, "n_layer": 1, "n_head": 2, "width": 64}
-    shape |= {"mlp_width": 128, "rotary_dim": 16, "batch": 1, "dtype": "float16"}
-    config = kernel_bench.Config(**shape, op="cross_entropy", csv=tmp_path / "rows.csv")
-    rows = kernel_bench.bench(config, DEVICE, "a GPU", timer)
-    out = capsys.readouterr().out
-    assert [r.provider for r in rows][:3] == ["eager", "ours", "compile"]
-    assert "cross_entropy fwd+bwd: ours is 1.00x eager" in out
-    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(rows)
+def test_the_whole_flow(cli):
+    shape = ["--vocab_size=96", "--seq_len=32", "--n_layer=1", "--n_head=2", "--width=64",
+             "--mlp_width=128", "--rotary_dim=16", "--batch=1", "--dtype=float16"]  # fmt: skip
+    args = [*shape, "--op=cross_entropy", "--op=residual_bwd", "--device=cpu", "--json"]
+    done = cli("-m", "kernels.bench", *args)
+    assert done.returncode == 0, done.stderr
+    roof, *rows = map(json.loads, done.stdout.splitlines())
+    assert roof["copy_gb_per_s"] > 0
+    timed = [r["provider"] for r in rows if "roof_frac" in r]
+    assert timed == ["eager", "ours", "compile", "eager", "compile", "ours"]
+    assert re.search(r"cross_entropy +fwd\+bwd +ours .*x (eager|compile)", done.stderr)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -213,32 +257,31 @@ def test_step_bench(cli, tiny):
     flags = ["--steps=2", "--dtype=float32", "--json"]
     done = cli("bench.py", "configs/demo.toml", *tiny, *flags)
     assert done.returncode == 0, done.stderr
-    r = json.loads(done.stdout[done.stdout.index("{") :])
-    by_impl = {x["impl"]: x for x in r["results"]}
+    *results, profiled = map(json.loads, done.stdout.splitlines())
+    by_impl = {x["impl"]: x for x in results}
     assert list(by_impl) == ["ours", "torch", "transformers"]
+    assert "head dim" in by_impl["ours"]["note"]
     for name in ("torch", "transformers"):
-        assert by_impl[name]["note"] == "", by_impl[name]
+        assert "note" not in by_impl[name]
         assert by_impl[name]["loss"] == pytest.approx(math.log(512), abs=0.1)
         assert by_impl[name]["tokens_per_s"] > 0
         assert by_impl[name]["micro_batch"] == 2
-    assert r["kernels"]
-    assert r["floors_us"]["gemm"] > 0
+    assert profiled["kernels_us"]
+    assert profiled["floors_us"]["gemm"] > 0
 
 
-def test_step_bench_halves_what_does_not_fit(monkeypatch):
-    tried = []
-
+def test_step_bench_halves_what_does_not_fit_and_says_so(monkeypatch):
     def make_step(c, impl, micro_batch):
-        tried.append(micro_batch)
         if micro_batch > 2:
             raise torch.OutOfMemoryError("too large")
         return lambda: torch.tensor(1.0)
 
     monkeypatch.setattr(bench, "make_step", make_step)
     config = bench.Config(device="cpu", micro_batch=8, steps=2, micro_steps=3, seq_len=10)
-    result, step = bench.measure(config, "torch", peak=1e12)
-    assert tried == [8, 4, 2]
-    assert result.micro_batch == 2
+    (first, none), (second, _), (result, step) = bench.measure(config, "torch", peak=1e12)
+    assert [r.micro_batch for r in (first, second, result)] == [8, 4, 2]
+    assert first.note.startswith("out of memory at micro-batch 8 (")
+    assert none is None
     assert result.tokens_per_s == pytest.approx(3 * 2 * 10 / result.p50_ms * 1e3)
     assert step is not None
 

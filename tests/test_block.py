@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from three_way import DEVICE, check
+from three_way import DEVICE, DTYPES, check
 
 from config import UserError
 from kernels.block import block
@@ -48,8 +48,7 @@ def gradients(model: Phi, idx, targets, scale: float = 1.0, doc_start=None) -> d
 @pytest.mark.parametrize(
     ("dtype", "changes"),
     [
-        (torch.float32, {}),
-        (torch.float16, {}),
+        *((dtype, {}) for dtype in DTYPES),
         (torch.float32, {"rotary_dim": 0, "n_head": 1}),
         (torch.float32, {"rotary_dim": 32, "mlp_width": 40}),
     ],
@@ -267,8 +266,9 @@ def test_these_arguments_are_right():
 
 
 @pytest.mark.gpu
-def test_bf16_training_step_at_phi1_width():
-    """bf16 on a GPU: loss and gradients near the torch path's, at a real width."""
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1024.0)])
+def test_training_step_at_phi1_width_on_a_gpu(dtype, scale):
+    """Loss and gradients near the torch path's, at a real width, both against fp32."""
     changes = {"width": 2048, "n_head": 32, "mlp_width": 8192, "seq_len": 512, "vocab_size": 1000}
     shape = dataclasses.replace(SHAPE, rotary_dim=32, **changes)
     torch.manual_seed(0)
@@ -278,12 +278,13 @@ def test_bf16_training_step_at_phi1_width():
     reference.load_state_dict(ours.state_dict())
     idx = torch.randint(1000, (4, 513), device="cuda")
     results = []
-    for model, dtype in ((ours, torch.bfloat16), (reference, torch.bfloat16), (reference, None)):
+    for model, half in ((ours, True), (reference, True), (reference, False)):
         model.zero_grad()
-        with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.autocast("cuda", dtype, enabled=half):
             loss = model(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        results.append({n: p.grad.clone() for n, p in model.named_parameters()} | {"loss": loss})
+        (loss * scale).backward()
+        grads = {n: p.grad / scale for n, p in model.named_parameters()}
+        results.append(grads | {"loss": loss.detach()})
     for name, exact in results[2].items():
         a, b = ((r[name] - exact).norm() / exact.norm() for r in results[:2])
         assert math.isfinite(a)

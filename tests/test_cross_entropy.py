@@ -207,13 +207,14 @@ def test_bad_head(args, message):
 
 
 @pytest.mark.gpu
-def test_bf16_on_a_gpu(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_real_sizes_on_a_gpu(dtype, monkeypatch):
     for table in TUNING.values():
         monkeypatch.setitem(table, "cross_entropy", CROSS_ENTROPY.configs[90][:1])
     t = targets(515, 51200, ignored=range(0, 515, 7))
     ours, reference = alone(t, 1e-4, expected_grad=G)
-    logits = rand(515, 51200, dtype=torch.bfloat16, scale=4)
+    logits = rand(515, 51200, dtype=dtype, scale=4)
     results = gradients(ours, [logits], [G]), gradients(reference, [logits], [G])
     exact = gradients(reference, [logits.double()], [G])
     for i, (a, b, c) in enumerate(zip(*results, exact)):
-        check(f"result {i}", a.bfloat16(), b, c)
+        check(f"result {i}", a.to(dtype), b, c)

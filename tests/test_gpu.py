@@ -1,98 +1,145 @@
-"""make gpu as far as a CPU allows: its parts' commands are right, its record and table are read."""
+"""make gpu-check, gpu-bench and gpu-tune at toy size on a CPU, in processes as on a GPU."""
 
+import json
+import re
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from three_way import DEVICE
 
-from kernels import bench, cases, gpu
+from kernels import gpu
 from kernels.gpu import Part
 
+# Of each kind of part one; the rest differs in its flags.
+TOYS = {"check": "", "bench": "^(phi1 torch|layernorm|decode)$", "tune": "^layernorm$"}
 
-def test_parts_are_commands_that_exist(cli, tmp_path):
-    """Without a GPU each ends in an error that says so, or in skipped tests: there is no typo."""
-    for part in gpu.parts(tmp_path):
-        if "pytest" in part.command:
-            done = cli(*part.command, "--collect-only")
-            assert done.returncode == 0
-            assert done.stdout.count("tests/test_") == len(gpu.TESTED)
-        elif part.name == "kernels":
-            done = cli(*part.command, env={"CUDA_VISIBLE_DEVICES": ""})
-            assert "no CUDA device" in done.stderr
-        else:
-            done = cli(*part.command, "--device=cuda", env={"CUDA_VISIBLE_DEVICES": ""})
-            assert "no CUDA device" in done.stderr, done.stderr
+
+@pytest.fixture(scope="module")
+def toys(cli, tmp_path_factory) -> dict:
+    """(what it printed, its folder) for each of the three commands."""
+    outs = {do: tmp_path_factory.mktemp(do) for do in TOYS}
+    with ThreadPoolExecutor(3) as pool:
+        runs = {
+            do: pool.submit(
+                cli,
+                "-m",
+                "kernels.gpu",
+                f"--do={do}",
+                f"--only={only}",
+                f"--out={outs[do]}",
+                "--toy",
+            )
+            for do, only in TOYS.items()
+        }
+    for run in runs.values():
+        assert run.result().returncode == 0, run.result().stdout[-3000:]
+    return {do: (run.result().stdout, outs[do]) for do, run in runs.items()}
+
+
+def test_check(toys):
+    said, out = toys["check"]
+    part = json.loads((out / "gpu.json").read_text())["check"]["parts"]["tests"]
+    skipped = 0 if torch.cuda.is_available() else 6
+    assert part["tests"] == {"passed": 7, "skipped": skipped}
+    assert re.search(r"tests +7 passed, 6 skipped\n", said)
+    assert re.search(r"passed .*resumes_bitwise\S+ +loss( \d\.\d+){6}\n", said)
+    with tarfile.open(out / "logs.tar.gz") as tar:
+        assert tar.getnames() == ["logs-check", "logs-check/tests.log"]
+
+
+def test_bench(toys):
+    said, out = toys["bench"]
+    record = json.loads((out / "gpu.json").read_text())["bench"]
+    assert list(record["parts"]) == ["phi1 torch", "layernorm", "decode"]
+    roof, *rows = record["parts"]["layernorm"]["rows"]
+    assert roof["matmul_tflops"] > 0
+    assert {r["provider"] for r in rows} >= {"eager", "ours", "compile"}
+    step, profiled = record["parts"]["phi1 torch"]["rows"]
+    assert (step["micro_batch"], profiled["profiled"]) == (2, "torch")
+    table = said[said.rindex("device cpu") :]
+    assert re.search(r"phi1 torch +micro-batch 2 +[\d,]+ tokens/s +\d+\.\d% MFU", table)
+    assert re.search(r"layernorm +layernorm +fwd\+bwd +ours .* of the roof, +\d\.\d\dx", table)
+    assert re.search(
+        r"decode +batch 64 +transformers +[\d,]+ tokens/s, the same tokens 100%", table
+    )
+    assert "failed" not in table
+
+
+def test_tune(toys):
+    said, out = toys["tune"]
+    tables = json.loads((out / "tuning.json").read_text())
+    for row in json.loads((out / "gpu.json").read_text())["tune"]["parts"]["layernorm"]["rows"]:
+        assert tables["sm_80"][row["kernel"]][0] == row["best"]
+        assert re.search(rf"layernorm +{row['kernel']} +[\d.]+ ms", said)
+
+
+def test_limits_fit():
+    limits = {do: sum(s for s, _ in plan(Path("out"), True)) for do, plan in gpu.PLANS.items()}
+    for do, seconds in limits.items():
+        assert seconds < 600
+        assert re.search(rf"make gpu-{do} .* {seconds} ", gpu.__doc__)
+
+
+def running(pid: str) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().split()[2] != "Z"
+
+
+def test_one_that_hangs_or_fails_costs_no_other_its_turn(tmp_path, capsys):
+    sleeps = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); "
+    hangs = Part("hangs", ["-c", sleeps + "print(p.pid, flush=True); time.sleep(60)"])
+    fails = Part("fails", ["-c", "print('{\"a\": 1}'); raise SystemExit('a reason')"])
+    works = Part("works", ["-c", "print('x')"])
+    saved = []
+    gpu.run_plan([(1, [hangs, fails]), (5, [works])], tmp_path, lambda p: saved.append(p.name))
+    assert saved == ["hangs", "fails", "works"]
+    assert [p.exit for p in (hangs, fails, works)] == [None, 1, 0]
+    assert not running(hangs.said)
+    assert (fails.rows, fails.said) == ([{"a": 1}], "a reason")
+    assert "fails: a reason\n" in capsys.readouterr().out
+    assert (tmp_path / "works.log").read_text() == "x\n"
+    record = dict.fromkeys(("device", "torch", "triton", "commit", "date"), "x")
+    record |= {"parts": {p.name: p.outcome() for p in (hangs, fails, works)}}
+    assert "failed or ended by force: hangs" in gpu.table(record)
+    assert "fails (a reason)" in gpu.table(record)
+
+
+def test_a_dead_context_fails_one_test(tmp_path):
+    """The next test begins in a new process, and what a test said first is what is told."""
+    pytest.importorskip("xdist")
+    (tmp_path / "test_x.py").write_text(
+        "held = []\n"
+        "def test_a():\n    held.append(1)\n    raise RuntimeError('CUDA error: illegal address')\n"
+        "def test_b():\n    assert not held\n"
+    )
+    command = ["-m", "pytest", "-q", "-pkernels.gpu", "-n1", "--dist=worksteal"]
+    part = Part("tests", [*command, f"--rootdir={tmp_path}", str(tmp_path)])
+    gpu.run_plan([(90, [part])], tmp_path, lambda part: None)
+    assert part.outcome()["tests"] == {"failed": 1, "passed": 1}
+    assert "illegal address" in part.outcome()["rows"][0]["why"]
+
+
+def test_a_test_that_never_ended_is_told():
+    part = Part("tests", [], rows=[{"test": t, "outcome": "unfinished"} for t in "ab"], exit=None)
+    part.rows.append({"test": "a", "outcome": "passed"})
+    assert part.outcome()["tests"] == {"passed": 1, "unfinished": 1}
+    assert [row["test"] for row in part.outcome()["rows"]] == ["b"]
 
 
 def test_every_gpu_test_is_in_it():
     marked = [
         p for p in Path(__file__).parent.glob("test_*.py") if "pytest.mark.gpu" in p.read_text()
     ]
+    tested = set(gpu.TESTED) | {test.partition(".py")[0] for test in gpu.ALONE}
     here = Path(__file__).name
-    assert {p.stem.removeprefix("test_") for p in marked if p.name != here} == set(gpu.TESTED)
-
-
-def test_one_that_hangs_or_fails_costs_no_other_its_turn(tmp_path, capsys):
-    todo = [
-        Part("hangs", ["-c", "import time; time.sleep(60)"], 0.02),
-        Part("fails", ["-c", "raise SystemExit('a reason')"], 1),
-        Part("works", ["-c", "print('x')"], 1),
-    ]
-    done = gpu.run_all(todo, tmp_path, 5)
-    assert [p.rc for p in done] == [None, 1, 0]
-    assert "a reason" in capsys.readouterr().out
-    assert "failed or stopped: hangs, fails" in gpu.table(gpu.collect(tmp_path, done))
-    assert gpu.run_all(todo, tmp_path, 0.1) == []
-
-
-def test_record_and_table(cli, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(cases, "compiled", lambda fn: fn)
-    monkeypatch.setattr(bench, "measured_roof", lambda *args: bench.Rates(1e12, 1e12, 1e12, 1e9))
-    shape = {"vocab_size": 96, "seq_len": 32, "n_layer": 1, "n_head": 2, "width": 64}
-    shape |= {"mlp_width": 128, "rotary_dim": 16, "batch": 1, "dtype": "float16"}
-    config = bench.Config(**shape, op="layernorm", csv=tmp_path / "kernels.csv")
-
-    def timer(prepare, run):
-        run(prepare())
-        return 1.0, 2.0, 3.0
-
-    bench.bench(config, DEVICE, "a GPU", timer)
-    step = ["bench.py", "configs/demo.toml", *tiny, "--dtype=float32", "--steps=1", "--json"]
-    small = ["--n_head=1", "--n_layer=1", "--seq_len=8"]  # and a head dim that the kernels take
-    todo = [
-        Part("tests", ["-c", "print('3 passed, 1 skipped')"], 1),
-        Part("demo ours", [*step, *small, "--impl=ours"], 1),
-        Part("demo torch", [*step, *small, "--impl=torch"], 1),
-        Part(
-            "decode",
-            [
-                "-m",
-                "eval.decode_bench",
-                "configs/demo.toml",
-                *small[:2],
-                "--seq_len=64",
-                "--vocab_size=512",
-                "--batch=1",
-                "--rounds=1",
-                "--new_tokens=4",
-                "--json",
-            ],
-            1,
-        ),
-    ]
-    done = gpu.run_all(todo, tmp_path, 5)
-    assert [p.rc for p in done] == [0, 0, 0, 0]
-    text = gpu.table(gpu.collect(tmp_path, done))
-    assert "3 passed, 1 skipped" in text
-    assert "1.00x eager" in text
-    assert text.count("tokens/s") > 3, text
-    assert "decode, batch 1" in text
-    assert "failed" not in text
+    assert {p.stem.removeprefix("test_") for p in marked if p.name != here} <= tested
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_wants_a_gpu(cli):
-    done = cli("-m", "kernels.gpu")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "no CUDA device" in done.stderr
+def test_wrong_use(cli):
+    for flag, says in (("--do=check", "no CUDA device"), ("--do=x", "one of check, bench, tune")):
+        done = cli("-m", "kernels.gpu", flag)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert says in done.stderr

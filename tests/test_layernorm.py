@@ -42,9 +42,8 @@ def test_three_dimensions_and_strided_rows():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_residual_gradient_and_rebuilt_output(dtype, monkeypatch):
     """With three programs each sums several rows; `dresidual` is added before rounding."""
-    monkeypatch.setitem(
-        TUNING["sm_80"], "layernorm_bwd", [{**ln.BWD.configs[80][0], "PROGRAMS": 3}]
-    )
+    for table in TUNING.values():
+        monkeypatch.setitem(table, "layernorm_bwd", [{**ln.BWD.configs[80][0], "PROGRAMS": 3}])
     x, w, b = inputs(11, 75, dtype)
     dy, dres = rand(11, 75, dtype=dtype, seed=5), rand(11, 75, dtype=dtype, seed=6)
     y, mean, rstd = layernorm_fwd(x, w, b, 1e-5)
@@ -119,8 +118,9 @@ def test_bad_input(args, message):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cols", [1024, 2048, 5000])
-def test_bf16_on_a_gpu(cols):
-    args = inputs(4099, cols, torch.bfloat16)
-    upstream = rand(4099, cols, dtype=torch.bfloat16, seed=9)
+def test_real_sizes_on_a_gpu(cols, dtype):
+    args = inputs(4099, cols, dtype)
+    upstream = rand(4099, cols, dtype=dtype, seed=9)
     three_way(layernorm, layernorm_reference, args, [upstream])

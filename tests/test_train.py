@@ -34,6 +34,10 @@ def reference(tiny, tokens, tmp_path_factory):
     return out
 
 
+LIKE_PHI1_SMALL = ["--seq_len=256", "--n_layer=4", "--n_head=16", "--width=1024",
+                   "--mlp_width=4096", "--rotary_dim=32"]  # fmt: skip
+
+
 def weights(run):
     return checkpoint.checksum(checkpoint.find(run, newest=True))
 
@@ -52,22 +56,23 @@ def test_learns_and_keeps_the_best(reference):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype"),
+    ("device", "dtype", "shape"),
     [
-        ("cpu", "bfloat16"),
-        pytest.param("cuda", "bfloat16", marks=pytest.mark.gpu),
-        pytest.param("cuda", "float16", marks=pytest.mark.gpu),
+        ("cpu", "bfloat16", ["--width=64", "--lr=0.01"]),
+        pytest.param("cuda", "bfloat16", LIKE_PHI1_SMALL, marks=pytest.mark.gpu),
+        pytest.param("cuda", "float16", LIKE_PHI1_SMALL, marks=pytest.mark.gpu),
     ],
 )
-def test_half_precision_resumes_bitwise(request, tiny, tmp_path, device, dtype):
+def test_half_precision_resumes_bitwise(
+    tiny, tokens, tmp_path, record_property, device, dtype, shape
+):
     """FSDP2 over a mesh of one; on a GPU the Triton kernels too."""
-    pytest.importorskip("zstandard", reason="zstandard is not installed: no corpus to pack")
-    tokens = request.getfixturevalue("tokens")
     flags = ["--max_steps=12", "--eval_interval=4", "--log_interval=2", "--dropout=0.1", "--keep=9",
-             "--width=64", f"--device={device}", f"--dtype={dtype}", "--lr=0.01"]  # fmt: skip
+             f"--device={device}", f"--dtype={dtype}", *shape]  # fmt: skip
     said = train(tiny, tokens, tmp_path / "whole", *flags)
     assert ("kernels: triton" in said) == (device == "cuda")
     losses = [r["loss"] for r in read_metrics(tmp_path / "whole") if "loss" in r]
+    record_property("told", f"loss {' '.join(f'{loss:.3f}' for loss in losses)}")
     assert losses[-1] < losses[0] - 0.2
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000012")
