@@ -47,7 +47,7 @@ test: $(VENV)  ## run the tests
 lint: $(VENV)  ## check the style
 	$(PYTHON) -m ruff check .
 
-resources: $(VENV)  ## compile every default kernel for sm_80 and sm_90; fails if one spills
+resources: $(VENV)  ## compile every default kernel for sm_80 and sm_90; fails if one spills or gets slower
 	$(PYTHON) -m kernels.resources --defaults
 
 gpu-check:  ## on a GPU, with your own python3, 3 minutes: is each kernel right, does train.py run

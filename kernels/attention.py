@@ -16,19 +16,21 @@ backward rotates dq and dk back. The gradients returned are those of the unrotat
 Backward runs five matmuls and is bitwise repeatable. A program owns BN keys, keeps dk and dv in
 registers and loops over the queries. dq sums over programs, and fp32 atomics would add in another
 order on every run. So dq accumulates in fixed point: integer addition is associative, and any
-order gives the same bits. The scale is a proven bound, not a guess. Rows of p sum to one, hence
+order gives the same bits. Its scale comes from a bound. Rows of p sum to one, hence
 
-    |dq_d| <= (sum_j |dout_j| max |v_j| + |delta|) max |k_d|,   max over the keys in sight
+    |dq_d| <= (sum_j |dout_j| max |v_j| / (1 - dropout_p) + |delta|) max |k_d|
 
-with max |k_d| and max |v_j| taken per dim, so that an outlier dim costs the other dims nothing, and
-over the blocks of keys that a query can see, so that an outlier token costs nothing in the blocks
-before it or in another document. (A query that sees it, and barely attends to it, loses as many
-bits as it exceeds its like.) The bound takes 30 bits, a typical entry some 18 of them, where ds has
-8 (bf16) or 11 (fp16). The price is two multiplications and a conversion per entry of dq.
+The maxima run over the keys that a query can see, by blocks of keys. They are taken per dim, so an
+outlier dim costs the other dims nothing; and an outlier token costs nothing in earlier blocks, nor
+in another document beyond the block where the two meet. A query that does see the outlier but puts
+little weight on it loses precision: log2(outlier / typical) bits. The bound takes 30 bits, of which
+a typical entry has some 20, where ds has 8 (bf16) or 11 (fp16); int32's last bit is for rounding,
+of p too, and holds for |scores| < 2^22. The price is two multiplications and a conversion an entry.
 
-Dropout keeps p where 16 bits of Philox(seed; key, query, head) reach dropout_p; backward draws the
-same bits. A document mask is doc_start [B, T] int32: query t sees keys doc_start[t] .. t. It never
-decreases along T, and blocks outside it are skipped, not masked. D of 80 and 96 compute as 128.
+Dropout keeps p where a 16-bit draw of Philox(seed; key, query, head) is at least dropout_p;
+backward draws the same. doc_start [B, T] int32, which never decreases along T, masks: query t sees
+keys doc_start[t] .. t, of its document or of a window. Blocks outside are skipped, not masked. D of
+80 and 96 compute as 128.
 Sources: FlashAttention-2 (arXiv 2307.08691); Philox4x32-7 (Salmon et al., SC 2011).
 """
 
@@ -96,7 +98,7 @@ def _keep(
     seed_ptr, bh, q0, k0, BM: tl.constexpr, BN: tl.constexpr, DROP: tl.constexpr,
     TRANSPOSED: tl.constexpr
 ):  # fmt: skip
-    """Draw dropout's mask [BM, BN] for queries q0 .. and keys k0 .., multiples of 16 and 32.
+    """Draw dropout's mask [BM, BN] for queries q0 .. and keys k0 .., multiples of 16.
 
     A Philox call draws 16 bits for each of queries i, i + 8 and keys j, j + 8, j + 16, j + 24. All
     belong to one thread in the accumulator layout of mma and wgmma: no value moves. TRANSPOSED, as
@@ -116,6 +118,7 @@ def _keep(
         words = tl.join(tl.join(a, c), tl.join(b, d))
         draws = tl.join(words << 16, words).reshape(BM // 16, 8, BN // 32, 8, 2, 2, 2)
         draws = draws.permute(0, 5, 1, 2, 4, 6, 3).reshape(BM, BN)
+    # 65535, not 65536: no dropout_p < 1 may wrap
     return draws >= tl.full([], int(DROP * 65535 + 0.5) << 16, tl.uint32)
 
 
@@ -194,22 +197,22 @@ def _fwd_kernel(
     k, v = k.to(tl.int32, bitcast=True), v.to(tl.int32, bitcast=True)
     tl.store(peak_ptr, tl.max(k, 0))
     tl.store(peak_ptr + DP, tl.max(v, 0))
-    if DOC:  # of the last document alone, which is what later blocks may see of these rows
+    if DOC:  # of the keys that the last query sees: later ones see no others of this block
         last = m[:, None] >= tl.load(doc_ptr + row0 + tl.minimum(m0 + BM, T) - 1)
         tl.store(peak_ptr + 2 * DP, tl.max(tl.where(last, k, 0), 0))
         tl.store(peak_ptr + 3 * DP, tl.max(tl.where(last, v, 0), 0))
 
 
 @triton.jit
-def _peaks(peak_ptr, lo, hi, last: tl.constexpr, DOC: tl.constexpr, DP: tl.constexpr):
+def _peaks(peak_ptr, lo, hi, last_only: tl.constexpr, DOC: tl.constexpr, DP: tl.constexpr):
     """Return the largest |k_d| and |v_d| [1, DP], as int32, of blocks lo .. hi.
 
-    last: of each block's last document alone.
+    last_only: of the keys that queries of later blocks can see.
     """
     k, v = tl.zeros([1, DP], tl.int32), tl.zeros([1, DP], tl.int32)
     for j0 in range(lo, hi, 16):
         j = (j0 + tl.arange(0, 16))[:, None]
-        at = peak_ptr + (j * (1 + DOC) + last) * 2 * DP
+        at = peak_ptr + (j * (1 + DOC) + last_only) * 2 * DP
         k = tl.maximum(k, tl.max(tl.load(at, mask=j < hi, other=0), 0, keep_dims=True))
         v = tl.maximum(v, tl.max(tl.load(at + DP, mask=j < hi, other=0), 0, keep_dims=True))
     return k, v
@@ -236,24 +239,27 @@ def _delta_kernel(
     tl.store(delta_ptr + stat, delta)
     tl.store(lse_ptr + stat, 0.0, mask=m >= T)  # rows of padding must give a finite p
 
-    # Rows whose document begins in their own block see no key of an earlier one.
     own_block, last_block = m0 // PEAK, (tl.minimum(m0 + BM, T) - 1) // PEAK
-    first, early = 0, m[:, None] >= 0
+    peak_ptr += bh.to(tl.int64) * (TP // PEAK) * (1 + DOC) * 2 * DP + d
+    k_own, v_own = _peaks(peak_ptr, own_block, last_block + 1, False, DOC, DP)
+    first = 0
     if DOC:
         doc_start = tl.load(doc_ptr + row0 + m, mask=m < T, other=T)[:, None]
-        first, early = tl.min(doc_start), doc_start < own_block * PEAK
-    peak_ptr += bh.to(tl.int64) * (TP // PEAK) * (1 + DOC) * 2 * DP + d
-    k_own, v_own = _peaks(peak_ptr, own_block, last_block + 1, 0, DOC, DP)
+        first = tl.min(doc_start)
     k_all, v_all = _peaks(peak_ptr, first // PEAK, own_block, DOC, DOC, DP)
-    k_all, v_all = tl.maximum(k_all, k_own), tl.where(early, tl.maximum(v_all, v_own), v_own)
-    k_all, v_all = k_all.to(tl.float32, bitcast=True), v_all.to(tl.float32, bitcast=True)
-    k_all = tl.where(k_all < 1e-30, 1e-30, k_all)  # NaN and inf go on to dq, 0 must divide
-    bound = tl.sum(tl.abs(dout) * v_all, 1, keep_dims=True) / (1 - DROP) + tl.abs(delta)[:, None]
-    if DOC:
-        bound *= tl.where(early, 1.0, tl.max(k_own.to(tl.float32, bitcast=True) / k_all))
+    k_peak = tl.maximum(k_all, k_own).to(tl.float32, bitcast=True)
+    k_peak = tl.where(k_peak < 1e-30, 1e-30, k_peak)  # NaN and inf go on to dq, 0 must divide
+    v_peak, share = tl.maximum(v_all, v_own), 1.0
+    if DOC:  # rows that see their own block only have k and v of their own, |k| of this share
+        sees_earlier = doc_start < own_block * PEAK
+        v_peak = tl.where(sees_earlier, v_peak, v_own)
+        share = tl.where(sees_earlier, 1.0, tl.max(k_own.to(tl.float32, bitcast=True) / k_peak))
+    v_peak = v_peak.to(tl.float32, bitcast=True)
+    bound = tl.sum(tl.abs(dout) * v_peak, 1) / (1 - DROP) + tl.abs(delta)
+    bound = bound[:, None] * share
     # 2^30 of int32's 2^31 for the bound, the rest for rounding
     tl.store(row_scale_ptr + stat[:, None], 2.0**30 / tl.where(bound < 1e-28, 1e-28, bound))
-    tl.store(dim_scale_ptr + (bh * (TP // BM) + block).to(tl.int64) * DP + d, 1 / k_all)
+    tl.store(dim_scale_ptr + (bh * (TP // BM) + block).to(tl.int64) * DP + d, 1 / k_peak)
 
 
 @triton.jit
@@ -264,7 +270,7 @@ def _bwd_kernel(
     dq,  # [B H TP, DP], added to; int32 in fixed point, else fp32; a descriptor where TMA
     dqkv_ptr,  # [B, T, 3C], whose k and v columns are written
     cos_ptr, sin_ptr, doc_ptr,
-    doc_end_ptr,  # [B, T] int32, for each key the first query of a later document
+    doc_end_ptr,  # [B, T] int32, for each key the first query that no longer sees it
     seed_ptr, T, TP, stride_qkv, stride_dout, stride_dqkv, scale, scale_log2e,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, DOC: tl.constexpr,
     DROP: tl.constexpr, FIXED: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
@@ -293,18 +299,21 @@ def _bwd_kernel(
 
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DP], tl.float32)
-    for m0 in tl.range(n0, end, BM, disable_licm=not TMA):  # else hoisted addresses spill
+    for m0 in tl.range(n0, end, BM, disable_licm=not TMA):  # hoisting the addresses spills
         qm = _load_tile(q, b, m0, h * D, T, stride_qkv, True, BM, D, DP, TMA)
         lse = tl.load(lse_ptr + m0 + m)
         st = tl.dot(k, qm.T, input_precision="ieee")  # [BN, BM]: keys down, queries across
         pt = tl.exp2(st * scale_log2e - lse[None, :])
         doc_start = 0
         if DOC:
-            doc_start = tl.load(doc_ptr + row0 + m0 + m, mask=m0 + m < T, other=T)[None, :]
+            doc_start = tl.load(doc_ptr + row0 + m0 + m, mask=m0 + m < T, other=0)[None, :]
         diagonal = m0 < n0 + BN - 1 if TMA else True  # a branch would spill on sm_80
         pt = _mask(pt, (m0 + m)[None, :], n[:, None], doc_start, 0.0, diagonal, DOC)
         do = _load_tile(dout, b, m0, h * D, T, stride_dout, True, BM, D, DP, TMA)
         delta = tl.load(delta_ptr + m0 + m)
+        if FIXED:
+            row_scale = tl.load(row_scale_ptr + m0 + m)[:, None]
+            dim_scale = tl.load(dim_scale_ptr + m0 // BM * DP + d)[None, :]
         if DROP > 0:
             keep = _keep(seed_ptr, bh, m0, n0, BM, BN, DROP, True).T
         kept = tl.where(keep, pt, 0.0) if DROP > 0 else pt
@@ -316,12 +325,10 @@ def _bwd_kernel(
         dk = tl.dot(dst, qm, dk, input_precision="ieee")
         part = tl.dot(dst.T, k, input_precision="ieee")
         if FIXED:
-            part *= tl.load(dim_scale_ptr + m0 // BM * DP + d)[None, :]
-            row_scale = tl.load(row_scale_ptr + m0 + m)[:, None]
-            part = tl.floor(part * row_scale + 0.5).to(tl.int32)  # to the nearest
+            part = tl.floor(part * dim_scale * row_scale + 0.5).to(tl.int32)  # to the nearest
         if TMA:
             dq.atomic_add([bh * TP + m0, 0], part)
-        elif FIXED:  # two columns to an add: a carry into the second is one step, and as repeatable
+        elif FIXED:  # two columns to an add; a negative even sum borrows one step from the odd
             even, odd = part.to(tl.int64).reshape(BM, DP // 2, 2).split()
             pairs = dq.to(tl.pointer_type(tl.int64)) + m0 * (DP // 2)
             pairs += m[:, None] * (DP // 2) + tl.arange(0, DP // 2)
@@ -378,11 +385,16 @@ def _tile(op: str, qkv: Tensor, D: int, dropout_p: float) -> dict:
 def _shape(qkv: Tensor, n_head: int, rope) -> tuple:
     """Return ((B, H, T, TP), constexprs of the head, cos, sin)."""
     B, T, C3 = qkv.shape
-    assert T * qkv.stride(1) < 2**31, "offsets within a sequence are 32-bit"
     D, (cos, sin) = C3 // (3 * n_head), rope or (None, None)
     half = 0 if rope is None else cos.shape[1]
     head = {"D": D, "R": 2 * half, "HALF": triton.next_power_of_2(half)}
     return (B, n_head, T, triton.cdiv(T, PAD) * PAD), head, cos, sin
+
+
+def _descriptor(x: Tensor, rows: int, DP: int) -> TensorDescriptor:
+    """Describe tiles of `rows` rows and one head of x [B, T, N] to TMA."""
+    strides = [x.shape[1] * x.stride(1), x.stride(1), 1]  # of B = 1, stride(0) may be anything
+    return TensorDescriptor(x, list(x.shape), strides, [1, rows, DP])
 
 
 def attention_fwd(
@@ -402,9 +414,7 @@ def attention_fwd(
         _rotate_k_kernel[triton.cdiv(T, 64), H, B](
             qkv, cos, sin, T, qkv.stride(1), **head, BM=64, num_warps=4
         )
-    kv = qkv
-    if tile["TMA"]:
-        kv = TensorDescriptor(qkv, list(qkv.shape), list(qkv.stride()), [1, tile["BN"], DP])
+    kv = _descriptor(qkv, tile["BN"], DP) if tile["TMA"] else qkv
     _fwd_kernel[triton.cdiv(T, tile["BM"]), H, B](
         qkv, kv, out, lse, peak, cos, sin, doc_start, seed, T, TP, qkv.stride(1), out.stride(1),
         head["D"] ** -0.5 / math.log(2), **head, DP=DP, DOC=doc, DROP=dropout_p, **tile,
@@ -426,8 +436,9 @@ def attention_bwd(
     delta, row_scale = torch.empty_like(lse), torch.empty_like(lse)
     dim_scale = lse.new_empty(B * H, TP // BM, DP)
     doc_end = None
-    if doc:  # for each key, the first query of a later document
-        doc_end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
+    if doc:
+        keys = torch.arange(T, dtype=torch.int32, device=qkv.device).expand(B, T).contiguous()
+        doc_end = torch.searchsorted(doc_start, keys, right=True, out_int32=True)
     _delta_kernel[TP // BM, H, B](
         out, dout, lse, delta, peak, row_scale, dim_scale, doc_start, T, TP, out.stride(1),
         dout.stride(1), D=D, DP=DP, DOC=doc, DROP=dropout_p, BM=BM, PEAK=TP // peak.shape[1],
@@ -435,7 +446,7 @@ def attention_bwd(
     )  # fmt: skip
     q, do, dq_ = qkv, dout, dq
     if tile["TMA"]:
-        q, do = (TensorDescriptor(x, list(x.shape), list(x.stride()), [1, BM, DP]) for x in (q, do))
+        q, do = _descriptor(qkv, BM, DP), _descriptor(dout, BM, DP)
         dq_ = TensorDescriptor.from_tensor(dq, [BM, DP])
     _bwd_kernel[triton.cdiv(T, BN), H, B](
         qkv, q, do, lse, delta, row_scale, dim_scale, dq_, dqkv, cos, sin, doc_start, doc_end, seed,
@@ -506,10 +517,12 @@ def attention(
     _check(len(shape) == 3 and 0 not in shape, "qkv", shape, "[B, T, 3C], none of them 0")
     _check(runs_on(qkv.device), "qkv", f"device {qkv.device}", WANTED_DEVICE)
     _check(qkv.dtype in DTYPES, "qkv", qkv.dtype, f"one of {DTYPES}")
-    B, T, D = *shape[:2], shape[2] / 3 / n_head
+    B, T, D = *shape[:2], shape[2] / 3 / n_head if n_head else 0
     _check(D in HEAD_DIMS, "n_head", f"{n_head}, a head dim of {D:g}", f"one of {HEAD_DIMS}")
     _check(_is_rows(qkv), "qkv", f"strides {qkv.stride()}", "even rows, 16 bytes aligned")
-    _check(rope is None or len(rope) == 2, "rope", type(rope).__name__, "(cos, sin)")
+    _check(T * qkv.stride(1) < 2**31, "qkv", f"{T} rows of {qkv.stride(1)}", "32-bit offsets")
+    pair = isinstance(rope, tuple) and [type(x) for x in rope] == [Tensor, Tensor]
+    _check(rope is None or pair, "rope", type(rope).__name__, "tensors (cos, sin)")
     for x in rope or ():
         R = 2 * rope[0].shape[-1]
         _check_tensor("rope", x, (max(T, len(x)), R // 2), torch.float32, qkv)
@@ -519,7 +532,9 @@ def attention(
         _check_tensor("doc_start", doc_start, (B, T), torch.int32, qkv)
     if dropout_p > 0:
         seed = torch.randint(2**62, (1,), device=qkv.device) if seed is None else seed
-        seed = torch.full((1,), seed, device=qkv.device) if isinstance(seed, int) else seed
+        if isinstance(seed, int):
+            _check(-(2**63) <= seed < 2**63, "seed", seed, "64 bits")
+            seed = torch.full((1,), seed, device=qkv.device)
         _check_tensor("seed", seed, (1,), torch.int64, qkv)
     return _Attention.apply(qkv, n_head, rope, dropout_p, seed, doc_start)
 

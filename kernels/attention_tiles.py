@@ -4,7 +4,10 @@ from kernels.spec import Kernel, types
 
 
 def tile(BM: int, BN: int, num_warps: int, num_stages: int, TMA: int = 0) -> dict:
-    """A tile of BM queries and BN keys; TMA: load by descriptor, unless the head dim is padded."""
+    """Return a tile of BM queries and BN keys, powers of 2 from 16 (BN from 32) to 128.
+
+    Backward's BN is a multiple of its BM. TMA: load by descriptor, unless the head dim is padded.
+    """
     return {"BM": BM, "BN": BN, "num_warps": num_warps, "num_stages": num_stages, "TMA": TMA}
 
 
@@ -45,7 +48,8 @@ TILES = {
         90: [tile(32, 128, 8, 2, 1), tile(32, 64, 4, 2, 1), tile(32, 64, 8, 2, 1)],
     },
 }  # fmt: skip
-ROWS = {sm: [{"BM": 64, "num_warps": 4}] for sm in (80, 90)}  # rotate_k, delta and dq
+# Of rotate_k; delta and dq are launched with backward's BM.
+ROWS = {sm: [{"BM": 64, "num_warps": 4}] for sm in (80, 90)}
 
 SIGNATURE = types(
     "qkv_ptr out_ptr dout_ptr dqkv_ptr q kv dout",

@@ -79,10 +79,12 @@ class Part:
 
     def start(self, logs: Path, prefix: str) -> None:
         print(f"{self.name}: {' '.join(self.command)}", flush=True)
+        # pytest's workers, which this may run in, tell their children that they are workers too
+        env = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
         self.began = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, *self.command], cwd=ROOT, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, env=env,
         )  # fmt: skip
         log = logs / f"{self.name.replace(' ', '_')}.log"
         self.reader = threading.Thread(target=self.read, args=(log, prefix), daemon=True)

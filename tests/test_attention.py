@@ -134,10 +134,7 @@ def test_q_and_k_are_rotated_in_place_and_autograd_knows():
     attention(qkv, 1, rope)
     assert torch.equal(qkv[..., 2 * D :], before[..., 2 * D :])
     assert not torch.equal(qkv[..., :16], before[..., :16])
-    for heads in (
-        slice(0, D),
-        slice(D, 2 * D),
-    ):  # a rotation keeps lengths, and does not touch the rest
+    for heads in slice(0, D), slice(D, 2 * D):  # a rotation keeps lengths, and leaves the rest
         torch.testing.assert_close(qkv[..., heads].norm(dim=-1), before[..., heads].norm(dim=-1))
         assert torch.equal(qkv[..., heads][..., 16:], before[..., heads][..., 16:])
     torch.testing.assert_close(attention(qkv, 1, None), attention_reference(before, 1, rope))
@@ -270,17 +267,39 @@ def test_descriptors_give_the_same(monkeypatch):
         torch.testing.assert_close(grad, grad2, rtol=0, atol=1e-6)
 
 
-def test_fixed_point_at_its_bound(monkeypatch):
-    """q = 0, keys and values of alternating sign, in step with dout: dq reaches its bound."""
-    tiles(monkeypatch, (16, 16), (16, 16))
-    T, D = 64, 32
-    sign = torch.where(torch.arange(T) % 2 == 0, 1.0, -1.0).to(DEVICE)[:, None]
-    qkv = torch.zeros(1, T, 3, D, device=DEVICE)
-    qkv[0, :, 1], qkv[0, :, 2] = 3.0 * sign, 5.0 * sign
+@pytest.mark.parametrize(
+    ("fwd", "bwd", "starts"),
+    [((16, 32), (16, 16), [0]), ((16, 32), (64, 64), [0, 40, 95]),
+     ((128, 64), (16, 32), [0, 30, 64, 100]), ((32, 32), (32, 64), [0, 33, 64])],
+)  # fmt: skip
+def test_fixed_point_reaches_its_bound_and_no_further(fwd, bwd, starts, monkeypatch):
+    """Near each document's start two keys and values of opposite sign and of a size of its own take
+    half of every query's attention each, in step with dout: dq is as large as it can be."""
+    tiles(monkeypatch, fwd, bwd)
+    T, D = 140, 32
+    x = torch.zeros(1, T, 3, D)
+    x[:, :, 0, 0], x[:, :, 1, 0] = 30.0, -30.0  # nobody attends to any other key
+    doc_start, size = torch.zeros(1, T, dtype=torch.int32), [1.0, 0.1, 10.0, 3.0]
+    for start, scale in zip(starts, size):
+        doc_start[:, start:] = start
+        for t, sign in (start, scale), (start + 1, -scale):
+            x[0, t, 1, 0], x[0, t, 1, 1:], x[0, t, 2] = 30.0, 3 * sign, 5 * sign
+    qkv, doc_start = x.view(1, T, -1).to(DEVICE), doc_start.to(DEVICE)
     dout = torch.full((1, T, D), 7.0, device=DEVICE)
-    _, grad = three_way(ours(1, None), reference(1, None), [qkv.view(1, T, -1)], [dout])
-    bound = 7 * 5 * D * 3 * D**-0.5  # delta is 0 in the last row
-    torch.testing.assert_close(grad[0, -1, :D] / bound, torch.full((D,), 1.0, device=DEVICE))
+    options = {"doc_start": doc_start}
+    _, grad = three_way(ours(1, None, **options), reference(1, None, **options), [qkv], [dout])
+    for start, scale in zip([s - 1 for s in starts[1:]] + [T - 1], size):
+        bound = 7 * 5 * scale * D * 3 * scale * D**-0.5
+        assert grad[0, start, 1:D].abs().max() > 0.99 * bound
+
+
+def test_a_window_masks_too(monkeypatch):
+    """doc_start may begin anew at every query: a sliding window."""
+    tiles(monkeypatch, (32, 32), (16, 32))
+    T, D = 96, 32
+    window = {"doc_start": (torch.arange(T) - 20).clamp(min=0).int()[None].to(DEVICE)}
+    args = [rand(1, T, 3 * D)], [rand(1, T, D, seed=1)]
+    three_way(ours(1, None, **window), reference(1, None, **window), *args)
 
 
 def outlier_dim(qkv):
@@ -379,6 +398,9 @@ BAD = {
         "rope: got torch.float16 .* want torch.float32",
     ),
     "dropout": ({"dropout_p": 1.0}, "dropout_p: got 1.0, want 0 <= p < 1"),
+    "no head": ({"n_head": 0}, "n_head: got 0, a head dim of 0, want one of"),
+    "seed size": ({"dropout_p": 0.5, "seed": 2**64}, "seed: got 18446744073709551616, want 64"),
+    "rope of others": ({"rope": (torch.zeros(4, 8), 3)}, "rope: got tuple, want tensors"),
     "seed": ({"dropout_p": 0.5, "seed": 0.5}, "seed: got float, want torch.int64"),
     "seed shape": ({"dropout_p": 0.5, "seed": torch.tensor(3)}, r"seed: got torch.int64 \(\) on"),
     "documents": (

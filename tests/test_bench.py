@@ -196,9 +196,7 @@ def test_gemm_versions_are_forced_and_restored():
     assert mlp.choice("gelu_bwd", torch.zeros(1)) == before
 
 
-def test_fp32_adds_are_a_provider(monkeypatch):
-    """Where attention.py has the switch, which backward reads too."""
-    monkeypatch.setattr(cases.attention_module, "FIXED_POINT", True, raising=False)
+def test_fp32_adds_are_a_provider():
     case = cases.CASES["attention"](TINY, 1, torch.float16, DEVICE)
     assert "ours fp32 adds" in case.providers
     with case.running("ours fp32 adds"):
