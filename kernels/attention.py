@@ -250,7 +250,7 @@ def _delta_kernel(
     k_peak = tl.maximum(k_all, k_own).to(tl.float32, bitcast=True)
     k_peak = tl.where(k_peak < 1e-30, 1e-30, k_peak)  # NaN and inf go on to dq, 0 must divide
     v_peak, share = tl.maximum(v_all, v_own), 1.0
-    if DOC:  # rows that see their own block only have k and v of their own, |k| of this share
+    if DOC:  # a row that sees no earlier block: its |k_d| are at most this share of k_peak's
         sees_earlier = doc_start < own_block * PEAK
         v_peak = tl.where(sees_earlier, v_peak, v_own)
         share = tl.where(sees_earlier, 1.0, tl.max(k_own.to(tl.float32, bitcast=True) / k_peak))
