@@ -27,6 +27,8 @@ from pathlib import Path
 
 import triton
 
+from config import UserError, run
+
 # FLOP a cycle and SM, bf16: data sheets' 312 TFLOP/s / (108 SMs x 1.41 GHz), 989 / (132 x 1.83)
 TENSOR_FLOP = {80: 2048, 90: 4096}
 SHARED_BYTES = 128  # a cycle and SM: 32 banks of 4 bytes
@@ -171,10 +173,19 @@ def bound_frac(busy: dict[str, float]) -> float:
     return busy["tensor"] / max(busy.values())
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        sm, lines = disassemble(Path(name).read_bytes())
-        for loop in inner_loops(lines):
-            busy = cycles(loop, sm, 1)
+def main() -> None:
+    for name in sys.argv[1:] or ["no file named"]:
+        try:
+            sm, lines = disassemble(Path(name).read_bytes())
+            rate = TENSOR_FLOP[sm]
+        except (OSError, subprocess.CalledProcessError, KeyError):
+            raise UserError(f"{name}: want a cubin of sm_80 or sm_90") from None
+        loops = [cycles(loop, sm, 1) for loop in inner_loops(lines)]
+        print(f"{name}: sm_{sm}, {rate} FLOP a cycle and SM, {len(loops)} matmul loops")
+        for busy in loops:
             pipes = "  ".join(f"{pipe} {n / busy['tensor']:.2f}" for pipe, n in busy.items())
-            print(f"{name} sm_{sm}: {bound_frac(busy):.0%} of peak; over tensor time: {pipes}")
+            print(f"  {bound_frac(busy):.0%} of peak; over tensor time: {pipes}")
+
+
+if __name__ == "__main__":
+    run(main)
