@@ -187,15 +187,17 @@ def show(row: Row) -> str:
 
 
 def ratios(rows: list[Row]) -> list[str]:
-    """How our fastest compares with the fastest correct peer, for each op and phase."""
+    """Compare our fastest with the fastest correct peer, by op and phase, and with fp32 adds."""
     lines = []
     for op, phase in dict.fromkeys((r.op, r.phase) for r in rows if r.ok):
         same = [r for r in rows if (r.op, r.phase) == (op, phase) and r.ok]
-        ours = [r for r in same if r.provider.startswith("ours")]
-        peers = [r for r in same if r not in ours]
+        adds = [r for r in same if r.provider == "ours fp32 adds"]
+        ours = [r for r in same if r.provider.startswith("ours") and r not in adds]
+        peers = [r for r in same if r not in ours + adds]
         if ours and peers:
             best, peer = (min(x, key=lambda r: r.p50_ms) for x in (ours, peers))
             ratio = f"{peer.p50_ms / best.p50_ms:>6.2f}x {peer.provider}"
+            ratio += "".join(f", {r.p50_ms / best.p50_ms:.3f}x fp32 adds" for r in adds)
             share = f"{best.p50_ms:>9.3f} ms, {best.roof_frac:>6.1%} of the roof"
             lines.append(f"{op:<15}{phase:<8}{best.provider:<13}{share}, {ratio}")
     return lines

@@ -163,10 +163,12 @@ def test_ratios_take_the_fastest():
     rows = [
         Row("op", name, "fwd", p50_ms=ms, ok=ok)
         for name, ms, ok in (("eager", 9.0, True), ("flash", 3.0, True), ("cheat", 1.0, False),
-                             ("ours a", 2.0, True), ("ours b", 4.0, True))
+                             ("ours a", 2.0, True), ("ours b", 4.0, True),
+                             ("ours fp32 adds", 1.9, True))
     ]  # fmt: skip
     [line] = ratios(rows)
-    assert " ".join(line.split()) == "op fwd ours a 2.000 ms, 0.0% of the roof, 1.50x flash"
+    want = "op fwd ours a 2.000 ms, 0.0% of the roof, 1.50x flash, 0.950x fp32 adds"
+    assert " ".join(line.split()) == want
 
 
 def test_timing():
