@@ -244,6 +244,7 @@ def main() -> None:
             shown = [(name[:60], calls, round(us)) for name, calls, us in rows[: c.kernels_shown]]
             floors = {name: round(us) for name, us in floors.items()}
             emit({"profiled": profiled.impl, "kernels_us": shown, "floors_us": floors})
+    sys.exit(bool(c.impl) and not rows)
 
 
 if __name__ == "__main__":

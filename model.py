@@ -192,7 +192,7 @@ class Phi(nn.Module):
         self.ln_f = nn.LayerNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size)
         for name, table in zip(("cos", "sin"), self.rope_tables()):
-            self.register_buffer(name, table, persistent=False)
+            self.register_buffer(name, table.to(self.head.weight.device), persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=INIT_STD)

@@ -4,7 +4,7 @@
     make gpu-bench               540   training steps, ops and decoding, each beside its peers
     make gpu-tune                420   the fastest configurations, and a step with them
 
-A command is groups of parts, in the order of worth. The parts of a group run side by side, each a
+(Without make: python3 -m kernels.gpu --do=check --out=DIR.) A command is groups of parts, in the order of worth. The parts of a group run side by side, each a
 process group of its own, so that one that fails, hangs or loses its CUDA context costs no other its
 turn; a group may take its own seconds and those that earlier ones left. What parts print is shown
 as it comes. Their lines of JSON are gathered in `out`/gpu.json, written as each part ends, and all
@@ -105,8 +105,8 @@ class Part:
         while self.process.poll() is None and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(min(left, 4))
-            with contextlib.suppress(OSError):  # no nvidia-smi
-                said = subprocess.run(SMI, capture_output=True, text=True).stdout
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # none, or it hangs
+                said = subprocess.run(SMI, capture_output=True, text=True, timeout=5).stdout
                 self.gpu = said.strip() or self.gpu
         self.exit, self.seconds = self.process.poll(), round(time.monotonic() - self.began, 1)
         self.kill()
@@ -151,7 +151,7 @@ def ops(name: str, toy: bool, *flags: str) -> Part:
 
 def check(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
     """Compiling is most of it, so that many processes share the GPU."""
-    files = [f"tests/test_{name}.py" for name in TESTED] + [f"tests/test_{test}" for test in ALONE]
+    files = [f"tests/test_{test}" for test in ALONE] + [f"tests/test_{name}.py" for name in TESTED]
     command = ["-m", "pytest", "-q", "--override-ini=addopts=", "--tb=short", "-pkernels.gpu"]
     if importlib.util.find_spec("xdist"):
         command += [f"-n{2 if toy else max(2, os.cpu_count() - 2)}", "--dist=worksteal"]
@@ -175,7 +175,7 @@ def bench(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
         for part in [*phi1, *small, attention, block, dropped, fp16]
     ]
     decode = ["-m", "eval.decode_bench", "configs/phi1.toml", "--batch=1", "--batch=64", "--json"]
-    decode += ["--rounds=2", "--new_tokens=128", "--static=false"]
+    decode += ["--rounds=2", "--new_tokens=64", "--static=false"]
     decode += [*TOY, "--new_tokens=4"] * toy
     timed = list(zip((45, 40, 45, 50), phi1))
     timed += [(40, attention), (15, ops("layernorm", toy)), (30, dropped), (30, block)]

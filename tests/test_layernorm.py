@@ -17,7 +17,7 @@ def inputs(rows: int, cols: int, dtype, seed: int = 0, shift: float = 1.0) -> li
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 2), (5, 123), (9, 1023), (2, 8192)])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 8), (5, 123), (9, 1023), (2, 8192)])
 def test_output_and_gradients(rows, cols, dtype):
     args = inputs(rows, cols, dtype)
     three_way(layernorm, layernorm_reference, args, [rand(rows, cols, dtype=dtype, seed=9)])

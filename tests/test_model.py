@@ -105,6 +105,13 @@ def test_initialisation():
             assert (p == 0).all(), name
 
 
+def test_angles_are_made_where_the_weights_are():
+    with torch.device("meta"):
+        model = Phi(ModelConfig(n_layer=1))
+    assert model.cos.is_meta
+    assert model.sin.is_meta
+
+
 def test_causal():
     model = randomised(ODD).eval()
     a = torch.randint(ODD.vocab_size, (1, 12))
