@@ -297,8 +297,8 @@ def accumulate_(dw: Tensor, dout: Tensor, x: Tensor, beta: float = 1.0) -> None:
     """dw = beta dw + dout^T x: the weight gradient [R, S], fp32, of dout: [N, R] and x: [N, S].
 
     With beta = 0, dw is written without being read. cuBLAS adds in its epilogue, in fp32
-    (`out_dtype`: CUDA only). A Triton GEMM could sum dout's columns on the way, but
-    would have to come within 1% of cuBLAS to gain by it.
+    (`out_dtype`: CUDA only). A Triton GEMM could sum dout's columns on the way, but would have to
+    come within 1% of cuBLAS to gain by it.
     """
     if x.is_cuda and x.dtype != torch.float32:
         torch.addmm(dw, dout.t(), x, beta=beta, out_dtype=torch.float32, out=dw)

@@ -4,11 +4,12 @@
     make gpu-bench               540   training steps, ops and decoding, each beside its peers
     make gpu-tune                420   the fastest configurations, and a step with them
 
-(Without make: python3 -m kernels.gpu --do=check --out=DIR.) A command is groups of parts, in the order of worth. The parts of a group run side by side, each a
-process group of its own, so that one that fails, hangs or loses its CUDA context costs no other its
-turn; a group may take its own seconds and those that earlier ones left. What parts print is shown
-as it comes. Their lines of JSON are gathered in `out`/gpu.json, written as each part ends, and all
-that they said in `out`/logs.tar.gz. It uses the Python that runs it, and installs nothing.
+Without make: python3 -m kernels.gpu --do=check --out=DIR. A command is groups of parts, in the
+order of worth. The parts of a group run side by side, each a process group of its own, so that one
+that fails, hangs or loses its CUDA context costs no other its turn; a group may take its own
+seconds and those that earlier ones left. What parts print is shown as it comes. Their lines of JSON
+are gathered in `out`/gpu.json, written as each part ends, and all that they said in
+`out`/logs.tar.gz. It uses the Python that runs it, and installs nothing.
 """
 
 import collections
