@@ -115,7 +115,7 @@ def device_of(c: Config) -> torch.device:
 
 
 def compile_blocks(model: torch.nn.Module, blocks: str, c: Config) -> torch.nn.Module:
-    """Compiled in place on a GPU; a CPU would take longer for it than the steps do."""
+    """Compile the blocks in place on a GPU; on a CPU that takes longer than the steps do."""
     for block in model.get_submodule(blocks) if device_of(c).type == "cuda" else ():
         block.compile(dynamic=False)
     return model

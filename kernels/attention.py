@@ -24,8 +24,8 @@ The maxima run over the keys that a query can see, by blocks of keys. They are t
 outlier dim costs the other dims nothing; and an outlier token costs nothing in earlier blocks, nor
 in another document beyond the block where the two meet. A query that does see the outlier but puts
 little weight on it loses precision: log2(outlier / typical) bits. The bound takes 30 bits, of which
-a typical entry has some 20, where ds has 8 (bf16) or 11 (fp16); int32's last bit is for rounding,
-of p too, and holds for |scores| < 2^22. The price is two multiplications and a conversion an entry.
+a typical entry has some 20, where ds has 8 (bf16) or 11 (fp16); int32's last bit absorbs rounding,
+p's included, for |scores| < 2^22. The price is two multiplications and a conversion an entry.
 
 Dropout keeps p where a 16-bit draw of Philox(seed; key, query, head) is at least dropout_p;
 backward draws the same. doc_start [B, T] int32, which never decreases along T, masks: query t sees

@@ -52,7 +52,7 @@ class Config(ModelConfig):
         if self.dtype not in ("bfloat16", "float16"):
             raise UserError(f"dtype is {self.dtype}, want bfloat16 or float16")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device is cuda, and there is no CUDA device here")
+            raise UserError("there is no CUDA device here; --device=cpu rehearses a small shape")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Autograd alone would keep what each op wants for itself. This node keeps, for a 
 
     x     C       qkv  3C, rotated     u  M = 4C     y  C, attention's output
 
-(and in fp32 8 bytes of LayerNorm's statistics, and of attention's 4 a head, with peaks of C / 16).
+(and in fp32, in bytes: 8 for LayerNorm's statistics; 4 a head and C / 16 of peaks for attention).
 h = ln(x) and a = gelu(u) are made again in backward by kernels that read their inputs anyway. qkv
 and u are columns of one buffer [N, 3C + M], and so are their gradients: in_proj's backward is one
 GEMM for each of dx and dw.

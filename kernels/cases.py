@@ -26,7 +26,7 @@ from kernels.layernorm import layernorm, layernorm_reference
 from kernels.work import training_ops
 from model import ModelConfig
 
-LIGER = importlib.util.find_spec("liger_kernel") is not None  # or none of its rows
+LIGER = importlib.util.find_spec("liger_kernel") is not None
 SEED = 7  # of dropout's masks
 DOCUMENT = 512  # tokens of each document, in attention_docs
 
@@ -56,7 +56,7 @@ class Case:
 
 
 def compiled(fn: Callable) -> Callable:
-    """As torch.compile makes it; on a CPU, where that takes longer than all the rest, as it is."""
+    """Return torch.compile's version on a GPU; on a CPU, where that takes minutes, fn itself."""
     return torch.compile(fn, dynamic=False) if torch.cuda.is_available() else fn
 
 
@@ -169,6 +169,16 @@ def _projection_inputs(c: ModelConfig, batch: int, like: dict) -> list[Tensor]:
     ]
 
 
+def mlp_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Case:
+    """Both projections, forward and backward, without dropout."""
+    inputs = _projection_inputs(c, batch, {"device": device, "dtype": dtype})
+    reference = mlp.projections_reference
+    providers = {"eager": reference, "ours": mlp.projections, "compile": compiled(reference)}
+    bwd = ["residual_bwd", "attention_out_dx", "gelu_bwd", "out_proj_dw", "attention_db"]
+    phases = both(["in_proj_fwd", "out_proj_fwd"], [*bwd, "in_proj_dw", "in_proj_dx"])
+    return Case("mlp", inputs, providers, reference, phases, batch)
+
+
 def _forward_case(
     name: str, inputs: list[Tensor], ours: Callable, reference: Callable, batch: int, p: float = 0.0
 ) -> Case:
@@ -270,6 +280,7 @@ CASES: dict[str, Callable[[ModelConfig, int, torch.dtype, str], Case]] = {
     "attention_docs": partial(attention_case, docs=True),
     "layernorm": layernorm_case,
     "cross_entropy": cross_entropy_case,
+    "mlp": mlp_case,
     "in_proj_fwd": in_proj_case,
     "out_proj_fwd": out_proj_case,
     "gelu_bwd": gelu_bwd_case,

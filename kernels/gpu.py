@@ -63,7 +63,7 @@ class Config:
         if self.do not in PLANS:
             raise UserError(f"do is {self.do!r}, want one of {', '.join(PLANS)}")
         if not (self.toy or torch.cuda.is_available()):
-            raise UserError(f"gpu-{self.do} wants a GPU, and there is no CUDA device here")
+            raise UserError(f"gpu-{self.do}: there is no CUDA device here; --toy rehearses on a CPU")
 
 
 @dataclass
@@ -260,20 +260,15 @@ def table(record: dict) -> str:
         for r in rows:
             if "test" in r:
                 said.append(" ".join(str(r.get(k, "")) for k in ("outcome", "test", "why", "told")))
-            elif "mfu" in r:
-                speed = f"{r['tokens_per_s']:>9,.0f} tokens/s {r['mfu']:>6.1%} MFU"
-                said.append(
-                    f"micro-batch {r['micro_batch']:<3}{speed} {r.get('peak_gib', 0):.0f} GiB"
-                )
+            elif "tokens_per_s" in r:
+                speed = f"{r['tokens_per_s']:>9,.0f} tokens/s {r.get('mfu', 0):>6.1%} MFU"
+                memory = f"{r.get('peak_gib', 0):.0f} GiB"
+                said.append(f"micro-batch {r['micro_batch']:<3}{speed} {memory}")
             elif "impl" in r:
                 said.append(r["note"])
             elif "kernel" in r:
-                ms = (
-                    f"{r['ms']:>8.3f} ms {r.get('gain', 0):>+7.1%}"
-                    if "ms" in r
-                    else "NONE IS RIGHT"
-                )
-                said.append(f"{r['kernel']:<28}{ms}")
+                found = f"{r.get('ms', 0):>8.3f} ms {r.get('gain', 0):>+7.1%}"
+                said.append(f"{r['kernel']:<28}{found if 'ms' in r else 'NONE IS RIGHT'}")
             elif "takes" in r:
                 said.append(f"takes {r['takes']}: triton {r['triton']}, cublas {r['cublas']} ms")
             for d in r.get("rows", []):  # of eval.decode_bench

@@ -83,7 +83,6 @@ class Row:
     mma: int  # mma.sync or wgmma instructions
     async_copies: int  # cp.async or TMA instructions
     problems: tuple[str, ...]
-    loop_spill_bytes: int = 0  # a thread and turn of each inner loop
     loops: tuple[dict[str, float], ...] = ()  # cycles by pipe of a turn of each matmul loop
 
     @property
@@ -95,7 +94,7 @@ class Row:
 
     @property
     def bound_frac(self) -> float:
-        """Return the fastest loop's: attention's other one masks, a GEMM's are alike."""
+        """Return that of the fastest loop: attention's second one masks, a GEMM's are alike."""
         return max(map(sass.bound_frac, self.loops), default=0.0)
 
 
@@ -166,7 +165,7 @@ def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
     occupancy = occupancy_frac(sm, registers, shared, config["num_warps"])
     return Row(
         name, sm, default, config, variant, registers, spills, shared, occupancy,
-        count["mma"], count["async_copies"], tuple(problems), loop_spills, loops,
+        count["mma"], count["async_copies"], tuple(problems), loops,
     )  # fmt: skip
 
 
@@ -238,7 +237,7 @@ def prune(rows: list[Row]) -> None:
 
 
 def hold_bounds(rows: list[Row], record: bool) -> list[Row]:
-    """Return `rows`, a default below bounds.json with that problem; record writes the file anew."""
+    """Return `rows`, with a problem where a default is below bounds.json; `record` updates that."""
     table = json.loads(BOUNDS_FILE.read_text()) if BOUNDS_FILE.exists() else {}
     floors, held = table.setdefault(triton.__version__, {}), []
     if record:

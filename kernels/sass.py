@@ -4,8 +4,8 @@
 
 A pipe is busy for some cycles a turn, and no schedule beats the slowest: bound_frac is the share of
 the tensor cores' peak that it leaves. The loops are the innermost with tensor-core instructions, in
-program order. A block that a turn may leave out is left out unless it holds some: attention's
-backward masks there, on the diagonal only.
+program order. A block that a turn may skip is not counted unless it holds some: on sm_90,
+attention's backward masks there, on the diagonal only.
 
 The bound is an upper one. Not counted: latency; bank conflicts; L2, device memory and atomics; and,
 given a cubin alone, what TMA moves. mma.sync counts at the full rate on sm_90 too. What pads a

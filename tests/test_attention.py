@@ -341,7 +341,7 @@ def test_fixed_point_is_as_good_as_fp32_adds(outlier, first, document, dtype, mo
         (grad,) = torch.autograd.grad(attention(x, 1, doc_start=doc_start), x, dout)
         grads[fixed] = grad[:, first:, :D].double()
     ours_err, adds_err = ((grads[fixed] - exact).norm() for fixed in (True, False))
-    # in fp32 itself, which no GPU trains in, 30 bits are fewer than its range
+    # in fp32, which no GPU trains in, 30 bits of fixed point are fewer than a float's range
     floor = 16 * torch.finfo(dtype).eps * exact.norm() if dtype is torch.float32 else 0
     assert ours_err <= 2 * adds_err + floor
     slopes = [(g * exact).sum() / exact.square().sum() for g in grads.values()]

@@ -19,18 +19,10 @@ TOYS = {"check": "", "bench": "^(phi1 torch|layernorm|decode)$", "tune": "^layer
 @pytest.fixture(scope="module")
 def toys(cli, tmp_path_factory) -> dict:
     """(what it printed, its folder) for each of the three commands."""
-    outs = {do: tmp_path_factory.mktemp(do) for do in TOYS}
+    outs, command = {do: tmp_path_factory.mktemp(do) for do in TOYS}, ["-m", "kernels.gpu", "--toy"]
     with ThreadPoolExecutor(3) as pool:
         runs = {
-            do: pool.submit(
-                cli,
-                "-m",
-                "kernels.gpu",
-                f"--do={do}",
-                f"--only={only}",
-                f"--out={outs[do]}",
-                "--toy",
-            )
+            do: pool.submit(cli, *command, f"--do={do}", f"--only={only}", f"--out={outs[do]}")
             for do, only in TOYS.items()
         }
     for run in runs.values():
