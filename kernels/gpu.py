@@ -63,7 +63,7 @@ class Config:
         if self.do not in PLANS:
             raise UserError(f"do is {self.do!r}, want one of {', '.join(PLANS)}")
         if not (self.toy or torch.cuda.is_available()):
-            raise UserError(f"gpu-{self.do}: there is no CUDA device here; --toy rehearses on a CPU")
+            raise UserError(f"gpu-{self.do}: no CUDA device here; --toy rehearses it on a CPU")
 
 
 @dataclass
