@@ -117,7 +117,7 @@ $(OUT)/tokens/%/summary.json: $(OUT)/%/summary.json $(OUT)/tokenizer/summary.jso
 
 # ---- training: runs/base on filtered code, then runs/X from it on the tokens of X ----
 
-CODE  := train.py parallel.py runlog.py model.py checkpoint.py data/loader.py configs/demo.toml
+CODE  := train.py common/distributed.py common/runlog.py model.py common/checkpoint.py data/loader.py configs/demo.toml
 TRAIN  = $(PYTHON) train.py configs/demo.toml --out $(@D) --resume --restart
 
 pretrain: $(OUT)/runs/base/summary.json       ## train the base model on filtered code
@@ -154,7 +154,7 @@ $(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json sample.py decoder.py deco
 
 results = $(foreach x,$(1),$(OUT)/eval/$(x)/results.json)
 
-$(OUT)/report.html: report.py pages.py $(call results,exercises pairs)
+$(OUT)/report.html: report.py common/pages.py $(call results,exercises pairs)
 	$(PYTHON) -m report --demo $(OUT)
 
 demo-full: $(call results,exercises pairs shuffled raw filtered raw_exercises)  ## every arm (longer)

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
+from common.runlog import peak_flops
 from kernels.timing import CudaTimer, WallTimer, emit, measured_roof, percentiles
 from kernels.trace import floors_us, profile, show_profile, synchronize
 from kernels.work import mfu
 from model import ModelConfig, Phi, flops_per_token, parameter_count, select_kernels
-from runlog import peak_flops
 from train import DTYPES, TrainConfig, make_optimizer
 
 LARGE = 50_000_000  # parameters: a CPU takes minutes a step

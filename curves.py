@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from config import UserError
-from pages import COLORS, escape, figure, page, table
+from common.config import UserError
+from common.pages import COLORS, escape, figure, page, table
 
 # What is drawn over steps: key of metrics.jsonl, label, factor, whether the axis is logarithmic.
 ROWS = [

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import UserError
+from common.config import UserError
 from decoder_torch import Blocks, Buffers
 from model import KVCache, Phi
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import UserError
+from common.config import UserError
 from model import ModelConfig, Phi
 
 MOST_ROWS = 64  # of a product

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from config import UserError, parse
+from common.config import UserError, parse
 
 
 def show_differences(cls, files: list[str]) -> None:

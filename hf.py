@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import checkpoint
-from config import UserError, parse, run
+from common import checkpoint
+from common.config import UserError, parse, run
 from data.documents import new_folder, write_json
 from model import ModelConfig, Phi, parameter_count
 from tokenizer import END_OF_TEXT, JSON_FILE, MODEL_FILE, Tokenizer

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import write_json
 from data.stage import lock, read_json
 from jobs import Job, Runner, record
@@ -332,9 +332,9 @@ class Plan:
 
     def write_rung(self, bar: Bar, runs: list[str], scores: list[str]) -> None:
         """rung.json: what a bar is, cost and scored, and the command that makes it again."""
-        import checkpoint
+        from common import checkpoint
+        from common.runlog import environment
         from model import parameter_count
-        from runlog import environment
 
         size = self.size(bar.size)
         summaries = [read_json(self.runs / name / "summary.json") for name in runs]

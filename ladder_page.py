@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from common.pages import COLORS, bars, escape, figure, page, table
 from data.diversity_page import MEANINGS, draw_growth, show
 from data.documents import read_jsonl
 from eval import ladder as reading
 from eval.ladder import FIGURE_2_1, LADDER, PRUNED, RUNGS, SECTION_5, SETS, Ladder, Rung, read_json
 from eval.results import percent
-from pages import COLORS, bars, escape, figure, page, table
 
 MARKERS, DASHES = "osD^vPX", ["-", "--", ":", "-."]
 SAMPLES_EACH, SAMPLE_CHARS = 4, 800

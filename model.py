@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import UserError
+from common.config import UserError
 
 CHUNK_ROWS = 8192  # of logits that the fused loss holds at once
 INIT_STD = 0.02  # phi-1's initializer_range

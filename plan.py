@@ -22,13 +22,13 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint
-from config import UserError, parse, run
+from common import checkpoint
+from common.config import UserError, parse, run
+from common.runlog import PEAK_FLOPS
 from data.shards import read_header
 from kernels.roofline import BANDWIDTH, GPUS, MEASURED, NODE, Gpu, collective_s, fractions
 from kernels.work import step_us, training_ops
 from model import CHUNK_ROWS, ModelConfig, flops_per_token, parameter_count
-from runlog import PEAK_FLOPS
 from train import TrainConfig
 
 NL = "\n"  # Python 3.11 takes no backslash inside an f-string's braces

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import curves
 import ladder_page
-from config import UserError, parse, run
+from common.config import UserError, parse, run
+from common.pages import COLORS, escape, figure, page, table
 from data.documents import read_jsonl
-from pages import COLORS, escape, figure, page, table
 
 # What each arm's last data set is, by its folder's name.
 ARMS = {

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from config import UserError, parse, run
+from common import checkpoint
+from common.config import UserError, parse, run
 from decoder import GREEDY, Decoder, Sampling
 from model import Phi, select_kernels
 from tokenizer import Tokenizer

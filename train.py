@@ -33,15 +33,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import checkpoint
-import parallel
-from config import UserError, differences, parse, run
+from common import checkpoint, distributed
+from common.config import UserError, differences, parse, run
+from common.runlog import (
+    RunLog,
+    environment,
+    open_run,
+    peak_flops,
+    peak_memory_gib,
+    plain,
+    run_identity,
+)
 from data.documents import write_json
 from data.loader import Loader, Windows, arguments
 from diff import show_differences
 from kernels.work import mfu
 from model import ModelConfig, Phi, flops_per_token, select_kernels
-from runlog import RunLog, environment, open_run, peak_flops, peak_memory_gib, plain, run_identity
 from tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -173,7 +180,7 @@ def main() -> None:
     # Ranks, device, precision.
     cuda = c.device != "cpu" and torch.cuda.is_available()
     dtype = DTYPES[("bfloat16" if cuda else "float32") if c.dtype == "auto" else c.dtype]
-    ranks = parallel.start(c.device, c.threads, c.timeout_s, in_group=dtype != torch.float32)
+    ranks = distributed.start(c.device, c.threads, c.timeout_s, in_group=dtype != torch.float32)
     rank, world_size, device = ranks.rank, ranks.world_size, ranks.device
     micro_batch = min(c.micro_batch, max(1, c.seqs_per_step // world_size))
     if c.seqs_per_step % (micro_batch * world_size):
@@ -211,9 +218,9 @@ def main() -> None:
         checkpoint.load_weights(model, init_from)
     parameters = sum(p.numel() for p in model.parameters())
     compiled = c.compile and kernels == "torch"
-    parallel.shard_model(model, ranks, dtype, c.shard, c.regather, c.recompute, compiled)
+    distributed.shard_model(model, ranks, dtype, c.shard, c.regather, c.recompute, compiled)
     optimizer = make_optimizer(model, c)
-    guard = parallel.Guard(device, scaled=dtype == torch.float16)
+    guard = distributed.Guard(device, scaled=dtype == torch.float16)
     identity = run_identity(c, tokenizer, windows, init_from)
     resume_from = ranks.from_first(lambda: open_run(c, identity, c.resume or ranks.restarts > 0))
 
@@ -243,8 +250,8 @@ def main() -> None:
         f"{c.max_steps * c.seqs_per_step / len(windows):.2f} epochs of {windows.tokens:,}\n"
         f"{flops_per_token(c.model) / 1e6:,.1f} MFLOP a token, causal; MFU is of {roof_name}"
     )
-    saver = checkpoint.Saver(c.out, rank, parallel.cpu_group(c.timeout_s), c.keep, c.keep_every)
-    signals = parallel.Signals(parallel.cpu_group(c.timeout_s))
+    saver = checkpoint.Saver(c.out, rank, distributed.cpu_group(c.timeout_s), c.keep, c.keep_every)
+    signals = distributed.Signals(distributed.cpu_group(c.timeout_s))
     # On each rank, since the last log line: the losses' sum over the steps taken, and their number.
     losses = torch.zeros(2, device=device)
 
@@ -254,7 +261,7 @@ def main() -> None:
         if device.type == "cuda":
             own["rng_cuda"] = torch.cuda.get_rng_state(device)
         own = {f"rank{rank}.{k}": v for k, v in own.items()}
-        return parallel.optimizer_state(model, optimizer) | guard.state() | own
+        return distributed.optimizer_state(model, optimizer) | guard.state() | own
 
     def save() -> None:
         meta = asdict(progress) | {k: identity[k] for k in ("data_checksum", "code")}
@@ -337,7 +344,7 @@ def main() -> None:
             step_loss = torch.zeros((), device=device)
             for micro_step in range(loader.micro_steps):
                 last = micro_step == loader.micro_steps - 1
-                parallel.begin_micro_step(model, last, c.regather)
+                distributed.begin_micro_step(model, last, c.regather)
                 loss = model(**next(batches)) / loader.micro_steps
                 guard.backward(loss)
                 step_loss += loss.detach()
@@ -431,7 +438,7 @@ def main() -> None:
         log.status("done", step)
     except Exception as e:
         saver.wait()  # a save begins before the evaluation that may have failed
-        lost = parallel.lost_rank(e, rank)
+        lost = distributed.lost_rank(e, rank)
         log.event("failed", progress.step, error=str(lost or e))
         log.status("failed", progress.step, error=str(lost or e))
         if lost:

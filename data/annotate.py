@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import read_jsonl, source_shards, write_json
 from data.filter import strip_licence
 from data.llm import Client, Options, Refused

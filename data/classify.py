@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data import forest as trees
 from data.annotate import GOOD, auc, by_rules, read_labels
 from data.documents import source_shards, write_json

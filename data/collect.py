@@ -31,7 +31,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import FORMATS, Seen, ShardWriter, document, lines, shard_files
 from data.lineage import size_and_time
 from data.ranks import Ranks, digest_key, say

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import DocumentFile, source_shards, write_json
 from data.lexical import Lexical
 from data.minhash import shingles
@@ -155,7 +155,9 @@ def decontaminate(config: Config) -> dict:
         raise UserError("want --ngram and --sure_nodes of at least 0, --near_frac from 0 to 1")
     reads = list(config.benchmarks)
     if config.checkpoint:
-        import checkpoint  # and with it torch, which takes seconds: not where it is not asked for
+        from common import (
+            checkpoint,  # and with it torch, which takes seconds: not where it is not asked for
+        )
 
         reads.append(checkpoint.find(Path(config.checkpoint)))
     problems = [problem for path in config.benchmarks for problem in read_problems(path)]

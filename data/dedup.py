@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data import minhash
 from data.documents import DocumentFile, source_shards
 from data.minhash import Bands

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data import minhash
 from data.diversity_page import MEANINGS, html_page, show
 from data.documents import DocumentFile, document, read_jsonl, source_shards

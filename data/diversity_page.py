@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from config import UserError
+from common.config import UserError
 from data import minhash
 from data.topics import TOPICS
 
@@ -37,7 +37,7 @@ MEANINGS = {
 def html_page(names: list[str], measured: list[dict]) -> str:
     """Tables and pictures of all sets."""
     try:
-        import pages
+        from common import pages
     except ImportError:
         raise UserError("the page needs matplotlib: pip install matplotlib") from None
     sets = list(zip(names, measured))

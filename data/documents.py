@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from config import UserError
+from common.config import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 FORMATS = (*SUFFIXES, ".parquet", "Posts.xml", "Posts.xml.gz", "Posts.xml.zst")  # data/readers.py

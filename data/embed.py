@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
+from common import checkpoint
 from data.lexical import l2_distances
 
 BATCH_TOKENS = 1 << 14  # in one forward pass

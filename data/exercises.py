@@ -29,7 +29,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.damage import damage
 from data.documents import ShardWriter, document, new_folder, read_jsonl, write_json
 from data.families import FAMILIES, KINDS, Kind, Task

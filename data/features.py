@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
+from common import checkpoint
 from data.embed import Hidden
 from data.filter import COMPUTES, FUNCTIONS, docstring, measures, parse_python, strip_licence
 

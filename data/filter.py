@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import document, source_shards, write_json
 from data.ranks import say
 from data.readers import read_documents_of

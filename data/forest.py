@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from common.config import UserError
 
 BINS = 64  # cuts considered of a feature: its quantiles; finer ones changed no AUC (LOG.md)
 MIN_LEAF = 3  # documents in a leaf, counted as often as they were drawn

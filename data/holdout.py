@@ -13,7 +13,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.classify import group
 from data.documents import source_shards
 from data.ranks import say

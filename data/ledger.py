@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
+from common.config import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

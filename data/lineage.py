@@ -21,7 +21,7 @@ def code_hash(script) -> str:
     files = {Path(m.__file__).resolve() for m in modules if getattr(m, "__file__", None)}
     ours = {f for f in files if f.is_relative_to(ROOT) and f.suffix == ".py"}
     ours = {f for f in ours if "site-packages" not in f.parts}  # of a .venv inside the project
-    sources = sorted(ours | {ROOT / name for name in ["config.py", *LAYER]})
+    sources = sorted(ours | {ROOT / name for name in ["common/config.py", *LAYER]})
     return hashlib.blake2b(b"".join(f.read_bytes() for f in sources), digest_size=16).hexdigest()
 
 

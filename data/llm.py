@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
+from common.config import UserError
 from data.ledger import Budget, Ledger, Reply, Tokens
 
 TEMPLATE_TOKENS = 256  # what a chat template may add to a request: system prompt, date, role names

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import UserError
+from common.config import UserError
 from data.shards import MIXTURE, open_shard, read_header
 
 PREFETCH = 4  # micro-batches made ahead of the one in use

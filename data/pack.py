@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import source_shards, write_json
 from data.ranks import say
 from data.shards import MIXTURE, write_shard_parts

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import DocumentFile, document, read_jsonl, source_shards
 from data.filter import docstring, parse_python
 from data.ranks import digest_key, say

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
+from common.config import UserError
 from data.documents import read_jsonl
 from data.filter import parse_python
 from data.similarity import Function, functions

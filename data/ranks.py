@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from config import UserError
+from common.config import UserError
 
 
 class Ranks:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from config import UserError
+from common.config import UserError
 from data.documents import DAMAGED, MAX_LINE_BYTES, PIECE_BYTES, Seen, chunks, document, lines
 
 # bad(reason, position, what stands there): the position is a line, a row or an element, from 1.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from common.config import UserError
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError
+from common.config import UserError
 from data.documents import MARK, DocumentFile, check_out, write_json
 from data.lineage import ROOT, code_hash, describe, files_in, plain, size_and_time
 from data.ranks import Ranks

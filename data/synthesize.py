@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data import exercises, prompts, textbooks
 from data.documents import document, source_shards, write_json
 from data.exercises import Benchmarks, ngrams, normalize

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import read_jsonl
 
 

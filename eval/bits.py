@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
-from config import UserError, parse, run
+from common import checkpoint
+from common.config import UserError, parse, run
 from data.documents import read_documents, write_json
 from model import Phi
 from tokenizer import Tokenizer

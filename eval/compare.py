@@ -12,9 +12,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from config import UserError, run
+from common.config import UserError, run
+from common.pages import COLORS, escape, figure, page, table
 from eval.results import Result, parse_folders, percent, read_result
-from pages import COLORS, escape, figure, page, table
 
 # Textbooks Are All You Need, arXiv 2306.11644, Table 1: pass@1 % on HumanEval and on MBPP.
 TABLE_1 = {

@@ -23,13 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import HuggingFace, device_of
-from config import UserError, parse, run
+from common.config import UserError, parse, run
+from common.runlog import environment
 from decoder import GPU_STEPS, GREEDY, Decoder
 from hf import parts
 from kernels.timing import CudaTimer, measured_roof, percentiles
 from kernels.trace import synchronize
 from model import ModelConfig, Phi
-from runlog import environment
 from sample import Generator
 from train import TrainConfig
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError
+from common.config import UserError
 from eval.sandbox import LACKS, TIERS, landlock_abi
 
 STATUSES = ("passed", "failed", "timeout", "infrastructure")

@@ -3,7 +3,7 @@
 python -m eval.exercises --checkpoint out/run/checkpoint --problems out/exercises/heldout.jsonl
 """
 
-from config import parse, run
+from common.config import parse, run
 from eval.harness import BODY, Evaluation, evaluate, read_problems
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from config import UserError
+from common.config import UserError
 from data.documents import new_folder, read_jsonl, write_json
 from eval.execute import Verdict, choose, describe
 from eval.pass_at_k import score

@@ -3,7 +3,7 @@
 python -m eval.humaneval --problems HumanEval.jsonl.gz --checkpoint out/run/checkpoint
 """
 
-from config import parse, run
+from common.config import parse, run
 from eval.harness import BODY, Evaluation, evaluate, read_problems
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import new_folder, write_json
 from data.llm import Client, Options, Refused
 from eval.harness import BODY, Evaluation, measure, table

@@ -11,7 +11,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-from config import UserError
+from common.config import UserError
 from curves import read_run
 from data.lineage import describe, files_in
 from eval.pass_at_k import wilson

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import checkpoint
-from config import UserError, parse, run
+from common import checkpoint
+from common.config import UserError, parse, run
 from data.documents import write_json
 from data.filter import parse_python
 from data.stage import read_json

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import read_jsonl
 from eval.harness import Evaluation, Protocol, check_ids, evaluate
 

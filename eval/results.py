@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, parse
+from common.config import UserError, parse
 from data.documents import read_jsonl
 from eval.pass_at_k import wilson
 

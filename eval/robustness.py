@@ -20,7 +20,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import new_folder, write_json
 from eval.execute import choose
 from eval.harness import BODY, Evaluation, measure, read_problems

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from config import UserError
+from common.config import UserError
 from data.documents import write_json
 from data.stage import read_json
 from eval.execute import ROOT, Check, Verdict, run_checks

@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, run
+from common.config import UserError, run
 from data.documents import read_jsonl, write_json
 from eval.results import mean, parse_folders, percent, read_result
 

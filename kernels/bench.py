@@ -24,7 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from kernels.cases import CASES, Case
 from kernels.timing import CudaTimer, WallTimer, emit, measured_roof
 from kernels.trace import profile

@@ -33,12 +33,12 @@ from pathlib import Path
 import torch
 import triton
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
+from common.runlog import environment
 from kernels.bench import Row, ratios
 from kernels.spec import TUNING_FILE
 from kernels.timing import emit
 from kernels.tune import DROPOUT_OPS, OPS
-from runlog import environment
 
 ROOT = Path(__file__).parents[1]
 # What has tests for a GPU: files of which all count, and single tests.

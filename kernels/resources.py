@@ -34,10 +34,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
-from config import UserError, parse, run
+from common.config import UserError, parse, run
+from common.runlog import PEAK_FLOPS
 from kernels import sass
 from kernels.spec import TUNING, TUNING_FILE, Kernel, write_tuning
-from runlog import PEAK_FLOPS
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 JOBS = 2

@@ -11,10 +11,10 @@ import json
 import math
 from dataclasses import dataclass
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
+from common.runlog import PEAK_FLOPS
 from kernels.work import Rates, step_us, training_ops
 from model import ModelConfig, flops_per_token
-from runlog import PEAK_FLOPS
 from train import TrainConfig
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import triton
 
-from config import UserError, run
+from common.config import UserError, run
 
 # FLOP a cycle and SM, bf16: data sheets' 312 TFLOP/s / (108 SMs x 1.41 GHz), 989 / (132 x 1.83)
 TENSOR_FLOP = {80: 2048, 90: 4096}

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from config import parse, run
+from common.config import parse, run
 from kernels import bench, spec
 from kernels.bench import copies, relative_error, results, upstream_of, whole
 from kernels.cases import CASES, Case

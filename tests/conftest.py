@@ -100,7 +100,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 def save_run(run: Path, model, tokenizer) -> Path:
     """A run folder with one checkpoint of `model`; the checkpoint's folder."""
-    import checkpoint
+    from common import checkpoint
 
     saver = checkpoint.Saver(run, 0, None, keep=1, keep_every=0)
     saver.save(1, model, {"nothing": torch.zeros(1)}, tokenizer, {"world_size": 1})

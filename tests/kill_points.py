@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-from config import UserError, parse, run  # noqa: E402
+from common import checkpoint  # noqa: E402
+from common.config import UserError, parse, run  # noqa: E402
 
 TIMES = {"tokens_per_s", "mfu", "loader_wait_frac", "memory_gib", "seconds"}
 

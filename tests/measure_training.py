@@ -23,9 +23,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from ranks import Run  # noqa: E402
 
-import checkpoint  # noqa: E402
-import parallel  # noqa: E402
-from config import UserError, parse, run  # noqa: E402
+from common import (
+    checkpoint,  # noqa: E402
+    distributed,  # noqa: E402
+)
+from common.config import UserError, parse, run  # noqa: E402
 from data.loader import Loader, Windows  # noqa: E402
 from data.shards import HEADER_BYTES, write_shard  # noqa: E402
 from model import ModelConfig, Phi  # noqa: E402
@@ -88,7 +90,7 @@ def save(c: Config, folder: Path) -> None:
     """A model of 18M parameters: 220 MB with Adam's states, as in docs; one process."""
     model = Phi(ModelConfig(4096, 256, 6, 8, 448, 1792, 28))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    state = parallel.optimizer_state(model, optimizer)
+    state = distributed.optimizer_state(model, optimizer)
     size = sum(t.nbytes for t in [*model.state_dict().values(), *state.values()])
     saver = checkpoint.Saver(folder / "run", 0, None, keep=1, keep_every=0)
     tokenizer, step = Tokenizer(c.data), iter(range(10**9))

@@ -90,7 +90,7 @@ def _rank(place: dict, argv: list[str], said_in: Path, plant: Callable | None) -
     os.environ.update({k: str(v) for k, v in place.items()})
     sys.argv = argv
     import train
-    from config import run
+    from common.config import run
 
     if plant:
         plant(place.get("RANK", 0))

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from config import UserError
+from common.config import UserError
 from eval import agreement
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import UserError
+from common.config import UserError
 from data.annotate import (
     Config,
     agreement,

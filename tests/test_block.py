@@ -7,7 +7,7 @@ import pytest
 import torch
 from three_way import DEVICE, DTYPES, check
 
-from config import UserError
+from common.config import UserError
 from kernels.block import block
 from model import ModelConfig, Phi, select_kernels
 

@@ -7,8 +7,8 @@ import torch
 from ranks import Run, status
 from safetensors.torch import load_file
 
-import checkpoint
-from config import UserError
+from common import checkpoint
+from common.config import UserError
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ import torch
 from conftest import save_run
 
 import data.filter
-from config import UserError
+from common.config import UserError
 from data import forest as trees
 from data.annotate import Config as AnnotateConfig
 from data.annotate import annotate, auc

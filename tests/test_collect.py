@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import UserError
+from common.config import UserError
 from data import collect as script
 from data.collect import MAX_DOCUMENT_BYTES, Config, collect, left_out, left_out_path, newlines
 from data.documents import ShardWriter, document, read_documents, read_jsonl

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 from test_eval_similarity import evaluation
 
-from config import run
+from common.config import run
 from eval import compare
 from eval.compare import TABLE_1
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import train
-from config import UserError, differences, parse
+from common.config import UserError, differences, parse
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,14 +113,14 @@ def test_every_config_file_loads(path):  # ladder.toml is ladder.py's: test_ladd
 
 
 def test_every_field_is_read_somewhere():
-    source = "".join((ROOT / f).read_text() for f in ("train.py", "model.py", "runlog.py"))
+    source = "".join((ROOT / f).read_text() for f in ("train.py", "model.py", "common/runlog.py"))
     for name in train.TrainConfig.__dataclass_fields__:
         assert f"c.{name}" in source or f'"{name}"' in source, f"nothing reads {name}"
 
 
 @pytest.mark.parametrize("field", train.TrainConfig.__dataclass_fields__)
 def test_every_field_has_help(field, capsys):
-    from config import _comments
+    from common.config import _comments
 
     assert _comments(train.TrainConfig).get(field)
 

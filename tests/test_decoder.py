@@ -4,7 +4,7 @@ import pytest
 import torch
 from three_way import DEVICE
 
-from config import UserError
+from common.config import UserError
 from decoder import Decoder, Sampling, choose
 from decoder_torch import Blocks, grouped_linear
 from model import ModelConfig, Phi

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import save_run
 
-from config import UserError
+from common.config import UserError
 from data.decontaminate import Config, Finder, decontaminate, ngrams
 from data.documents import document, read_documents, read_jsonl, shard_files
 from data.embed import Hidden

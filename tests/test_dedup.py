@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
+from common.config import UserError
 from data import minhash
 from data.dedup import Config, dedup
 from data.documents import ShardWriter, document, read_documents, read_jsonl, shard_files

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from config import parse
+from common.config import parse
 from diff import comments, show_differences
 from train import TrainConfig
 

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from config import UserError
+from common.config import UserError
 from data.diversity import (
     Config,
     balance,

@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 import data.documents
-from config import UserError
+from common.config import UserError
 from data.documents import (
     Seen,
     ShardWriter,

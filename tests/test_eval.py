@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiers import best
 
-from config import UserError, run
+from common.config import UserError, run
 from eval import exercises, humaneval, mbpp
 from eval.execute import Verdict, run_checks
 from eval.harness import BODY, read_problems, trim_to_body

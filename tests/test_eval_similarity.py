@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from config import UserError, run
+from common.config import UserError, run
 from eval import similarity
 from eval.results import mean, read_result
 from eval.similarity import difference, read_report

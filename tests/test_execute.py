@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiers import best, need
 
-from config import UserError
+from common.config import UserError
 from eval import execute
 from eval.execute import Check, describe, run_checks, run_programs
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
+from common.config import UserError
 from data import exercises
 from data.documents import read_documents, read_jsonl
 from data.exercises import Benchmarks, solution_key, tell

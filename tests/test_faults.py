@@ -16,8 +16,7 @@ from conftest import ROOT
 from ranks import Run, curve, events, status
 from safetensors.torch import load_file
 
-import checkpoint
-import parallel
+from common import checkpoint, distributed
 from data import loader
 
 STEPS = 12
@@ -121,14 +120,14 @@ def test_a_signal_saves_and_stops(flags, whole, tmp_path, ranks, number, told):
 
 def plant_nan(rank, step=5):
     """The gradients of rank 1 (or the only one) are NaN in one step."""
-    backward, calls = parallel.Guard.backward, []
+    backward, calls = distributed.Guard.backward, []
 
     def planted(self, loss):
         calls.append(loss)
         bad = len(calls) == step and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
         backward(self, loss * math.nan if bad else loss)
 
-    parallel.Guard.backward = planted
+    distributed.Guard.backward = planted
 
 
 def test_nan_on_one_rank_skips_the_step_on_all(flags, tmp_path):

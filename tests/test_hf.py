@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import hf
-from config import UserError
+from common import checkpoint
+from common.config import UserError
 from model import ModelConfig, Phi
 from sample import Generator
 from tests.test_tokenizer import AWKWARD

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from config import UserError
+from common.config import UserError
 from data.documents import ShardWriter, document, read_documents
 from data.holdout import Config, choose, holdout
 

@@ -5,7 +5,7 @@ import pytest
 from fake_endpoint import FakeEndpoint
 from tiers import best
 
-from config import run
+from common.config import run
 from data.llm import Client, Options
 from data.problems import Problem
 from data.problems import read_problems as read_benchmark

@@ -19,7 +19,7 @@ from conftest import ROOT
 
 import eval.ladder
 import ladder
-from config import UserError, parse
+from common.config import UserError, parse
 
 MODEL = """
 vocab_size = 512

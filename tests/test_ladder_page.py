@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import ladder_page
-from config import UserError
+from common.config import UserError
 from data import decontaminate, diversity
 from data.documents import ShardWriter, document, write_json
 from eval import ladder as reading

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
+from common.config import UserError
 from data import llm
 from data.ledger import BudgetReached, Ledger, Tokens
 from data.llm import Client, Options, Refused

@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 
-from config import UserError
+from common.config import UserError
 from data.annotate import Config, annotate
 from data.documents import ShardWriter, document
 from data.llm import Client, Options

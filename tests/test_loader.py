@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import UserError
+from common.config import UserError
 from data.loader import Loader, Windows, arguments, permute
 from data.shards import write_shard
 

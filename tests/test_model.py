@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from config import UserError
+from common.config import UserError
 from model import INIT_STD, KVCache, ModelConfig, Phi, flops_per_token, parameter_count
 
 # Odd on purpose: no two sizes are equal, so a transposed or misplaced weight cannot fit.

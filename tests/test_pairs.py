@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
+from common.config import UserError
 from data.documents import ShardWriter, document, read_documents
 from data.pairs import Config, cut_pairs, pairs
 

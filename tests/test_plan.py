@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
 
 import plan
-from config import UserError, parse
+from common.config import UserError, parse
 from kernels.roofline import GPUS, NETWORK_HOP_S, NVLINK_HOP_S, START_S, Gpu, collective_s
 from model import Phi, parameter_count
 from train import make_optimizer

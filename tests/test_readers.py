@@ -11,7 +11,7 @@ import pytest
 import zstandard
 from conftest import ROOT
 
-from config import UserError
+from common.config import UserError
 from data.documents import MAX_LINE_BYTES, document
 from data.readers import post_text, read_documents_of
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from config import run
+from common.config import run
 
 # Flags are added to every command in which the pattern is found; of a flag the last one counts.
 TINY = ("--seq_len=64 --n_layer=1 --n_head=2 --width=32 --mlp_width=64 --rotary_dim=8 "

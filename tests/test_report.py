@@ -4,7 +4,7 @@ import re
 import pytest
 
 import curves
-from config import UserError
+from common.config import UserError
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import types
 import pytest
 from tiers import best
 
-from config import run
+from common.config import run
 from eval import robustness
 from eval.execute import run_checks
 from eval.harness import read_problems

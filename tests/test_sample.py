@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from config import UserError
+from common.config import UserError
 from decoder import Sampling
 from model import ModelConfig, Phi
 from sample import Generator

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from config import UserError
+from common.config import UserError
 from data.shards import HEADER_BYTES, open_shard, write_shard
 
 FINGERPRINT = "0123456789abcdef" * 2

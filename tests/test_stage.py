@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from test_filter import GOOD
 
-from config import UserError
+from common.config import UserError
 from data.documents import ShardWriter, document, read_documents, source_shards
 from data.lineage import describe
 from data.ranks import Ranks
@@ -250,7 +250,7 @@ FUNCTIONS = {"raw": "collect", "pairs": "pairs", "filtered": "filter_documents",
 RUN = textwrap.dedent("""
     import functools, importlib, json, sys
     import data.collect
-    from config import parse
+    from common.config import parse
     data.collect.GROUP_BYTES = 6000
     data.collect.ShardWriter = functools.partial(data.collect.ShardWriter, shard_bytes=4000)
 
@@ -369,7 +369,7 @@ def test_killed_at_random_points_it_ends_with_the_same_bytes(cli, code, tokens, 
 DYING = textwrap.dedent("""
     import os, signal
     import data.filter
-    from config import UserError, run
+    from common.config import UserError, run
     from data.ranks import Ranks
 
     def die(text, config):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import config as config_module
-from config import UserError
+from common import config as config_module
+from common.config import UserError
 from data import exercises, prompts, textbooks
 from data.documents import ShardWriter, document, read_documents
 from data.minhash import jaccard, shingles

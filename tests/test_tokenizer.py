@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
+from common.config import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
 
 AWKWARD = [" ", "    ", "\t", "\r\n", "\r", "\n\n\n", "\0", "\u2581", "\u2028", "\ufeff", "é", "漢",

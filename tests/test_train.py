@@ -12,9 +12,8 @@ from conftest import read_metrics
 from ranks import Run, curve, status
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
-import parallel
-from config import parse
+from common import checkpoint, distributed
+from common.config import parse
 from model import ModelConfig, Phi, parameter_count
 from train import TrainConfig, get_lr, make_optimizer
 
@@ -242,7 +241,7 @@ def test_where_things_are_kept_changes_nothing(tiny, tokens, of_two, tmp_path, f
 
 def plant_counts(rank):
     """The ranks' collectives so far, written down at the start of each step."""
-    totals, heard = [], parallel.Signals.heard
+    totals, heard = [], distributed.Signals.heard
     counts = Counter()
 
     class Count(TorchDispatchMode):
@@ -258,7 +257,7 @@ def plant_counts(rank):
         Path(f"{out}/counts{rank}.json").write_text(json.dumps(totals))
         return heard(self)
 
-    parallel.Signals.heard = begin_step
+    distributed.Signals.heard = begin_step
 
 
 @pytest.mark.parametrize(("flags", "gathers"), [([], 3), (["--regather"], 10)])
@@ -285,7 +284,7 @@ def test_half_precision_is_the_same_on_one_rank_and_two(tiny, tokens, tmp_path, 
 
 def test_the_loss_scale_finds_its_place():
     """It halves while a gradient overflows, and the weights stay; then the step is as unscaled."""
-    guard = parallel.Guard(torch.device("cpu"), scaled=True)
+    guard = distributed.Guard(torch.device("cpu"), scaled=True)
     model = torch.nn.Linear(1, 1, bias=False).half()
     master = torch.nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.AdamW(master.parameters(), 0.1, fused=True, weight_decay=0.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from config import UserError
+from common.config import UserError
 from tokenizer.byte_level import ByteLevelBPE
 
 MODEL_FILE = "tokenizer.model"

@@ -5,7 +5,7 @@ SentencePiece cannot load one, so it is read by the `tokenizers` library, an ext
 
 from pathlib import Path
 
-from config import UserError
+from common.config import UserError
 
 # A tokenizer that gives this back normalises nothing, drops no space and knows every byte.
 PROBE = "\n    def é(e\u0301):\r\n\t\treturn  '漢😀\u2581\ufeff\0' <0x41> <unk> \u00a0\u2028 "

@@ -16,7 +16,7 @@ JSON: spaces stay spaces, and U+2581 falls back to its bytes like any unknown ch
 
 import json
 
-from config import UserError
+from common.config import UserError
 from tokenizer import END_OF_TEXT, SPACE_MARK, Tokenizer
 from tokenizer.byte_level import PROBE, ByteLevelBPE
 

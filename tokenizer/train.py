@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from config import UserError, parse, run
+from common.config import UserError, parse, run
 from data.documents import new_folder, read_documents, write_json
 from tokenizer import END_OF_TEXT, MODEL_FILE, SPACE_MARK, Tokenizer
 

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 
-from config import UserError
+from common.config import UserError
 from model import Phi
 
 GROWTH_STEPS = 2000  # finite steps until fp16's loss scale doubles: torch.amp.GradScaler's default

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-from config import UserError
+from common import checkpoint
+from common.config import UserError
 from data.documents import write_json
 
 # Dense bf16/fp16 peak in FLOP/s (NVIDIA's data sheets), by a word of the device's name.
@@ -170,7 +170,7 @@ def run_identity(c, tokenizer, windows, init_from: Path | None) -> dict:
            "keep_every", "max_skips", "recompute", "shard", "regather", "timeout_s", "tensorboard",
            "wandb"}  # fmt: skip
     here = Path(__file__).parent
-    files = ("train.py", "parallel.py", "model.py", "data/loader.py")
+    files = ("train.py", "common/distributed.py", "model.py", "data/loader.py")
     code = b"".join((here / f).read_bytes() for f in files)
     return {k: v for k, v in plain(c).items() if k not in how} | {
         "tokenizer": tokenizer.fingerprint,

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
-from config import UserError
+from common.config import UserError
 from data.documents import write_json
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
