@@ -34,9 +34,9 @@ from data.ranks import digest_key, say
 from data.readers import read_records
 from data.stage import Part, Stage, total
 from data.topics import TOPICS, facts
-from eval.execute import run_checks
 from eval.harness import FIELDS
-from eval.self_check import check
+from sandbox.execute import run_checks
+from sandbox.self_check import check
 
 BUDGET_CHARS, EACH_CHARS = 1_000_000, 2_000  # of a set, of a document
 NEAR_DOCUMENTS, NEAR_BATCH = 50_000, 256  # signatures of these are held in memory: 25 MB

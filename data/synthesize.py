@@ -44,7 +44,7 @@ from data.readers import read_documents_of
 from data.seen import Seen
 from data.stage import Part, Stage, total
 from data.textbooks import AUDIENCES, LEVELS, TOPICS, Audience, Topic
-from eval.execute import run_programs
+from sandbox.execute import run_programs
 
 BATCH = 100  # candidates that one rank makes and runs at a time
 SHARD = 10_000  # documents in a shard

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from common.config import UserError
 from data.documents import new_folder, read_jsonl, write_json
-from eval.execute import Verdict, choose, describe
 from eval.pass_at_k import score
-from eval.self_check import PATIENCE, SLOWER, check, remembered, run_all, self_check, slowdown
+from sandbox.execute import Verdict, choose, describe
+from sandbox.self_check import PATIENCE, SLOWER, check, remembered, run_all, self_check, slowdown
 
 FIELDS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")
 

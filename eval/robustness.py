@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 
 from common.config import UserError, parse, run
 from data.documents import new_folder, write_json
-from eval.execute import choose
 from eval.harness import BODY, Evaluation, measure, read_problems
 from eval.pass_at_k import Z95
 from eval.perturb import PERTURBATIONS
 from eval.results import mean
-from eval.self_check import PATIENCE, check, remembered, run_all, slowdown
+from sandbox.execute import choose
+from sandbox.self_check import PATIENCE, check, remembered, run_all, slowdown
 
 
 @dataclass(frozen=True)

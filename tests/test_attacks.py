@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiers import need
 
-from eval.execute import Check, Verdict, run_checks, run_programs
+from sandbox.execute import Check, Verdict, run_checks, run_programs
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
@@ -177,11 +177,11 @@ FORGE = {
     " except OSError: pass\n",
     "answer that is none": "    import os\n    for fd in range(3, 64):\n        try:\n"
     "            os.write(fd, b'[[{}\\n')\n        except OSError: pass\n",
-    "encoder patched": "    return 1\nimport sys\nt = sys.modules['eval.tagged']\n"
+    "encoder patched": "    return 1\nimport sys\nt = sys.modules['sandbox.tagged']\n"
     "t.dumps = lambda m: b'[\"value\", {\"remote\": 0}]\\n'\n",
-    "unhashable keys": "    import sys\n    sys.modules['eval.tagged'].encode = "
+    "unhashable keys": "    import sys\n    sys.modules['sandbox.tagged'].encode = "
     "lambda v, o: {'dict': [[[], 1]]}\n",
-    "builtin by name": "    import sys\n    sys.modules['eval.tagged'].encode = "
+    "builtin by name": "    import sys\n    sys.modules['sandbox.tagged'].encode = "
     "lambda v, o: {'type': 'exec'}\n",
     "small integers changed": "    return x\nimport ctypes\n"
     "for i in range(2, 250):\n ctypes.c_long.from_address(id(i) + 24).value = 3\n",

@@ -9,9 +9,9 @@ from tiers import best
 
 from common.config import UserError, run
 from eval import exercises, humaneval, mbpp
-from eval.execute import Verdict, run_checks
 from eval.harness import BODY, read_problems, trim_to_body
-from eval.self_check import LOOP_S, check, self_check, slowdown
+from sandbox.execute import Verdict, run_checks
+from sandbox.self_check import LOOP_S, check, self_check, slowdown
 
 TIER = best()
 PROBLEMS = [
@@ -261,7 +261,7 @@ def test_no_score_from_a_broken_sandbox(command, problems, tmp_path, monkeypatch
     monkeypatch.setattr(
         "eval.harness.self_check", lambda problems, *_, **limits: {"T/add": 0.1, "T/sub": 0.1}
     )
-    monkeypatch.setattr("eval.self_check.run_checks", lambda programs, **limits: verdicts)
+    monkeypatch.setattr("sandbox.self_check.run_checks", lambda programs, **limits: verdicts)
     out = tmp_path / "out"
     status, stdout, stderr = command(
         humaneval, "--problems", problems, "--samples", samples, "--out", out, "--json"
@@ -376,7 +376,7 @@ def test_timeouts_follow_the_machine_and_the_reference(command, tmp_path, monkey
 
 def test_slowdown_is_the_loops_time(monkeypatch):
     verdicts = [Verdict("passed", "", s) for s in (0.2, 0.9, 0.4, 0.1, 0.5, 0.4)]
-    monkeypatch.setattr("eval.self_check.run_checks", lambda checks, **limits: verdicts)
+    monkeypatch.setattr("sandbox.self_check.run_checks", lambda checks, **limits: verdicts)
     assert slowdown(workers=2) == pytest.approx(0.4 / LOOP_S)
     monkeypatch.undo()
     assert slowdown(workers=1, tier=TIER) >= 1.0

@@ -11,8 +11,8 @@ import pytest
 from tiers import best, need
 
 from common.config import UserError
-from eval import execute
-from eval.execute import Check, describe, run_checks, run_programs
+from sandbox import execute
+from sandbox.execute import Check, describe, run_checks, run_programs
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
@@ -172,8 +172,8 @@ def test_seconds_are_measured(any_tier):
     ("target", "value", "detail"),
     [
         ("sys.executable", "/no/such/python", "cannot start"),
-        ("eval.execute.ROOT", Path("/no/such"), "did not start: .*No module named"),
-        ("eval.execute.FIRST_UID", -5, "limits not set|supervisor failed"),
+        ("sandbox.execute.ROOT", Path("/no/such"), "did not start: .*No module named"),
+        ("sandbox.execute.FIRST_UID", -5, "limits not set|supervisor failed"),
     ],
 )
 def test_failing_sandbox_is_infrastructure(monkeypatch, any_tier, target, value, detail):

@@ -12,7 +12,7 @@ from data.problems import read_problems as read_benchmark
 from data.similarity import Matcher, functions
 from eval import judge
 from eval.judge import PROBLEMS, grade, messages, parse_reply, summary
-from eval.self_check import self_check
+from sandbox.self_check import self_check
 
 TIER = best()
 OURS = judge.read_problems(PROBLEMS.read_text())

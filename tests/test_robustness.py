@@ -8,11 +8,11 @@ from tiers import best
 
 from common.config import run
 from eval import robustness
-from eval.execute import run_checks
 from eval.harness import read_problems
 from eval.perturb import PERTURBATIONS, SYNONYMS, example_lines, split
 from eval.robustness import paired
-from eval.self_check import check
+from sandbox.execute import run_checks
+from sandbox.self_check import check
 
 TIER = best()
 PROMPT = '''from typing import List

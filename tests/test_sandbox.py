@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiers import need
 
-from eval import execute, sandbox
-from eval.execute import Check, run_checks
+from sandbox import execute, isolate
+from sandbox.execute import Check, run_checks
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from test_eval import COMPLETE, PROBLEMS, TIER, command, problems, write  # noqa: F401, fixtures
 
-import eval.self_check
+import sandbox.self_check
 from eval import humaneval
-from eval.self_check import remembered, self_check
+from sandbox.self_check import remembered, self_check
 
 LIMITS = {"tier": "C", "timeout_s": 3.0}
 
@@ -51,12 +51,12 @@ def test_anything_else_is_checked_anew(ask, change):
 
 
 @pytest.mark.parametrize(("target", "new"), [
-    ("eval.self_check.platform.node", lambda: "another machine"),
-    ("eval.self_check.sys.version", "4.0"),
-    ("eval.self_check.sys.executable", "/another/python"),
-    ("eval.self_check.os.geteuid", lambda: 4321),
-    ("eval.self_check.CODE", ("execute",)),
-    ("eval.self_check.BOOT", None)])  # fmt: skip
+    ("sandbox.self_check.platform.node", lambda: "another machine"),
+    ("sandbox.self_check.sys.version", "4.0"),
+    ("sandbox.self_check.sys.executable", "/another/python"),
+    ("sandbox.self_check.os.geteuid", lambda: 4321),
+    ("sandbox.self_check.CODE", ("execute",)),
+    ("sandbox.self_check.BOOT", None)])  # fmt: skip
 def test_another_machine_checks_for_itself(ask, monkeypatch, tmp_path, target, new):
     if new is None:
         new = tmp_path / "boot"
@@ -67,7 +67,7 @@ def test_another_machine_checks_for_itself(ask, monkeypatch, tmp_path, target, n
 
 
 def test_where_machines_cannot_be_told_apart_nothing_is_remembered(ask, monkeypatch, tmp_path):
-    monkeypatch.setattr(eval.self_check, "BOOT", tmp_path / "absent")
+    monkeypatch.setattr(sandbox.self_check, "BOOT", tmp_path / "absent")
     assert ask(PROBLEMS)[1]
     assert ask(PROBLEMS)[1]
     assert not ask.file.exists()
@@ -89,7 +89,7 @@ def test_what_failed_is_not_remembered(ask, tmp_path):
         return self_check([wrong], timeout_s=0.4, tier=TIER)
 
     for _ in range(2):
-        with pytest.raises(eval.self_check.UserError, match="the reference failed"):
+        with pytest.raises(sandbox.self_check.UserError, match="the reference failed"):
             remembered(file, "self-check", PROBLEMS, work, **LIMITS)
     assert not file.exists()
 
@@ -99,11 +99,11 @@ def test_of_an_evaluation(command, problems, tmp_path, monkeypatch):  # noqa: F8
     samples = write(tmp_path / "samples.jsonl", COMPLETE)
     numbers = []
 
-    def counted(checks, run=eval.self_check.run_all, **limits):
+    def counted(checks, run=sandbox.self_check.run_all, **limits):
         numbers.append(len(checks))
         return run(checks, **limits)
 
-    monkeypatch.setattr("eval.self_check.run_all", counted)
+    monkeypatch.setattr("sandbox.self_check.run_all", counted)
     monkeypatch.setattr("eval.harness.run_all", counted)
     scores = []
     for _ in range(2):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.tagged import MAX_BYTES, decode, dumps, encode, loads
+from sandbox.tagged import MAX_BYTES, decode, dumps, encode, loads
 
 hashable = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.binary(max_size=9)

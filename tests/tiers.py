@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from eval import execute
+from sandbox import execute
 
 # What a machine may lack. Whatever else is wrong with a tier is a fault of ours.
 ABSENT = "is not installed|has no Landlock|bwrap: |needs Linux"

@@ -1,6 +1,6 @@
 """The process inside the sandbox: forks a confined child per candidate, which serves its functions.
 
-Started by eval/supervise.py as `python -m eval.candidate TIER UID MEMORY_MB`, in tier A within
+Started by sandbox/supervise.py as `python -m sandbox.candidate TIER UID MEMORY_MB`, in tier A within
 bubblewrap. Its stdin is a socket: a message with a descriptor attached starts a candidate that
 speaks through it, a number ends it after waiting so many seconds, and is answered with how it
 ended. The source comes through the candidate's own socket: this process, whose memory each child
@@ -14,7 +14,7 @@ import socket
 import sys
 import types
 
-from eval import sandbox, tagged
+from sandbox import isolate, tagged
 
 # Imported before the fork, so that programs need not. Never `random`: forks would share its seed.
 WARM = ("typing", "itertools", "functools", "heapq", "bisect", "string", "datetime", "copy")

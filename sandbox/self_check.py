@@ -18,7 +18,7 @@ from pathlib import Path
 from common.config import UserError
 from data.documents import write_json
 from data.stage import read_json
-from eval.execute import ROOT, Check, Verdict, run_checks
+from sandbox.execute import ROOT, Check, Verdict, run_checks
 
 SLOW_FRAC = 0.01  # of the references may time out
 SLOWER = 4.0  # times its reference's time that a sample may take (EvalPlus's default, too)

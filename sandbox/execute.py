@@ -1,8 +1,8 @@
 """Runs untrusted programs in the sandbox and checks what they answer.
 
 `run_checks` is the whole interface, `run_programs` its form for programs that hold their own tests.
-Each worker is a trusted process (eval/supervise.py) with a sandbox of its own (eval/candidate.py
-under the limits of eval/sandbox.py). The candidate alone is inside; the test runs outside and sees
+Each worker is a trusted process (sandbox/supervise.py) with a sandbox of its own (sandbox/candidate.py
+under the limits of sandbox/isolate.py). The candidate alone is inside; the test runs outside and sees
 plain data that the candidate sends, so that nothing inside can decide the verdict. `describe` says
 which tier of sandbox is used and what it does not protect.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.config import UserError
-from eval.sandbox import LACKS, TIERS, landlock_abi
+from sandbox.isolate import LACKS, TIERS, landlock_abi
 
 STATUSES = ("passed", "failed", "timeout", "infrastructure")
 ROOT = Path(__file__).parents[1]
@@ -164,7 +164,7 @@ class _Supervisor:
     def __init__(self, arguments: list[str]):
         # -s -P and an environment of ours are -I, but for the seed of hash(): fixed, so that the
         # same programs get the same verdicts. -S: no site-packages.
-        options = ["-s", "-P", "-S", "-B", "-m", "eval.supervise"]
+        options = ["-s", "-P", "-S", "-B", "-m", "sandbox.supervise"]
         self.command = [os.path.realpath(sys.executable), *options, *arguments]
         self.tier, self.process, self.no_start = arguments[0], None, None
 

@@ -1,6 +1,6 @@
-"""The trusted process behind eval/execute.py: checks candidates that run in the sandbox.
+"""The trusted process behind sandbox/execute.py: checks candidates that run in the sandbox.
 
-Started as `python -m eval.supervise TIER UID MEMORY_MB`, it starts eval/candidate.py in the
+Started as `python -m sandbox.supervise TIER UID MEMORY_MB`, it starts sandbox/candidate.py in the
 sandbox, reads a job, a JSON object, from each line of stdin, and answers with a JSON line
 [status, detail, seconds]. For each job it forks a child that runs the job's test; the names that
 the test calls are proxies, which ask the candidate. Children of both processes last for one job.
@@ -21,8 +21,8 @@ import subprocess
 import sys
 import time
 
-from eval import sandbox, tagged
-from eval.candidate import WARM, detach, forget_project, import_through_descriptors
+from sandbox import isolate, tagged
+from sandbox.candidate import WARM, detach, forget_project, import_through_descriptors
 
 END_S = 10  # for a candidate that was killed to be gone
 LAST_WORDS_S = 0.5  # for a candidate that closed its socket to end, so that we can tell how
@@ -60,7 +60,7 @@ class Supervisor:
             import_through_descriptors()
 
     def start(self) -> None:
-        command = [sys.executable, "-s", "-P", "-S", "-B", "-m", "eval.candidate"]
+        command = [sys.executable, "-s", "-P", "-S", "-B", "-m", "sandbox.candidate"]
         command += [self.tier, str(self.uid), str(self.memory_mb)]
         if self.tier == "A":
             command = sandbox.bwrap(command, os.path.dirname(os.path.abspath(__file__)))
