@@ -48,7 +48,7 @@ lint: $(VENV)  ## check the style
 	$(PYTHON) -m ruff check .
 
 resources: $(VENV)  ## compile every default kernel for sm_80 and sm_90; fails if one spills or gets slower
-	$(PYTHON) -m kernels.resources --defaults
+	$(PYTHON) -m bench.resources --defaults
 
 gpu-check:  ## on a GPU, with your own python3, 3 minutes: is each kernel right, does train.py run
 gpu-bench:  ## likewise, 9 minutes: training steps, ops and decoding beside their peers
@@ -57,7 +57,7 @@ gpu-tune:  ## likewise, 7 minutes: the fastest configurations, to GPU_OUT (out/g
 GPU_OUT ?= out/gpu
 
 gpu-check gpu-bench gpu-tune:
-	python3 -m kernels.gpu --do=$(@:gpu-%=%) --out=$(GPU_OUT)
+	python3 -m bench.gpu --do=$(@:gpu-%=%) --out=$(GPU_OUT)
 
 clean:  ## delete what the stages wrote (out/), not .venv
 	rm -rf out

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bench.work import mfu
 from common import checkpoint, distributed
 from common.config import UserError, differences, parse, run
 from common.runlog import (
@@ -47,7 +48,6 @@ from common.runlog import (
 from data.documents import write_json
 from data.loader import Loader, Windows, arguments
 from diff import show_differences
-from kernels.work import mfu
 from model import ModelConfig, Phi, flops_per_token, select_kernels
 from tokenizer import Tokenizer
 

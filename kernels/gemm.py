@@ -164,7 +164,7 @@ def _gelu_bwd_gemm_kernel(
 
 # Candidates (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); none is measured. sm_80's come in
 # the order of shared memory's time in the K loop over the tensor cores': 0.70 where a warp has 64 x
-# 64 of the tile, 1.02 where it has 64 x 32 (`python -m kernels.resources --kernel=in_proj_fwd`).
+# 64 of the tile, 1.02 where it has 64 x 32 (`python -m bench.resources --kernel=in_proj_fwd`).
 _TILES = {
     80: [
         (256, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 32, 8, 3), (128, 256, 32, 8, 4),

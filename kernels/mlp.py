@@ -30,7 +30,7 @@ from kernels.gemm import accumulate_
 from kernels.pointwise import column_sum
 from kernels.spec import capability, measured
 
-# What kernels.tune found faster is in tuning.json; this stands for a device it has not measured.
+# What bench.tune found faster is in tuning.json; this stands for a device it has not measured.
 # cuBLAS is ahead of plain Triton GEMMs on sm_90, and close to them on sm_80 (published figures).
 GEMM = {
     80: {"in_proj_fwd": "triton", "out_proj_fwd": "triton", "gelu_bwd": "triton"},

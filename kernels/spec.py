@@ -1,8 +1,8 @@
-"""What a kernel tells the outside about itself: the table behind `python -m kernels.resources`.
+"""What a kernel tells the outside about itself: the table behind `python -m bench.resources`.
 
 Each kernel module exports `KERNELS`, a list of `Kernel`. `configs` are candidates written by hand,
-the default first. `kernels/tuning.json` is written by programs only: `kernels.resources --prune`
-keeps the candidates that fit the hardware; `kernels.tune` writes another, the fastest first, with
+the default first. `kernels/tuning.json` is written by programs only: `bench.resources --prune`
+keeps the candidates that fit the hardware; `bench.tune` writes another, the fastest first, with
 the version of each GEMM that won. A launch takes the first entry for its device; the environment's
 NANOPHI_TUNING names another file to read.
 """
@@ -42,7 +42,7 @@ class Kernel:
     descriptors: dict[str, str] = field(default_factory=dict)
 
 
-LAUNCHED: dict[str, Kernel] = {}  # each that was launched, by name: kernels.tune asks
+LAUNCHED: dict[str, Kernel] = {}  # each that was launched, by name: bench.tune asks
 
 
 def types(pointers: str, integers: str = "", **others: str) -> dict[str, str]:
@@ -64,7 +64,7 @@ def config(kernel: Kernel, x: torch.Tensor) -> dict:
 
 
 def measured(sm: int) -> dict:
-    """What kernels.tune found on a device of this capability: its name, and op -> GEMM version."""
+    """What bench.tune found on a device of this capability: its name, and op -> GEMM version."""
     return TUNING.get("measured", {}).get(f"sm_{sm}", {"device": "no device yet", "gemm": {}})
 
 

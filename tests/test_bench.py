@@ -10,14 +10,14 @@ import pytest
 import torch
 from three_way import DEVICE  # sets TRITON_INTERPRET before kernels are imported
 
-import bench
-from kernels import bench as kernel_bench
-from kernels import cases, mlp
-from kernels.bench import Row, ratios
-from kernels.cases import Case
-from kernels.timing import WallTimer, emit, measured_roof, percentiles
-from kernels.trace import GROUPS, floors_us, group, show_profile
-from kernels.work import Rates, training_ops
+from bench import cases, step
+from bench import ops as kernel_bench
+from bench.cases import Case
+from bench.ops import Row, ratios
+from bench.timing import WallTimer, emit, measured_roof, percentiles
+from bench.trace import GROUPS, floors_us, group, show_profile
+from bench.work import Rates, training_ops
+from kernels import mlp
 from model import ModelConfig
 
 TINY = ModelConfig(
@@ -209,7 +209,7 @@ def test_the_whole_flow(cli):
     shape = ["--vocab_size=96", "--seq_len=32", "--n_layer=1", "--n_head=2", "--width=64",
              "--mlp_width=128", "--rotary_dim=16", "--batch=1", "--dtype=float16"]  # fmt: skip
     args = [*shape, "--op=cross_entropy", "--op=residual_bwd", "--device=cpu", "--json"]
-    done = cli("-m", "kernels.bench", *args)
+    done = cli("-m", "bench.ops", *args)
     assert done.returncode == 0, done.stderr
     roof, *rows = map(json.loads, done.stdout.splitlines())
     assert roof["copy_gb_per_s"] > 0
@@ -220,10 +220,10 @@ def test_the_whole_flow(cli):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernel_bench_wants_a_gpu(cli):
-    done = cli("-m", "kernels.bench")
+    done = cli("-m", "bench.ops")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "no CUDA device" in done.stderr
-    done = cli("-m", "kernels.bench", "--op=atention")
+    done = cli("-m", "bench.ops", "--op=atention")
     assert "attention" in done.stderr
 
 
@@ -254,7 +254,7 @@ def test_floors_of_a_step():
 
 def test_step_bench(cli, tiny):
     flags = ["--steps=2", "--dtype=float32", "--json"]
-    done = cli("bench.py", "configs/demo.toml", *tiny, *flags)
+    done = cli("bench/step.py", "configs/demo.toml", *tiny, *flags)
     assert done.returncode == 0, done.stderr
     *results, profiled = map(json.loads, done.stdout.splitlines())
     by_impl = {x["impl"]: x for x in results}
@@ -286,6 +286,6 @@ def test_step_bench_halves_what_does_not_fit_and_says_so(monkeypatch):
 
 
 def test_step_bench_wrong_use(cli):
-    done = cli("bench.py", "configs/phi1.toml", "--impl=jax")
+    done = cli("bench/step.py", "configs/phi1.toml", "--impl=jax")
     assert done.returncode == 2
     assert "ours, torch, transformers" in done.stderr

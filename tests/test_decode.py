@@ -149,7 +149,7 @@ def test_rows_do_not_see_each_other(dtype, monkeypatch):
 
 def test_defaults_compile_for_a_gpu(cli):
     done = cli(
-        "-m", "kernels.resources", "--kernel=decode", "--defaults", env={"TRITON_INTERPRET": "0"}
+        "-m", "bench.resources", "--kernel=decode", "--defaults", env={"TRITON_INTERPRET": "0"}
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("default") == 8, "four kernels, sm_80 and sm_90"

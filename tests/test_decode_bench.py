@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from eval.decode_bench import Config, measure, step_bytes
+from bench.decode import Config, measure, step_bytes
 from model import ModelConfig, Phi
 
 TINY = {"vocab_size": 64, "seq_len": 32, "n_layer": 2, "n_head": 2, "width": 32, "mlp_width": 64}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import gpu
-from kernels.gpu import Part
+from bench import gpu
+from bench.gpu import Part
 
 # Of each kind of part one; the rest differs in its flags.
 TOYS = {"check": "", "bench": "^(phi1 torch|layernorm|decode)$", "tune": "^layernorm$"}
@@ -19,7 +19,7 @@ TOYS = {"check": "", "bench": "^(phi1 torch|layernorm|decode)$", "tune": "^layer
 @pytest.fixture(scope="module")
 def toys(cli, tmp_path_factory) -> dict:
     """(what it printed, its folder) for each of the three commands."""
-    outs, command = {do: tmp_path_factory.mktemp(do) for do in TOYS}, ["-m", "kernels.gpu", "--toy"]
+    outs, command = {do: tmp_path_factory.mktemp(do) for do in TOYS}, ["-m", "bench.gpu", "--toy"]
     with ThreadPoolExecutor(3) as pool:
         runs = {
             do: pool.submit(cli, *command, f"--do={do}", f"--only={only}", f"--out={outs[do]}")
@@ -132,6 +132,6 @@ def test_every_gpu_test_is_in_it():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_wrong_use(cli):
     for flag, says in (("--do=check", "no CUDA device"), ("--do=x", "one of check, bench, tune")):
-        done = cli("-m", "kernels.gpu", flag)
+        done = cli("-m", "bench.gpu", flag)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert says in done.stderr

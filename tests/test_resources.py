@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from three_way import DEVICE  # noqa: F401  sets TRITON_INTERPRET before kernels are imported
 
-from kernels import resources, sass, spec
-from kernels.resources import Row, hold_bounds, occupancy_frac, prune
+from bench import resources, sass
+from bench.resources import Row, hold_bounds, occupancy_frac, prune
+from kernels import spec
 
 COMPILED = {"TRITON_INTERPRET": "0"}
 ROW = Row("gelu_fwd", 80, True, {"num_warps": 4}, {}, 99, 0, 0, 0.5, 1, 1, ())
@@ -18,7 +19,7 @@ ROW = Row("gelu_fwd", 80, True, {"num_warps": 4}, {}, 99, 0, 0, 0.5, 1, 1, ())
 @pytest.mark.parametrize("kernel", ["out_proj_fwd_dropout", "layernorm_bwd", "cross_entropy"])
 def test_defaults_fit(kernel, cli):
     done = cli(
-        "-m", "kernels.resources", f"--kernel={kernel}", "--defaults", "--json", env=COMPILED
+        "-m", "bench.resources", f"--kernel={kernel}", "--defaults", "--json", env=COMPILED
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
@@ -42,7 +43,7 @@ def test_spills_and_shared_memory_are_seen(tmp_path, cli):
     script = tmp_path / "big.py"
     script.write_text(
         "import sys; sys.path.insert(0, '.')\n"
-        "from kernels.resources import measure\n"
+        "from bench.resources import measure\n"
         "tile = {'BLOCK_M': 128, 'BLOCK_N': 128, 'BLOCK_K': 128, 'GROUP_M': 8, 'TMA': False}\n"
         "row = measure('out_proj_fwd_dropout', 80, tile | {'num_warps': 4, 'num_stages': 4}, {})\n"
         "print(row.default, row.shared_bytes, *row.problems, sep='; ')\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels import sass
+from bench import sass
 
 # An outer loop .L_1 over an inner one, .L_2, in which a branch to .L_3 skips a mask. Out of line
 # are a part that a turn may take, .L_7, and past the end a wait, .L_5.

@@ -1,4 +1,4 @@
-"""kernels.tune on a CPU in the interpreter: what it times is faked, what it runs is not."""
+"""bench.tune on a CPU in the interpreter: what it times is faked, what it runs is not."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 import torch
 from three_way import DEVICE
 
-from kernels import mlp, spec, tune
-from kernels.resources import all_kernels
+from bench import tune
+from bench.resources import all_kernels
+from kernels import mlp, spec
 from kernels.spec import TUNING, capability
 
 SHAPE = {"vocab_size": 96, "seq_len": 16, "n_layer": 2, "n_head": 2, "width": 64}
@@ -99,7 +100,7 @@ def test_every_kernel_of_training_is_tuned():
 
 
 def test_another_file_is_read(cli, tmp_path):
-    """What kernels.tune wrote is used by naming it."""
+    """What bench.tune wrote is used by naming it."""
     tables = TUNING | {f"sm_{SM}": {"layernorm_fwd": [{"num_warps": 16}]}}
     (tmp_path / "mine.json").write_text(json.dumps(tables))
     code = f"from kernels.spec import TUNING; print(TUNING['sm_{SM}']['layernorm_fwd'])"
@@ -109,6 +110,6 @@ def test_another_file_is_read(cli, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_wants_a_gpu(cli):
-    done = cli("-m", "kernels.tune")
+    done = cli("-m", "bench.tune")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "no CUDA device" in done.stderr

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.work import Rates
+from bench.work import Rates
 
 MATMUL, COPY_BYTES = 8192, 2**30  # sizes that reach the roof of every GPU we know
 

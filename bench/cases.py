@@ -1,4 +1,4 @@
-"""What kernels.bench runs: for each op its inputs, ours, the peers and an fp32 reference.
+"""What bench.ops runs: for each op its inputs, ours, the peers and an fp32 reference.
 
 With dropout each implementation draws masks of its own: the reference is then ours, in fp32, whose
 masks are the same, and the peers are timed only.
@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
+from bench.work import training_ops
 from kernels import attention as attention_module
 from kernels import gemm, mlp, pointwise
 from kernels.attention import attention, attention_reference
 from kernels.block import block
 from kernels.cross_entropy import cross_entropy
 from kernels.layernorm import layernorm, layernorm_reference
-from kernels.work import training_ops
 from model import ModelConfig
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None

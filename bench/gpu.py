@@ -4,7 +4,7 @@
     make gpu-bench               540   training steps, ops and decoding, each beside its peers
     make gpu-tune                420   the fastest configurations, and a step with them
 
-Without make: python3 -m kernels.gpu --do=check --out=DIR. A command is groups of parts, in the
+Without make: python3 -m bench.gpu --do=check --out=DIR. A command is groups of parts, in the
 order of worth. The parts of a group run side by side, each a process group of its own, so that one
 that fails, hangs or loses its CUDA context costs no other its turn; a group may take its own
 seconds and those that earlier ones left. What parts print is shown as it comes. Their lines of JSON
@@ -33,17 +33,17 @@ from pathlib import Path
 import torch
 import triton
 
+from bench.ops import Row, ratios
+from bench.timing import emit
+from bench.tune import DROPOUT_OPS, OPS
 from common.config import UserError, parse, run
 from common.runlog import environment
-from kernels.bench import Row, ratios
 from kernels.spec import TUNING_FILE
-from kernels.timing import emit
-from kernels.tune import DROPOUT_OPS, OPS
 
 ROOT = Path(__file__).parents[1]
 # What has tests for a GPU: files of which all count, and single tests.
 TESTED = ["layernorm", "attention", "cross_entropy", "mlp", "block", "decode"]
-ALONE = ["train.py::test_half_precision_resumes_bitwise", "plan.py::test_memory_on_a_gpu"]
+ALONE = ["train.py::test_half_precision_resumes_bitwise", "bench/plan.py::test_memory_on_a_gpu"]
 TOY = ["--vocab_size=96", "--seq_len=64", "--n_layer=1", "--n_head=2", "--width=64",
        "--mlp_width=128", "--rotary_dim=16", "--device=cpu", "--dtype=float16"]  # fmt: skip
 SMI = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.draw,power.limit,temperature.gpu",
@@ -138,7 +138,7 @@ class Part:
 
 
 def step(model: str, impl: str, toy: bool, *flags: str) -> Part:
-    command = ["bench.py", f"configs/{model}.toml", f"--impl={impl}", "--dtype=bfloat16", "--json"]
+    command = ["bench/step.py", f"configs/{model}.toml", f"--impl={impl}", "--dtype=bfloat16", "--json"]
     tiny = [*TOY, "--dtype=float32", "--micro_batch=2", "--steps=1"] * toy
     name = " ".join([model, impl, *flags]).replace("--", "")
     return Part(name, [*command, "--micro_batch=8", "--kernels_shown=16", *flags, *tiny])
@@ -147,7 +147,7 @@ def step(model: str, impl: str, toy: bool, *flags: str) -> Part:
 def ops(name: str, toy: bool, *flags: str) -> Part:
     tiny = [*TOY, "--batch=1"] * toy
     op = f"--op={name.split()[0]}"
-    return Part(name, ["-m", "kernels.bench", op, "--json", *flags, *tiny])
+    return Part(name, ["-m", "bench.ops", op, "--json", *flags, *tiny])
 
 
 def check(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
@@ -170,12 +170,12 @@ def bench(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
     attention, block = ops("attention", toy), ops("block", toy)
     dropped = ops("attention dropout", toy, "--dropout=0.1")
     fp16 = ops("attention fp16", toy, "--op=attention_docs", "--dtype=float16")
-    small_flags = {"bench.py": ["--n_layer=1", "--vocab_size=1024", "--steps=1"], "-m": ["--warm"]}
+    small_flags = {"bench/step.py": ["--n_layer=1", "--vocab_size=1024", "--steps=1"], "-m": ["--warm"]}
     warm = [
         Part(f"warm {part.name}", part.command + small_flags[part.command[0]])
         for part in [*phi1, *small, attention, block, dropped, fp16]
     ]
-    decode = ["-m", "eval.decode_bench", "configs/phi1.toml", "--batch=1", "--batch=64", "--json"]
+    decode = ["-m", "bench.decode", "configs/phi1.toml", "--batch=1", "--batch=64", "--json"]
     decode += ["--rounds=2", "--new_tokens=64", "--static=false"]
     decode += [*TOY, "--new_tokens=4"] * toy
     timed = list(zip((45, 40, 45, 50), phi1))
@@ -191,7 +191,7 @@ def tune(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
     An op goes with dropout last: where a table or a choice serves both, it is phi-1's that counts.
     """
     found = out / "tuning.json"
-    command = ["-m", "kernels.tune", f"--out={found}", *[*TOY, "--batch=1"] * toy]
+    command = ["-m", "bench.tune", f"--out={found}", *[*TOY, "--batch=1"] * toy]
     todo = [(op, 0) for op in DROPOUT_OPS] + [(op, 0.1) for op in DROPOUT_OPS]
     todo += [(op, 0) for op in OPS if op not in DROPOUT_OPS]
     each = [
@@ -222,7 +222,7 @@ def run_plan(plan: list[tuple[int, list[Part]]], logs: Path, save) -> None:
                 part.kill()
 
 
-# Pytest takes these with `-p kernels.gpu`: a line of JSON for each test, when it begins and ends.
+# Pytest takes these with `-p bench.gpu`: a line of JSON for each test, when it begins and ends.
 
 
 def pytest_runtest_logstart(nodeid):
@@ -271,7 +271,7 @@ def table(record: dict) -> str:
                 said.append(f"{r['kernel']:<28}{found if 'ms' in r else 'NONE IS RIGHT'}")
             elif "takes" in r:
                 said.append(f"takes {r['takes']}: triton {r['triton']}, cublas {r['cublas']} ms")
-            for d in r.get("rows", []):  # of eval.decode_bench
+            for d in r.get("rows", []):  # of bench.decode
                 speed = f"{d['tokens_per_s']:>9,.0f} tokens/s, the same tokens {d['same_frac']:.0%}"
                 said.append(f"batch {d['batch']:<4}{d['impl']:<14}{speed}")
         lines += [f"{name:<24}{line}" for line in said]

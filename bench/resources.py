@@ -1,7 +1,7 @@
 """What each kernel configuration needs on an A100 and an H100: compiled ahead of time, no GPU.
 
-    python -m kernels.resources [--sm=80] [--kernel=in_proj] [--defaults] [--json]
-    python -m kernels.resources [--prune | --record]
+    python -m bench.resources [--sm=80] [--kernel=in_proj] [--defaults] [--json]
+    python -m bench.resources [--prune | --record]
 
 Compiles each configuration of each kernel's table (bf16, phi-1's shapes) down to a cubin and prints
 registers, spills (ptxas -v), shared memory, theoretical occupancy, and the tensor-core and
@@ -10,7 +10,7 @@ the cycles that each pipe of an SM is busy and the TFLOP/s that the slowest allo
 64 x 64 block of scores or 128 x 128 x 64 block of a GEMM. Exits with status 1 if a default, the
 configuration that a launch takes, spills in a loop, asks for more shared memory than a block may
 have (Triton compiles it all the same), lacks the tensor-core instructions of a GEMM or of
-attention, or has a lower bound than kernels/bounds.json holds for this version of Triton. `--prune`
+attention, or has a lower bound than bench/bounds.json holds for this version of Triton. `--prune`
 writes the configurations that pass to kernels/tuning.json, which launches read; `--record` the
 bounds of the defaults to bounds.json. One to two seconds each.
 """
@@ -34,9 +34,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
+from bench import sass
 from common.config import UserError, parse, run
 from common.runlog import PEAK_FLOPS
-from kernels import sass
 from kernels.spec import TUNING, TUNING_FILE, Kernel, write_tuning
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -64,7 +64,7 @@ class Config:
     defaults: bool = False  # only the configurations that launches take
     json: bool = False  # print rows as JSON
     prune: bool = False  # write the configurations that fit to kernels/tuning.json
-    record: bool = False  # write the defaults' bounds to kernels/bounds.json
+    record: bool = False  # write the defaults' bounds to bench/bounds.json
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def main() -> None:
             if stale and not config.prune:
                 raise UserError(
                     f"{TUNING_FILE.name}: sm_{sm} {name} {stale[0]} is no candidate of the kernel's"
-                    " table: run python -m kernels.resources --prune"
+                    " table: run python -m bench.resources --prune"
                 )
             known = [c for c in launched(kernel, sm) if c not in stale]
             configs = known + [c for c in kernel.configs[sm] if c not in known]

@@ -1,14 +1,14 @@
 """Time a training step of ours beside torch.compile and transformers, and say where ours goes.
 
-    python bench.py configs/phi1.toml               all three
-    python bench.py configs/phi1.toml --impl=ours   one of them
+    python bench/step.py configs/phi1.toml               all three
+    python bench/step.py configs/phi1.toml --impl=ours   one of them
 
 A step is `micro_steps` times forward and backward, then clipping and AdamW, on random tokens, under
 autocast for all three: fp32 weights and optimiser states, matrices in half precision. (train.py has
 FSDP2 cast the weights, once a step rather than once a micro-batch.) The micro-batch is the
 configuration's, halved until it fits. The peers' blocks are compiled, where there is a GPU; a whole
 model would take minutes. MFU is over the data sheet's peak, causal FLOPs; the profile's floors are
-kernels/work.py's, at the rates of a large matmul and a large copy timed in the same run.
+bench/work.py's, at the rates of a large matmul and a large copy timed in the same run.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.timing import CudaTimer, WallTimer, emit, measured_roof, percentiles
+from bench.trace import floors_us, profile, show_profile, synchronize
+from bench.work import mfu
 from common.config import UserError, parse, run
 from common.runlog import peak_flops
-from kernels.timing import CudaTimer, WallTimer, emit, measured_roof, percentiles
-from kernels.trace import floors_us, profile, show_profile, synchronize
-from kernels.work import mfu
 from model import ModelConfig, Phi, flops_per_token, parameter_count, select_kernels
 from train import DTYPES, TrainConfig, make_optimizer
 

@@ -1,6 +1,6 @@
 """Count what a turn of a compiled kernel's matmul loops costs each pipe of an SM, in its SASS.
 
-    python -m kernels.sass FILE.cubin ...       # of any kernel, this project's or another's
+    python -m bench.sass FILE.cubin ...       # of any kernel, this project's or another's
 
 A pipe is busy for some cycles a turn, and no schedule beats the slowest: bound_frac is the share of
 the tensor cores' peak that it leaves. The loops are the innermost with tensor-core instructions, in

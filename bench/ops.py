@@ -1,6 +1,6 @@
 """Time the kernels against torch and others on this GPU, checking every result on the way.
 
-    python -m kernels.bench [--op=NAME] [--dropout=0.1] [--dtype=float16] [--json]
+    python -m bench.ops [--op=NAME] [--dropout=0.1] [--dtype=float16] [--json]
 
 An op is timed at phi-1's shape: forward, backward, and both at once; 20th, 50th and 80th percentile
 of CUDA events, with L2 flushed before each; then the profiler says what each of our kernels takes.
@@ -24,11 +24,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.cases import CASES, Case
+from bench.timing import CudaTimer, WallTimer, emit, measured_roof
+from bench.trace import profile
+from bench.work import Rates, training_ops
 from common.config import UserError, parse, run
-from kernels.cases import CASES, Case
-from kernels.timing import CudaTimer, WallTimer, emit, measured_roof
-from kernels.trace import profile
-from kernels.work import Rates, training_ops
 from model import ModelConfig
 
 SPLIT = 8  # kernels of ours, the longest first, whose share of an op is shown

@@ -1,7 +1,7 @@
 """Find the fastest configuration of every kernel on this GPU, and write them to `out`.
 
-    python -m kernels.tune [--op=NAME] [--dropout=0.1] [--out=out/tuning.json]
-    NANOPHI_TUNING=out/tuning.json python bench.py configs/phi1.toml      a step with them
+    python -m bench.tune [--op=NAME] [--dropout=0.1] [--out=out/tuning.json]
+    NANOPHI_TUNING=out/tuning.json python bench/step.py configs/phi1.toml      a step with them
     cp out/tuning.json kernels/tuning.json                                to keep them
 
 Each implementation of an op (cases.py) is run once to see which kernels it launches. Then, one
@@ -24,13 +24,14 @@ from pathlib import Path
 
 import torch
 
+from bench import ops
+from bench.cases import CASES, Case
+from bench.ops import copies, relative_error, results, upstream_of, whole
+from bench.resources import all_kernels
+from bench.timing import CudaTimer, WallTimer, emit
 from common.config import parse, run
-from kernels import bench, spec
-from kernels.bench import copies, relative_error, results, upstream_of, whole
-from kernels.cases import CASES, Case
-from kernels.resources import all_kernels
+from kernels import spec
 from kernels.spec import LAUNCHED, TUNING, write_tuning
-from kernels.timing import CudaTimer, WallTimer, emit
 from model import ModelConfig
 
 # Each kernel of the block and the head is launched by one of these; `block` repeats them.

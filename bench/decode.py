@@ -1,6 +1,6 @@
 """Time generation beside transformers' generate, in turns; on a GPU also against its memory's roof.
 
-    python -m eval.decode_bench configs/demo.toml [--batch=1 --batch=32] [--compile]
+    python -m bench.decode configs/demo.toml [--batch=1 --batch=32] [--compile]
 
 Random weights, random prompts of one length, greedy, no end of text: each call gives batch x
 new_tokens tokens, prefill included. The peers are PhiForCausalLM of the same weights with sdpa
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import HuggingFace, device_of
+from bench.step import HuggingFace, device_of
+from bench.timing import CudaTimer, measured_roof, percentiles
+from bench.trace import synchronize
 from common.config import UserError, parse, run
 from common.runlog import environment
 from decoder import GPU_STEPS, GREEDY, Decoder
 from hf import parts
-from kernels.timing import CudaTimer, measured_roof, percentiles
-from kernels.trace import synchronize
 from model import ModelConfig, Phi
 from sample import Generator
 from train import TrainConfig

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.work import Rates, training_ops
+from bench.work import Rates, training_ops
 from model import ModelConfig
 
 # (group, names of its kernels, names of its ops in work.py); the first match takes a kernel.

@@ -1,6 +1,6 @@
 """What a training step must cost on an A100, H100 or H200, op by op, and the tokens/s that allows.
 
-    python -m kernels.roofline configs/phi1.toml --gpu h100 [--json]
+    python -m bench.roofline configs/phi1.toml --gpu h100 [--json]
 
 work.py says what the ops are and what is left out. The roof takes the data sheet's rates; the
 prediction a range of those that published kernels reach. MFU is over the data sheet's dense peak.
@@ -11,9 +11,9 @@ import json
 import math
 from dataclasses import dataclass
 
+from bench.work import Rates, step_us, training_ops
 from common.config import UserError, parse, run
 from common.runlog import PEAK_FLOPS
-from kernels.work import Rates, step_us, training_ops
 from model import ModelConfig, flops_per_token
 from train import TrainConfig
 
