@@ -38,7 +38,7 @@ from bench.timing import emit
 from bench.tune import DROPOUT_OPS, OPS
 from common.config import UserError, parse, run
 from common.runlog import environment
-from kernels.spec import TUNING_FILE
+from kernels.launch import TUNING_FILE
 
 ROOT = Path(__file__).parents[1]
 # What has tests for a GPU: files of which all count, and single tests.

@@ -37,7 +37,7 @@ import kernels
 from bench import sass
 from common.config import UserError, parse, run
 from common.runlog import PEAK_FLOPS
-from kernels.spec import TUNING, TUNING_FILE, Kernel, write_tuning
+from kernels.launch import TUNING, TUNING_FILE, Kernel, write_tuning
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 JOBS = 2

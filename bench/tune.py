@@ -30,8 +30,8 @@ from bench.ops import copies, relative_error, results, upstream_of, whole
 from bench.resources import all_kernels
 from bench.timing import CudaTimer, WallTimer, emit
 from common.config import parse, run
-from kernels import spec
-from kernels.spec import LAUNCHED, TUNING, write_tuning
+from kernels import launch
+from kernels.launch import LAUNCHED, TUNING, write_tuning
 from model import ModelConfig
 
 # Each kernel of the block and the head is launched by one of these; `block` repeats them.
@@ -113,7 +113,7 @@ def choose_version(case: Case, sm: int, timer, device: str) -> dict:
 def tune(config: Config, device: str, sm: int, timer) -> bool:
     """Tune what `config` asks for, writing after every op; whether each kernel runs at all."""
     fine = True
-    spec.TUNING_FILE = config.out
+    launch.TUNING_FILE = config.out
     config.out.parent.mkdir(parents=True, exist_ok=True)
     if config.out.exists():
         TUNING.update(json.loads(config.out.read_text()))
@@ -164,7 +164,7 @@ def warm(config: Config, sm: int) -> None:
 def main() -> None:
     config = parse(Config)
     on_gpu = config.device == "cuda"
-    sm = spec.capability(torch.empty(0, device=config.device))
+    sm = launch.capability(torch.empty(0, device=config.device))
     if config.warm:
         return warm(config, sm)
     name = torch.cuda.get_device_name() if on_gpu else "a CPU"

@@ -43,7 +43,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import attention_tiles
-from kernels.spec import config
+from kernels.launch import config
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -1,6 +1,6 @@
 """Tiles of attention's kernels by device, and the types of their arguments for `resources`."""
 
-from kernels.spec import Kernel, types
+from kernels.launch import Kernel, types
 
 
 def tile(BM: int, BN: int, num_warps: int, num_stages: int, TMA: int = 0) -> dict:

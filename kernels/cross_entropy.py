@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm import accumulate_
+from kernels.launch import Kernel, config, types
 from kernels.pointwise import column_sum
-from kernels.spec import Kernel, config, types
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

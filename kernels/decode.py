@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import Kernel, config, types
 from kernels.pointwise import gelu
-from kernels.spec import Kernel, config, types
 
 ROWS = 16  # of a tile: the least that a tensor core takes
 

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.launch import Kernel, config, types
 from kernels.pointwise import dropout_params, gelu, gelu_grad, keep_mask
-from kernels.spec import Kernel, config, types
 
 
 @triton.jit

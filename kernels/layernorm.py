@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.spec import Kernel, config, types
+from kernels.launch import Kernel, config, types
 
 MAX_WIDTH = 8192
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from kernels import gemm, pointwise
 from kernels.gemm import accumulate_
+from kernels.launch import capability, measured
 from kernels.pointwise import column_sum
-from kernels.spec import capability, measured
 
 # What bench.tune found faster is in tuning.json; this stands for a device it has not measured.
 # cuBLAS is ahead of plain Triton GEMMs on sm_90, and close to them on sm_80 (published figures).

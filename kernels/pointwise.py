@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.spec import Kernel, config, types
+from kernels.launch import Kernel, config, types
 
 
 @triton.jit

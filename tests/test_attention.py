@@ -11,7 +11,7 @@ from kernels.attention import (
     attention_fwd,
     attention_reference,
 )
-from kernels.spec import TUNING, capability
+from kernels.launch import TUNING, capability
 from model import rope_tables
 
 INTERPRETED = DEVICE == "cpu"

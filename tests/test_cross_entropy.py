@@ -11,7 +11,7 @@ from kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_fwd_bwd,
 )
-from kernels.spec import TUNING
+from kernels.launch import TUNING
 
 G = torch.tensor(256.0, device=DEVICE)  # upstream gradient, as loss scaling makes it
 

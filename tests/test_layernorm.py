@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from three_way import DEVICE, DTYPES, check, rand, three_way
 
 from kernels import layernorm as ln
+from kernels.launch import TUNING
 from kernels.layernorm import layernorm, layernorm_bwd, layernorm_fwd, layernorm_reference
-from kernels.spec import TUNING
 
 
 def inputs(rows: int, cols: int, dtype, seed: int = 0, shift: float = 1.0) -> list:

@@ -7,8 +7,8 @@ import torch
 from three_way import DEVICE, DTYPES, gradients, rand, three_way
 
 from kernels import gemm, mlp, pointwise
+from kernels.launch import TUNING
 from kernels.mlp import projections, projections_reference
-from kernels.spec import TUNING
 
 CHOICES = ["triton", "triton tma", "cublas"]
 

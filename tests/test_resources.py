@@ -10,7 +10,7 @@ from three_way import DEVICE  # noqa: F401  sets TRITON_INTERPRET before kernels
 
 from bench import resources, sass
 from bench.resources import Row, hold_bounds, occupancy_frac, prune
-from kernels import spec
+from kernels import launch
 
 COMPILED = {"TRITON_INTERPRET": "0"}
 ROW = Row("gelu_fwd", 80, True, {"num_warps": 4}, {}, 99, 0, 0, 0.5, 1, 1, ())
@@ -127,7 +127,7 @@ def test_tuning_file_agrees_with_the_tables():
     """Every kernel is in it, with candidates of its table only: else --prune has not been run."""
     kernels = resources.all_kernels()
     for sm in (80, 90):
-        table = json.loads(spec.TUNING_FILE.read_text())[f"sm_{sm}"]
+        table = json.loads(launch.TUNING_FILE.read_text())[f"sm_{sm}"]
         assert table.keys() == kernels.keys()
         for name, kernel in kernels.items():
             assert all(c in kernel.configs[sm] for c in table[name]), name

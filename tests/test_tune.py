@@ -9,8 +9,8 @@ from three_way import DEVICE
 
 from bench import tune
 from bench.resources import all_kernels
-from kernels import mlp, spec
-from kernels.spec import TUNING, capability
+from kernels import launch, mlp
+from kernels.launch import TUNING, capability
 
 SHAPE = {"vocab_size": 96, "seq_len": 16, "n_layer": 2, "n_head": 2, "width": 64}
 SHAPE |= {"mlp_width": 128, "rotary_dim": 16, "batch": 1, "device": DEVICE, "dtype": "float16"}
@@ -28,9 +28,9 @@ def tuned(tmp_path):
         run.fine = tune.tune(config, "a GPU", SM, timer)
         return json.loads(out.read_text())
 
-    was = spec.TUNING_FILE
+    was = launch.TUNING_FILE
     yield run
-    spec.TUNING_FILE = was
+    launch.TUNING_FILE = was
     TUNING.clear()
     TUNING.update(before)
 
@@ -46,14 +46,14 @@ slow_first.ms = 1.0
 
 
 def test_the_fastest_goes_first_and_nothing_is_lost(tuned, capsys):
-    before, source = list(TUNING[f"sm_{SM}"]["layernorm_fwd"]), spec.TUNING_FILE.read_text()
+    before, source = list(TUNING[f"sm_{SM}"]["layernorm_fwd"]), launch.TUNING_FILE.read_text()
     after = tuned("layernorm")[f"sm_{SM}"]["layernorm_fwd"]
     assert after[0] == before[-1]
     assert sorted(map(str, after)) == sorted(map(str, before))
     rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
     assert [r["kernel"] for r in rows] == ["layernorm_fwd", "layernorm_bwd"]
     assert (rows[0]["best"], rows[0]["gain"] > 0, tuned.fine) == (after[0], True, True)
-    assert Path(spec.__file__).with_name("tuning.json").read_text() == source
+    assert Path(launch.__file__).with_name("tuning.json").read_text() == source
 
 
 def test_a_wrong_candidate_never_wins(tuned, monkeypatch, capsys):
@@ -88,7 +88,7 @@ def test_the_faster_version_is_taken_from_then_on(tuned, monkeypatch, cublas_ms)
 
 def test_every_kernel_of_training_is_tuned():
     """By an op of OPS, with dropout or without; decoding has tables of its own."""
-    spec.LAUNCHED.clear()
+    launch.LAUNCHED.clear()
     for op, dropout in [(op, 0.0) for op in tune.OPS] + [(op, 0.1) for op in tune.DROPOUT_OPS]:
         case = tune.Config(**SHAPE, dropout=dropout).case(op)
         for name in tune.mine(case):
@@ -96,14 +96,14 @@ def test_every_kernel_of_training_is_tuned():
                 tune.results(case, case.providers[name], tune.upstream_of(case))
     for name, kernel in all_kernels().items():
         if len(TUNING[f"sm_{SM}"].get(name, kernel.configs[SM])) > 1:
-            assert name in spec.LAUNCHED or name.startswith("decode") or "d128" in name, name
+            assert name in launch.LAUNCHED or name.startswith("decode") or "d128" in name, name
 
 
 def test_another_file_is_read(cli, tmp_path):
     """What bench.tune wrote is used by naming it."""
     tables = TUNING | {f"sm_{SM}": {"layernorm_fwd": [{"num_warps": 16}]}}
     (tmp_path / "mine.json").write_text(json.dumps(tables))
-    code = f"from kernels.spec import TUNING; print(TUNING['sm_{SM}']['layernorm_fwd'])"
+    code = f"from kernels.launch import TUNING; print(TUNING['sm_{SM}']['layernorm_fwd'])"
     done = cli("-c", code, env={"NANOPHI_TUNING": str(tmp_path / "mine.json")})
     assert done.stdout == "[{'num_warps': 16}]\n"
 
