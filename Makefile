@@ -154,11 +154,11 @@ $(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json sample.py decoder.py deco
 
 results = $(foreach x,$(1),$(OUT)/eval/$(x)/results.json)
 
-$(OUT)/report.html: report.py common/pages.py $(call results,exercises pairs)
-	$(PYTHON) -m report --demo $(OUT)
+$(OUT)/report.html: tools/report.py common/pages.py $(call results,exercises pairs)
+	$(PYTHON) -m tools.report --demo $(OUT)
 
 demo-full: $(call results,exercises pairs shuffled raw filtered raw_exercises)  ## every arm (longer)
-	$(PYTHON) -m report --demo $(OUT)
+	$(PYTHON) -m tools.report --demo $(OUT)
 
 # ---- the ladder: the same model on better and better data. HUMANEVAL= and MBPP= name files of yours
 
@@ -172,7 +172,7 @@ ladder: $(VENV)  ## the same model on better and better data, and its report (80
 	$(MAKE) report
 
 report: $(VENV)  ## the ladder's report again: a page, and figures under records/
-	$(PYTHON) -m report --ladder $(LADDER) --png records/ladder_cpu
+	$(PYTHON) -m tools.report --ladder $(LADDER) --png records/ladder_cpu
 
 # ---- the best score of about an hour on two CPU cores (LOG.md): exercises in many forms, textbooks
 # and filtered code, without whatever is like a benchmark's problem, in one pass

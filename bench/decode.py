@@ -28,9 +28,9 @@ from bench.trace import synchronize
 from common.config import UserError, parse, run
 from common.runlog import environment
 from decoder import GPU_STEPS, GREEDY, Decoder
-from hf import parts
 from model import ModelConfig, Phi
 from sample import Generator
+from tools.hf import parts
 from train import TrainConfig
 
 

@@ -1,4 +1,4 @@
-"""Self-contained HTML: what report.py and curves.py write their pages with."""
+"""Self-contained HTML: what tools/report.py and tools/curves.py write their pages with."""
 
 import html
 import io

@@ -17,8 +17,8 @@ from unittest import mock
 import pytest
 from conftest import ROOT
 
-import eval.ladder
 import ladder
+import tools.ladder_scores
 from common.config import UserError, parse
 
 MODEL = """
@@ -269,7 +269,7 @@ def test_the_ladders_that_come_with_it_are_sound(name, shared_eval):
     bars = ladder.bars_of(c, folder)
     same = {"varied"} if "--forms=varied" in c.exercise_options else set()
     assert {bar.rung for bar in bars} == set(ladder.RUNGS) - same
-    assert ladder.RUNGS.keys() == eval.ladder.RUNGS.keys()
+    assert ladder.RUNGS.keys() == tools.ladder_scores.RUNGS.keys()
     plan = ladder.Plan(c, folder, ladder.again(c, folder))
     for bar in bars:
         plan.bar(bar)

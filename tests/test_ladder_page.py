@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 
-import ladder_page
 from common.config import UserError
 from data import decontaminate, diversity
 from data.documents import ShardWriter, document, write_json
-from eval import ladder as reading
 from eval.pass_at_k import score
 from eval.robustness import paired
+from tools import ladder_page
+from tools import ladder_scores as reading
 
 SCORES = {  # share solved by (small, large) of held-out exercises; the rest follows from it
     "raw": (0.02, 0.03),

@@ -335,8 +335,8 @@ def test_only_what_changed_is_made_again(copy):
     assert "--max_steps 2" not in would("FINETUNE_STEPS=4")
     assert "data.collect" in would("RAW_MB=3")
     for touched, runs, rests in [
-        ("report.py", ["-m report"], ["train.py", "-m eval"]),
-        ("eval/harness.py", ["-m eval.exercises", "-m report"], ["train.py"]),
+        ("tools/report.py", ["-m tools.report"], ["train.py", "-m eval"]),
+        ("eval/harness.py", ["-m eval.exercises", "-m tools.report"], ["train.py"]),
         ("data/filter.py", ["-m data.filter", "-m tokenizer", "train.py"], ["-m data.collect"]),
     ]:
         said = would("-W", touched)

@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-import curves
 from common.config import UserError
+from tools import curves
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The page about a ladder of data sets: what phi-1's Figure 2.1 claims, measured here.
 
-    python -m report --ladder out/ladder --png records/ladder_cpu
+    python -m tools.report --ladder out/ladder --png records/ladder_cpu
 
-Draws what eval/ladder.py reads. What is not there is said to be not run. The figures, as PNG, and
+Draws what tools/ladder_scores.py reads. What is not there is said to be not run. The figures, as PNG, and
 all numbers, as ladder.json, go to the folder --png too.
 
 The paper's numbers (Textbooks Are All You Need, arXiv 2306.11644) stand beside ours, never among
@@ -19,9 +19,19 @@ import numpy as np
 from common.pages import COLORS, bars, escape, figure, page, table
 from data.diversity_page import MEANINGS, draw_growth, show
 from data.documents import read_jsonl
-from eval import ladder as reading
-from eval.ladder import FIGURE_2_1, LADDER, PRUNED, RUNGS, SECTION_5, SETS, Ladder, Rung, read_json
 from eval.results import percent
+from tools import ladder_scores as reading
+from tools.ladder_scores import (
+    FIGURE_2_1,
+    LADDER,
+    PRUNED,
+    RUNGS,
+    SECTION_5,
+    SETS,
+    Ladder,
+    Rung,
+    read_json,
+)
 
 MARKERS, DASHES = "osD^vPX", ["-", "--", ":", "-."]
 SAMPLES_EACH, SAMPLE_CHARS = 4, 800

@@ -1,6 +1,6 @@
 """Reads the folder of a ladder (ladder.py): its rungs, their scores, what differs between them.
 
-ladder_page.py draws it. What a rung was not asked is absent, never zero.
+tools/ladder_page.py draws it. What a rung was not asked is absent, never zero.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 
 from common.config import UserError
-from curves import read_run
 from data.lineage import describe, files_in
 from eval.pass_at_k import wilson
 from eval.results import Result, mean, percent, read_result
 from eval.robustness import paired
 from eval.similarity import read_report, split
+from tools.curves import read_run
 
 # The rungs, first to last, as a bar's name.
 RUNGS = {
