@@ -167,7 +167,7 @@ MBPP      ?=
 LADDER    ?= out/ladder
 
 ladder: $(VENV)  ## the same model on better and better data, and its report (80 minutes)
-	$(PYTHON) ladder.py configs/ladder --out $(LADDER) --sandbox $(SANDBOX) \
+	$(PYTHON) experiments/ladder.py experiments/ladder_cpu --out $(LADDER) --sandbox $(SANDBOX) \
 	  $(if $(HUMANEVAL),--humaneval $(HUMANEVAL)) $(if $(MBPP),--mbpp $(MBPP))
 	$(MAKE) report
 
@@ -199,8 +199,8 @@ $(BEST)/data/summary.json: | $(VENV)
 	  --source $(@D)/clean/filtered --epochs 0.5
 	cp $(BEST)/tokens/summary.json $@
 
-$(BEST)/run/summary.json: $(BEST)/data/summary.json configs/best_cpu.toml
-	$(PYTHON) train.py configs/best_cpu.toml --resume --restart
+$(BEST)/run/summary.json: $(BEST)/data/summary.json experiments/best_cpu.toml
+	$(PYTHON) train.py experiments/best_cpu.toml --resume --restart
 
 $(BEST)/humaneval/results.json: $(BEST)/run/summary.json
 	$(PYTHON) -m eval.humaneval --problems $(HUMANEVAL) --checkpoint $(<D) --out $(@D) \

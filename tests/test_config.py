@@ -107,7 +107,7 @@ CONFIGS = [p for p in sorted((ROOT / "configs").rglob("*.toml")) if p.name != "l
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: "/".join(p.parts[-2:]))
-def test_every_config_file_loads(path):  # ladder.toml is ladder.py's: test_ladder.py
+def test_every_config_file_loads(path):  # ladder.toml is experiments/ladder.py's: test_ladder.py
     c = parse(train.TrainConfig, [str(path)], toml=True)
     assert c.seqs_per_step % c.micro_batch == 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from jobs import Job, Runner, identity
+from experiments.jobs import Job, Runner, identity
 
 STEP = """
 import json, pathlib, sys, time
@@ -159,7 +159,7 @@ def test_a_signal_ends_what_runs(step, tmp_path, number):
         import sys
         from pathlib import Path
         from data.stage import lock
-        from jobs import Job, Runner
+        from experiments.jobs import Job, Runner
         out = Path({str(out)!r})
         job = Job("a", out / "a", ["step", str(out / "a"), "sleep"])
         Runner({{"a": job}}, out, 1, 1).run(lock(out / "lock", out))

@@ -17,9 +17,9 @@ from unittest import mock
 import pytest
 from conftest import ROOT
 
-import ladder
 import tools.ladder_scores
 from common.config import UserError, parse
+from experiments import ladder
 
 MODEL = """
 vocab_size = 512
@@ -73,7 +73,7 @@ def start(folder):
     """start(...): the process of a ladder in `folder`."""
 
     def call(*arguments):
-        words = [sys.executable, "ladder.py", str(folder), *map(str, arguments)]
+        words = [sys.executable, "experiments/ladder.py", str(folder), *map(str, arguments)]
         return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 text=True)  # fmt: skip
 
@@ -108,7 +108,7 @@ def made(folder, start) -> Path:
 def said_by_list(folder, *arguments) -> str:
     """What --list prints, in this process: it imports torch once."""
     said = io.StringIO()
-    words = ["ladder.py", str(folder), "--list", *map(str, arguments)]
+    words = ["experiments/ladder.py", str(folder), "--list", *map(str, arguments)]
     with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(said):
         ladder.main()
     return said.getvalue()

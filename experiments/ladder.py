@@ -1,8 +1,8 @@
 """The paper's Figure 2.1 in miniature: the same model on better and better data, bar by bar.
 
-    python ladder.py configs/ladder                     make the data, train and score every bar
-    python ladder.py configs/ladder --list              what that is, and what of it is done
-    python ladder.py configs/ladder --only raw-small-s0 --out out/again    one bar, from nothing
+    python experiments/ladder.py experiments/ladder_cpu                     make the data, train and score every bar
+    python experiments/ladder.py experiments/ladder_cpu --list              what that is, and what of it is done
+    python experiments/ladder.py experiments/ladder_cpu --only raw-small-s0 --out out/again    one bar, from nothing
 
 A rung is what a model is trained on (RUNGS), a bar is a rung at a model size with a seed. Each job
 is one command of this project; its output is in OUT/logs, and OUT/jobs says what it was made from.
@@ -27,7 +27,7 @@ from pathlib import Path
 from common.config import UserError, parse, run
 from data.documents import write_json
 from data.stage import lock, read_json
-from jobs import Job, Runner, record
+from experiments.jobs import Job, Runner, record
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ MIN_DOCUMENTS = 500  # that must be left by pruning: fewer would be seen hundred
 
 @dataclass(frozen=True)
 class Config:
-    """Make, train and score the bars of a ladder: python ladder.py FOLDER [--key=value ...]"""
+    """Make, train and score the bars of a ladder: python experiments/ladder.py FOLDER [--key=value ...]"""
 
     bars: tuple[str, ...]  # "RUNG SIZE SEED SEED ..."; several
     base_steps: int  # of a rung that is finetuned, before that
@@ -367,7 +367,7 @@ class Plan:
 def again(c: Config, folder: Path) -> str:
     """The command line that makes the same as `c`, less where, which of it and how."""
     plain = parse(Config, [str(folder / "ladder.toml")], toml=True)
-    words = ["python", "ladder.py", str(folder)]
+    words = ["python", "experiments/ladder.py", str(folder)]
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         if field.name not in HOW and value != getattr(plain, field.name):
@@ -390,8 +390,8 @@ def main() -> None:
     words = sys.argv[1:]
     if not words or words[0].startswith("-"):
         if "--help" not in words and "-h" not in words:
-            raise UserError("name a folder first, as in python ladder.py configs/ladder")
-        words = ["configs/ladder", "--help"]
+            raise UserError("name a folder first, as in python experiments/ladder.py experiments/ladder_cpu")
+        words = ["experiments/ladder_cpu", "--help"]
     folder = Path(words[0])
     c = parse(Config, [str(folder / "ladder.toml"), *words[1:]], toml=True)
     for path in (c.humaneval, c.mbpp):
