@@ -91,12 +91,12 @@ $(OUT)/filtered/summary.json: data/filter.py $(LAYER) $(OUT)/raw/summary.json
 $(OUT)/pairs/summary.json: data/pairs.py $(LAYER) $(OUT)/raw/summary.json
 	$(PYTHON) -m data.pairs --source $(OUT)/raw --out $(@D)
 
-$(OUT)/exercises/summary.json: data/exercises.py data/forms.py data/damage.py data/families.py \
-    data/documents.py $(call set,EXERCISES HELDOUT) | $(VENV)
+$(OUT)/exercises/summary.json: data/exercises.py data/synthetic/forms.py data/synthetic/damage.py data/synthetic/families.py \
+    data/base/documents.py $(call set,EXERCISES HELDOUT) | $(VENV)
 	$(PYTHON) -m data.exercises --out $(@D) --count $(EXERCISES) --heldout $(HELDOUT)
 
-$(OUT)/shuffled/summary.json: data/exercises.py data/forms.py data/damage.py data/families.py \
-    data/documents.py $(call set,EXERCISES HELDOUT) | $(VENV)
+$(OUT)/shuffled/summary.json: data/exercises.py data/synthetic/forms.py data/synthetic/damage.py data/synthetic/families.py \
+    data/base/documents.py $(call set,EXERCISES HELDOUT) | $(VENV)
 	$(PYTHON) -m data.exercises --out $(@D) --count $(EXERCISES) --heldout $(HELDOUT) \
 	  --shuffle_docstrings
 

@@ -45,7 +45,7 @@ from common.runlog import (
     plain,
     run_identity,
 )
-from data.documents import write_json
+from data.base.documents import write_json
 from data.loader import Loader, Windows, arguments
 from diff import show_differences
 from model import ModelConfig, Phi, flops_per_token, select_kernels

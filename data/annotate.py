@@ -10,7 +10,7 @@ the rubric is ours: five questions of 0 to 2 points each, which make a score fro
 
     llm    asks any OpenAI-compatible endpoint, with the paper's question and the rubric
     rules  answers the same five questions from the syntax tree, so that all that follows runs
-           offline; see data/rules.py for what it looks at, and LOG.md for how far to trust it
+           offline; see data/base/rules.py for what it looks at, and LOG.md for how far to trust it
 
 A sample is the documents with the smallest hashes, so that a smaller one is part of a larger one.
 Every document keeps its fields and gets `score`, `points` (of the five questions), `reason` and
@@ -31,13 +31,13 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from data.documents import read_jsonl, source_shards, write_json
+from data.base.documents import read_jsonl, source_shards, write_json
+from data.base.llm import Client, Options, Refused
+from data.base.ranks import say
+from data.base.readers import read_documents_of
+from data.base.rules import QUESTIONS, by_rules, label
+from data.base.stage import Part, Stage, total
 from data.filter import strip_licence
-from data.llm import Client, Options, Refused
-from data.ranks import say
-from data.readers import read_documents_of
-from data.rules import QUESTIONS, by_rules, label
-from data.stage import Part, Stage, total
 
 PROMPT = """\
 Determine the educational value of a Python document for a student whose goal is to learn basic \

@@ -8,7 +8,7 @@
 
 The paper (section 2.1) trains a random forest on the output embedding of a pretrained codegen model
 to predict GPT-4's labels. PAPER: pooling, model size and threshold are undisclosed. Ours: the mean
-of a checkpoint's hidden states or, without --checkpoint, the syntax tree; see data/features.py.
+of a checkpoint's hidden states or, without --checkpoint, the syntax tree; see data/base/features.py.
 
 `train` learns the labels' scores, which ranks better than learning whether they reach --good
 (LOG.md); its AUC, its precision and the calibration (Platt 1999) from a vote to a probability are
@@ -35,13 +35,13 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from data import forest as trees
 from data.annotate import GOOD, auc, by_rules, read_labels
-from data.documents import source_shards, write_json
-from data.features import Features
+from data.base import forest as trees
+from data.base.documents import source_shards, write_json
+from data.base.features import Features
+from data.base.ranks import Ranks, say
+from data.base.stage import Part, Stage, total
 from data.filter import share_cut, strip_licence
-from data.ranks import Ranks, say
-from data.stage import Part, Stage, total
 
 BATCH = 64  # documents whose features are made at once
 TREES_PER_ITEM = 20

@@ -32,10 +32,10 @@ from typing import TypeVar
 import numpy as np
 
 from common.config import UserError, parse, run
-from data.documents import FORMATS, Seen, ShardWriter, document, lines, shard_files
-from data.lineage import size_and_time
-from data.ranks import Ranks, digest_key, say
-from data.stage import Part, Stage, total
+from data.base.documents import FORMATS, Seen, ShardWriter, document, lines, shard_files
+from data.base.lineage import size_and_time
+from data.base.ranks import Ranks, digest_key, say
+from data.base.stage import Part, Stage, total
 
 T = TypeVar("T")
 SYSTEM = {"stdlib": ("stdlib",), "site-packages": ("purelib", "platlib")}  # names of sysconfig

@@ -6,9 +6,9 @@
 After section 5 of the phi-1 paper (arXiv 2306.11644), a document is removed for either of
     n-grams   it has 13 words in a row in common with the docstring of a problem
     syntax    one of its functions has a match rate of at least `--tau` with the solution of a
-              problem (data/similarity.py), and is near it as a text: nearer than all but 1% of
+              problem (data/base/ast_match.py), and is near it as a text: nearer than all but 1% of
               the benchmarks' own problems are to each other. Without `--checkpoint` it is the
-              words in common that count (data/lexical.py), with it the model's hidden states
+              words in common that count (data/base/lexical.py), with it the model's hidden states
 The paper has both measures and gives neither the threshold of distance nor how they combine; both
 choices are ours. Short functions are alike by chance, so nearness is asked of them. From
 `--sure_nodes` nodes on it is not: a copy under other names with another docstring is a copy.
@@ -33,14 +33,14 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from data.documents import DocumentFile, source_shards, write_json
-from data.lexical import Lexical
-from data.minhash import shingles
-from data.problems import Problem, read_problems
-from data.ranks import say
-from data.side_by_side import side_by_side
-from data.similarity import Matcher, functions_anywhere
-from data.stage import Part, Stage, total
+from data.base.ast_match import Matcher, functions_anywhere
+from data.base.benchmarks import Problem, read_problems
+from data.base.documents import DocumentFile, source_shards, write_json
+from data.base.lexical import Lexical
+from data.base.minhash import shingles
+from data.base.ranks import say
+from data.base.side_by_side import side_by_side
+from data.base.stage import Part, Stage, total
 
 TAUS = (0.95, 0.9, 0.85, 0.8)  # the rows of the paper's table
 FAR = 1.2  # never near from here on, a cosine of 0.28; 1% of HumanEval's pairs are within 1.1955 of
@@ -91,7 +91,7 @@ class Finder:
         self.matcher = Matcher([p.function.nodes for p in problems], self.min_rate)
         texts = [p.function.text for p in problems]
         if config.checkpoint:
-            from data.embed import Hidden
+            from data.base.embed import Hidden
 
             self.measure = Hidden(Path(config.checkpoint), texts, config.device)
         else:

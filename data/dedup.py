@@ -4,7 +4,7 @@
     mpirun -n 8 python -m mpi4py -m data.dedup --source out/filtered --out out/unique
 
 Two documents whose Jaccard index over shingles of 5 tokens reaches `--threshold` are one (see
-data/minhash.py), and so is what such pairs connect. Of each group the document with the highest
+data/base/minhash.py), and so is what such pairs connect. Of each group the document with the highest
 score stays; without scores the longest, and of equals the first. Output shard i is input shard i
 less what was removed, so the result does not depend on the number of ranks.
 
@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from data import minhash
-from data.documents import DocumentFile, source_shards
-from data.minhash import Bands
-from data.ranks import say
-from data.readers import read_documents_of
-from data.side_by_side import side_by_side
-from data.stage import Part, Stage, total
+from data.base import minhash
+from data.base.documents import DocumentFile, source_shards
+from data.base.minhash import Bands
+from data.base.ranks import say
+from data.base.readers import read_documents_of
+from data.base.side_by_side import side_by_side
+from data.base.stage import Part, Stage, total
 
 RECALL = 0.99  # of pairs at the threshold that become candidates; more at a higher similarity
 BATCH_BYTES = 1 << 20  # of text sketched at once

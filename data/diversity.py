@@ -25,15 +25,15 @@ import numpy as np
 import zstandard
 
 from common.config import UserError, parse, run
-from data import minhash
-from data.diversity_page import MEANINGS, html_page, show
-from data.documents import DocumentFile, document, read_jsonl, source_shards
-from data.embed import Hidden
-from data.lexical import words
-from data.ranks import digest_key, say
-from data.readers import read_records
-from data.stage import Part, Stage, total
-from data.topics import TOPICS, facts
+from data.base import minhash
+from data.base.diversity_page import MEANINGS, html_page, show
+from data.base.documents import DocumentFile, document, read_jsonl, source_shards
+from data.base.embed import Hidden
+from data.base.lexical import words
+from data.base.ranks import digest_key, say
+from data.base.readers import read_records
+from data.base.stage import Part, Stage, total
+from data.base.topics import TOPICS, facts
 from eval.harness import FIELDS
 from sandbox.execute import run_checks
 from sandbox.self_check import check

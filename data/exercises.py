@@ -1,7 +1,7 @@
 """Writes short programming exercises, signature + docstring -> body, with a held-out split.
 
 An offline stand-in for the language model that wrote phi-1's CodeExercises (arXiv 2306.11644): the
-families in data/families.py give the tasks, and a task is told in many wordings and names. Every
+families in data/synthetic/families.py give the tasks, and a task is told in many wordings and names. Every
 solution is executed and compared with an oracle.
 
     python -m data.exercises --out data/exercises --benchmarks ../shared/eval/HumanEval.jsonl.gz
@@ -30,10 +30,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from data.damage import damage
-from data.documents import ShardWriter, document, new_folder, read_jsonl, write_json
-from data.families import FAMILIES, KINDS, Kind, Task
-from data.forms import GENERIC, POOL, Exercise, argument_types, fill, pool, results, tell, vary
+from data.base.documents import ShardWriter, document, new_folder, read_jsonl, write_json
+from data.synthetic.damage import damage
+from data.synthetic.families import FAMILIES, KINDS, Kind, Task
+from data.synthetic.forms import (
+    GENERIC,
+    POOL,
+    Exercise,
+    argument_types,
+    fill,
+    pool,
+    results,
+    tell,
+    vary,
+)
 
 TESTS = 30  # of these for each problem; with 6 in a prototype, 18 of 371 near misses passed
 MAX_SAME = 24  # of the TESTS expected values may be equal: a test that mostly wants False is weak
@@ -49,13 +59,13 @@ class Config:
     """Write short exercises (signature, docstring, solution) and a held-out split without leaks."""
 
     out: Path  # folder to write
-    forms: str = "plain"  # plain, or varied: each exercise has a form of its own (data/forms.py)
+    forms: str = "plain"  # plain, or varied: each exercise has a form of its own (data/synthetic/forms.py)
     count: int = 30_000  # training exercises
     heldout: int = 500  # held-out problems; they do not depend on seed and count
     unseen: int = 0  # problems of families that training then lacks; they do not depend on seed
     seed: int = 0  # of the choice of training tasks, wordings and names
     damage_frac: float = 0.0  # of the training solutions, damaged so that they give wrong results
-    concepts: bool = False  # also the families of data/concepts.py
+    concepts: bool = False  # also the families of data/synthetic/concepts.py
     benchmarks: tuple[Path, ...] = ()  # HumanEval or MBPP file (.jsonl, .jsonl.gz, .json) to avoid
     shuffle_docstrings: bool = False  # a control: give each training solution the docstring and
     # function name of another one with the same kinds of arguments
@@ -76,7 +86,7 @@ def main() -> None:
     if config.shuffle_docstrings and config.forms != "plain":
         raise UserError("--shuffle_docstrings: only with --forms plain")
     if config.concepts:
-        import data.concepts  # noqa: F401, registers its families
+        import data.synthetic.concepts  # noqa: F401, registers its families
     plain = config.forms == "plain"
     told = tell if plain else vary
     asked = tell if plain else functools.partial(vary, mbpp_frac=0)  # as HumanEval does

@@ -31,10 +31,10 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from data.documents import document, source_shards, write_json
-from data.ranks import say
-from data.readers import read_documents_of
-from data.stage import Part, Stage, total
+from data.base.documents import document, source_shards, write_json
+from data.base.ranks import say
+from data.base.readers import read_documents_of
+from data.base.stage import Part, Stage, total
 
 LEADING_COMMENTS = re.compile(r"(?:[ \t]*(?:#.*)?\n)*")
 COMMENT_BLOCK = re.compile(r"(?:[ \t]*#.*\n)+")

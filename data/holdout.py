@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, parse, run
+from data.base.documents import source_shards
+from data.base.ranks import say
+from data.base.stage import Part, Stage, total
 from data.classify import group
-from data.documents import source_shards
-from data.ranks import say
-from data.stage import Part, Stage, total
 
 MAX_SHARE = 0.2  # of the held-out bytes that one package may be
 

@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from data.documents import source_shards, write_json
-from data.ranks import say
+from data.base.documents import source_shards, write_json
+from data.base.ranks import say
+from data.base.stage import Part, Stage, total
 from data.shards import MIXTURE, write_shard_parts
-from data.stage import Part, Stage, total
 from tokenizer import Tokenizer
 
 # Encoded at once, so that threads have work and memory stays flat.

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from data.documents import DocumentFile, document, read_jsonl, source_shards
+from data.base.documents import DocumentFile, document, read_jsonl, source_shards
+from data.base.ranks import digest_key, say
+from data.base.stage import Part, Stage, total
 from data.filter import docstring, parse_python
-from data.ranks import digest_key, say
-from data.stage import Part, Stage, total
 
 
 @dataclass(frozen=True)

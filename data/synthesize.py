@@ -8,11 +8,11 @@
 The paper (section 2.2) gets diversity by constraining what is asked for: textbooks by topic and
 audience, exercises by the function's name, and points to prompts that demand a random subset of
 words (TinyStories, arXiv 2305.07759). So does this. PAPER: its prompts, topics and names are
-undisclosed; ours are in data/prompts.py.
+undisclosed; ours are in data/synthetic/prompts.py.
 
-    builtin  data/textbooks.py and data/exercises.py: offline, correct by construction, and as
+    builtin  data/synthetic/textbooks.py and data/exercises.py: offline, correct by construction, and as
              diverse as their templates, which ends somewhere: the command says where
-    llm      any OpenAI-compatible endpoint, with a budget, a cache and a dry run (data/llm.py)
+    llm      any OpenAI-compatible endpoint, with a budget, a cache and a dry run (data/base/llm.py)
 
 Nothing is taken on trust. All code is parsed and run in the sandbox, an exercise together with its
 tests, a lesson from its first to its last block. What is a duplicate, or a near-duplicate, of what
@@ -35,15 +35,16 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from data import exercises, prompts, textbooks
-from data.documents import document, source_shards, write_json
+from data import exercises
+from data.base.documents import document, source_shards, write_json
+from data.base.llm import Client, Options, Refused
+from data.base.ranks import say
+from data.base.readers import read_documents_of
+from data.base.seen import Seen
+from data.base.stage import Part, Stage, total
 from data.exercises import Benchmarks, ngrams, normalize
-from data.llm import Client, Options, Refused
-from data.ranks import say
-from data.readers import read_documents_of
-from data.seen import Seen
-from data.stage import Part, Stage, total
-from data.textbooks import AUDIENCES, LEVELS, TOPICS, Audience, Topic
+from data.synthetic import prompts, textbooks
+from data.synthetic.textbooks import AUDIENCES, LEVELS, TOPICS, Audience, Topic
 from sandbox.execute import run_programs
 
 BATCH = 100  # candidates that one rank makes and runs at a time

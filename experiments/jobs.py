@@ -21,9 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.documents import write_json
-from data.lineage import describe
-from data.stage import read_json
+from data.base.documents import write_json
+from data.base.lineage import describe
+from data.base.stage import read_json
 
 ROOT = Path(__file__).resolve().parent
 # Of a folder, what is data: the rest has times and paths in it, which differ from run to run.

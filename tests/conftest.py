@@ -56,7 +56,7 @@ def cli():
 def corpus(tmp_path_factory) -> Path:
     """A folder with one document shard, of 400 small functions; plain, so that it needs no zstd."""
     folder = tmp_path_factory.mktemp("corpus")
-    from data.documents import document
+    from data.base.documents import document
 
     with open(folder / "00000.jsonl", "w") as shard:
         for i in range(400):

@@ -27,10 +27,10 @@ from data.annotate import (
     read_labels,
     spearman,
 )
-from data.documents import ShardWriter, document, read_documents
+from data.base.documents import ShardWriter, document, read_documents
+from data.base.ledger import Budget, Ledger
+from data.base.rules import QUESTIONS, by_rules
 from data.filter import rejection
-from data.ledger import Budget, Ledger
-from data.rules import QUESTIONS, by_rules
 from tests.fake_endpoint import FakeEndpoint, some_faults
 
 ROOT = Path(__file__).parents[1]

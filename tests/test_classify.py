@@ -12,9 +12,12 @@ from conftest import save_run
 
 import data.filter
 from common.config import UserError
-from data import forest as trees
 from data.annotate import Config as AnnotateConfig
 from data.annotate import annotate, auc
+from data.base import forest as trees
+from data.base.documents import ShardWriter, document, read_documents, read_jsonl
+from data.base.embed import Hidden
+from data.base.features import STRUCTURE, WINDOWS, Features, pieces, structure
 from data.classify import (
     Classifier,
     ScoreConfig,
@@ -27,9 +30,6 @@ from data.classify import (
     sigmoid,
     train,
 )
-from data.documents import ShardWriter, document, read_documents, read_jsonl
-from data.embed import Hidden
-from data.features import STRUCTURE, WINDOWS, Features, pieces, structure
 from data.filter import filter_documents, share_cut
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer

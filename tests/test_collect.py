@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from common.config import UserError
 from data import collect as script
+from data.base.documents import ShardWriter, document, read_documents, read_jsonl
 from data.collect import MAX_DOCUMENT_BYTES, Config, collect, left_out, left_out_path, newlines
-from data.documents import ShardWriter, document, read_documents, read_jsonl
 
 
 def tree(root, files):

@@ -1,4 +1,4 @@
-"""data/concepts.py: right solutions, well-formed wordings, and no problem of a benchmark."""
+"""data/synthetic/concepts.py: right solutions, well-formed wordings, and no problem of a benchmark."""
 
 import ast
 import builtins
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from data import exercises
-from data.concepts import CONCEPTS, unite, values_of
 from data.exercises import Benchmarks, tell
-from data.families import FAMILIES, KINDS
+from data.synthetic.concepts import CONCEPTS, unite, values_of
+from data.synthetic.families import FAMILIES, KINDS
 
 EVAL = Path(__file__).parents[2] / "shared/eval"
 TASKS = [task for tasks in CONCEPTS.values() for task in tasks]

@@ -1,15 +1,15 @@
-"""data/damage.py: as many solutions as asked for are wrong, end, and are otherwise as before."""
+"""data/synthetic/damage.py: as many solutions as asked for are wrong, end, and are otherwise as before."""
 
 import random
 from dataclasses import replace
 
 import pytest
 
-from data import damage as damage_py
-from data.damage import damage, damaged_bodies, is_wrong
 from data.exercises import check, key
-from data.families import FAMILIES
-from data.forms import POOL, pool, results, tell
+from data.synthetic import damage as damage_py
+from data.synthetic.damage import damage, damaged_bodies, is_wrong
+from data.synthetic.families import FAMILIES
+from data.synthetic.forms import POOL, pool, results, tell
 
 TASKS = [task for tasks in FAMILIES.values() for task in tasks]
 

@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT
 from test_annotate import reply
 
-from data.documents import document, read_documents
-from data.rules import QUESTIONS
+from data.base.documents import document, read_documents
+from data.base.rules import QUESTIONS
 from data.shards import open_shard
 from tests.fake_endpoint import FakeEndpoint
 from tokenizer import Tokenizer

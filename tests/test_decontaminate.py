@@ -10,12 +10,12 @@ import torch
 from conftest import save_run
 
 from common.config import UserError
+from data.base.ast_match import functions, match_rate
+from data.base.benchmarks import read_problems
+from data.base.documents import document, read_documents, read_jsonl, shard_files
+from data.base.embed import Hidden
+from data.base.lexical import Lexical
 from data.decontaminate import Config, Finder, decontaminate, ngrams
-from data.documents import document, read_documents, read_jsonl, shard_files
-from data.embed import Hidden
-from data.lexical import Lexical
-from data.problems import read_problems
-from data.similarity import functions, match_rate
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from common.config import UserError
-from data import minhash
+from data.base import minhash
+from data.base.documents import ShardWriter, document, read_documents, read_jsonl, shard_files
+from data.base.stage import Stage
 from data.dedup import Config, dedup
-from data.documents import ShardWriter, document, read_documents, read_jsonl, shard_files
-from data.stage import Stage
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
 ROOT = Path(__file__).parents[1]

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 from common.config import UserError
+from data.base.diversity_page import show
+from data.base.documents import ShardWriter, document, read_jsonl
+from data.base.minhash import shingles, signatures
+from data.base.topics import TOPICS, facts
 from data.diversity import (
     Config,
     balance,
@@ -18,10 +22,6 @@ from data.diversity import (
     vectors,
     vendi,
 )
-from data.diversity_page import show
-from data.documents import ShardWriter, document, read_jsonl
-from data.minhash import shingles, signatures
-from data.topics import TOPICS, facts
 
 WORDS = [f"{a}{b}" for a in "bcdfgklmnprst" for b in ("ake", "ill", "ound", "ery", "isto", "ump")]
 

@@ -6,9 +6,9 @@ import random
 import pytest
 import zstandard
 
-import data.documents
+import data.base.documents
 from common.config import UserError
-from data.documents import (
+from data.base.documents import (
     Seen,
     ShardWriter,
     document,
@@ -104,8 +104,8 @@ def test_seen_is_a_set():
 
 
 def test_a_line_is_whole_or_none_wherever_it_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.documents, "MAX_LINE_BYTES", 40)
-    monkeypatch.setattr(data.documents, "PIECE_BYTES", 7)
+    monkeypatch.setattr(data.base.documents, "MAX_LINE_BYTES", 40)
+    monkeypatch.setattr(data.base.documents, "PIECE_BYTES", 7)
     rng = random.Random(0)
     for _ in range(30):
         wanted = [b"x" * rng.randrange(60) for _ in range(20)] + [b"end"]

@@ -1,4 +1,4 @@
-"""data/exercises.py and data/families.py: right solutions, no leaks, tests that discriminate."""
+"""data/exercises.py and data/synthetic/families.py: right solutions, no leaks, tests that discriminate."""
 
 import ast
 import builtins
@@ -19,9 +19,9 @@ import pytest
 
 from common.config import UserError
 from data import exercises
-from data.documents import read_documents, read_jsonl
+from data.base.documents import read_documents, read_jsonl
 from data.exercises import Benchmarks, solution_key, tell
-from data.families import FAMILIES, KINDS
+from data.synthetic.families import FAMILIES, KINDS
 
 ROOT = Path(__file__).parents[1]
 EVAL = ROOT.parent / "shared/eval"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import data.filter
 from common.config import UserError
-from data.documents import ShardWriter, document, read_documents, read_jsonl
+from data.base.documents import ShardWriter, document, read_documents, read_jsonl
 from data.filter import Config, filter_documents, measures, parse_python, rejection, strip_licence
 
 CONFIG = Config(source=None, out=None)

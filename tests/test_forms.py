@@ -1,4 +1,4 @@
-"""data/forms.py: varied exercises run, say what is true of their task, and end cleanly."""
+"""data/synthetic/forms.py: varied exercises run, say what is true of their task, and end cleanly."""
 
 import ast
 import builtins
@@ -11,9 +11,10 @@ from collections import Counter
 
 import pytest
 
-from data import exercises, forms
-from data.families import FAMILIES, KINDS
-from data.forms import results, type_of, vary
+from data import exercises
+from data.synthetic import forms
+from data.synthetic.families import FAMILIES, KINDS
+from data.synthetic.forms import results, type_of, vary
 from eval import mbpp, perturb
 from eval.harness import BODY, Protocol
 

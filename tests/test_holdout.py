@@ -3,7 +3,7 @@ import json
 import pytest
 
 from common.config import UserError
-from data.documents import ShardWriter, document, read_documents
+from data.base.documents import ShardWriter, document, read_documents
 from data.holdout import Config, choose, holdout
 
 

@@ -158,7 +158,7 @@ def test_a_signal_ends_what_runs(step, tmp_path, number):
     program = f"""
         import sys
         from pathlib import Path
-        from data.stage import lock
+        from data.base.stage import lock
         from experiments.jobs import Job, Runner
         out = Path({str(out)!r})
         job = Job("a", out / "a", ["step", str(out / "a"), "sleep"])

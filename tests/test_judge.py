@@ -6,10 +6,10 @@ from fake_endpoint import FakeEndpoint
 from tiers import best
 
 from common.config import run
-from data.llm import Client, Options
-from data.problems import Problem
-from data.problems import read_problems as read_benchmark
-from data.similarity import Matcher, functions
+from data.base.ast_match import Matcher, functions
+from data.base.benchmarks import Problem
+from data.base.benchmarks import read_problems as read_benchmark
+from data.base.llm import Client, Options
 from eval import judge
 from eval.judge import PROBLEMS, grade, messages, parse_reply, summary
 from sandbox.self_check import self_check

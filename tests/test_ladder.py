@@ -139,8 +139,8 @@ def test_a_rung_says_what_it_is_and_cost(made):
 
 
 def test_no_rung_is_trained_on_what_is_held_out(made):
+    from data.base.documents import read_documents
     from data.classify import group
-    from data.documents import read_documents
 
     def packages(name: str) -> set[str]:
         return {group(d["origin"]) for d in read_documents([made / "data" / name])}

@@ -7,7 +7,7 @@ import pytest
 
 from common.config import UserError
 from data import decontaminate, diversity
-from data.documents import ShardWriter, document, write_json
+from data.base.documents import ShardWriter, document, write_json
 from eval.pass_at_k import score
 from eval.robustness import paired
 from tools import ladder_page

@@ -5,7 +5,7 @@ import pytest
 from conftest import save_run
 
 import eval.library as library
-from data.documents import ShardWriter, document
+from data.base.documents import ShardWriter, document
 from eval.library import Config, count, piece_bytes, places, score
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from common.config import UserError
-from data import llm
-from data.ledger import BudgetReached, Ledger, Tokens
-from data.llm import Client, Options, Refused
+from data.base import llm
+from data.base.ledger import BudgetReached, Ledger, Tokens
+from data.base.llm import Client, Options, Refused
 from tests.fake_endpoint import FAULTS, LOST, REFUSALS, FakeEndpoint
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from common.config import UserError
 from data.annotate import Config, annotate
-from data.documents import ShardWriter, document
-from data.llm import Client, Options
+from data.base.documents import ShardWriter, document
+from data.base.llm import Client, Options
 from data.synthesize import Exercises, synthesize
 
 MISSING = [n for n in ("fastapi", "uvicorn", "accelerate") if not importlib.util.find_spec(n)]

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import minhash
-from data.minhash import (
+from data.base import minhash
+from data.base.minhash import (
     Bands,
     bucket_pairs,
     choose_bands,

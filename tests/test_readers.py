@@ -12,8 +12,8 @@ import zstandard
 from conftest import ROOT
 
 from common.config import UserError
-from data.documents import MAX_LINE_BYTES, document
-from data.readers import post_text, read_documents_of
+from data.base.documents import MAX_LINE_BYTES, document
+from data.base.readers import post_text, read_documents_of
 
 DAMAGED = int(os.environ.get("NANOPHI_FUZZ", "400"))  # inputs; 10,000 by hand: LOG.md
 TEXTS = [f"def f{i}(x):\n    return 'é' + x * {i}\n" for i in range(12)]
@@ -210,7 +210,7 @@ def test_a_bomb_takes_no_memory(tmp_path, name, data, times):
     path.write_bytes(packed * times)
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from data.readers import read_documents_of\n"
+        "from data.base.readers import read_documents_of\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "n = 0\n"
         "def bad(*a): globals()['n'] += 1\n"

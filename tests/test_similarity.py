@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import similarity
-from data.similarity import Matcher, functions, functions_anywhere, match_rate, node_codes
+from data.base import ast_match
+from data.base.ast_match import Matcher, functions, functions_anywhere, match_rate, node_codes
 
 
 def distance(a, b):

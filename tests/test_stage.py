@@ -15,10 +15,10 @@ from conftest import ROOT
 from test_filter import GOOD
 
 from common.config import UserError
-from data.documents import ShardWriter, document, read_documents, source_shards
-from data.lineage import describe
-from data.ranks import Ranks
-from data.stage import Stage, total
+from data.base.documents import ShardWriter, document, read_documents, source_shards
+from data.base.lineage import describe
+from data.base.ranks import Ranks
+from data.base.stage import Stage, total
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 needs_mpi = pytest.mark.skipif(not MPIRUN, reason="no mpirun")
@@ -370,7 +370,7 @@ DYING = textwrap.dedent("""
     import os, signal
     import data.filter
     from common.config import UserError, run
-    from data.ranks import Ranks
+    from data.base.ranks import Ranks
 
     def die(text, config):
         if Ranks().rank == 1:

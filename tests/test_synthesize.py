@@ -12,11 +12,12 @@ import pytest
 
 from common import config as config_module
 from common.config import UserError
-from data import exercises, prompts, textbooks
-from data.documents import ShardWriter, document, read_documents
-from data.minhash import jaccard, shingles
-from data.seen import Seen
+from data import exercises
+from data.base.documents import ShardWriter, document, read_documents
+from data.base.minhash import jaccard, shingles
+from data.base.seen import Seen
 from data.synthesize import KINDS, Exercises, Textbooks, synthesize
+from data.synthetic import prompts, textbooks
 from tests.fake_endpoint import FakeEndpoint
 from tests.test_annotate import Killer, shards
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data import textbooks, worked
+from data.synthetic import textbooks, worked
 
 ROOT = Path(__file__).parents[1]
 TOTAL = """def total(xs, start=0):

@@ -14,7 +14,7 @@ from pathlib import Path
 import sentencepiece
 
 from common.config import UserError, parse, run
-from data.documents import new_folder, read_documents, write_json
+from data.base.documents import new_folder, read_documents, write_json
 from tokenizer import END_OF_TEXT, MODEL_FILE, SPACE_MARK, Tokenizer
 
 # Whole documents are too long for the trainer and single lines hide the newline-and-indent pieces

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from common.pages import COLORS, bars, escape, figure, page, table
-from data.diversity_page import MEANINGS, draw_growth, show
-from data.documents import read_jsonl
+from data.base.diversity_page import MEANINGS, draw_growth, show
+from data.base.documents import read_jsonl
 from eval.results import percent
 from tools import ladder_scores as reading
 from tools.ladder_scores import (

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.config import UserError, parse, run
 from common.pages import COLORS, escape, figure, page, table
-from data.documents import read_jsonl
+from data.base.documents import read_jsonl
 from tools import curves, ladder_page
 
 # What each arm's last data set is, by its folder's name.

@@ -18,7 +18,7 @@ from common.config import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What may be spent; data.llm has the other options of a command that asks an endpoint."""
+    """What may be spent; data.base.llm has the other options of a command that asks an endpoint."""
 
     budget_usd: float = 0.0  # never spend more, over all runs with the same cache; needs the prices
     budget_tokens: int = 0  # never use more, prompts and replies together; one budget is required

@@ -24,7 +24,7 @@ from typing import BinaryIO
 from common.config import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-FORMATS = (*SUFFIXES, ".parquet", "Posts.xml", "Posts.xml.gz", "Posts.xml.zst")  # data/readers.py
+FORMATS = (*SUFFIXES, ".parquet", "Posts.xml", "Posts.xml.gz", "Posts.xml.zst")  # data/base/readers.py
 MARK = ".nanophi"  # an empty file in every folder that a stage wrote: it may be replaced
 MAX_LINE_BYTES = 16 << 20  # of a .jsonl file: a document of 1 MiB, all of it escaped, has 6 MiB
 # Compressed bytes that are decompressed at once. zstd makes 128 KiB of 4 bytes, so that this is at
@@ -70,7 +70,7 @@ def read_jsonl(path: Path) -> Iterator[dict]:
     """The JSON objects of a .jsonl, .jsonl.gz or .jsonl.zst file, streamed.
 
     Raises UserError naming the file and line for a line that is not a JSON object, and for a
-    compressed file that ends early. (data.readers has the reader that goes on.)
+    compressed file that ends early. (data.base.readers has the reader that goes on.)
     """
     path, number = Path(path), 0
     try:

@@ -3,8 +3,8 @@
 import numpy as np
 
 from common.config import UserError
-from data import minhash
-from data.topics import TOPICS
+from data.base import minhash
+from data.base.topics import TOPICS
 
 # The table: a measure, its name, and how to read it.
 MEANINGS = {

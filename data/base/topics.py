@@ -2,8 +2,8 @@
 
 import ast
 
+from data.base.ast_match import FENCE
 from data.filter import FUNCTIONS, parse_python
-from data.similarity import FENCE
 
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler,
             ast.comprehension, ast.match_case)  # fmt: skip

@@ -7,7 +7,7 @@ import hashlib
 
 import numpy as np
 
-from data import minhash
+from data.base import minhash
 
 PERMUTATIONS, RECALL = 128, 0.99  # of the search for candidates, as in data.dedup
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from common import checkpoint
-from data.embed import Hidden
+from data.base.embed import Hidden
 from data.filter import COMPUTES, FUNCTIONS, docstring, measures, parse_python, strip_licence
 
 WINDOWS = 8  # pieces of a document that the model sees: 6 kB of it at a context of 256 tokens

@@ -1,6 +1,6 @@
-"""More families of exercises, read from data/concepts.txt: the breadth of what short functions do.
+"""More families of exercises, read from data/synthetic/concepts.txt: the breadth of what short functions do.
 
-The families of data/families.py compose filters, changes and gathers. These have one idea each, or
+The families of data/synthetic/families.py compose filters, changes and gathers. These have one idea each, or
 two in a row, told in several wordings. Importing this module adds them to FAMILIES.
 
 A family in concepts.txt is a block of lines, as this one:
@@ -33,8 +33,18 @@ from collections import Counter, deque  # noqa: F401
 from functools import reduce  # noqa: F401
 from pathlib import Path
 
-from data import families
-from data.families import FAMILIES, KINDS, LETTERS, LISTS, WORDS, Kind, Task, family, up_to
+from data.synthetic import families
+from data.synthetic.families import (
+    FAMILIES,
+    KINDS,
+    LETTERS,
+    LISTS,
+    WORDS,
+    Kind,
+    Task,
+    family,
+    up_to,
+)
 
 LIMIT = 60  # tasks of a family
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from common import checkpoint
-from data.lexical import l2_distances
+from data.base.lexical import l2_distances
 
 BATCH_TOKENS = 1 << 14  # in one forward pass
 

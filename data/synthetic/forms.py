@@ -13,7 +13,7 @@ import re
 import textwrap
 from dataclasses import dataclass
 
-from data.families import KINDS, Task
+from data.synthetic.families import KINDS, Task
 
 POOL = 90  # inputs for each signature, from which the tests of a held-out problem are chosen
 EXAMPLE_SHARE = 0.15  # of the plain docstrings show a call, if that is ...

@@ -37,10 +37,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.config import UserError
-from data.documents import MARK, DocumentFile, check_out, write_json
-from data.lineage import ROOT, code_hash, describe, files_in, plain, size_and_time
-from data.ranks import Ranks
-from data.readers import read_documents_of
+from data.base.documents import MARK, DocumentFile, check_out, write_json
+from data.base.lineage import ROOT, code_hash, describe, files_in, plain, size_and_time
+from data.base.ranks import Ranks
+from data.base.readers import read_documents_of
 
 MAX_ITEMS = 100_000  # names are five digits wide, so that sorted names are the items' order
 

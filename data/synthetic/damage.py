@@ -19,8 +19,8 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from data.families import Task
-from data.forms import POOL, Exercise, fill, pool, results
+from data.synthetic.families import Task
+from data.synthetic.forms import POOL, Exercise, fill, pool, results
 
 BUDGET = 20_000  # events of a damaged body for one input, or it is taken for endless
 BIG_BITS = 10_000  # of a number in it, which is looked at ...

@@ -4,7 +4,7 @@
     reply = client.ask([{"role": "user", "content": "..."}], max_reply_tokens=200)
 
 A killed run goes on with all replies that had arrived, and counts what was in flight at its worst:
-see data/ledger.py. The budget holds whatever the endpoint does. A request is sent only if its worst
+see data/base/ledger.py. The budget holds whatever the endpoint does. A request is sent only if its worst
 case fits beside all that was spent and all that is in flight. Its worst case is a token per byte of
 prompt (no byte-level BPE makes more) plus the chat template, and the whole reply that it allows. An
 answer that says it was refused (4xx, 503) costs nothing; one that got lost, or came in pieces, is
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError
-from data.ledger import Budget, Ledger, Reply, Tokens
+from data.base.ledger import Budget, Ledger, Reply, Tokens
 
 TEMPLATE_TOKENS = 256  # what a chat template may add to a request: system prompt, date, role names
 BYTES_PER_TOKEN = 3.5  # of code, for the likely price (sentencepiece at a vocabulary of 32k)
