@@ -7,7 +7,7 @@ The run is sharded by torch's FSDP2, a copy of masters and states in each node, 
 rest a unit: weights are gathered in half precision once a step and stay, gradients add up in fp32
 and are reduced unit by unit in the backward of the step's last micro-step.
 
-memory  is counted; tests/test_plan.py compares it with what torch and FSDP2 allocate
+memory  is counted; tests/bench/test_plan.py compares it with what torch and FSDP2 allocate
 speed   is bench/work.py's floors at the rates of published kernels, times the fraction of it that
         published runs reach. With this code nothing of it was measured on a GPU: `--fraction` takes
         what `--score` prints after a run of yours

@@ -17,12 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.test_tokenizer import AWKWARD
 
 from common import checkpoint
 from common.config import UserError
 from model import ModelConfig, Phi
 from sample import Generator
-from tests.test_tokenizer import AWKWARD
 from tokenizer import END_OF_TEXT, Tokenizer
 from tokenizer.to_json import to_json
 from tools import hf

@@ -23,7 +23,7 @@ from data.base.documents import read_documents, read_jsonl
 from data.exercises import Benchmarks, solution_key, tell
 from data.synthetic.families import FAMILIES, KINDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EVAL = ROOT.parent / "shared/eval"
 NONE = Benchmarks(())
 TASKS = [task for tasks in FAMILIES.values() for task in tasks]

@@ -231,7 +231,7 @@ def test_evaluator_ends(any_tier, number):
     )
     evaluator = subprocess.Popen(
         [sys.executable, "-c", script],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60

@@ -16,7 +16,7 @@ from data.exercises import Benchmarks, tell
 from data.synthetic.concepts import CONCEPTS, unite, values_of
 from data.synthetic.families import FAMILIES, KINDS
 
-EVAL = Path(__file__).parents[2] / "shared/eval"
+EVAL = Path(__file__).parents[3] / "shared/eval"
 TASKS = [task for tasks in CONCEPTS.values() for task in tasks]
 for label in CONCEPTS:  # other tests, in the same process, count the families of families.py
     FAMILIES.pop(label, None)

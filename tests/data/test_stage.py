@@ -88,7 +88,7 @@ def test_what_a_stage_leaves(tmp_path):
     assert bad[0] == {"path": str(shards[0]), "position": 11, "reason": "not JSON",
                       "start": '{"text": '}  # fmt: skip
     lineage = json.loads((out / "lineage.json").read_text())
-    assert lineage["script"] == "tests/test_stage.py"
+    assert lineage["script"] == "tests/data/test_stage.py"
     assert lineage["arguments"] == {"factor": 3}
     assert lineage["inputs"] == [describe(p) for p in [tmp_path / "words.txt", *shards]]
     for output in lineage["outputs"]:

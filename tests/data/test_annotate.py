@@ -33,7 +33,7 @@ from data.base.rules import QUESTIONS, by_rules
 from data.filter import rejection
 from tests.fake_endpoint import FakeEndpoint, some_faults
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LABELS = Path(__file__).parent / "data" / "labels.jsonl"
 
 TAUGHT = '''def mean(numbers):

@@ -6,7 +6,7 @@ import pytest
 import train
 from common.config import UserError, differences, parse
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

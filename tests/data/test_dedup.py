@@ -14,7 +14,7 @@ from data.base.stage import Stage
 from data.dedup import Config, dedup
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def text_of(seed, lines=12):

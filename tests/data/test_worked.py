@@ -9,7 +9,7 @@ import pytest
 
 from data.synthetic import textbooks, worked
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOTAL = """def total(xs, start=0):
     for x in xs:
         start += x

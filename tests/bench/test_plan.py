@@ -23,7 +23,7 @@ from common.config import UserError, parse
 from model import Phi, parameter_count
 from train import make_optimizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PHI1, BASE = (str(ROOT / "configs" / f"{name}.toml") for name in ("phi1", "phi1_base"))
 # Each where another kind of memory is the largest: activations, logits, weights.
 SHAPES = {

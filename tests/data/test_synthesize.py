@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.test_annotate import Killer, shards
 
 from common import config as config_module
 from common.config import UserError
@@ -19,9 +20,8 @@ from data.base.seen import Seen
 from data.synthesize import KINDS, Exercises, Textbooks, synthesize
 from data.synthetic import prompts, textbooks
 from tests.fake_endpoint import FakeEndpoint
-from tests.test_annotate import Killer, shards
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def index_jaccard(a: str, b: str) -> float:

@@ -34,7 +34,7 @@ from data.filter import filter_documents, share_cut
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 WORDS = ["apple", "bread", "candle", "door", "engine", "flower", "garden", "hammer"]

@@ -20,7 +20,7 @@ from model import ModelConfig, Phi
 from tokenizer import Tokenizer
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 LONG = '''def running_balance(entries, limit):
     """Return the largest balance that is reached before the account is closed because the sum
