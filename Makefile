@@ -80,7 +80,7 @@ pairs:     $(OUT)/pairs/summary.json      ## docstring/function pairs cut from r
 exercises: $(OUT)/exercises/summary.json  ## make exercises with checked solutions
 tokenizer: $(OUT)/tokenizer/summary.json  ## train the tokenizer
 
-LAYER := $(addprefix data/,documents.py lineage.py ranks.py readers.py stage.py)
+LAYER := $(addprefix data/base/,documents.py lineage.py ranks.py readers.py stage.py)
 
 $(OUT)/raw/summary.json: data/collect.py $(LAYER) $(call set,RAW_MB) | $(VENV)
 	$(PYTHON) -m data.collect --out $(@D) --max_mb $(RAW_MB)
@@ -167,7 +167,7 @@ MBPP      ?=
 LADDER    ?= out/ladder
 
 ladder: $(VENV)  ## the same model on better and better data, and its report (80 minutes)
-	$(PYTHON) experiments/ladder.py experiments/ladder_cpu --out $(LADDER) --sandbox $(SANDBOX) \
+	$(PYTHON) -m experiments.ladder experiments/ladder_cpu --out $(LADDER) --sandbox $(SANDBOX) \
 	  $(if $(HUMANEVAL),--humaneval $(HUMANEVAL)) $(if $(MBPP),--mbpp $(MBPP))
 	$(MAKE) report
 

@@ -43,7 +43,8 @@ from kernels.launch import TUNING_FILE
 ROOT = Path(__file__).parents[1]
 # What has tests for a GPU: files of which all count, and single tests.
 TESTED = ["layernorm", "attention", "cross_entropy", "mlp", "block", "decode"]
-ALONE = ["train.py::test_half_precision_resumes_bitwise", "bench/plan.py::test_memory_on_a_gpu"]
+ALONE = ["core/test_train.py::test_half_precision_resumes_bitwise",
+         "bench/test_plan.py::test_memory_on_a_gpu"]  # fmt: skip
 TOY = ["--vocab_size=96", "--seq_len=64", "--n_layer=1", "--n_head=2", "--width=64",
        "--mlp_width=128", "--rotary_dim=16", "--device=cpu", "--dtype=float16"]  # fmt: skip
 SMI = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.draw,power.limit,temperature.gpu",
@@ -138,10 +139,11 @@ class Part:
 
 
 def step(model: str, impl: str, toy: bool, *flags: str) -> Part:
-    command = ["bench/step.py", f"configs/{model}.toml", f"--impl={impl}", "--dtype=bfloat16", "--json"]
+    command = ["-m", "bench.step", f"configs/{model}.toml", f"--impl={impl}"]
     tiny = [*TOY, "--dtype=float32", "--micro_batch=2", "--steps=1"] * toy
     name = " ".join([model, impl, *flags]).replace("--", "")
-    return Part(name, [*command, "--micro_batch=8", "--kernels_shown=16", *flags, *tiny])
+    command += ["--dtype=bfloat16", "--json", "--micro_batch=8", "--kernels_shown=16"]
+    return Part(name, [*command, *flags, *tiny])
 
 
 def ops(name: str, toy: bool, *flags: str) -> Part:
@@ -152,8 +154,9 @@ def ops(name: str, toy: bool, *flags: str) -> Part:
 
 def check(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
     """Compiling is most of it, so that many processes share the GPU."""
-    files = [f"tests/test_{test}" for test in ALONE] + [f"tests/test_{name}.py" for name in TESTED]
-    command = ["-m", "pytest", "-q", "--override-ini=addopts=", "--tb=short", "-pkernels.gpu"]
+    files = [f"tests/{test}" for test in ALONE]
+    files += [f"tests/kernels/test_{name}.py" for name in TESTED]
+    command = ["-m", "pytest", "-q", "--override-ini=addopts=", "--tb=short", "-pbench.gpu"]
     if importlib.util.find_spec("xdist"):
         command += [f"-n{2 if toy else max(2, os.cpu_count() - 2)}", "--dist=worksteal"]
     toys = ["-k", "bfloat16 and cpu or layernorm and (bad_input or gpu)"] * toy
@@ -170,9 +173,9 @@ def bench(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
     attention, block = ops("attention", toy), ops("block", toy)
     dropped = ops("attention dropout", toy, "--dropout=0.1")
     fp16 = ops("attention fp16", toy, "--op=attention_docs", "--dtype=float16")
-    small_flags = {"bench/step.py": ["--n_layer=1", "--vocab_size=1024", "--steps=1"], "-m": ["--warm"]}
+    small_flags = {"bench.step": ["--n_layer=1", "--vocab_size=1024", "--steps=1"]}
     warm = [
-        Part(f"warm {part.name}", part.command + small_flags[part.command[0]])
+        Part(f"warm {part.name}", part.command + small_flags.get(part.command[1], ["--warm"]))
         for part in [*phi1, *small, attention, block, dropped, fp16]
     ]
     decode = ["-m", "bench.decode", "configs/phi1.toml", "--batch=1", "--batch=64", "--json"]

@@ -1,14 +1,14 @@
 """What a run will take, before it starts; afterwards, how far off that was.
 
-    python bench/plan.py configs/phi1.toml --gpu a100-80 --gpus 8 --price 1.8
-    python bench/plan.py --score out/demo/runs/base
+    python -m bench.plan configs/phi1.toml --gpu a100-80 --gpus 8 --price 1.8
+    python -m bench.plan --score out/demo/runs/base
 
 The run is sharded by torch's FSDP2, a copy of masters and states in each node, every block and the
 rest a unit: weights are gathered in half precision once a step and stay, gradients add up in fp32
 and are reduced unit by unit in the backward of the step's last micro-step.
 
 memory  is counted; tests/bench/test_plan.py compares it with what torch and FSDP2 allocate
-speed   is bench/work.py's floors at the rates of published kernels, times the fraction of it that
+speed   is work.py's floors at the rates of published kernels, times the fraction of it that
         published runs reach. With this code nothing of it was measured on a GPU: `--fraction` takes
         what `--score` prints after a run of yours
 step    is simulated: compute, and the collectives of each kind, are streams that run side by side.

@@ -1,14 +1,14 @@
 """Time a training step of ours beside torch.compile and transformers, and say where ours goes.
 
-    python bench/step.py configs/phi1.toml               all three
-    python bench/step.py configs/phi1.toml --impl=ours   one of them
+    python -m bench.step configs/phi1.toml               all three
+    python -m bench.step configs/phi1.toml --impl=ours   one of them
 
 A step is `micro_steps` times forward and backward, then clipping and AdamW, on random tokens, under
 autocast for all three: fp32 weights and optimiser states, matrices in half precision. (train.py has
 FSDP2 cast the weights, once a step rather than once a micro-batch.) The micro-batch is the
 configuration's, halved until it fits. The peers' blocks are compiled, where there is a GPU; a whole
 model would take minutes. MFU is over the data sheet's peak, causal FLOPs; the profile's floors are
-bench/work.py's, at the rates of a large matmul and a large copy timed in the same run.
+work.py's, at the rates of a large matmul and a large copy timed in the same run.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Find the fastest configuration of every kernel on this GPU, and write them to `out`.
 
     python -m bench.tune [--op=NAME] [--dropout=0.1] [--out=out/tuning.json]
-    NANOPHI_TUNING=out/tuning.json python bench/step.py configs/phi1.toml      a step with them
+    NANOPHI_TUNING=out/tuning.json python -m bench.step configs/phi1.toml      a step with them
     cp out/tuning.json kernels/tuning.json                                to keep them
 
 Each implementation of an op (cases.py) is run once to see which kernels it launches. Then, one
@@ -40,7 +40,7 @@ OPS = (*DROPOUT_OPS, "gelu_bwd", "in_proj_fwd", "layernorm", "cross_entropy")
 
 
 @dataclass(frozen=True)
-class Config(bench.Config):
+class Config(ops.Config):
     """Time every configuration at phi-1's shape, unless told otherwise, on this GPU."""
 
     op: tuple[str, ...] = OPS  # which ops; may be given several times
@@ -133,7 +133,7 @@ def tune(config: Config, device: str, sm: int, timer) -> bool:
     return fine
 
 
-def launch(config: Config, sm: int, op: str, dropout: float, first: int) -> list[str]:
+def compile_all(config: Config, sm: int, op: str, dropout: float, first: int) -> list[str]:
     """Launch every other candidate of an op, on one sequence: the same code. Give what failed."""
     failed = []
     for n in range(first, max(len(k.configs[sm]) for k in all_kernels().values()), 2):
@@ -157,7 +157,7 @@ def warm(config: Config, sm: int) -> None:
     jobs = [(op, p) for op in config.op for p in (0.0, 0.1) if p == 0 or op in DROPOUT_OPS]
     jobs = [(*job, first) for job in jobs for first in (0, 1)]
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() + 4), get_context("spawn")) as pool:
-        for failed in pool.map(launch, *zip(*((config, sm, *job) for job in jobs))):
+        for failed in pool.map(compile_all, *zip(*((config, sm, *job) for job in jobs))):
             print(*failed, sep="\n", end="\n" * bool(failed), flush=True)
 
 

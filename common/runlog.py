@@ -169,7 +169,7 @@ def run_identity(c, tokenizer, windows, init_from: Path | None) -> dict:
     how = {"out", "resume", "restart", "micro_batch", "device", "threads", "keep", "log_interval",
            "keep_every", "max_skips", "recompute", "shard", "regather", "timeout_s", "tensorboard",
            "wandb"}  # fmt: skip
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     files = ("train.py", "common/distributed.py", "model.py", "data/loader.py")
     code = b"".join((here / f).read_bytes() for f in files)
     return {k: v for k, v in plain(c).items() if k not in how} | {
@@ -216,7 +216,7 @@ def environment() -> dict:
     """What a result needs to be traced: commit, versions, machine."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        here = Path(__file__).parent
+        here = Path(__file__).parents[1]
         commit = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""

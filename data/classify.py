@@ -8,7 +8,7 @@
 
 The paper (section 2.1) trains a random forest on the output embedding of a pretrained codegen model
 to predict GPT-4's labels. PAPER: pooling, model size and threshold are undisclosed. Ours: the mean
-of a checkpoint's hidden states or, without --checkpoint, the syntax tree; see data/base/features.py.
+of a checkpoint's hidden states or, without --checkpoint, the syntax tree; see base/features.py.
 
 `train` learns the labels' scores, which ranks better than learning whether they reach --good
 (LOG.md); its AUC, its precision and the calibration (Platt 1999) from a vote to a probability are

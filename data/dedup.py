@@ -4,7 +4,7 @@
     mpirun -n 8 python -m mpi4py -m data.dedup --source out/filtered --out out/unique
 
 Two documents whose Jaccard index over shingles of 5 tokens reaches `--threshold` are one (see
-data/base/minhash.py), and so is what such pairs connect. Of each group the document with the highest
+base/minhash.py), and so is what such pairs connect. Of each group the document with the highest
 score stays; without scores the longest, and of equals the first. Output shard i is input shard i
 less what was removed, so the result does not depend on the number of ranks.
 

@@ -1,7 +1,7 @@
 """Writes short programming exercises, signature + docstring -> body, with a held-out split.
 
 An offline stand-in for the language model that wrote phi-1's CodeExercises (arXiv 2306.11644): the
-families in data/synthetic/families.py give the tasks, and a task is told in many wordings and names. Every
+families in families.py give the tasks, and a task is told in many wordings and names. Every
 solution is executed and compared with an oracle.
 
     python -m data.exercises --out data/exercises --benchmarks ../shared/eval/HumanEval.jsonl.gz
@@ -59,7 +59,7 @@ class Config:
     """Write short exercises (signature, docstring, solution) and a held-out split without leaks."""
 
     out: Path  # folder to write
-    forms: str = "plain"  # plain, or varied: each exercise has a form of its own (data/synthetic/forms.py)
+    forms: str = "plain"  # plain, or varied: each exercise has a form of its own (forms.py)
     count: int = 30_000  # training exercises
     heldout: int = 500  # held-out problems; they do not depend on seed and count
     unseen: int = 0  # problems of families that training then lacks; they do not depend on seed

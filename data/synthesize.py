@@ -10,7 +10,7 @@ audience, exercises by the function's name, and points to prompts that demand a 
 words (TinyStories, arXiv 2305.07759). So does this. PAPER: its prompts, topics and names are
 undisclosed; ours are in data/synthetic/prompts.py.
 
-    builtin  data/synthetic/textbooks.py and data/exercises.py: offline, correct by construction, and as
+    builtin  synthetic/textbooks.py and exercises.py: offline, correct by construction, and as
              diverse as their templates, which ends somewhere: the command says where
     llm      any OpenAI-compatible endpoint, with a budget, a cache and a dry run (data/base/llm.py)
 

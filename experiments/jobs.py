@@ -25,7 +25,7 @@ from data.base.documents import write_json
 from data.base.lineage import describe
 from data.base.stage import read_json
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 # Of a folder, what is data: the rest has times and paths in it, which differ from run to run.
 DATA = (".jsonl", ".zst", ".bin", ".model", ".npz", "mixture.json", "forest.json")
 STOP_S = 120  # for a child to save and end

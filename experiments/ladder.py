@@ -1,8 +1,8 @@
 """The paper's Figure 2.1 in miniature: the same model on better and better data, bar by bar.
 
-    python experiments/ladder.py experiments/ladder_cpu                     make the data, train and score every bar
-    python experiments/ladder.py experiments/ladder_cpu --list              what that is, and what of it is done
-    python experiments/ladder.py experiments/ladder_cpu --only raw-small-s0 --out out/again    one bar, from nothing
+    python -m experiments.ladder FOLDER            make the data, train and score every bar
+    python -m experiments.ladder FOLDER --list     what that is, and what of it is done
+    python -m experiments.ladder FOLDER --only raw-small-s0 --out out/again    one bar, from nothing
 
 A rung is what a model is trained on (RUNGS), a bar is a rung at a model size with a seed. Each job
 is one command of this project; its output is in OUT/logs, and OUT/jobs says what it was made from.
@@ -60,7 +60,7 @@ MIN_DOCUMENTS = 500  # that must be left by pruning: fewer would be seen hundred
 
 @dataclass(frozen=True)
 class Config:
-    """Make, train and score the bars of a ladder: python experiments/ladder.py FOLDER [--key=value ...]"""
+    """Make, train and score a ladder's bars: python -m experiments.ladder FOLDER [--key=value]"""
 
     bars: tuple[str, ...]  # "RUNG SIZE SEED SEED ..."; several
     base_steps: int  # of a rung that is finetuned, before that
@@ -390,7 +390,9 @@ def main() -> None:
     words = sys.argv[1:]
     if not words or words[0].startswith("-"):
         if "--help" not in words and "-h" not in words:
-            raise UserError("name a folder first, as in python experiments/ladder.py experiments/ladder_cpu")
+            raise UserError(
+                "name a folder first: python -m experiments.ladder experiments/ladder_cpu"
+            )
         words = ["experiments/ladder_cpu", "--help"]
     folder = Path(words[0])
     c = parse(Config, [str(folder / "ladder.toml"), *words[1:]], toml=True)

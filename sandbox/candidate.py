@@ -1,6 +1,6 @@
 """The process inside the sandbox: forks a confined child per candidate, which serves its functions.
 
-Started by sandbox/supervise.py as `python -m sandbox.candidate TIER UID MEMORY_MB`, in tier A within
+Started by supervise.py as `python -m sandbox.candidate TIER UID MEMORY_MB`, in tier A within
 bubblewrap. Its stdin is a socket: a message with a descriptor attached starts a candidate that
 speaks through it, a number ends it after waiting so many seconds, and is answered with how it
 ended. The source comes through the candidate's own socket: this process, whose memory each child
@@ -26,7 +26,7 @@ def main() -> None:
     for name in WARM:
         __import__(name)
     forget_project()
-    rules = sandbox.landlock_rules() if tier == "B" else None
+    rules = isolate.landlock_rules() if tier == "B" else None
     if uid and tier != "A":
         import_through_descriptors()
     control = socket.socket(fileno=os.dup(0))
@@ -57,7 +57,7 @@ def serve(fd: int, tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid
 
     try:
         detach()
-        sandbox.confine(tier, rules, cpu_s, memory_mb, uid)
+        isolate.confine(tier, rules, cpu_s, memory_mb, uid)
         os.environ.clear()
         answer("ready")
     except BaseException as e:

@@ -1,8 +1,8 @@
 """Runs untrusted programs in the sandbox and checks what they answer.
 
 `run_checks` is the whole interface, `run_programs` its form for programs that hold their own tests.
-Each worker is a trusted process (sandbox/supervise.py) with a sandbox of its own (sandbox/candidate.py
-under the limits of sandbox/isolate.py). The candidate alone is inside; the test runs outside and sees
+Each worker is a trusted process (supervise.py) with a sandbox of its own (candidate.py
+under the limits of isolate.py). The candidate alone is inside; the test runs outside and sees
 plain data that the candidate sends, so that nothing inside can decide the verdict. `describe` says
 which tier of sandbox is used and what it does not protect.
 """

@@ -26,7 +26,7 @@ PATIENCE = 5.0  # times the timeout that a reference may take
 LOOP = "total = 0\nfor i in range(1_000_000):\n    total += i * i % 7\n"
 LOOP_S = 0.1  # 0.09 s of CPU time for LOOP on the Xeon of LOG.md, Python 3.11, and the check's own
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # a machine since it was started
-CODE = ("candidate", "execute", "sandbox", "self_check", "supervise")  # what makes a verdict
+CODE = ("candidate", "execute", "isolate", "self_check", "supervise")  # what makes a verdict
 # Definitions that no test should accept, put behind a reference to replace it.
 WRONG = (
     "def {0}(*args, **kwargs): pass",
@@ -97,7 +97,7 @@ def remembered(
     """
     if path is None or not BOOT.exists():
         return work()
-    code = [ROOT / "eval" / f"{n}.py" for n in CODE]
+    code = [ROOT / "sandbox" / f"{n}.py" for n in CODE]
     here = {
         "machine": [BOOT.read_text().strip(), platform.node(), os.geteuid(), sys.executable],
         "python": sys.version,

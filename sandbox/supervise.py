@@ -1,6 +1,6 @@
-"""The trusted process behind sandbox/execute.py: checks candidates that run in the sandbox.
+"""The trusted process behind execute.py: checks candidates that run in the sandbox.
 
-Started as `python -m sandbox.supervise TIER UID MEMORY_MB`, it starts sandbox/candidate.py in the
+Started as `python -m sandbox.supervise TIER UID MEMORY_MB`, it starts candidate.py in the
 sandbox, reads a job, a JSON object, from each line of stdin, and answers with a JSON line
 [status, detail, seconds]. For each job it forks a child that runs the job's test; the names that
 the test calls are proxies, which ask the candidate. Children of both processes last for one job.
@@ -54,7 +54,7 @@ class Supervisor:
     def __init__(self, tier: str, uid: int, memory_mb: int):
         self.tier, self.uid, self.memory_mb = tier, uid, memory_mb
         self.start()
-        self.rules = sandbox.landlock_rules() if tier != "C" else None
+        self.rules = isolate.landlock_rules() if tier != "C" else None
         forget_project()
         if uid:
             import_through_descriptors()
@@ -63,7 +63,7 @@ class Supervisor:
         command = [sys.executable, "-s", "-P", "-S", "-B", "-m", "sandbox.candidate"]
         command += [self.tier, str(self.uid), str(self.memory_mb)]
         if self.tier == "A":
-            command = sandbox.bwrap(command, os.path.dirname(os.path.abspath(__file__)))
+            command = isolate.bwrap(command, os.path.dirname(os.path.abspath(__file__)))
         self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL)
         theirs.close()
@@ -129,7 +129,7 @@ class Supervisor:
         """In the fork: confined too, run the test and write [status, detail]. No return."""
         try:
             detach()
-            sandbox.confine(self.tier, self.rules, cpu_s, self.memory_mb, self.uid)
+            isolate.confine(self.tier, self.rules, cpu_s, self.memory_mb, self.uid)
             verdict = check(job, Candidate(channel))
         except BaseException as e:
             verdict = "infrastructure", f"limits not set: {e!r:.200}"

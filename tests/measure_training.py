@@ -23,10 +23,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from ranks import Run  # noqa: E402
 
-from common import (
-    checkpoint,  # noqa: E402
-    distributed,  # noqa: E402
-)
+from common import checkpoint, distributed  # noqa: E402
 from common.config import UserError, parse, run  # noqa: E402
 from data.loader import Loader, Windows  # noqa: E402
 from data.shards import HEADER_BYTES, write_shard  # noqa: E402

@@ -1,7 +1,7 @@
 """Checkpoints to Hugging Face's PhiForCausalLM format and back.
 
-    python tools/hf.py export --checkpoint out/demo/runs/exercises --out out/demo/hf
-    python tools/hf.py import --source phi-1 --out out/phi-1
+    python -m tools.hf export --checkpoint out/demo/runs/exercises --out out/demo/hf
+    python -m tools.hf import --source phi-1 --out out/phi-1
 
 An export is a folder that `AutoModelForCausalLM` and `AutoTokenizer` load without code of ours, and
 whatever stands on them. An import is a checkpoint folder without the state of a training, for

@@ -2,7 +2,7 @@
 
     python -m tools.report --ladder out/ladder --png records/ladder_cpu
 
-Draws what tools/ladder_scores.py reads. What is not there is said to be not run. The figures, as PNG, and
+Draws what ladder_scores.py reads. What is not there is said to be not run. The figures, as PNG, and
 all numbers, as ladder.json, go to the folder --png too.
 
 The paper's numbers (Textbooks Are All You Need, arXiv 2306.11644) stand beside ours, never among
@@ -396,7 +396,7 @@ def cost_section(ladder: Ladder, shown) -> str:
 
 
 def log_section(ladder: Ladder, shown) -> str:
-    text = reading.did_not_work((Path(__file__).parent / "LOG.md").read_text(encoding="utf-8"))
+    text = reading.did_not_work((Path(__file__).parents[1] / "LOG.md").read_text(encoding="utf-8"))
     return text and f"<p>From LOG.md, as it stands there.</p><pre>{escape(text)}</pre>"
 
 

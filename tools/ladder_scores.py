@@ -1,6 +1,6 @@
-"""Reads the folder of a ladder (experiments/ladder.py): its rungs, their scores, what differs between them.
+"""Read the folder of a ladder (experiments/ladder.py): its rungs, scores, and what differs.
 
-tools/ladder_page.py draws it. What a rung was not asked is absent, never zero.
+ladder_page.py draws it. What a rung was not asked is absent, never zero.
 """
 
 import hashlib
@@ -146,7 +146,8 @@ def read_ladder(folder: Path) -> Ladder:
         found.append(Rung(path, about, runs, results, more))
     if not any(r.results for r in found):
         raise UserError(
-            f"{folder}: no finished rung with a score in rungs/; run `python experiments/ladder.py` first"
+            f"{folder}: no finished rung with a score in rungs/; "
+            "run `python -m experiments.ladder` first"
         )
     parameters = {r.about["size"]: r.about["parameters"] for r in found}
     sizes = {s: f"{s}, {n / 1e6:.3g}M parameters"

@@ -1,9 +1,9 @@
 """One self-contained HTML page about a demo: results, curves, data, samples, lineage.
 
     python -m tools.report --demo out/demo
-    python -m tools.report out/a out/b         instead: the curves of training runs, beside each other
+    python -m tools.report out/a out/b       instead: the curves of training runs, beside each other
     python -m tools.report --ladder out/ladder --png records/ladder_cpu
-                                         instead: the ladder's evidence (tools/ladder_page.py)
+                                         instead: the ladder's evidence (ladder_page.py)
 
 Reads what the stages left in the folder: eval/ARM/results.json, runs/*/metrics.jsonl and
 config.json, and the summaries of the data stages. Needs no network to write or to look at.

@@ -24,7 +24,7 @@ from typing import BinaryIO
 from common.config import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-FORMATS = (*SUFFIXES, ".parquet", "Posts.xml", "Posts.xml.gz", "Posts.xml.zst")  # data/base/readers.py
+FORMATS = (*SUFFIXES, ".parquet", "Posts.xml", "Posts.xml.gz", "Posts.xml.zst")  # readers.py
 MARK = ".nanophi"  # an empty file in every folder that a stage wrote: it may be replaced
 MAX_LINE_BYTES = 16 << 20  # of a .jsonl file: a document of 1 MiB, all of it escaped, has 6 MiB
 # Compressed bytes that are decompressed at once. zstd makes 128 KiB of 4 bytes, so that this is at

@@ -4,8 +4,8 @@ import hashlib
 import inspect
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-LAYER = [f"data/{n}.py" for n in ("documents", "lineage", "ranks", "readers", "stage")]
+ROOT = Path(__file__).resolve().parents[2]
+LAYER = [f"data/base/{n}.py" for n in ("documents", "lineage", "ranks", "readers", "stage")]
 
 
 def describe(path: Path) -> dict:

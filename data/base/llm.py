@@ -4,7 +4,7 @@
     reply = client.ask([{"role": "user", "content": "..."}], max_reply_tokens=200)
 
 A killed run goes on with all replies that had arrived, and counts what was in flight at its worst:
-see data/base/ledger.py. The budget holds whatever the endpoint does. A request is sent only if its worst
+see ledger.py. The budget holds whatever the endpoint does. A request is sent only if its worst
 case fits beside all that was spent and all that is in flight. Its worst case is a token per byte of
 prompt (no byte-level BPE makes more) plus the chat template, and the whole reply that it allows. An
 answer that says it was refused (4xx, 503) costs nothing; one that got lost, or came in pieces, is

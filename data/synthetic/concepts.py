@@ -1,6 +1,6 @@
-"""More families of exercises, read from data/synthetic/concepts.txt: the breadth of what short functions do.
+"""More families of exercises, read from concepts.txt: the breadth of what short functions do.
 
-The families of data/synthetic/families.py compose filters, changes and gathers. These have one idea each, or
+The families of families.py compose filters, changes and gathers. These have one idea each, or
 two in a row, told in several wordings. Importing this module adds them to FAMILIES.
 
 A family in concepts.txt is a block of lines, as this one:

@@ -22,7 +22,7 @@ In prose `<this|that>` is a choice, a line break means nothing, and `$one`, `$ma
 `$unit` speak of the audience's world. To add a topic, add it there.
 
 Everything that a lesson claims is computed while it is written: its code is executed, and each
-result that it shows or tests, each type, each round of a loop is what came out (data/synthetic/worked.py).
+result that it shows or tests, each type, each round of a loop is what came out (worked.py).
 """
 
 import random

@@ -1,7 +1,7 @@
 """Works out what a lesson shows of a function: its types, its docstring, its rounds, its mistakes.
 
 All of it is taken from running the function on the lesson's own calls, so that it is true. Used by
-data/synthetic/textbooks.py.
+textbooks.py.
 """
 
 import ast

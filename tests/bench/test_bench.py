@@ -10,8 +10,9 @@ import pytest
 import torch
 from three_way import DEVICE  # sets TRITON_INTERPRET before kernels are imported
 
-from bench import cases, step
+from bench import cases
 from bench import ops as kernel_bench
+from bench import step as step_bench
 from bench.cases import Case
 from bench.ops import Row, ratios
 from bench.timing import WallTimer, emit, measured_roof, percentiles
@@ -254,7 +255,7 @@ def test_floors_of_a_step():
 
 def test_step_bench(cli, tiny):
     flags = ["--steps=2", "--dtype=float32", "--json"]
-    done = cli("bench/step.py", "configs/demo.toml", *tiny, *flags)
+    done = cli("-m", "bench.step", "configs/demo.toml", *tiny, *flags)
     assert done.returncode == 0, done.stderr
     *results, profiled = map(json.loads, done.stdout.splitlines())
     by_impl = {x["impl"]: x for x in results}
@@ -275,9 +276,9 @@ def test_step_bench_halves_what_does_not_fit_and_says_so(monkeypatch):
             raise torch.OutOfMemoryError("too large")
         return lambda: torch.tensor(1.0)
 
-    monkeypatch.setattr(bench, "make_step", make_step)
-    config = bench.Config(device="cpu", micro_batch=8, steps=2, micro_steps=3, seq_len=10)
-    (first, none), (second, _), (result, step) = bench.measure(config, "torch", peak=1e12)
+    monkeypatch.setattr(step_bench, "make_step", make_step)
+    config = step_bench.Config(device="cpu", micro_batch=8, steps=2, micro_steps=3, seq_len=10)
+    (first, none), (second, _), (result, step) = step_bench.measure(config, "torch", peak=1e12)
     assert [r.micro_batch for r in (first, second, result)] == [8, 4, 2]
     assert first.note.startswith("out of memory at micro-batch 8 (")
     assert none is None
@@ -286,6 +287,6 @@ def test_step_bench_halves_what_does_not_fit_and_says_so(monkeypatch):
 
 
 def test_step_bench_wrong_use(cli):
-    done = cli("bench/step.py", "configs/phi1.toml", "--impl=jax")
+    done = cli("-m", "bench.step", "configs/phi1.toml", "--impl=jax")
     assert done.returncode == 2
     assert "ours, torch, transformers" in done.stderr

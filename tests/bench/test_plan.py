@@ -267,7 +267,7 @@ def test_speed_of_what_was_published():
 
 @pytest.mark.parametrize("name", ["phi1", "phi1_base", "phi1_small", "phi1_small_base"])
 def test_printed(name, capsys, monkeypatch, tokens):
-    argv = ["bench/plan.py", f"configs/{name}.toml", "--gpu=h100", "--price=2.5", f"--data={tokens}"]
+    argv = ["plan", f"configs/{name}.toml", "--gpu=h100", "--price=2.5", f"--data={tokens}"]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", argv)
     plan.main()
@@ -309,7 +309,7 @@ def test_bad_plans(flags, message):
 
 def test_what_does_not_fit(capsys, monkeypatch):
     flags = ["--n_layer=200", "--gpus=1", "--gpu=a100-40"]
-    monkeypatch.setattr("sys.argv", ["bench/plan.py", PHI1, *flags])
+    monkeypatch.setattr("sys.argv", ["plan", PHI1, *flags])
     plan.main()
     assert "DOES NOT FIT" in capsys.readouterr().out
 

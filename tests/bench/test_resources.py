@@ -114,8 +114,8 @@ def test_prune_keeps_what_fits_in_every_variant_and_the_order(tmp_path, monkeypa
     tuning = {"sm_80": {"gelu_fwd": [odd], "a kernel that is gone": [odd]}, "sm_90": {}}
     tuning["measured"] = found
     monkeypatch.setattr(resources, "TUNING", tuning)
-    monkeypatch.setattr(spec, "TUNING", tuning)
-    monkeypatch.setattr(spec, "TUNING_FILE", tmp_path / "tuning.json")
+    monkeypatch.setattr(launch, "TUNING", tuning)
+    monkeypatch.setattr(launch, "TUNING_FILE", tmp_path / "tuning.json")
     prune(rows)
     text = (tmp_path / "tuning.json").read_text()
     want = {"sm_80": {"gelu_fwd": [large, small]}, "sm_90": {}, "measured": found}

@@ -103,7 +103,8 @@ def test_help_comes_from_the_comments(capsys):
     assert "A heading" not in text
 
 
-CONFIGS = [p for p in sorted((ROOT / "configs").rglob("*.toml")) if p.name != "ladder.toml"]
+CONFIGS = sorted([*(ROOT / "configs").glob("*.toml"), *(ROOT / "experiments").rglob("*.toml")])
+CONFIGS = [p for p in CONFIGS if p.name != "ladder.toml"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: "/".join(p.parts[-2:]))

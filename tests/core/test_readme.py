@@ -44,8 +44,8 @@ SMALL = {
     r"eval\.(humaneval|mbpp|robustness|judge)": "--limit=2 --max_new_tokens=4",
     r"eval\.robustness": "--only=rename_function",
     r"data\.classify train": "--trees=10 --folds=2",
-    r"kernels\.resources": "--sm=80 --kernel=layernorm",
-    r"^python bench\.py": f"--vocab_size=512 {TINY} --device=cpu --steps=1",
+    r"bench\.resources": "--sm=80 --kernel=layernorm",
+    r"bench\.step": f"--vocab_size=512 {TINY} --device=cpu --steps=1",
 }
 
 # Then the first of each pair gives way to the second.
@@ -60,7 +60,7 @@ CHANGES = {
 }
 
 # No GPU is seen here, so each of these has to end with status 2 and one line that says so.
-NEEDS_GPU = r"^make gpu|kernels\.(bench|tune)"
+NEEDS_GPU = r"^make gpu|bench\.(ops|tune)"
 
 # And these do not run; for make, `make -n` does.
 LEFT_OUT = {
@@ -254,9 +254,12 @@ def flags(module: str) -> set[str]:
     return {f.name for c in classes for f in dataclasses.fields(c)} | set(literal)
 
 
+PACKAGES = "bench|common|data|eval|experiments|kernels|sandbox|tokenizer|tools"
+
+
 def every_flag() -> set[str]:
-    files = [p.relative_to(ROOT) for d in ("", "data", "eval", "kernels", "tokenizer")
-             for p in (ROOT / d).glob("*.py") if "__main__" in p.read_text()]  # fmt: skip
+    paths = [*ROOT.glob("*.py"), *(p for p in ROOT.glob("*/*.py") if p.parent.name != "tests")]
+    files = [p.relative_to(ROOT) for p in paths if "__main__" in p.read_text()]
     return set().union(*(flags(".".join(file.with_suffix("").parts)) for file in files))
 
 
@@ -292,7 +295,7 @@ def test_named_modules_and_flags_exist():
         owner = next((m for m in map(module_of, span) if m), "")
         known = flags(owner) if owner else every
         wrong += [w for w in span if (m := re.match(r"--(\w+)", w)) and m[1] not in known]
-        wrong += [w for w in span if re.match(r"(data|eval|kernels|tokenizer)\.\w+$", w)
+        wrong += [w for w in span if re.match(rf"({PACKAGES})\.\w+$", w)
                   and not module_of(w) and w != "tokenizer.model"]  # fmt: skip
     assert not wrong
 
@@ -353,8 +356,8 @@ def test_help_lists_every_target():
 
 
 @pytest.mark.parametrize("command", [
-    "data.collect", "data.filter", "data.pairs", "data.exercises", "data.pack", "tokenizer.train",
-    "eval.exercises", "eval.humaneval", "eval.mbpp", "train", "sample", "report"])  # fmt: skip
+    "data.collect", "data.filter", "data.pairs", "data.exercises", "data.pack", "tools.report",
+    "eval.exercises", "eval.humaneval", "eval.mbpp", "tokenizer.train", "train", "sample"])  # fmt: skip
 def test_every_command_has_help_and_names_typos(command, monkeypatch, capsys):
     main = importlib.import_module(command).main
     monkeypatch.setattr("sys.argv", [command, "--help"])

@@ -34,7 +34,7 @@ from data.filter import rejection
 from tests.fake_endpoint import FakeEndpoint, some_faults
 
 ROOT = Path(__file__).parents[2]
-LABELS = Path(__file__).parent / "data" / "labels.jsonl"
+LABELS = Path(__file__).with_name("labels.jsonl")
 
 TAUGHT = '''def mean(numbers):
     """The mean of numbers, 0 for none.

@@ -1,4 +1,4 @@
-"""data/synthetic/concepts.py: right solutions, well-formed wordings, and no problem of a benchmark."""
+"""synthetic/concepts.py: right solutions, well-formed wordings, and no problem of a benchmark."""
 
 import ast
 import builtins

@@ -1,4 +1,4 @@
-"""data/synthetic/damage.py: as many solutions as asked for are wrong, end, and are otherwise as before."""
+"""damage.py: as many solutions as asked for are wrong, end, and are otherwise as before."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""data/exercises.py and data/synthetic/families.py: right solutions, no leaks, tests that discriminate."""
+"""exercises.py and synthetic/families.py: right solutions, no leaks, tests that discriminate."""
 
 import ast
 import builtins

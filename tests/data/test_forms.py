@@ -1,4 +1,4 @@
-"""data/synthetic/forms.py: varied exercises run, say what is true of their task, and end cleanly."""
+"""synthetic/forms.py: varied exercises run, say what is true of their task, and end cleanly."""
 
 import ast
 import builtins

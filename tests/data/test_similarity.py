@@ -40,7 +40,7 @@ EDITS = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 8), st.integers(0
 @given(SEQUENCE, st.lists(EDITS, min_size=1, max_size=4))
 def test_distances_are_those_of_the_table(pattern, edits):
     others = [mutate(pattern, edit) for edit in edits]
-    got = similarity._distances(pattern, *similarity._columns(others))
+    got = ast_match._distances(pattern, *ast_match._columns(others))
     assert got.tolist() == [distance(pattern, other) for other in others]
 
 
@@ -49,7 +49,7 @@ def test_patterns_that_end_at_a_word(size):
     rng = np.random.default_rng(size)
     pattern = rng.integers(0, 4, size, np.uint8).tobytes()
     others = [rng.integers(0, 4, n, np.uint8).tobytes() for n in (0, 1, size - 1, size, size + 9)]
-    got = similarity._distances(pattern, *similarity._columns(others))
+    got = ast_match._distances(pattern, *ast_match._columns(others))
     assert got.tolist() == [distance(pattern, other) for other in others]
 
 
@@ -67,7 +67,7 @@ def test_matcher_finds_all_pairs_and_no_other(patterns, data, min_rate):
     edits = data.draw(st.lists(st.tuples(st.sampled_from([b"", *patterns]), EDITS), max_size=8))
     sequences = [mutate(s, e[: data.draw(st.integers(0, 4))]) for s, e in edits]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(similarity, "LANES", 3)
+        patch.setattr(ast_match, "LANES", 3)
         got = {
             (p, int(i)): float(rate)
             for p, near, rates in Matcher(patterns, min_rate).match(sequences)

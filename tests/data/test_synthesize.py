@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.test_annotate import Killer, shards
 
 from common import config as config_module
 from common.config import UserError
@@ -19,6 +18,7 @@ from data.base.minhash import jaccard, shingles
 from data.base.seen import Seen
 from data.synthesize import KINDS, Exercises, Textbooks, synthesize
 from data.synthetic import prompts, textbooks
+from tests.data.test_annotate import Killer, shards
 from tests.fake_endpoint import FakeEndpoint
 
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,7 @@ def judge(machine: str, number: int, *arguments: int, arch: int | None = None) -
     if arch is None:
         arch = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
     data = struct.pack("<IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
-    code = list(struct.iter_unpack("<HBBI", sandbox.seccomp_filter(machine)))
+    code = list(struct.iter_unpack("<HBBI", isolate.seccomp_filter(machine)))
     at = accumulator = 0
     while True:
         operation, if_true, if_false, k = code[at]
@@ -41,9 +41,9 @@ def judge(machine: str, number: int, *arguments: int, arch: int | None = None) -
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_filter_allows_what_is_listed_and_nothing_else(machine):
     column = ["x86_64", "aarch64"].index(machine)
-    listed = {numbers[column] for numbers in sandbox.CALLS.values()} - {None}
+    listed = {numbers[column] for numbers in isolate.CALLS.values()} - {None}
     assert {n for n in range(600) if judge(machine, n) == ALLOW} == listed | {
-        sandbox.ARGUMENTS[name][0][column] for name in ("fcntl", "prlimit64")
+        isolate.ARGUMENTS[name][0][column] for name in ("fcntl", "prlimit64")
     }  # whose first value is 0
     ioctl, fcntl, prlimit = ((16, 29)[column], (72, 25)[column], (302, 261)[column])
     assert judge(machine, ioctl, 5, 0x5401) == ALLOW  # TCGETS
@@ -64,14 +64,14 @@ def test_numbers_are_the_kernels(machine):
     known = {m[1]: int(m[2]) for m in re.finditer(r"#define __NR(?:3264)?_(\w+) (\d+)\n", text)}
     known["newfstatat"] = known.get("newfstatat", known.get("fstatat"))
     column = ["x86_64", "aarch64"].index(machine)
-    for name, numbers in sandbox.CALLS.items() | {
-        (name, numbers) for name, (numbers, *_) in sandbox.ARGUMENTS.items()
+    for name, numbers in isolate.CALLS.items() | {
+        (name, numbers) for name, (numbers, *_) in isolate.ARGUMENTS.items()
     }:
         assert numbers[column] == known.get(name), name
 
 
 def test_readable_holds_no_installed_packages():
-    paths = sandbox.readable()
+    paths = isolate.readable()
     assert os.path.join(os.path.dirname(os.__file__), "os.py") in paths
     assert not [p for p in paths if p.endswith("packages")]
 
@@ -119,7 +119,7 @@ def f():
     test = f"""
 def check(candidate):
     root, groups, limits, environment = candidate()
-    assert limits == [0, 0, 512 << 20, {sandbox.FILE_MB} << 20, 4], limits
+    assert limits == [0, 0, 512 << 20, {isolate.FILE_MB} << 20, 4], limits
     assert not root and environment == {{}} and (groups == [] or {os.geteuid() != 0})
 """
     verdicts = run_checks([Check(source, test, "f", timeout_s=3)], 1, 512, tier=tier)

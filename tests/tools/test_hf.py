@@ -17,12 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.test_tokenizer import AWKWARD
 
 from common import checkpoint
 from common.config import UserError
 from model import ModelConfig, Phi
 from sample import Generator
+from tests.core.test_tokenizer import AWKWARD
 from tokenizer import END_OF_TEXT, Tokenizer
 from tokenizer.to_json import to_json
 from tools import hf
@@ -266,7 +266,7 @@ def released(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def imported(cli, released, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("hf") / "imported"
-    done = cli("tools/hf.py", "import", "--source", released, "--out", out)
+    done = cli("-m", "tools.hf", "import", "--source", released, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -445,14 +445,14 @@ def test_byte_level_tokenizers_refuse_lone_surrogates(released):
 
 
 def test_command(cli, ours, tmp_path):
-    done = cli("tools/hf.py", "export", "--checkpoint", ours, "--out", tmp_path / "out")
+    done = cli("-m", "tools.hf", "export", "--checkpoint", ours, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert f"-> {tmp_path / 'out'}" in done.stdout
     for arguments in ([], ["explode"]):
-        done = cli("tools/hf.py", *arguments)
+        done = cli("-m", "tools.hf", *arguments)
         assert done.returncode == 2
         assert "want one of export, import" in done.stderr
-    assert "tools/hf.py import --source" in cli("tools/hf.py", "--help").stdout
+    assert "tools.hf import --source" in cli("-m", "tools.hf", "--help").stdout
 
 
 SERVER_NEEDS = ("fastapi", "uvicorn", "openai", "accelerate")

@@ -73,7 +73,7 @@ def start(folder):
     """start(...): the process of a ladder in `folder`."""
 
     def call(*arguments):
-        words = [sys.executable, "experiments/ladder.py", str(folder), *map(str, arguments)]
+        words = [sys.executable, "-m", "experiments.ladder", str(folder), *map(str, arguments)]
         return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 text=True)  # fmt: skip
 
@@ -108,7 +108,7 @@ def made(folder, start) -> Path:
 def said_by_list(folder, *arguments) -> str:
     """What --list prints, in this process: it imports torch once."""
     said = io.StringIO()
-    words = ["experiments/ladder.py", str(folder), "--list", *map(str, arguments)]
+    words = ["-m", "experiments.ladder", str(folder), "--list", *map(str, arguments)]
     with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(said):
         ladder.main()
     return said.getvalue()
@@ -260,10 +260,10 @@ def test_the_command_of_a_bar_makes_the_same(folder, flag):
     assert again == dataclasses.replace(c, jobs=1)
 
 
-@pytest.mark.parametrize("name", ["ladder", "ladder_gpu"])
+@pytest.mark.parametrize("name", ["ladder_cpu", "ladder_gpu"])
 def test_the_ladders_that_come_with_it_are_sound(name, shared_eval):
     """Both sizes exist, and every rung has a bar but one that would be the same as another."""
-    folder = ROOT / "configs" / name
+    folder = ROOT / "experiments" / name
     c = parse(ladder.Config, [str(folder / "ladder.toml"), f"--mbpp={shared_eval}/mbpp.jsonl"],
               toml=True)  # fmt: skip
     bars = ladder.bars_of(c, folder)

@@ -118,7 +118,8 @@ def write_rung(out, rung: str, size: str, seed: int, frac: float, problems: dict
         "name": name, "rung": rung, "size": size, "seed": seed, "label": f"label of <{rung}>",
         "parameters": 400_000 + 2_000_000 * large, "tokens": 4_000_000, "epochs": 1.5,
         "flops": 1e13 * (1 + 5 * large), "train_s": 300.5, "score_s": 60.25,
-        "runs": [run for run, _ in runs], "command": f"python experiments/ladder.py here --only <{name}>",
+        "runs": [run for run, _ in runs],
+        "command": f"python -m experiments.ladder here --only <{name}>",
         "scores": {FOLDERS[of]: frac * share for of, share in SHARES.items() if problems[of]},
     })  # fmt: skip
 
@@ -175,7 +176,7 @@ def drawn(cli, tmp_path_factory):
     """(the ladder's folder, the PNGs' folder, the page, what was printed)"""
     out = tmp_path_factory.mktemp("ladder")
     write_ladder(out, FEW)
-    done = cli("-m", "report", "--ladder", out, "--png", out / "png")
+    done = cli("-m", "tools.report", "--ladder", out, "--png", out / "png")
     assert done.returncode == 0, done.stderr
     return out, out / "png", (out / "report.html").read_text(), done.stdout
 
@@ -195,7 +196,7 @@ def test_page(drawn):
     assert svgs == labels == 9
     for rung, fracs in SCORES.items():  # each bar's command, and its name as text
         for size in ("small", "large")[: 1 if rung == "damaged" else len(fracs)]:
-            assert f"python experiments/ladder.py here --only &lt;{rung}-{size}-s0&gt;" in page
+            assert f"python -m experiments.ladder here --only &lt;{rung}-{size}-s0&gt;" in page
             assert f"{rung}-{size}-s0" in printed
     assert "label of &lt;raw&gt;" in page
     assert "label of <raw>" not in page
@@ -346,9 +347,9 @@ def test_one_finished_rung_is_enough(tmp_path):
 
 
 def test_errors(cli, tmp_path):
-    done = cli("-m", "report", "--ladder", tmp_path / "none")
+    done = cli("-m", "tools.report", "--ladder", tmp_path / "none")
     assert done.returncode == 2
-    assert "no finished rung with a score in rungs/; run `python experiments/ladder.py" in done.stderr
+    assert "no finished rung with a score in rungs/; run" in done.stderr
     assert "Traceback" not in done.stderr
     write_rung(tmp_path, "raw", "small", 0, 0.5, FEW)
     (tmp_path / "rungs" / "raw-small-s0" / "bits.json").write_text("{")

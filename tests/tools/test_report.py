@@ -47,7 +47,7 @@ def test_page_of_two_runs(two_runs):
 
 
 def test_command(cli, two_runs):
-    done = cli("-m", "report", *two_runs)
+    done = cli("-m", "tools.report", *two_runs)
     assert done.returncode == 0, done.stderr
     assert (two_runs[0] / "curves.html").exists()
 
