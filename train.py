@@ -36,6 +36,7 @@ import torch.distributed as dist
 from bench.work import mfu
 from common import checkpoint, distributed
 from common.config import UserError, differences, parse, run
+from common.files import write_json
 from common.runlog import (
     RunLog,
     environment,
@@ -45,7 +46,6 @@ from common.runlog import (
     plain,
     run_identity,
 )
-from data.base.documents import write_json
 from data.loader import Loader, Windows, arguments
 from diff import show_differences
 from model import ModelConfig, Phi, flops_per_token, select_kernels

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 from common.config import UserError
-from data.base.documents import write_json
+from common.files import write_json
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
 

@@ -19,7 +19,7 @@ import torch
 
 from common import checkpoint
 from common.config import UserError
-from data.base.documents import write_json
+from common.files import write_json
 
 # Dense bf16/fp16 peak in FLOP/s (NVIDIA's data sheets), by a word of the device's name.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}

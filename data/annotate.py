@@ -31,13 +31,14 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from data.base.documents import read_jsonl, source_shards, write_json
+from common.files import read_jsonl, write_json
+from data.base.documents import source_shards
 from data.base.llm import Client, Options, Refused
 from data.base.ranks import say
 from data.base.readers import read_documents_of
 from data.base.rules import QUESTIONS, by_rules, label
 from data.base.stage import Part, Stage, total
-from data.filter import strip_licence
+from data.base.syntax import strip_licence
 
 PROMPT = """\
 Determine the educational value of a Python document for a student whose goal is to learn basic \

@@ -35,13 +35,15 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
+from common.files import write_json
 from data.annotate import GOOD, auc, by_rules, read_labels
 from data.base import forest as trees
-from data.base.documents import source_shards, write_json
+from data.base.documents import source_shards
 from data.base.features import Features
 from data.base.ranks import Ranks, say
 from data.base.stage import Part, Stage, total
-from data.filter import share_cut, strip_licence
+from data.base.syntax import strip_licence
+from data.filter import share_cut
 
 BATCH = 64  # documents whose features are made at once
 TREES_PER_ITEM = 20

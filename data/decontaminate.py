@@ -33,9 +33,10 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
+from common.files import write_json
 from data.base.ast_match import Matcher, functions_anywhere
 from data.base.benchmarks import Problem, read_problems
-from data.base.documents import DocumentFile, source_shards, write_json
+from data.base.documents import DocumentFile, source_shards
 from data.base.lexical import Lexical
 from data.base.minhash import shingles
 from data.base.ranks import say

@@ -25,9 +25,10 @@ import numpy as np
 import zstandard
 
 from common.config import UserError, parse, run
+from common.files import read_jsonl
 from data.base import minhash
 from data.base.diversity_page import MEANINGS, html_page, show
-from data.base.documents import DocumentFile, document, read_jsonl, source_shards
+from data.base.documents import DocumentFile, document, source_shards
 from data.base.embed import Hidden
 from data.base.lexical import words
 from data.base.ranks import digest_key, say

@@ -30,7 +30,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from data.base.documents import ShardWriter, document, new_folder, read_jsonl, write_json
+from common.files import new_folder, read_jsonl, write_json
+from data.base.documents import ShardWriter, document
 from data.synthetic.damage import damage
 from data.synthetic.families import FAMILIES, KINDS, Kind, Task
 from data.synthetic.forms import (

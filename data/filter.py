@@ -17,37 +17,23 @@ it, before the rules; with --rules=false it decides alone, as the paper's random
 Read `samples/rejected.jsonl` and `samples/kept.jsonl` in the output before you trust it.
 """
 
-import ast
 import json
-import re
-import sys
-import warnings
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.config import UserError, parse, run
-from data.base.documents import document, source_shards, write_json
+from common.files import write_json
+from data.base.documents import document, source_shards
 from data.base.ranks import say
 from data.base.readers import read_documents_of
 from data.base.stage import Part, Stage, total
+from data.base.syntax import measures, strip_licence
 
-LEADING_COMMENTS = re.compile(r"(?:[ \t]*(?:#.*)?\n)*")
-COMMENT_BLOCK = re.compile(r"(?:[ \t]*#.*\n)+")
-LICENCE = re.compile(r"copyright|licen[cs]e|spdx", re.IGNORECASE)
-COMMENT = re.compile(r"^[ \t]*#.*", re.MULTILINE)  # also lines of strings that look like one: few
-DIGITS = re.compile(r"[0-9]")
 REJECTED_SAMPLES, KEPT_SAMPLES, SAMPLE_CHARS = 5, 10, 2000  # for a person to read in ten minutes
-
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-COMPUTES = (
-    *(ast.For, ast.While, ast.If, ast.IfExp, ast.comprehension),
-    *(ast.BinOp, ast.BoolOp, ast.Compare, ast.AugAssign, ast.Subscript),
-)
 
 
 @dataclass(frozen=True)
@@ -79,37 +65,6 @@ class Config:
     rules: bool = True  # false: quality alone decides
 
 
-def measures(text: str) -> Iterator[tuple[str, float]]:
-    """The rules, as (option, measured value), in the order they are asked: the cheap ones first.
-
-    A rule more is one `yield` here and one field in Config. Lazy: a document rejected by an early
-    rule is never parsed. Raises SyntaxError.
-    """
-    chars = max(len(text), 1)
-    yield "min_chars", len(text)
-    yield "max_chars", len(text)
-    yield "max_line_chars", max(map(len, text.split("\n")))
-    yield "max_digit_frac", len(DIGITS.findall(text)) / chars
-    yield "min_ascii_frac", 1 if text.isascii() else sum(map(str.isascii, text)) / chars
-    tree = parse_python(text)
-    c = count_syntax(tree)
-    doc_chars = c["docstring_chars"] + sum(map(len, COMMENT.findall(text)))
-    statements = max(c["statements"], 1)
-    yield "min_doc_frac", doc_chars / chars
-    yield "max_doc_frac", doc_chars / chars
-    yield "min_functions", c["functions"]
-    yield "min_documented_frac", c["documented"] / c["functions"] if c["functions"] else 1
-    yield "max_import_frac", c["imports"] / statements
-    yield "max_assign_frac", c["assigns"] / statements
-    yield "min_compute_frac", c["computes"] / statements
-    yield "max_data_frac", c["data"] / max(c["nodes"], 1)
-    yield "max_function_lines", c["function_lines"]
-    names = foreign_names(tree)
-    calls = [root_name(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    yield "max_foreign_names", len(names)
-    yield "max_foreign_frac", sum(name in names for name in calls) / max(len(calls), 1)
-
-
 def rejection(text: str, config: Config) -> str:
     """The option whose threshold `text` misses first, "syntax" if it is not Python, "" to keep."""
     try:
@@ -120,81 +75,6 @@ def rejection(text: str, config: Config) -> str:
     except SyntaxError:
         return "syntax"
     return ""
-
-
-def parse_python(text: str) -> ast.Module:
-    """The syntax tree of `text`. Raises SyntaxError, whatever it is that ast.parse cannot take."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes: other people's
-            return ast.parse(text)
-    except (RecursionError, MemoryError, ValueError) as e:  # nesting, nesting, NUL or surrogates
-        raise SyntaxError(str(e)) from None
-
-
-def count_syntax(tree: ast.Module) -> Counter:
-    """What the rules ask of a syntax tree, in one walk."""
-    c = Counter()
-    for node in ast.walk(tree):
-        c["nodes"] += 1
-        c["statements"] += isinstance(node, ast.stmt)
-        if isinstance(node, COMPUTES):
-            c["computes"] += 1
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            c["assigns"] += 1
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            c["imports"] += 1
-        elif isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-            c["data"] += sum(isinstance(e, ast.Constant) for e in node.elts)
-        elif isinstance(node, ast.Dict):
-            c["data"] += sum(isinstance(e, ast.Constant) for e in node.values)
-        elif isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)):
-            doc = docstring(node)
-            c["docstring_chars"] += len(doc.value) if doc else 0
-            if isinstance(node, FUNCTIONS):
-                c["functions"] += 1
-                c["documented"] += doc is not None
-                lines = node.end_lineno - (doc.end_lineno if doc else node.lineno - 1)
-                c["function_lines"] = max(c["function_lines"], lines)
-    return c
-
-
-def docstring(node) -> ast.Constant | None:
-    """The constant that is the docstring of a module, class or function."""
-    first = node.body[0] if node.body else None
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-        return first.value if isinstance(first.value.value, str) else None
-    return None
-
-
-def foreign_names(tree: ast.Module) -> set[str]:
-    """The names that imports from outside the standard library bind; relative ones are outside."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                package = alias.name.split(".")[0]
-                if package not in sys.stdlib_module_names:
-                    names.add(alias.asname or package)
-        elif isinstance(node, ast.ImportFrom) and (
-            node.level or node.module.split(".")[0] not in sys.stdlib_module_names
-        ):
-            names.update(alias.asname or alias.name for alias in node.names)
-    return names
-
-
-def root_name(node: ast.expr) -> str:
-    """The name that a.b.c starts from, "" if it starts from none."""
-    while isinstance(node, ast.Attribute):
-        node = node.value
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def strip_licence(text: str) -> str:
-    """`text` without those of its leading comment blocks that speak of a licence or copyright."""
-    head = LEADING_COMMENTS.match(text)[0]
-    kept = COMMENT_BLOCK.sub(lambda block: "" if LICENCE.search(block[0]) else block[0], head)
-    return text if kept == head else kept.lstrip("\n") + text[len(head) :]
 
 
 def filter_documents(config: Config) -> dict:

@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from data.base.documents import source_shards, write_json
+from common.files import write_json
+from data.base.documents import source_shards
 from data.base.ranks import say
 from data.base.stage import Part, Stage, total
 from data.shards import MIXTURE, write_shard_parts

@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from data.base.documents import DocumentFile, document, read_jsonl, source_shards
+from common.files import read_jsonl
+from data.base.documents import DocumentFile, document, source_shards
 from data.base.ranks import digest_key, say
 from data.base.stage import Part, Stage, total
-from data.filter import docstring, parse_python
+from data.base.syntax import docstring, parse_python
 
 
 @dataclass(frozen=True)

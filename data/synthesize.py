@@ -35,8 +35,9 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
+from common.files import write_json
 from data import exercises
-from data.base.documents import document, source_shards, write_json
+from data.base.documents import document, source_shards
 from data.base.llm import Client, Options, Refused
 from data.base.ranks import say
 from data.base.readers import read_documents_of

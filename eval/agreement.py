@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, parse, run
-from data.base.documents import read_jsonl
+from common.files import read_jsonl
 
 
 @dataclass(frozen=True)

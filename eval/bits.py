@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.config import UserError, parse, run
-from data.base.documents import read_documents, write_json
+from common.files import write_json
+from data.base.documents import read_documents
 from model import Phi
 from tokenizer import Tokenizer
 

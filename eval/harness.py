@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.config import UserError
-from data.base.documents import new_folder, read_jsonl, write_json
+from common.files import new_folder, read_jsonl, write_json
 from eval.pass_at_k import score
 from sandbox.execute import Verdict, choose, describe
 from sandbox.self_check import PATIENCE, SLOWER, check, remembered, run_all, self_check, slowdown

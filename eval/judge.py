@@ -28,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from data.base.documents import new_folder, write_json
+from common.files import new_folder, write_json
 from data.base.llm import Client, Options, Refused
 from eval.harness import BODY, Evaluation, measure, table
 from eval.pass_at_k import wilson

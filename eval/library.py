@@ -30,9 +30,8 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.config import UserError, parse, run
-from data.base.documents import write_json
-from data.base.stage import read_json
-from data.filter import parse_python
+from common.files import read_json, write_json
+from data.base.syntax import parse_python
 from eval.bits import interval, load, predict, read
 from tokenizer import Pieces, Tokenizer
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, parse, run
-from data.base.documents import read_jsonl
+from common.files import read_jsonl
 from eval.harness import Evaluation, Protocol, check_ids, evaluate
 
 TEST_IDS = range(11, 511)  # Austin et al. 2021, arXiv 2108.07732

@@ -16,7 +16,7 @@ import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data.filter import FUNCTIONS
+from data.base.syntax import FUNCTIONS
 
 TYPO_FRAC = 1 / 6  # of the words that may get a typo
 LITERAL = re.compile(r"([a-zA-Z]*)(\"\"\"|'''|\"|')(.*)\2", re.DOTALL)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, parse
-from data.base.documents import read_jsonl
+from common.files import read_jsonl
 from eval.pass_at_k import wilson
 
 

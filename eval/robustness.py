@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from common.config import UserError, parse, run
-from data.base.documents import new_folder, write_json
+from common.files import new_folder, write_json
 from eval.harness import BODY, Evaluation, measure, read_problems
 from eval.pass_at_k import Z95
 from eval.perturb import PERTURBATIONS

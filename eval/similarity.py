@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, run
-from data.base.documents import read_jsonl, write_json
+from common.files import read_jsonl, write_json
 from eval.results import mean, parse_folders, percent, read_result
 
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, parse, run
-from data.base.documents import write_json
-from data.base.stage import lock, read_json
+from common.files import read_json, write_json
+from data.base.stage import lock
 from experiments.jobs import Job, Runner, record
 
 

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.config import UserError
-from data.base.documents import write_json
-from data.base.stage import read_json
+from common.files import read_json, write_json
 from sandbox.execute import ROOT, Check, Verdict, run_checks
 
 SLOW_FRAC = 0.01  # of the references may time out

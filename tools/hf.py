@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.config import UserError, parse, run
-from data.base.documents import new_folder, write_json
+from common.files import new_folder, write_json
 from model import ModelConfig, Phi, parameter_count
 from tokenizer import END_OF_TEXT, JSON_FILE, MODEL_FILE, Tokenizer
 from tokenizer.to_json import to_json

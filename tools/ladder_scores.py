@@ -4,7 +4,6 @@ ladder_page.py draws it. What a rung was not asked is absent, never zero.
 """
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from common.config import UserError
+from common.files import read_json
 from data.base.lineage import describe, files_in
 from eval.pass_at_k import wilson
 from eval.results import Result, mean, percent, read_result
@@ -115,16 +115,6 @@ class Ladder:
                 found[key] = {"value": 100 * frac, "low": 100 * low, "high": 100 * high,
                               "seeds": [100 * s for s in seeds]}  # fmt: skip
         return found
-
-
-def read_json(path: Path):
-    """None if the file is not there. Raises UserError if it is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise UserError(f"{path}: no JSON ({e}); delete it, and run its stage again") from None
 
 
 def read_ladder(folder: Path) -> Ladder:

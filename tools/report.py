@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, parse, run
+from common.files import read_jsonl
 from common.pages import COLORS, escape, figure, page, table
-from data.base.documents import read_jsonl
 from tools import curves, ladder_page
 
 # What each arm's last data set is, by its folder's name.

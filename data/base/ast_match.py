@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.filter import FUNCTIONS, docstring, parse_python
+from data.base.syntax import FUNCTIONS, docstring, parse_python
 
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
 WORD_BITS = 64

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError
+from common.files import read_jsonl
 from data.base.ast_match import Function, functions
-from data.base.documents import read_jsonl
-from data.filter import parse_python
+from data.base.syntax import parse_python
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 
 from common import checkpoint
 from data.base.embed import Hidden
-from data.filter import COMPUTES, FUNCTIONS, docstring, measures, parse_python, strip_licence
+from data.base.syntax import COMPUTES, FUNCTIONS, docstring, measures, parse_python, strip_licence
 
 WINDOWS = 8  # pieces of a document that the model sees: 6 kB of it at a context of 256 tokens
 CHARS_PER_TOKEN = 3  # of code: a piece fills the context (what is longer is cut to it)

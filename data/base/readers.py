@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.config import UserError
-from data.base.documents import DAMAGED, MAX_LINE_BYTES, PIECE_BYTES, Seen, chunks, document, lines
+from common.files import DAMAGED, MAX_LINE_BYTES, PIECE_BYTES, chunks, lines
+from data.base.documents import Seen, document
 
 # bad(reason, position, what stands there): the position is a line, a row or an element, from 1.
 Bad = Callable[[str, int, bytes | str], None]

@@ -7,7 +7,7 @@ runs offline; tests/data/labels.jsonl, scores given by reading, says how far to 
 
 import ast
 
-from data.filter import (
+from data.base.syntax import (
     COMMENT,
     FUNCTIONS,
     count_syntax,

@@ -37,7 +37,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.config import UserError
-from data.base.documents import MARK, DocumentFile, check_out, write_json
+from common.files import MARK, check_out, read_json, write_json
+from data.base.documents import DocumentFile
 from data.base.lineage import ROOT, code_hash, describe, files_in, plain, size_and_time
 from data.base.ranks import Ranks
 from data.base.readers import read_documents_of
@@ -301,13 +302,6 @@ def total(counts: Iterable[dict]) -> dict:
             else:
                 added[key] = added.get(key, 0) + value
     return added
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def lock(path: Path, out: Path) -> int:

@@ -3,7 +3,7 @@
 import ast
 
 from data.base.ast_match import FENCE
-from data.filter import FUNCTIONS, parse_python
+from data.base.syntax import FUNCTIONS, parse_python
 
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler,
             ast.comprehension, ast.match_case)  # fmt: skip

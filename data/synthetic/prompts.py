@@ -8,7 +8,7 @@ sentence such as "Sure, here is" would be learned with the rest.
 import ast
 import re
 
-from data.filter import docstring, parse_python
+from data.base.syntax import docstring, parse_python
 from data.pairs import is_pair
 
 MIN_ASSERTS = 3  # that come with an exercise

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from common.config import UserError
+from common.files import read_jsonl
 from data.base.diversity_page import show
-from data.base.documents import ShardWriter, document, read_jsonl
+from data.base.documents import ShardWriter, document
 from data.base.minhash import shingles, signatures
 from data.base.topics import TOPICS, facts
 from data.diversity import (

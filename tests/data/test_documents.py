@@ -8,17 +8,8 @@ import zstandard
 
 import data.base.documents
 from common.config import UserError
-from data.base.documents import (
-    Seen,
-    ShardWriter,
-    document,
-    lines,
-    new_folder,
-    read_documents,
-    read_jsonl,
-    shard_files,
-    write_json,
-)
+from common.files import lines, new_folder, read_jsonl, write_json
+from data.base.documents import Seen, ShardWriter, document, read_documents, shard_files
 
 RECORDS = [{"text": f"número {i}\n", "n": i} for i in range(20)]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encode()

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 import data.filter
 from common.config import UserError
-from data.base.documents import ShardWriter, document, read_documents, read_jsonl
-from data.filter import Config, filter_documents, measures, parse_python, rejection, strip_licence
+from common.files import read_jsonl
+from data.base.documents import ShardWriter, document, read_documents
+from data.base.syntax import measures, parse_python, strip_licence
+from data.filter import Config, filter_documents, rejection
 
 CONFIG = Config(source=None, out=None)
 

@@ -12,7 +12,8 @@ import zstandard
 from conftest import ROOT
 
 from common.config import UserError
-from data.base.documents import MAX_LINE_BYTES, document
+from common.files import MAX_LINE_BYTES
+from data.base.documents import document
 from data.base.readers import post_text, read_documents_of
 
 DAMAGED = int(os.environ.get("NANOPHI_FUZZ", "400"))  # inputs; 10,000 by hand: LOG.md

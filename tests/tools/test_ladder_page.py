@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from common.config import UserError
+from common.files import write_json
 from data import decontaminate, diversity
-from data.base.documents import ShardWriter, document, write_json
+from data.base.documents import ShardWriter, document
 from eval.pass_at_k import score
 from eval.robustness import paired
 from tools import ladder_page
