@@ -15,12 +15,15 @@ call: `select_kernels` decides, and the two agree up to rounding.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import checkpoint
 from common.config import UserError
+from tokenizer import Tokenizer
 
 CHUNK_ROWS = 8192  # of logits that the fused loss holds at once
 INIT_STD = 0.02  # phi-1's initializer_range
@@ -263,8 +266,21 @@ def flops_per_token(c: ModelConfig) -> int:
     return 6 * matmul + 6 * c.n_layer * c.width * c.seq_len
 
 
+def mfu(c: ModelConfig, tokens_per_s: float, peak: float) -> float:
+    """Model FLOPs utilisation: the share of `peak` FLOP/s that training at this rate uses."""
+    return tokens_per_s * flops_per_token(c) / peak
+
+
 @lru_cache
 def parameter_count(c: ModelConfig) -> int:
     """Parameters of `Phi(c)`, without allocating them."""
     with torch.device("meta"):
         return sum(p.numel() for p in Phi(c).parameters())
+
+
+def load_model(path: Path, device: torch.device) -> tuple[Phi, Tokenizer, Path]:
+    """Load a run's or checkpoint's model in eval mode; also its tokenizer and the folder used."""
+    folder = checkpoint.find(path)
+    model = Phi(ModelConfig(**checkpoint.read_meta(folder)["model"]))
+    checkpoint.load_weights(model, folder)
+    return model.to(device).eval(), Tokenizer(folder), folder

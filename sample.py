@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import checkpoint
 from common.config import UserError, parse, run
 from decoder import GREEDY, Decoder, Sampling
-from model import Phi, select_kernels
+from model import Phi, load_model, select_kernels
 from tokenizer import Tokenizer
 
 
@@ -86,7 +85,7 @@ class Generator:
         """From a run or checkpoint folder; bfloat16 on a GPU, float32 on a CPU."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer, _ = checkpoint.load_model(path, torch.device(device))
+        model, tokenizer, _ = load_model(path, torch.device(device))
         return cls(model.bfloat16() if device == "cuda" else model, tokenizer)
 
     def encode(self, prompt: str) -> list[int]:

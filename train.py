@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bench.work import mfu
 from common import checkpoint, distributed
 from common.config import UserError, differences, parse, run
 from common.files import write_json
@@ -48,7 +47,7 @@ from common.runlog import (
 )
 from data.loader import Loader, Windows, arguments
 from diff import show_differences
-from model import ModelConfig, Phi, flops_per_token, select_kernels
+from model import ModelConfig, Phi, flops_per_token, mfu, select_kernels
 from tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -26,10 +26,9 @@ from tqdm import tqdm
 
 from bench.timing import CudaTimer, WallTimer, emit, measured_roof, percentiles
 from bench.trace import floors_us, profile, show_profile, synchronize
-from bench.work import mfu
 from common.config import UserError, parse, run
 from common.runlog import peak_flops
-from model import ModelConfig, Phi, flops_per_token, parameter_count, select_kernels
+from model import ModelConfig, Phi, flops_per_token, mfu, parameter_count, select_kernels
 from train import DTYPES, TrainConfig, make_optimizer
 
 LARGE = 50_000_000  # parameters: a CPU takes minutes a step

@@ -96,11 +96,6 @@ def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
     return ops
 
 
-def mfu(c: ModelConfig, tokens_per_s: float, peak: float) -> float:
-    """The share of `peak`, in FLOP/s, that training at this rate uses: model FLOPs utilisation."""
-    return tokens_per_s * flops_per_token(c) / peak
-
-
 def step_us(ops: list[Op], rates: Rates, micro_steps: int) -> float:
     """Microseconds of a step of `micro_steps` micro-steps and one of the optimiser."""
     return sum(

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -36,8 +37,6 @@ from torch.distributed.tensor import DTensor
 
 from common.config import UserError
 from common.files import write_json
-from model import ModelConfig, Phi
-from tokenizer import Tokenizer
 
 # It says so each time that a single process saves or loads.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -55,7 +54,7 @@ class Saver:
         self.stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self.thread, self.problem = None, None
 
-    def save(self, step: int, model: Phi, training: dict, tokenizer: Tokenizer, meta: dict) -> None:
+    def save(self, step: int, model: nn.Module, training: dict, tokenizer, meta: dict) -> None:
         """Copy the state, and start to write RUN/checkpoints/step-XXXXXXXX.
 
         Waits for the copy, and for the save before. `training` holds tensors only. What goes wrong
@@ -226,7 +225,7 @@ def read_meta(folder: Path) -> dict:
     return json.loads((folder / "meta.json").read_text())
 
 
-def load_weights(model: Phi, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path) -> None:
     """Copy the weights in `folder` into `model`, which is not sharded.
 
     Raises UserError if the file is damaged or the shapes differ. A folder without a manifest (one
@@ -249,7 +248,7 @@ def load_weights(model: Phi, folder: Path) -> None:
     model.load_state_dict(weights)
 
 
-def load_training(model: Phi, training: dict, folder: Path) -> None:
+def load_training(model: nn.Module, training: dict, folder: Path) -> None:
     """Fill a (sharded) model's weights and the tensors of `training` from a verified checkpoint.
 
     Every rank calls it, and reads its own parts only. Keys that `training` lacks are left out.
@@ -262,14 +261,6 @@ def load_training(model: Phi, training: dict, folder: Path) -> None:
 def checksum(folder: Path) -> str:
     """CRC-32 of the weights' file, 8 hex digits."""
     return _size_and_crc(folder / "model.safetensors")["crc32"]
-
-
-def load_model(path: Path, device: torch.device) -> tuple[Phi, Tokenizer, Path]:
-    """The model of a run or checkpoint folder in eval mode, its tokenizer, and the folder used."""
-    folder = find(path)
-    model = Phi(ModelConfig(**read_meta(folder)["model"]))
-    load_weights(model, folder)
-    return model.to(device).eval(), Tokenizer(folder), folder
 
 
 def _size_and_crc(path: Path) -> dict:

@@ -20,12 +20,12 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 
 from common.config import UserError
-from model import Phi
 
 GROWTH_STEPS = 2000  # finite steps until fp16's loss scale doubles: torch.amp.GradScaler's default
 
@@ -88,7 +88,7 @@ def cpu_group(timeout_s: int) -> dist.ProcessGroup | None:
 
 
 def shard_model(
-    model: Phi,
+    model: nn.Module,
     ranks: Ranks,
     dtype: torch.dtype,
     shard: int,
@@ -126,7 +126,7 @@ def shard_model(
     wrap(model, reshard_after_forward=False)  # its backward follows its forward
 
 
-def begin_micro_step(model: Phi, last: bool, regather: bool) -> None:
+def begin_micro_step(model: nn.Module, last: bool, regather: bool) -> None:
     """Reduce gradients, and free the gathered weights, in the last micro-step of a step only."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
@@ -157,7 +157,7 @@ class Guard:
         (loss * self.scale if self.scaled else loss).backward()
 
     def finish_step(
-        self, model: Phi, optimizer, max_norm: float
+        self, model: nn.Module, optimizer, max_norm: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take or skip the step; gives the gradients' norm, and whether it was taken (1.0 or 0.0).
 
@@ -185,7 +185,7 @@ class Guard:
         return norm, finite
 
 
-def optimizer_state(model: Phi, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
     """AdamW's tensors by name, zero where it has not stepped yet; sharded as the weights are."""
     tensors = {}
     for name, p in model.named_parameters():

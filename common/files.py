@@ -21,7 +21,7 @@ PIECE_BYTES = 1 << 16  # split into lines at once: a bomb may be lines of nothin
 
 
 def read_json(path: Path):
-    """Return the JSON value in a file, None if there is none. Raises UserError if it is not JSON."""
+    """Return the JSON value in a file, None if it is not there; UserError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

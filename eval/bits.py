@@ -23,7 +23,7 @@ from common import checkpoint
 from common.config import UserError, parse, run
 from common.files import write_json
 from data.base.documents import read_documents
-from model import Phi
+from model import Phi, load_model
 from tokenizer import Tokenizer
 
 BATCH_TOKENS = 1 << 13  # in one forward pass: its logits are 64 MB at a vocabulary of 2,048
@@ -45,7 +45,7 @@ def load(path: Path, device: str) -> tuple[Phi, Tokenizer, Path]:
     """The model in evaluation mode, its tokenizer, and the checkpoint folder that was used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return checkpoint.load_model(path, torch.device(device))
+    return load_model(path, torch.device(device))
 
 
 def read(source: Path, limit_mb: float) -> Iterator[dict]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.config import UserError, parse, run
 from common.files import new_folder, write_json
-from model import ModelConfig, Phi, parameter_count
+from model import ModelConfig, Phi, load_model, parameter_count
 from tokenizer import END_OF_TEXT, JSON_FILE, MODEL_FILE, Tokenizer
 from tokenizer.to_json import to_json
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 def export(config: Export) -> None:
     """Write `config.checkpoint` to `config.out` as PhiForCausalLM."""
-    model, tokenizer, source = checkpoint.load_model(config.checkpoint, torch.device("cpu"))
+    model, tokenizer, source = load_model(config.checkpoint, torch.device("cpu"))
     settings = phi_config(model.c, tokenizer)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
     tokens = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint
 from data.base.lexical import l2_distances
+from model import load_model
 
 BATCH_TOKENS = 1 << 14  # in one forward pass
 
@@ -22,7 +22,7 @@ class Hidden:
     def __init__(self, path: Path, problems: list[str], device: str = "auto"):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.tokenizer, _ = checkpoint.load_model(path, torch.device(device))
+        self.model, self.tokenizer, _ = load_model(path, torch.device(device))
         self.model.head = torch.nn.Identity()  # so that a forward pass ends at the hidden states
         self.problems = self.vectors(problems)
 

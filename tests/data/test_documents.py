@@ -6,7 +6,7 @@ import random
 import pytest
 import zstandard
 
-import data.base.documents
+from common import files
 from common.config import UserError
 from common.files import lines, new_folder, read_jsonl, write_json
 from data.base.documents import Seen, ShardWriter, document, read_documents, shard_files
@@ -95,8 +95,8 @@ def test_seen_is_a_set():
 
 
 def test_a_line_is_whole_or_none_wherever_it_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.base.documents, "MAX_LINE_BYTES", 40)
-    monkeypatch.setattr(data.base.documents, "PIECE_BYTES", 7)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 40)
+    monkeypatch.setattr(files, "PIECE_BYTES", 7)
     rng = random.Random(0)
     for _ in range(30):
         wanted = [b"x" * rng.randrange(60) for _ in range(20)] + [b"end"]

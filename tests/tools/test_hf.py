@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from common import checkpoint
 from common.config import UserError
-from model import ModelConfig, Phi
+from model import ModelConfig, Phi, load_model
 from sample import Generator
 from tests.core.test_tokenizer import AWKWARD
 from tokenizer import END_OF_TEXT, Tokenizer
@@ -77,7 +77,7 @@ def theirs(exported):
 
 def close_logits(run: Path, model) -> None:
     """Asserts that both libraries' logits differ by no more than fp32 rounding."""
-    mine, _, _ = checkpoint.load_model(run, torch.device("cpu"))
+    mine, _, _ = load_model(run, torch.device("cpu"))
     idx = torch.randint(mine.c.vocab_size, (3, mine.c.seq_len))
     with torch.no_grad():
         want, got = model.float()(idx).logits, mine(idx)
