@@ -71,8 +71,8 @@ class Result:
 
 def phi(c: Config, kernels: str) -> Phi:
     shape = dataclasses.replace(c.model, kernels=kernels)
-    select_kernels(shape, device_of(c))  # or a UserError that says why not
-    return Phi(shape)
+    kernels, _ = select_kernels(shape, device_of(c))  # or a UserError that says why not
+    return Phi(shape, kernels == "triton")
 
 
 class HuggingFace(torch.nn.Module):
