@@ -28,7 +28,7 @@ FAIL = {
     "memory in steps": "x = []\nwhile True: x.append(bytearray(10**7))",
     "stdin": "input()",
     "message that raises": "class E(Exception):\n def __str__(self): raise self\nraise E",
-    "project on the path": "import config",
+    "project on the path": "import common.config",
     "site-packages": "import tqdm",
     "thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(100,)).start()",
 }
