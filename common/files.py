@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from common.config import UserError
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MARK = ".nanophi"  # an empty file in every folder that a stage wrote: it may be replaced
 MAX_LINE_BYTES = 16 << 20  # of a .jsonl file: a document of 1 MiB, all of it escaped, has 6 MiB
 # Compressed bytes that are decompressed at once. zstd makes 128 KiB of 4 bytes, so that this is at
@@ -52,6 +53,24 @@ def read_jsonl(path: Path) -> Iterator[dict]:
         raise UserError(f"{path} line {number}: not valid JSON ({e})") from None
     except DAMAGED as e:
         raise UserError(f"{path}: cannot be read past line {number}: {e}") from None
+
+
+def read_documents(paths: list[Path]) -> Iterator[dict]:
+    """The documents of files, and of the shards in folders, in the order of sorted names."""
+    for path in paths:
+        files = shard_files(path)
+        if not files:
+            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file there")
+        for file in files:
+            yield from read_jsonl(file)
+
+
+def shard_files(path: Path, formats: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """The document shards that `path` names: itself if a file, the sorted shards of a folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    return sorted(p for p in path.iterdir() if p.name.endswith(formats))
 
 
 def check_out(out: Path, reads: Iterable[Path] = ()) -> None:

@@ -32,8 +32,8 @@ from typing import TypeVar
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import lines
-from data.base.documents import FORMATS, Seen, ShardWriter, document, shard_files
+from common.files import lines, shard_files
+from data.base.documents import FORMATS, Seen, ShardWriter, document
 from data.base.lineage import size_and_time
 from data.base.ranks import Ranks, digest_key, say
 from data.base.stage import Part, Stage, total

@@ -12,13 +12,11 @@ it when complete, so that a folder that is there is whole; `summary.json` in it 
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 
 from common.config import UserError
-from common.files import read_jsonl
+from common.files import SUFFIXES, shard_files
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 FORMATS = (*SUFFIXES, ".parquet", "Posts.xml", "Posts.xml.gz", "Posts.xml.zst")  # readers.py
 
 
@@ -53,24 +51,6 @@ class Seen:
                 return True
             at = (at + 1) & mask
         return False
-
-
-def read_documents(paths: list[Path]) -> Iterator[dict]:
-    """The documents of files, and of the shards in folders, in the order of sorted names."""
-    for path in paths:
-        files = shard_files(path)
-        if not files:
-            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file there")
-        for file in files:
-            yield from read_jsonl(file)
-
-
-def shard_files(path: Path, formats: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """The document shards that `path` names: itself if a file, the sorted shards of a folder."""
-    path = Path(path)
-    if not path.is_dir():
-        return [path]
-    return sorted(p for p in path.iterdir() if p.name.endswith(formats))
 
 
 def source_shards(*sources: Path) -> list[Path]:

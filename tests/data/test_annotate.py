@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import UserError
+from common.files import read_documents
 from data.annotate import (
     Config,
     agreement,
@@ -27,7 +28,7 @@ from data.annotate import (
     read_labels,
     spearman,
 )
-from data.base.documents import ShardWriter, document, read_documents
+from data.base.documents import ShardWriter, document
 from data.base.ledger import Budget, Ledger
 from data.base.rules import QUESTIONS, by_rules
 from data.filter import rejection

@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 from test_annotate import reply
 
-from data.base.documents import document, read_documents
+from common.files import read_documents
+from data.base.documents import document
 from data.base.rules import QUESTIONS
 from data.shards import open_shard
 from tests.fake_endpoint import FakeEndpoint

@@ -10,10 +10,10 @@ import torch
 from conftest import save_run
 
 from common.config import UserError
-from common.files import read_jsonl
+from common.files import read_documents, read_jsonl, shard_files
 from data.base.ast_match import functions, match_rate
 from data.base.benchmarks import read_problems
-from data.base.documents import document, read_documents, shard_files
+from data.base.documents import document
 from data.base.embed import Hidden
 from data.base.lexical import Lexical
 from data.decontaminate import Config, Finder, decontaminate, ngrams

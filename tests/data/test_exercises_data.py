@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 
 from common.config import UserError
-from common.files import read_jsonl
+from common.files import read_documents, read_jsonl
 from data import exercises
-from data.base.documents import read_documents
 from data.exercises import Benchmarks, solution_key, tell
 from data.synthetic.families import FAMILIES, KINDS
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import UserError
-from common.files import read_jsonl
+from common.files import read_documents, read_jsonl
 from data.base import syntax
-from data.base.documents import ShardWriter, document, read_documents
+from data.base.documents import ShardWriter, document
 from data.base.syntax import measures, parse_python, strip_licence
 from data.filter import Config, filter_documents, rejection
 

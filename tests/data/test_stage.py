@@ -15,7 +15,8 @@ from conftest import ROOT
 from test_filter import GOOD
 
 from common.config import UserError
-from data.base.documents import ShardWriter, document, read_documents, source_shards
+from common.files import read_documents
+from data.base.documents import ShardWriter, document, source_shards
 from data.base.lineage import describe
 from data.base.ranks import Ranks
 from data.base.stage import Stage, total

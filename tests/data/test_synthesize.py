@@ -12,8 +12,9 @@ import pytest
 
 from common import config as config_module
 from common.config import UserError
+from common.files import read_documents
 from data import exercises
-from data.base.documents import ShardWriter, document, read_documents
+from data.base.documents import ShardWriter, document
 from data.base.minhash import jaccard, shingles
 from data.base.seen import Seen
 from data.synthesize import KINDS, Exercises, Textbooks, synthesize
