@@ -34,7 +34,7 @@ from data.base.lexical import words
 from data.base.ranks import digest_key, say
 from data.base.readers import read_records
 from data.base.stage import Part, Stage, total
-from data.base.topics import TOPICS, facts
+from data.base.syntax import TOPICS, facts
 from eval.harness import FIELDS
 from sandbox.execute import run_checks
 from sandbox.self_check import check

@@ -4,7 +4,7 @@ import numpy as np
 
 from common.config import UserError
 from data.base import minhash
-from data.base.topics import TOPICS
+from data.base.syntax import TOPICS
 
 # The table: a measure, its name, and how to read it.
 MEANINGS = {
