@@ -29,8 +29,7 @@ from common.files import read_jsonl
 from data.base import minhash
 from data.base.diversity_page import MEANINGS, html_page, show
 from data.base.documents import DocumentFile, document, source_shards
-from data.base.embed import Hidden
-from data.base.lexical import words
+from data.base.features import Hidden, words
 from data.base.ranks import digest_key, say
 from data.base.readers import read_records
 from data.base.stage import Part, Stage, total

@@ -27,7 +27,6 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +36,11 @@ from tqdm import tqdm
 from common.config import UserError, parse, run
 from common.files import write_json
 from data import exercises
-from data.base.documents import document, source_shards
+from data.base.documents import batched, document, source_shards
 from data.base.llm import Client, Options, Refused
+from data.base.minhash import Index
 from data.base.ranks import say
 from data.base.readers import read_documents_of
-from data.base.seen import Seen
 from data.base.stage import Part, Stage, total
 from data.exercises import Benchmarks, ngrams, normalize
 from data.synthetic import prompts, textbooks
@@ -319,7 +318,7 @@ def make(config: Config, part: Part) -> dict:
 
 def choose(config: Config, part: Part) -> dict:
     """Accept, in their order, the candidates that are unlike all before them."""
-    seen = Seen(config.max_similarity)
+    seen = Index(config.max_similarity)
     for path in source_shards(*config.existing):
         for batch in batched(read_documents_of(path, lambda *_: None), BATCH):
             seen.add([record["text"] for record in batch], always=True)
@@ -352,11 +351,6 @@ def price(config: Config) -> dict:
         raise UserError("--dry_run prices the endpoint's work; the builtin writer costs nothing")
     with Client(config, cache(config)) as client:
         return client.price((messages(config, i), config.reply_tokens) for i in range(config.count))
-
-
-def batched(items: Iterator, n: int) -> Iterator[list]:
-    while batch := list(itertools.islice(items, n)):
-        yield batch
 
 
 def main() -> None:

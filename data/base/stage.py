@@ -131,12 +131,10 @@ class Stage:
                     write_json(path, state)
                 done[i] = state
                 bar.update(before + size - bar.n)  # what was read of it has been shown
-        everywhere = {}
-        for of_rank in self.ranks.gather(done):
-            everywhere |= of_rank
-        self.finished += [everywhere[i] for i in range(len(items))]
-        self.read |= {i["path"] for state in everywhere.values() for i in state["inputs"]}
-        return [everywhere[i]["result"] for i in range(len(items))]
+        states = self.ranks.gather_items(done)
+        self.finished += states
+        self.read |= {i["path"] for state in states for i in state["inputs"]}
+        return [state["result"] for state in states]
 
     def finish(self, summary: dict) -> dict:
         """Add what was quarantined to `summary`, write it and give the folder its name."""

@@ -17,8 +17,7 @@ from data.annotate import Config as AnnotateConfig
 from data.annotate import annotate, auc
 from data.base import forest as trees
 from data.base.documents import ShardWriter, document
-from data.base.embed import Hidden
-from data.base.features import STRUCTURE, WINDOWS, Features, pieces, structure
+from data.base.features import STRUCTURE, WINDOWS, Features, Hidden, pieces, structure
 from data.classify import (
     Classifier,
     ScoreConfig,

@@ -16,8 +16,8 @@ from conftest import ROOT
 from test_annotate import reply
 
 from common.files import read_documents
+from data.annotate import QUESTIONS
 from data.base.documents import document
-from data.base.rules import QUESTIONS
 from data.shards import open_shard
 from tests.fake_endpoint import FakeEndpoint
 from tokenizer import Tokenizer

@@ -14,8 +14,7 @@ from common.files import read_documents, read_jsonl, shard_files
 from data.base.ast_match import functions, match_rate
 from data.base.benchmarks import read_problems
 from data.base.documents import document
-from data.base.embed import Hidden
-from data.base.lexical import Lexical
+from data.base.features import Hidden, Lexical
 from data.decontaminate import Config, Finder, decontaminate, ngrams
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
