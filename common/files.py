@@ -114,6 +114,12 @@ def write_json(path: Path, value) -> None:
     temporary.replace(path)
 
 
+def write_jsonl(path: Path, records: Iterable[dict], ensure_ascii: bool = False) -> None:
+    """Write records as JSON, one a line; lone surrogates need `ensure_ascii`."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(record, ensure_ascii=ensure_ascii) + "\n" for record in records)
+
+
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what `chunks` raises
 
 

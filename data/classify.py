@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import write_json
+from common.files import write_json, write_jsonl
 from data.annotate import GOOD, auc, by_rules, read_labels
 from data.base import forest as trees
 from data.base.documents import batched, source_shards
@@ -121,10 +121,10 @@ def train(config: TrainConfig) -> dict:
                      "good": config.good, "calibration": platt(vote, y)}  # fmt: skip
             trees.save(stage.result / "forest.npz", forests[-1])
             write_json(stage.result / "forest.json", about)
-            with open(stage.result / "heldout.jsonl", "w", encoding="utf-8") as f:
-                for row, p in zip(rows, calibrated):
-                    line = {k: row[k] for k in ("sha256", "origin", "score")}
-                    f.write(json.dumps({**line, "quality": round(float(p), 4)}) + "\n")
+            keys = ("sha256", "origin", "score")
+            lines = ({**{k: row[k] for k in keys}, "quality": round(float(p), 4)}
+                     for row, p in zip(rows, calibrated))  # fmt: skip
+            write_jsonl(stage.result / "heldout.jsonl", lines, ensure_ascii=True)
         return stage.finish({**features.kind, **report})
 
 
@@ -355,10 +355,8 @@ def write_samples(stage: Stage, cut: float) -> None:
         encoding="utf-8",
     )
     for name, rows in (("kept", kept), ("rejected", rejected)):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as f:
-            for _, q, origin, text in rows:
-                line = {"quality": q, "origin": origin, "text": text}
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = ({"quality": q, "origin": origin, "text": text} for _, q, origin, text in rows)
+        write_jsonl(folder / f"{name}.jsonl", lines)
 
 
 def _cell(row: list | None) -> str:

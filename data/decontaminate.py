@@ -33,9 +33,9 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import write_json
+from common.files import write_json, write_jsonl
 from data.base.ast_match import Matcher, functions_anywhere
-from data.base.benchmarks import Problem, read_problems
+from data.base.benchmarks import Reference, read_references
 from data.base.documents import DocumentFile, batched, chars, side_by_side, source_shards
 from data.base.features import Hidden, Lexical
 from data.base.minhash import shingles
@@ -85,7 +85,7 @@ class Hit:
 class Finder:
     """Finds documents that are close to problems."""
 
-    def __init__(self, config: Config, problems: list[Problem]):
+    def __init__(self, config: Config, problems: list[Reference]):
         self.problems, self.ngram = problems, config.ngram
         self.min_rate = min(TAUS[-1], config.tau)
         self.matcher = Matcher([p.function.nodes for p in problems], self.min_rate)
@@ -151,7 +151,7 @@ def decontaminate(config: Config) -> dict:
         raise UserError(f"--tau {config.tau:g}: want 0.5 to 1; at less, everything is alike")
     if config.ngram < 0 or not 0 <= config.near_frac <= 1 or config.sure_nodes < 0:
         raise UserError("want --ngram and --sure_nodes of at least 0, --near_frac from 0 to 1")
-    problems = [problem for path in config.benchmarks for problem in read_problems(path)]
+    problems = [problem for path in config.benchmarks for problem in read_references(path)]
     taus = sorted({*TAUS, config.tau}, reverse=True)
     shards, finder = source_shards(*config.source), Finder(config, problems)
     reads = [*config.benchmarks, *([finder.measure.folder] if config.checkpoint else [])]
@@ -245,12 +245,13 @@ def write_report(stage: Stage, finder: Finder, by_problem: dict, taus: list[floa
     for path in sorted(stage.scratch.glob("*.best.json")):
         for record in json.loads(path.read_text()).values():
             _keep_best(best, record)
-    with open(folder / "problems.jsonl", "w", encoding="utf-8") as f:
-        for p in finder.problems:
-            close = {f"{t:g}": by_problem.get(p.task_id, {}).get(f"{t:g}", 0) for t in taus}
-            nearest = {k: v for k, v in best.get(p.task_id, {}).items() if k not in ("function",)}
-            line = {"task_id": p.task_id, "nodes": len(p.function.nodes), "close": close}
-            f.write(json.dumps(line | {"nearest": nearest or None}, ensure_ascii=False) + "\n")
+    lines = []
+    for p in finder.problems:
+        close = {f"{t:g}": by_problem.get(p.task_id, {}).get(f"{t:g}", 0) for t in taus}
+        nearest = {k: v for k, v in best.get(p.task_id, {}).items() if k != "function"} or None
+        nodes = len(p.function.nodes)
+        lines.append({"task_id": p.task_id, "nodes": nodes, "close": close, "nearest": nearest})
+    write_jsonl(folder / "problems.jsonl", lines)
     texts = {p.task_id: p.function.text for p in finder.problems}
     with open(folder / "pairs.txt", "w", encoding="utf-8") as f:
         f.write(f"Near is a distance of at most {finder.near:.4f}.\n\n")

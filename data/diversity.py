@@ -27,13 +27,13 @@ import zstandard
 from common.config import UserError, parse, run
 from common.files import read_jsonl
 from data.base import minhash
+from data.base.benchmarks import FIELDS
 from data.base.documents import DocumentFile, document, source_shards
 from data.base.features import Hidden, words
 from data.base.ranks import digest_key, say
 from data.base.readers import read_records
 from data.base.stage import Part, Stage, total
 from data.base.syntax import TOPICS, facts
-from eval.harness import FIELDS
 from sandbox.execute import run_checks
 from sandbox.self_check import check
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import write_json
+from common.files import write_json, write_jsonl
 from data.base.documents import document, source_shards
 from data.base.ranks import say
 from data.base.readers import read_documents_of
@@ -166,11 +166,12 @@ def merge_samples(stage: Stage) -> None:
     folder = stage.result / "samples"  # a folder of its own: the next stage reads *.jsonl beside
     folder.mkdir(exist_ok=True)
     for name, of in (("kept", [""]), ("rejected", sorted(samples.keys() - {""}))):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as f:
-            for reason in of:
-                for _, origin, text in samples[reason]:
-                    line = {"reason": reason, "origin": origin, "text": text}
-                    f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = (
+            {"reason": reason, "origin": origin, "text": text}
+            for reason in of
+            for _, origin, text in samples[reason]
+        )
+        write_jsonl(folder / f"{name}.jsonl", lines)
 
 
 def advice(reasons: Counter) -> str:

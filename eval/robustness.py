@@ -21,8 +21,9 @@ import sys
 from dataclasses import dataclass, replace
 
 from common.config import UserError, parse, run
-from common.files import new_folder, write_json
-from eval.harness import BODY, Evaluation, measure, read_problems
+from common.files import new_folder, write_json, write_jsonl
+from data.base.benchmarks import read_problems
+from eval.harness import BODY, Evaluation, measure
 from eval.pass_at_k import Z95
 from eval.perturb import PERTURBATIONS
 from eval.results import mean
@@ -125,8 +126,8 @@ def main() -> None:
             result, asked, samples = robustness(config)
         if folder:
             write_json(folder / "results.json", result)
-            for file, rows in (("problems.jsonl", asked), ("samples.jsonl", samples)):
-                (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_jsonl(folder / "problems.jsonl", asked, ensure_ascii=True)
+            write_jsonl(folder / "samples.jsonl", samples, ensure_ascii=True)
     if config.json:
         return print(json.dumps(result))
     print(f"{result['problems']} problems as they are: pass@1 {100 * result['pass@1']:.1f} %")
