@@ -21,13 +21,18 @@ ZSTD_FEED_BYTES = 1 << 10
 PIECE_BYTES = 1 << 16  # split into lines at once: a bomb may be lines of nothing
 
 
-def read_json(path: Path):
-    """Return the JSON value in a file, None if it is not there; UserError if it is not JSON."""
+def read_json(path: Path, strict: bool = True):
+    """Return the JSON value in a file, None if it is not there.
+
+    Raises UserError if it is not JSON; if not `strict`, a file that cannot be read counts as absent.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
+    except (OSError, ValueError) as e:
+        if isinstance(e, FileNotFoundError) or not strict:
+            return None
+        if isinstance(e, OSError):
+            raise
         raise UserError(f"{path}: no JSON ({e}); delete it, and run its stage again") from None
 
 

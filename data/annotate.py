@@ -35,7 +35,7 @@ from tqdm import tqdm
 from common.config import UserError, parse, run
 from common.files import read_jsonl, write_json
 from data.base.documents import source_shards
-from data.base.llm import Client, Options, Refused
+from data.base.llm import Client, Options, Refused, mark
 from data.base.ranks import say
 from data.base.readers import read_documents_of
 from data.base.stage import Part, Stage, total
@@ -168,9 +168,9 @@ def label(points: dict, reason: str, labeller: str) -> dict:
 def prompt(text: str, max_chars: int) -> list[dict]:
     """The messages that ask for the label of `text`."""
     text = excerpt(strip_licence(text), max_chars)
-    mark = "=" * 8 + hashlib.sha256(text.encode()).hexdigest()[:8]  # no document can hold its own
     questions = "\n".join(f"{i}. {question}" for i, question in enumerate(QUESTIONS.values(), 1))
-    return [{"role": "user", "content": PROMPT.format(questions=questions, mark=mark, text=text)}]
+    content = PROMPT.format(questions=questions, mark=mark(text), text=text)
+    return [{"role": "user", "content": content}]
 
 
 def excerpt(text: str, max_chars: int) -> str:
@@ -250,11 +250,6 @@ def annotate(config: Config) -> dict:
         return stage.finish(count)
 
 
-def documents(path: Path) -> Iterator[dict]:
-    """The documents of a shard; what is bad goes to quarantine once, when it is read by `write`."""
-    return read_documents_of(path, lambda *_: None)
-
-
 def key(config: Config, record: dict) -> int:
     """Where a document stands in the order of the sample, a hash of 64 bits."""
     digest = hashlib.sha256(f"{config.seed}:{record['sha256']}".encode()).digest()
@@ -263,7 +258,7 @@ def key(config: Config, record: dict) -> int:
 
 def save_keys(config: Config, part: Part) -> None:
     """Leave the smallest keys of a shard for `last_key`."""
-    keys = np.unique(np.array([key(config, r) for r in documents(part.item)], np.uint64))
+    keys = np.unique(np.array([key(config, r) for r in read_documents_of(part.item)], np.uint64))
     np.save(part.scratch / f"{part.name}.npy", keys[: config.sample])
 
 
@@ -287,11 +282,10 @@ def ask(config: Config, part: Part, wanted: Callable[[dict], bool]) -> None:
     def asked(pair: tuple[int, dict]) -> tuple[int, dict | str]:
         return pair[0], by_endpoint(client, pair[1]["text"], config)
 
-    pairs = (
-        (i, r) for i, shard in enumerate(part.stage.shards) for r in documents(shard) if wanted(r)
-    )
+    shards = enumerate(part.stage.shards)
+    pairs = ((i, r) for i, shard in shards for r in read_documents_of(shard) if wanted(r))
     with contextlib.ExitStack() as stack:
-        client = stack.enter_context(Client(config, cache(config)))
+        client = stack.enter_context(Client(config, config.replies()))
         bar = stack.enter_context(tqdm(desc="labels", unit=" documents", disable=None))
         files = {}
         for i, found in client.in_order(asked, pairs):
@@ -305,10 +299,6 @@ def ask(config: Config, part: Part, wanted: Callable[[dict], bool]) -> None:
             bar.set_postfix_str(client.ledger.describe())
         # Apart from the summary: it differs where a run was killed and went on.
         write_json(part.stage.result / "endpoint.json", client.summary())
-
-
-def cache(config: Config) -> Path:
-    return config.cache or Path(f"{config.out}.replies.jsonl")
 
 
 def write(config: Config, part: Part, wanted: Callable[[dict], bool], truth: dict) -> dict:
@@ -342,15 +332,15 @@ def price(config: Config) -> dict:
         raise UserError("--dry_run prices the endpoint's work; the rules cost nothing")
     shards = source_shards(config.source)
     truth = read_labels(config.against) if config.against else {}
-    keys = ([key(config, r) for r in documents(shard)] for shard in shards)
+    keys = ([key(config, r) for r in read_documents_of(shard)] for shard in shards)
     last = None
     if config.sample and not truth:
         last = last_key(config, (np.array(k, np.uint64) for k in keys))
-    with Client(config, cache(config)) as client:
+    with Client(config, config.replies()) as client:
         return client.price(
             (prompt(r["text"], config.max_chars), REPLY_TOKENS)
             for shard in shards
-            for r in documents(shard)
+            for r in read_documents_of(shard)
             if is_wanted(config, r, truth, last)
         )
 

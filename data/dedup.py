@@ -239,11 +239,11 @@ def write(
     jaccard = dict(zip(gone.tolist(), sketches.jaccard(gone, keeper[gone]).tolist()))
     texts, wanted_here = {}, {k for pair in wanted for k in pair if begin <= k < end}
     count = Counter(documents=0, bytes=0, exact=0, near=0, drifted=0)
-    ignore = lambda *bad: None  # noqa: E731 - it was counted when the shard was sketched
     (part.result / "removed").mkdir()
     removed = part.result / "removed" / f"{part.name}.jsonl.zst"
     with part.writer() as kept, DocumentFile(removed) as lines:
-        for index, record in enumerate(read_documents_of(part.item, ignore, part.progress), begin):
+        records = read_documents_of(part.item, progress=part.progress)  # what is bad was counted
+        for index, record in enumerate(records, begin):
             if index in wanted_here:
                 texts[str(index)] = [record["origin"], record["text"][:SAMPLE_CHARS]]
             if keeper[index] == index:

@@ -142,7 +142,7 @@ def scratch(stage: Stage, of_set: list[int], wanted: int, name: str, suffix: str
 def records(part: Part, count_bad: bool) -> Iterator[dict]:
     """The documents of a shard; of a problem, its prompt and solution."""
     if is_problems(part.item):
-        for number, record in read_records(part.item, lambda *_: None, part.progress):
+        for number, record in read_records(part.item, progress=part.progress):
             if all(isinstance(record.get(field), str) for field in FIELDS):
                 text = record["prompt"] + record["canonical_solution"]
                 yield record | document(text, record["task_id"])
@@ -156,7 +156,7 @@ def is_problems(path: Path) -> bool:
     """Whether a file's first record is a problem of HumanEval's format."""
     if ".jsonl" not in path.name:
         return False
-    for _, record in read_records(path, lambda *_: None):
+    for _, record in read_records(path):
         return "canonical_solution" in record and "text" not in record
     return False
 

@@ -121,7 +121,7 @@ def share_cut(quality: np.ndarray, keep_frac: float) -> float:
 
 def save_qualities(part: Part) -> dict:
     """Leave the qualities of a shard's documents; what is bad is counted when it is filtered."""
-    records = read_documents_of(part.item, lambda *_: None, part.progress)
+    records = read_documents_of(part.item, progress=part.progress)
     quality = [record.get("quality") for record in records]
     known = [q for q in quality if type(q) in (int, float)]
     np.save(part.scratch / f"quality-{part.index:05d}.npy", np.array(known, float))

@@ -269,7 +269,7 @@ def ask(config: Config, part: Part) -> None:
             return {"refused": "refused by the endpoint"}
         return {"text": reply.text} if reply.complete else {"refused": "cut short"}
 
-    with Client(config, cache(config)) as client:
+    with Client(config, config.replies()) as client:
         indexes = (i for start, stop in items for i in range(start, stop))
         replies = client.in_order(asked, indexes)
         bar = tqdm(desc="replies", unit=" replies", disable=None)
@@ -283,10 +283,6 @@ def ask(config: Config, part: Part) -> None:
         next(replies, None)  # lets it end
         # Apart from the summary: it differs where a run was killed and went on.
         write_json(part.stage.result / "endpoint.json", client.summary())
-
-
-def cache(config: Config) -> Path:
-    return config.cache or Path(f"{config.out}.replies.jsonl")
 
 
 def make(config: Config, part: Part) -> dict:
@@ -320,7 +316,7 @@ def choose(config: Config, part: Part) -> dict:
     """Accept, in their order, the candidates that are unlike all before them."""
     seen = Index(config.max_similarity)
     for path in source_shards(*config.existing):
-        for batch in batched(read_documents_of(path, lambda *_: None), BATCH):
+        for batch in batched(read_documents_of(path), BATCH):
             seen.add([record["text"] for record in batch], always=True)
     places, refused = [], Counter()
     for number in range(part.item):
@@ -349,7 +345,7 @@ def price(config: Config) -> dict:
     """What `count` replies would cost; those that are refused come on top."""
     if config.writer != "llm":
         raise UserError("--dry_run prices the endpoint's work; the builtin writer costs nothing")
-    with Client(config, cache(config)) as client:
+    with Client(config, config.replies()) as client:
         return client.price((messages(config, i), config.reply_tokens) for i in range(config.count))
 
 

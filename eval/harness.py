@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common.config import UserError
 from common.files import new_folder, read_jsonl, write_json, write_jsonl
-from eval.pass_at_k import score
+from eval.scores import score
 from sandbox.execute import Verdict, choose, describe
 from sandbox.self_check import PATIENCE, SLOWER, check, remembered, run_all, self_check, slowdown
 
@@ -70,6 +70,11 @@ class Evaluation:
                 raise UserError(f"--{name} {getattr(self, name)}: want 0 or more")
         if self.samples_per_problem > 1 and self.temperature == 0:
             raise UserError("--samples_per_problem > 1 needs --temperature > 0, or all are equal")
+
+    def limits(self) -> dict:
+        """Return how programs are run, as sandbox.execute.run_checks takes it. Raises UserError."""
+        workers = self.workers or len(os.sched_getaffinity(0))
+        return {"memory_mb": self.memory_mb, "workers": workers, "tier": choose(self.sandbox)}
 
 
 @dataclass(frozen=True)
@@ -179,11 +184,7 @@ def measure(
 
     Raises UserError, as `evaluate` does.
     """
-    limits = {
-        "memory_mb": config.memory_mb,
-        "workers": config.workers or len(os.sched_getaffinity(0)),
-        "tier": choose(config.sandbox),
-    }
+    limits = config.limits()
     completions = read_samples(config.samples, problems) if config.samples else None
     problems = problems[: config.limit or None]
     slower = slowdown(**limits)

@@ -16,7 +16,6 @@ The folder --out has what eval.humaneval writes less the tables, and
 """
 
 import contextlib
-import hashlib
 import json
 import re
 import sys
@@ -29,9 +28,9 @@ from tqdm import tqdm
 from common.config import UserError, parse, run
 from common.files import new_folder, write_json, write_jsonl
 from data.base.benchmarks import read_problems
-from data.base.llm import Client, Options, Refused
+from data.base.llm import Client, Options, Refused, mark
 from eval.harness import BODY, Evaluation, measure, table
-from eval.pass_at_k import wilson
+from eval.scores import wilson
 
 PROBLEMS = Path(__file__).with_name("judge.jsonl")
 PROMPT = """\
@@ -80,9 +79,8 @@ class Config(Options):
 
 def messages(prompt: str, completion: str) -> list[dict]:
     """What asks for the grade of `completion`."""
-    text = prompt + completion
-    mark = "=" * 8 + hashlib.sha256(text.encode()).hexdigest()[:8]  # no text can hold its own
-    content = PROMPT.format(mark=mark, prompt=prompt.rstrip(), completion=completion.rstrip("\n"))
+    asked = {"prompt": prompt.rstrip(), "completion": completion.rstrip("\n")}
+    content = PROMPT.format(mark=mark(prompt + completion), **asked)
     return [{"role": "user", "content": content}]
 
 
@@ -148,9 +146,8 @@ def judge(config: Config) -> dict:
         sandbox=config.sandbox,
     )
     # An endpoint that cannot be had is to be found before the samples are made, not after.
-    cache = config.cache or Path(f"{config.out}.replies.jsonl")
     with contextlib.ExitStack() as stack:
-        client = stack.enter_context(Client(config, cache)) if config.model else None
+        client = stack.enter_context(Client(config, config.replies())) if config.model else None
         folder = None if config.dry_run else stack.enter_context(new_folder(config.out))
         result, samples, _ = measure(evaluation, "judge", problems, BODY)
         prompts = {p["task_id"]: p["prompt"] for p in problems}

@@ -16,7 +16,6 @@ The folder --out has results.json, problems.jsonl (all prompts as asked) and sam
 import contextlib
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 
@@ -24,10 +23,8 @@ from common.config import UserError, parse, run
 from common.files import new_folder, write_json, write_jsonl
 from data.base.benchmarks import read_problems
 from eval.harness import BODY, Evaluation, measure
-from eval.pass_at_k import Z95
 from eval.perturb import PERTURBATIONS
-from eval.results import mean
-from sandbox.execute import choose
+from eval.scores import Z95, mean
 from sandbox.self_check import PATIENCE, check, remembered, run_all, slowdown
 
 
@@ -49,11 +46,7 @@ class Config(Evaluation):
 def variants(config: Config, problems: list[dict]) -> tuple[list[dict], dict[str, dict]]:
     """The perturbed problems, as TASK_ID@PERTURBATION, whose references pass, and for each
     perturbation {"does_not_apply", "reference_fails"}, how many are left out."""
-    limits = {
-        "memory_mb": config.memory_mb,
-        "workers": config.workers or len(os.sched_getaffinity(0)),
-        "tier": choose(config.sandbox),
-    }
+    limits = config.limits()
     made, left_out = [], {}
     for name in config.only or PERTURBATIONS:
         new = [(p["task_id"], PERTURBATIONS[name](p)) for p in problems]

@@ -73,7 +73,8 @@ class Stage:
             self.lock = lock(self.work / "lock", self.config.out)
             if self.old.exists() and not self.out.exists():  # killed between the two renames
                 self.old.rename(self.out)
-            identity, known = self.identity(), read_json(self.work / "identity.json")
+            identity = self.identity()
+            known = read_json(self.work / "identity.json", strict=False)
             if known != identity or not self.result.exists():
                 self.forget()
                 write_json(self.work / "identity.json", identity)
@@ -191,7 +192,7 @@ class Stage:
 
     def finished_item(self, path: Path) -> dict | None:
         """The state of an item that an earlier run finished, if its files are still whole."""
-        state = read_json(path)
+        state = read_json(path, strict=False)
         for output in state["outputs"] if state else []:
             file = self.result / output["path"]
             if not file.exists() or file.stat().st_size != output["bytes"]:

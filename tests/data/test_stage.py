@@ -126,7 +126,8 @@ def test_a_finished_shard_is_not_repeated(tmp_path):
     assert did == [2]
     # A file that was changed behind our back is made again.
     (tmp_path / ".out.work" / "result" / "shard-00001.jsonl.zst").write_bytes(b"short")
-    assert go(config, None) == [1, 3]
+    (tmp_path / ".out.work" / "state" / "copy-00000.json").write_text("")
+    assert go(config, None) == [0, 1, 3]
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert go(config, None) == [0, 1, 2, 3]  # complete: made anew
     # Other arguments or inputs have nothing to go on with.
