@@ -24,7 +24,7 @@ PIECE_BYTES = 1 << 16  # split into lines at once: a bomb may be lines of nothin
 def read_json(path: Path, strict: bool = True):
     """Return the JSON value in a file, None if it is not there.
 
-    Raises UserError if it is not JSON; if not `strict`, a file that cannot be read counts as absent.
+    Raises UserError if it is not JSON; unless `strict`, what cannot be read counts as absent.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
