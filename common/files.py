@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from common.config import UserError
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MARK = ".nanophi"  # an empty file in every folder that a stage wrote: it may be replaced
 MAX_LINE_BYTES = 16 << 20  # of a .jsonl file: a document of 1 MiB, all of it escaped, has 6 MiB
 # Compressed bytes that are decompressed at once. zstd makes 128 KiB of 4 bytes, so that this is at
@@ -20,13 +21,18 @@ ZSTD_FEED_BYTES = 1 << 10
 PIECE_BYTES = 1 << 16  # split into lines at once: a bomb may be lines of nothing
 
 
-def read_json(path: Path):
-    """Return the JSON value in a file, None if it is not there; UserError if it is not JSON."""
+def read_json(path: Path, strict: bool = True):
+    """Return the JSON value in a file, None if it is not there.
+
+    Raises UserError if it is not JSON; unless `strict`, what cannot be read counts as absent.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
+    except (OSError, ValueError) as e:
+        if isinstance(e, FileNotFoundError) or not strict:
+            return None
+        if isinstance(e, OSError):
+            raise
         raise UserError(f"{path}: no JSON ({e}); delete it, and run its stage again") from None
 
 
@@ -52,6 +58,24 @@ def read_jsonl(path: Path) -> Iterator[dict]:
         raise UserError(f"{path} line {number}: not valid JSON ({e})") from None
     except DAMAGED as e:
         raise UserError(f"{path}: cannot be read past line {number}: {e}") from None
+
+
+def read_documents(paths: list[Path]) -> Iterator[dict]:
+    """The documents of files, and of the shards in folders, in the order of sorted names."""
+    for path in paths:
+        files = shard_files(path)
+        if not files:
+            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file there")
+        for file in files:
+            yield from read_jsonl(file)
+
+
+def shard_files(path: Path, formats: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """The document shards that `path` names: itself if a file, the sorted shards of a folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    return sorted(p for p in path.iterdir() if p.name.endswith(formats))
 
 
 def check_out(out: Path, reads: Iterable[Path] = ()) -> None:
@@ -93,6 +117,12 @@ def write_json(path: Path, value) -> None:
     temporary = Path(path).with_name(f".{Path(path).name}.tmp-{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     temporary.replace(path)
+
+
+def write_jsonl(path: Path, records: Iterable[dict], ensure_ascii: bool = False) -> None:
+    """Write records as JSON, one a line; lone surrogates need `ensure_ascii`."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(record, ensure_ascii=ensure_ascii) + "\n" for record in records)
 
 
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what `chunks` raises

@@ -10,7 +10,8 @@ the rubric is ours: five questions of 0 to 2 points each, which make a score fro
 
     llm    asks any OpenAI-compatible endpoint, with the paper's question and the rubric
     rules  answers the same five questions from the syntax tree, so that all that follows runs
-           offline; see data/base/rules.py for what it looks at, and LOG.md for how far to trust it
+           offline. It sees structure, not sense: a docstring that tells of another task than the
+           code does scores as well as a true one. LOG.md says how far to trust it
 
 A sample is the documents with the smallest hashes, so that a smaller one is part of a larger one.
 Every document keeps its fields and gets `score`, `points` (of the five questions), `reason` and
@@ -18,6 +19,7 @@ Every document keeps its fields and gets `score`, `points` (of the five question
 `--against` labels the documents that it names, and tells how well the labeller agrees.
 """
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -33,13 +35,29 @@ from tqdm import tqdm
 from common.config import UserError, parse, run
 from common.files import read_jsonl, write_json
 from data.base.documents import source_shards
-from data.base.llm import Client, Options, Refused
+from data.base.llm import Client, Options, Refused, mark
 from data.base.ranks import say
 from data.base.readers import read_documents_of
-from data.base.rules import QUESTIONS, by_rules, label
 from data.base.stage import Part, Stage, total
-from data.base.syntax import strip_licence
+from data.base.syntax import (
+    COMMENT,
+    FUNCTIONS,
+    count_syntax,
+    docstring,
+    foreign_names,
+    parse_python,
+    root_name,
+    strip_licence,
+)
 
+QUESTIONS = {
+    "self_contained": "Can it be read without knowing the rest of a project or a special library?",
+    "computes": "Does it do something with data: an algorithm, decisions, loops, arithmetic? "
+    "Not only imports, settings, tables, wrappers, tests that compare.",
+    "clear": "Are the pieces small, the names telling, the order of things easy to follow?",
+    "explained": "Do docstrings and comments say what it does and why, with examples perhaps?",
+    "basic": "Could a student of basic programming learn from it and use it again elsewhere?",
+}
 PROMPT = """\
 Determine the educational value of a Python document for a student whose goal is to learn basic \
 coding concepts.
@@ -80,15 +98,79 @@ class Config(Options):
     against: Path | None = None  # labels to compare with; only the documents that they name
 
 
+# ---- The rules
+
+
+def rule_points(text: str) -> dict[str, float]:
+    """Points from 0 to 2 for each of QUESTIONS, of what the syntax tree shows.
+
+    The bounds of each ramp were set on half of the labels in tests/data/labels.jsonl, those whose
+    sha256 ends in 0 to 7; the other half judges them (LOG.md). Raises SyntaxError if it is not
+    Python.
+    """
+    tree = parse_python(text)
+    c, nodes = count_syntax(tree), list(ast.walk(tree))
+    functions = [node for node in nodes if isinstance(node, FUNCTIONS)]
+    arguments = [[a.arg for a in (*f.args.args, *f.args.kwonlyargs)] for f in functions]
+    calls = [root_name(node.func) for node in nodes if isinstance(node, ast.Call)]
+    loops = sum(isinstance(node, (ast.For, ast.While, ast.comprehension)) for node in nodes)
+    returns = sum(isinstance(node, ast.Return) and node.value is not None for node in nodes)
+    names = foreign_names(tree)
+    statements, chars, n = max(c["statements"], 1), max(len(text), 1), max(len(functions), 1)
+    foreign = sum(name in names for name in calls) / max(len(calls), 1)
+    doc = (c["docstring_chars"] + sum(map(len, COMMENT.findall(text)))) / chars
+    lines = sum(map(_code_lines, functions)) / n
+    plain = sum(a[:1] not in (["self"], ["cls"]) for a in arguments) / n
+    many = max(map(len, arguments), default=9)
+    points = {
+        "self_contained": ramp(len(names), 12, 0) + ramp(foreign, 0.4, 0),
+        "computes": ramp(c["computes"] / statements, 0.05, 0.45) + ramp(loops, 0, 3),
+        "clear": ramp(lines, 25, 5) + ramp(chars, 40_000, 1_000),
+        "explained": ramp(doc, 0.02, 0.25) + ramp(c["documented"] / n, 0.1, 0.9),
+        "basic": ramp(plain, 0, 0.8) + (ramp(returns / statements, 0, 0.12) + ramp(many, 8, 2)) / 2,
+    }
+    # What is mostly imports, assignments or data teaches nothing, however short and well told.
+    dead = max(c["imports"], c["assigns"] - c["computes"], 0) / statements
+    lives = ramp(dead, 0.5, 0.1) * ramp(c["data"] / max(c["nodes"], 1), 0.15, 0.02)
+    lives *= ramp(points["computes"], -0.5, 0.5) if functions else 0.1
+    return {question: round(p * lives, 2) for question, p in points.items()}
+
+
+def ramp(value: float, none: float, full: float) -> float:
+    """0 at `none` and beyond, 1 at `full` and beyond, a straight line between."""
+    return min(max((value - none) / (full - none), 0.0), 1.0)
+
+
+def _code_lines(function) -> int:
+    doc = docstring(function)
+    return function.end_lineno - (doc.end_lineno if doc else function.lineno)
+
+
+def by_rules(text: str) -> dict:
+    """The label of `text` by rules: a score of 0 for what is not Python."""
+    try:
+        points = rule_points(strip_licence(text))
+    except SyntaxError:
+        points = dict.fromkeys(QUESTIONS, 0.0)
+    weakest = min(points, key=points.get)
+    told = "all is there" if points[weakest] > 1.5 else f"{weakest} {points[weakest]:g} of 2"
+    return label(points, told, "rules")
+
+
+def label(points: dict, reason: str, labeller: str) -> dict:
+    score = round(sum(points.values()), 2)
+    return {"score": score, "points": points, "reason": reason, "labeller": labeller}
+
+
 # ---- The endpoint
 
 
 def prompt(text: str, max_chars: int) -> list[dict]:
     """The messages that ask for the label of `text`."""
     text = excerpt(strip_licence(text), max_chars)
-    mark = "=" * 8 + hashlib.sha256(text.encode()).hexdigest()[:8]  # no document can hold its own
     questions = "\n".join(f"{i}. {question}" for i, question in enumerate(QUESTIONS.values(), 1))
-    return [{"role": "user", "content": PROMPT.format(questions=questions, mark=mark, text=text)}]
+    content = PROMPT.format(questions=questions, mark=mark(text), text=text)
+    return [{"role": "user", "content": content}]
 
 
 def excerpt(text: str, max_chars: int) -> str:
@@ -168,11 +250,6 @@ def annotate(config: Config) -> dict:
         return stage.finish(count)
 
 
-def documents(path: Path) -> Iterator[dict]:
-    """The documents of a shard; what is bad goes to quarantine once, when it is read by `write`."""
-    return read_documents_of(path, lambda *_: None)
-
-
 def key(config: Config, record: dict) -> int:
     """Where a document stands in the order of the sample, a hash of 64 bits."""
     digest = hashlib.sha256(f"{config.seed}:{record['sha256']}".encode()).digest()
@@ -181,7 +258,7 @@ def key(config: Config, record: dict) -> int:
 
 def save_keys(config: Config, part: Part) -> None:
     """Leave the smallest keys of a shard for `last_key`."""
-    keys = np.unique(np.array([key(config, r) for r in documents(part.item)], np.uint64))
+    keys = np.unique(np.array([key(config, r) for r in read_documents_of(part.item)], np.uint64))
     np.save(part.scratch / f"{part.name}.npy", keys[: config.sample])
 
 
@@ -205,11 +282,10 @@ def ask(config: Config, part: Part, wanted: Callable[[dict], bool]) -> None:
     def asked(pair: tuple[int, dict]) -> tuple[int, dict | str]:
         return pair[0], by_endpoint(client, pair[1]["text"], config)
 
-    pairs = (
-        (i, r) for i, shard in enumerate(part.stage.shards) for r in documents(shard) if wanted(r)
-    )
+    shards = enumerate(part.stage.shards)
+    pairs = ((i, r) for i, shard in shards for r in read_documents_of(shard) if wanted(r))
     with contextlib.ExitStack() as stack:
-        client = stack.enter_context(Client(config, cache(config)))
+        client = stack.enter_context(Client(config, config.replies()))
         bar = stack.enter_context(tqdm(desc="labels", unit=" documents", disable=None))
         files = {}
         for i, found in client.in_order(asked, pairs):
@@ -223,10 +299,6 @@ def ask(config: Config, part: Part, wanted: Callable[[dict], bool]) -> None:
             bar.set_postfix_str(client.ledger.describe())
         # Apart from the summary: it differs where a run was killed and went on.
         write_json(part.stage.result / "endpoint.json", client.summary())
-
-
-def cache(config: Config) -> Path:
-    return config.cache or Path(f"{config.out}.replies.jsonl")
 
 
 def write(config: Config, part: Part, wanted: Callable[[dict], bool], truth: dict) -> dict:
@@ -260,15 +332,15 @@ def price(config: Config) -> dict:
         raise UserError("--dry_run prices the endpoint's work; the rules cost nothing")
     shards = source_shards(config.source)
     truth = read_labels(config.against) if config.against else {}
-    keys = ([key(config, r) for r in documents(shard)] for shard in shards)
+    keys = ([key(config, r) for r in read_documents_of(shard)] for shard in shards)
     last = None
     if config.sample and not truth:
         last = last_key(config, (np.array(k, np.uint64) for k in keys))
-    with Client(config, cache(config)) as client:
+    with Client(config, config.replies()) as client:
         return client.price(
             (prompt(r["text"], config.max_chars), REPLY_TOKENS)
             for shard in shards
-            for r in documents(shard)
+            for r in read_documents_of(shard)
             if is_wanted(config, r, truth, last)
         )
 

@@ -27,18 +27,18 @@ import json
 import sys
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import write_json
+from common.files import write_json, write_jsonl
 from data.annotate import GOOD, auc, by_rules, read_labels
 from data.base import forest as trees
-from data.base.documents import source_shards
+from data.base.documents import batched, source_shards
 from data.base.features import Features
 from data.base.ranks import Ranks, say
 from data.base.stage import Part, Stage, total
@@ -121,16 +121,16 @@ def train(config: TrainConfig) -> dict:
                      "good": config.good, "calibration": platt(vote, y)}  # fmt: skip
             trees.save(stage.result / "forest.npz", forests[-1])
             write_json(stage.result / "forest.json", about)
-            with open(stage.result / "heldout.jsonl", "w", encoding="utf-8") as f:
-                for row, p in zip(rows, calibrated):
-                    line = {k: row[k] for k in ("sha256", "origin", "score")}
-                    f.write(json.dumps({**line, "quality": round(float(p), 4)}) + "\n")
+            keys = ("sha256", "origin", "score")
+            lines = ({**{k: row[k] for k in keys}, "quality": round(float(p), 4)}
+                     for row, p in zip(rows, calibrated))  # fmt: skip
+            write_jsonl(stage.result / "heldout.jsonl", lines, ensure_ascii=True)
         return stage.finish({**features.kind, **report})
 
 
 def gathered(stage: Stage, found: list[dict]) -> tuple[np.ndarray, list[dict]]:
     """The features float32 [n, width] and the rows of all shards, each document once."""
-    x = np.concatenate([np.load(f) for f in in_order(stage, "shard-*.npy")])
+    x = np.concatenate([np.load(f) for f in sorted(stage.scratch.glob("shard-*.npy"))])
     rows = [row for result in found for row in result["rows"]]
     # A document that is in two shards would be on both sides of the cross-validation.
     first = sorted({row["sha256"]: i for i, row in reversed([*enumerate(rows)])}.values())
@@ -159,19 +159,15 @@ def forests_without(
     stage.map("grow", items, grow)
     width = x.shape[1]
     return [
-        trees.join([trees.load(f, width) for f in in_order(stage, f"{side:03d}-*.npz")])
+        trees.join([trees.load(f, width) for f in sorted(stage.scratch.glob(f"{side:03d}-*.npz"))])
         for side in sides
     ]
-
-
-def in_order(stage: Stage, pattern: str) -> list[Path]:
-    return sorted(stage.scratch.glob(pattern))
 
 
 def labelled(part: Part, features: Features, labels: dict[str, float] | None) -> dict:
     """Leave the features of a shard's labelled documents; what else training needs of them."""
     rows, made = [], [np.zeros((0, features.width), np.float32)]
-    for batch in batched(with_label(part, labels)):
+    for batch in batched(with_label(part, labels), BATCH):
         made.append(features([record["text"] for record in batch]))
         for record in batch:
             score = labels[record["sha256"]] if labels else record["score"]
@@ -188,13 +184,6 @@ def with_label(part: Part, labels: dict[str, float] | None) -> Iterator[dict]:
     for record in part.documents():
         if record["sha256"] in labels if labels else is_label(record):
             yield record
-
-
-def batched(records: Iterable[dict]) -> Iterator[list[dict]]:
-    """The records in lists of BATCH (itertools.batched came with Python 3.12)."""
-    records = iter(records)
-    while batch := list(islice(records, BATCH)):
-        yield batch
 
 
 def is_label(record: dict) -> bool:
@@ -321,7 +310,7 @@ def score(config: ScoreConfig) -> dict:
         count = total(stage.map("score", stage.shards, lambda part: score_shard(part, classifier)))
         if not count.get("documents"):
             raise UserError(f"--source {config.source[0]}: no document there")
-        quality = np.concatenate([np.load(f) for f in in_order(stage, "shard-*.npy")])
+        quality = np.concatenate([np.load(f) for f in sorted(stage.scratch.glob("shard-*.npy"))])
         cut = share_cut(quality, config.keep_frac)
         if stage.ranks.rank == 0:
             write_samples(stage, cut)
@@ -334,7 +323,7 @@ def score_shard(part: Part, classifier: Classifier) -> dict:
     """Write a shard with qualities; leave them and a sample."""
     scores, sample = [], []
     with part.writer() as out:
-        for batch in batched(part.documents()):
+        for batch in batched(part.documents(), BATCH):
             for record, q in zip(batch, classifier.quality([r["text"] for r in batch])):
                 scores.append(round(float(q), 4))
                 out.write(record | {"quality": scores[-1]})
@@ -348,9 +337,9 @@ def score_shard(part: Part, classifier: Classifier) -> dict:
 
 def write_samples(stage: Stage, cut: float) -> None:
     """samples.html: documents that the threshold keeps beside some that it rejects, by chance."""
-    sample = sorted(
-        row for path in in_order(stage, "*.sample.json") for row in json.loads(path.read_text())
-    )[: SAMPLES * 20]
+    samples = stage.scratch.glob("*.sample.json")
+    sample = sorted(row for path in samples for row in json.loads(path.read_text()))
+    sample = sample[: SAMPLES * 20]
     kept = [row for row in sample if row[1] >= cut][:SAMPLES]
     rejected = [row for row in sample if row[1] < cut][:SAMPLES]
     folder = stage.result / "samples"  # a folder of its own: the next stage reads *.jsonl beside
@@ -366,10 +355,8 @@ def write_samples(stage: Stage, cut: float) -> None:
         encoding="utf-8",
     )
     for name, rows in (("kept", kept), ("rejected", rejected)):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as f:
-            for _, q, origin, text in rows:
-                line = {"quality": q, "origin": origin, "text": text}
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = ({"quality": q, "origin": origin, "text": text} for _, q, origin, text in rows)
+        write_jsonl(folder / f"{name}.jsonl", lines)
 
 
 def _cell(row: list | None) -> str:

@@ -27,18 +27,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import lines
-from data.base.documents import FORMATS, Seen, ShardWriter, document, shard_files
+from common.files import lines, shard_files
+from data.base.documents import FORMATS, Seen, ShardWriter, document
 from data.base.lineage import size_and_time
 from data.base.ranks import Ranks, digest_key, say
 from data.base.stage import Part, Stage, total
 
-T = TypeVar("T")
 SYSTEM = {"stdlib": ("stdlib",), "site-packages": ("purelib", "platlib")}  # names of sysconfig
 MAX_DOCUMENT_BYTES = 1 << 20  # a larger source file is a table or a bundle; also bounds memory
 # Tests assert about code elsewhere, and vendored copies come again under their own name. Of the
@@ -158,7 +156,7 @@ def select(config: Config, stage: Stage, groups: list[list[File]]) -> tuple[list
         for i, log in logs.items():
             log.reason[np.flatnonzero(log.reason == KEPT)[~is_first[i]]] = DUPLICATE
         mine = {i: int(log.bytes[log.reason == KEPT].sum()) for i, log in logs.items()}
-        kept_bytes = in_order(ranks.gather(mine))
+        kept_bytes = ranks.gather_items(mine)
 
     decided = {}
     for i, log in logs.items():
@@ -169,7 +167,7 @@ def select(config: Config, stage: Stage, groups: list[list[File]]) -> tuple[list
         ends = pairwise(np.cumsum([0, *read[i]["pieces"]]).tolist())
         pieces = [(i, n, a, b) for n, (a, b) in enumerate(ends) if keep[a:b].any()]
         decided[i] = pieces, {source: vars(tally) for source, tally in tallies.items()}
-    decided = in_order(ranks.gather(decided))
+    decided = ranks.gather_items(decided)
     unread = [file for group in groups[len(read) :] for file in group]
     past = ({file.source: {"files_past_max_mb": 1}} for file in unread)
     return [p for pieces, _ in decided for p in pieces], total([*(c for _, c in decided), *past])
@@ -265,12 +263,6 @@ def write_piece(part: Part) -> None:
         for line, kept in zip(lines(path), keep, strict=True):
             if kept:
                 out.write_line(line + b"\n")
-
-
-def in_order(of_ranks: list[dict[int, T]]) -> list[T]:
-    """The values for items 0, 1, ... that the ranks have among them."""
-    joined = {i: value for of_rank in of_ranks for i, value in of_rank.items()}
-    return [joined[i] for i in range(len(joined))]
 
 
 def list_files(source: str, tally: Tally) -> Iterator[File]:

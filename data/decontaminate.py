@@ -33,14 +33,13 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import write_json
+from common.files import write_json, write_jsonl
 from data.base.ast_match import Matcher, functions_anywhere
-from data.base.benchmarks import Problem, read_problems
-from data.base.documents import DocumentFile, source_shards
-from data.base.lexical import Lexical
+from data.base.benchmarks import Reference, read_references
+from data.base.documents import DocumentFile, batched, chars, side_by_side, source_shards
+from data.base.features import Hidden, Lexical
 from data.base.minhash import shingles
 from data.base.ranks import say
-from data.base.side_by_side import side_by_side
 from data.base.stage import Part, Stage, total
 
 TAUS = (0.95, 0.9, 0.85, 0.8)  # the rows of the paper's table
@@ -86,14 +85,12 @@ class Hit:
 class Finder:
     """Finds documents that are close to problems."""
 
-    def __init__(self, config: Config, problems: list[Problem]):
+    def __init__(self, config: Config, problems: list[Reference]):
         self.problems, self.ngram = problems, config.ngram
         self.min_rate = min(TAUS[-1], config.tau)
         self.matcher = Matcher([p.function.nodes for p in problems], self.min_rate)
         texts = [p.function.text for p in problems]
         if config.checkpoint:
-            from data.base.embed import Hidden
-
             self.measure = Hidden(Path(config.checkpoint), texts, config.device)
         else:
             self.measure = Lexical(texts)
@@ -154,17 +151,11 @@ def decontaminate(config: Config) -> dict:
         raise UserError(f"--tau {config.tau:g}: want 0.5 to 1; at less, everything is alike")
     if config.ngram < 0 or not 0 <= config.near_frac <= 1 or config.sure_nodes < 0:
         raise UserError("want --ngram and --sure_nodes of at least 0, --near_frac from 0 to 1")
-    reads = list(config.benchmarks)
-    if config.checkpoint:
-        from common import (
-            checkpoint,  # and with it torch, which takes seconds: not where it is not asked for
-        )
-
-        reads.append(checkpoint.find(Path(config.checkpoint)))
-    problems = [problem for path in config.benchmarks for problem in read_problems(path)]
+    problems = [problem for path in config.benchmarks for problem in read_references(path)]
     taus = sorted({*TAUS, config.tau}, reverse=True)
-    with Stage(config, source_shards(*config.source), reads) as stage:
-        finder = Finder(config, problems)
+    shards, finder = source_shards(*config.source), Finder(config, problems)
+    reads = [*config.benchmarks, *([finder.measure.folder] if config.checkpoint else [])]
+    with Stage(config, shards, reads) as stage:
         results = stage.map(
             "screen", stage.shards, lambda part: screen(part, finder, config.tau, taus)
         )
@@ -198,7 +189,7 @@ def screen(part: Part, finder: Finder, tau: float, taus: list[float]) -> dict:
     (part.result / "removed").mkdir()
     removed = part.result / "removed" / f"{part.name}.jsonl.zst"
     with part.writer() as kept, DocumentFile(removed) as lines:
-        for batch in _batches(part.documents()):
+        for batch in batched(part.documents(), BATCH_CHARS, chars):
             all_hits, python = finder.find([record["text"] for record in batch])
             count["no_python"] += python.count(False)
             for record, hits in zip(batch, all_hits):
@@ -254,12 +245,13 @@ def write_report(stage: Stage, finder: Finder, by_problem: dict, taus: list[floa
     for path in sorted(stage.scratch.glob("*.best.json")):
         for record in json.loads(path.read_text()).values():
             _keep_best(best, record)
-    with open(folder / "problems.jsonl", "w", encoding="utf-8") as f:
-        for p in finder.problems:
-            close = {f"{t:g}": by_problem.get(p.task_id, {}).get(f"{t:g}", 0) for t in taus}
-            nearest = {k: v for k, v in best.get(p.task_id, {}).items() if k not in ("function",)}
-            line = {"task_id": p.task_id, "nodes": len(p.function.nodes), "close": close}
-            f.write(json.dumps(line | {"nearest": nearest or None}, ensure_ascii=False) + "\n")
+    lines = []
+    for p in finder.problems:
+        close = {f"{t:g}": by_problem.get(p.task_id, {}).get(f"{t:g}", 0) for t in taus}
+        nearest = {k: v for k, v in best.get(p.task_id, {}).items() if k != "function"} or None
+        nodes = len(p.function.nodes)
+        lines.append({"task_id": p.task_id, "nodes": nodes, "close": close, "nearest": nearest})
+    write_jsonl(folder / "problems.jsonl", lines)
     texts = {p.task_id: p.function.text for p in finder.problems}
     with open(folder / "pairs.txt", "w", encoding="utf-8") as f:
         f.write(f"Near is a distance of at most {finder.near:.4f}.\n\n")
@@ -304,18 +296,6 @@ def around(text: str, words: str) -> str:
     """The lines of a text from shortly before these words, which `ngrams` found in it."""
     found = re.search(r"[\W_]+".join(words.split()), text, re.IGNORECASE)
     return text[text.rfind("\n", 0, max(0, found.start() - 200)) + 1 :] if found else text
-
-
-def _batches(documents: Iterator[dict]) -> Iterator[list[dict]]:
-    batch, size = [], 0
-    for record in documents:
-        batch.append(record)
-        size += len(record["text"])
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ about as large as the text, are files in the working folder, read where they are
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +24,13 @@ import numpy as np
 
 from common.config import UserError, parse, run
 from data.base import minhash
-from data.base.documents import DocumentFile, source_shards
+from data.base.documents import DocumentFile, batched, chars, side_by_side, source_shards
 from data.base.minhash import Bands
 from data.base.ranks import say
 from data.base.readers import read_documents_of
-from data.base.side_by_side import side_by_side
 from data.base.stage import Part, Stage, total
 
-RECALL = 0.99  # of pairs at the threshold that become candidates; more at a higher similarity
-BATCH_BYTES = 1 << 20  # of text sketched at once
+BATCH_CHARS = 1 << 20  # of text sketched at once
 MATCH_SHINGLES = 1 << 22  # compared at once
 VERIFY_PARTS = 16  # into which candidate pairs are dealt for the exact comparison
 SAMPLES, SAMPLE_CHARS = 20, 2000  # pairs for a person to read
@@ -107,7 +104,7 @@ def dedup(config: Config) -> dict:
         raise UserError(f"--threshold {config.threshold:g}: want above 0 and at most 1")
     if not 2 <= config.permutations <= len(minhash.MULTIPLIERS):
         raise UserError(f"--permutations: want 2 to {len(minhash.MULTIPLIERS)}")
-    bands = minhash.choose_bands(config.threshold, config.permutations, RECALL)
+    bands = minhash.choose_bands(config.threshold, config.permutations, minhash.RECALL)
     with Stage(config, source_shards(*config.source)) as stage:
         shards = len(stage.shards)
         read = stage.map("sketch", stage.shards, lambda part: sketch(part, config.score, bands))
@@ -149,7 +146,7 @@ def sketch(part: Part, score: str, bands: Bands) -> dict:
     for name in ("shingles", "signatures", "sizes", "sha256", "score", "chars"):
         (folder / name).touch()  # also for a shard without documents
     count = Counter(documents_in=0, bytes_in=0)
-    for batch in _batches(part.documents()):
+    for batch in batched(part.documents(), BATCH_CHARS, chars):
         texts = [record["text"].encode() for record in batch]
         hashes, starts = minhash.shingles(texts)
         digests = b"".join(bytes.fromhex(record["sha256"][:32]) for record in batch)
@@ -242,11 +239,11 @@ def write(
     jaccard = dict(zip(gone.tolist(), sketches.jaccard(gone, keeper[gone]).tolist()))
     texts, wanted_here = {}, {k for pair in wanted for k in pair if begin <= k < end}
     count = Counter(documents=0, bytes=0, exact=0, near=0, drifted=0)
-    ignore = lambda *bad: None  # noqa: E731 - it was counted when the shard was sketched
     (part.result / "removed").mkdir()
     removed = part.result / "removed" / f"{part.name}.jsonl.zst"
     with part.writer() as kept, DocumentFile(removed) as lines:
-        for index, record in enumerate(read_documents_of(part.item, ignore, part.progress), begin):
+        records = read_documents_of(part.item, progress=part.progress)  # what is bad was counted
+        for index, record in enumerate(records, begin):
             if index in wanted_here:
                 texts[str(index)] = [record["origin"], record["text"][:SAMPLE_CHARS]]
             if keeper[index] == index:
@@ -274,18 +271,6 @@ def write_samples(path: Path, sketches: Sketches, wanted: list[tuple[int, int]],
             (left, left_text), (right, right_text) = texts[keep], texts[gone]
             f.write(f"Jaccard {alike:.3f}; kept {left} | removed {right}\n")
             f.write(side_by_side(left_text, right_text) + "\n")
-
-
-def _batches(documents: Iterator[dict]) -> Iterator[list[dict]]:
-    batch, size = [], 0
-    for record in documents:
-        batch.append(record)
-        size += len(record["text"])
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _number(value) -> float:

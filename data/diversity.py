@@ -27,27 +27,52 @@ import zstandard
 from common.config import UserError, parse, run
 from common.files import read_jsonl
 from data.base import minhash
-from data.base.diversity_page import MEANINGS, html_page, show
+from data.base.benchmarks import FIELDS
 from data.base.documents import DocumentFile, document, source_shards
-from data.base.embed import Hidden
-from data.base.lexical import words
+from data.base.features import Hidden, words
 from data.base.ranks import digest_key, say
 from data.base.readers import read_records
 from data.base.stage import Part, Stage, total
-from data.base.topics import TOPICS, facts
-from eval.harness import FIELDS
+from data.base.syntax import TOPICS, facts
 from sandbox.execute import run_checks
 from sandbox.self_check import check
 
 BUDGET_CHARS, EACH_CHARS = 1_000_000, 2_000  # of a set, of a document
 NEAR_DOCUMENTS, NEAR_BATCH = 50_000, 256  # signatures of these are held in memory: 25 MB
-NEAR, PERMUTATIONS, RECALL = 0.8, 128, 0.99  # as in data/dedup.py
+NEAR = 0.8  # as in data/dedup.py
 VENDI_DOCUMENTS, VENDI_DIMS = 1_000, 4_096
 RUN_PROBLEMS = 200  # solutions that are run
 TIMEOUT_S = 15.0  # for a solution and its test
 TOKEN = re.compile(r"[^\W\d]\w*|\d+|[^\w\s]")
 NAME = re.compile(r"[^\W\d]\w*")
 STOP = {*keyword.kwlist, *keyword.softkwlist, "self"}  # words that tell no two programs apart
+
+# The table: a measure, its name, and how to read it.
+MEANINGS = {
+    "documents": ("documents", ""),
+    "mb": ("text, MB", ""),
+    "topics_covered": ("topics covered", f"of {len(TOPICS)}, those that 1% of the documents have; "
+                       "long documents have more of them"),
+    "topic_balance": ("balance of topics", "1 where all are as frequent: the entropy of topics "
+                      "over its largest value, a document's weight shared among its topics"),
+    "near_duplicate_frac": ("near-duplicates", "documents that are like an earlier one, by "
+                            f"MinHash over shingles of {minhash.SHINGLE} tokens"),
+    "distinct_1": ("distinct tokens", "different ones over all, in the same amount of text"),
+    "distinct_2": ("distinct pairs of tokens", "the same; high: varied"),
+    "distinct_4": ("distinct 4-grams of tokens", "the same; low: the same phrases again and again"),
+    "compression": ("compression ratio", "of zstd at level 19, of the same amount of text; high: "
+                    "redundant"),
+    "vendi": ("Vendi score", "so many documents with no likeness at all would be as diverse"),
+    "names": ("different names", "in the same amount of text, keywords left out"),
+    "imports_frac": ("documents that import", ""),
+    "modules": ("different modules", "that the sample imports"),
+    "parses_frac": ("Python", "documents that are, or that hold fenced blocks that are"),
+    "chars": ("characters", "of a document: 10th, 50th and 90th percentile"),
+    "functions": ("functions", "of a document: the same percentiles"),
+    "complexity": ("cyclomatic complexity", "of a function: the same percentiles"),
+    "depth": ("depth of the syntax tree", "of a document: the same percentiles"),
+    "runs_frac": ("solutions that run", "of problem records alone: those that pass their tests"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,7 @@ def scratch(stage: Stage, of_set: list[int], wanted: int, name: str, suffix: str
 def records(part: Part, count_bad: bool) -> Iterator[dict]:
     """The documents of a shard; of a problem, its prompt and solution."""
     if is_problems(part.item):
-        for number, record in read_records(part.item, lambda *_: None, part.progress):
+        for number, record in read_records(part.item, progress=part.progress):
             if all(isinstance(record.get(field), str) for field in FIELDS):
                 text = record["prompt"] + record["canonical_solution"]
                 yield record | document(text, record["task_id"])
@@ -131,7 +156,7 @@ def is_problems(path: Path) -> bool:
     """Whether a file's first record is a problem of HumanEval's format."""
     if ".jsonl" not in path.name:
         return False
-    for _, record in read_records(path, lambda *_: None):
+    for _, record in read_records(path):
         return "canonical_solution" in record and "text" not in record
     return False
 
@@ -152,7 +177,7 @@ def look(part: Part, last_sample: int, last_near: int) -> dict:
 
     def sign() -> None:
         hashes, starts = minhash.shingles([record["text"].encode() for record in batch])
-        near.append(minhash.signatures(hashes, starts, PERMUTATIONS))
+        near.append(minhash.signatures(hashes, starts, minhash.PERMUTATIONS))
         batch.clear()
 
     with DocumentFile(part.scratch / f"sample-{part.index:05d}.jsonl.zst") as sample:
@@ -241,7 +266,7 @@ def near_duplicates(signatures: np.ndarray) -> float:
 
     The Jaccard index is estimated from the signatures uint32 [n, PERMUTATIONS], to +- 0.035.
     """
-    bands = minhash.choose_bands(NEAR, PERMUTATIONS, RECALL)
+    bands = minhash.choose_bands(NEAR, minhash.PERMUTATIONS, minhash.RECALL)
     left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for band in range(bands.bands):
         keys = minhash.band_keys(signatures, bands, band)
@@ -309,6 +334,86 @@ def solutions_that_run(problems: list[dict]) -> float | None:
     if any(v.status == "infrastructure" for v in verdicts):
         raise UserError(f"solutions cannot be run here: {verdicts[0].detail}")
     return round(sum(v.status == "passed" for v in verdicts) / len(verdicts), 3)
+
+
+# ---- The page
+
+
+def html_page(names: list[str], measured: list[dict]) -> str:
+    """Tables and pictures of all sets."""
+    try:
+        from common import pages
+    except ImportError:
+        raise UserError("the page needs matplotlib: pip install matplotlib") from None
+    sets = list(zip(names, measured))
+    rows = [[title, *(show(k, m[k]) for m in measured)] for k, (title, _) in MEANINGS.items()]
+    meanings = [[title, meaning] for title, meaning in MEANINGS.values() if meaning]
+    modules = [[name, ", ".join(f"{m} {n}" for m, n in s["top_modules"].items())]
+               for name, s in sets]  # fmt: skip
+    number = range(1, len(sets) + 1)
+    body = f"""<h1>Diversity</h1>
+<p class="note">{pages.escape(", ".join(names))}. Sets are compared on the same amount of text of
+each; see data/diversity.py.</p>
+{pages.table(["", *names], rows, number)}
+<details><summary>How to read it</summary>{pages.table(["", ""], meanings)}</details>
+<h2>Topics</h2><p>Share of the documents that have something of each topic.</p>
+{pages.figure(draw_topics, sets, pages.COLORS, height=9)}
+<h2>Length</h2>
+{pages.figure(draw_quantiles, sets, pages.COLORS, "chars", "characters of a document")}
+<h2>Difficulty</h2>
+{pages.figure(draw_quantiles, sets, pages.COLORS, "complexity", "complexity of a function")}
+<h2>Vocabulary</h2><p>A set that runs out of new names bends; one that goes on inventing does
+not.</p>{pages.figure(draw_growth, sets, pages.COLORS)}
+<h2>Modules</h2><p>How many documents of the sample import them.</p>
+{pages.table(["set", "most imported"], modules)}
+"""
+    return pages.page("Diversity", body)
+
+
+def show(measured: str, value) -> str:
+    if measured.endswith("_frac") and value is not None:
+        return f"{100 * value:.3g}%"
+    match value:
+        case None:
+            return "-"
+        case list():
+            return " / ".join(f"{v:,}" for v in value)
+        case int():
+            return f"{value:,}"
+        case _:
+            return f"{value:g}"
+
+
+def draw_topics(axes, sets: list[tuple[str, dict]], colors: list[str]) -> None:
+    height, order = 0.8 / len(sets), list(TOPICS)
+    for i, (name, found) in enumerate(sets):
+        y = np.arange(len(order)) + (i - (len(sets) - 1) / 2) * height
+        shares = [100 * found["topics"][topic] for topic in order]
+        axes.barh(y, shares, height, color=colors[i % len(colors)], label=name)
+    axes.set_yticks(range(len(order)), order)
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.set_xlabel("% of documents")
+    axes.legend(frameon=False, loc="lower right")
+
+
+def draw_quantiles(axes, sets, colors: list[str], measure: str, label: str) -> None:
+    for i, (name, found) in enumerate(sets):
+        values = found["curves"][measure]
+        shares = np.linspace(0, 100, len(values))
+        axes.plot(values, shares, color=colors[i % len(colors)], label=name)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.set_xlabel(label)
+    axes.set_ylabel("% that have at most")
+    axes.legend(frameon=False)
+
+
+def draw_growth(axes, sets, colors: list[str]) -> None:
+    for i, (name, found) in enumerate(sets):
+        axes.plot(*zip(*found["curves"]["names"]), color=colors[i % len(colors)], label=name)
+    axes.set_xlabel("names seen")
+    axes.set_ylabel("different ones")
+    axes.legend(frameon=False)
 
 
 def main() -> None:

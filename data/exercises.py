@@ -19,7 +19,6 @@ same as a held-out one; but it has every family, test and operation of a held-ou
 import ast
 import functools
 import itertools
-import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -30,7 +29,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from common.files import new_folder, read_jsonl, write_json
+from common.files import new_folder, write_json, write_jsonl
+from data.base.benchmarks import Mbpp, read_rows
 from data.base.documents import ShardWriter, document
 from data.synthetic.damage import damage
 from data.synthetic.families import FAMILIES, KINDS, Kind, Task
@@ -131,8 +131,7 @@ def main() -> None:
             for exercise, text in zip(exercises, texts):
                 shards.write(record(exercise, text))
         for name, split in [("heldout", problems), *([("unseen", unseen)] if unseen else [])]:
-            lines = (json.dumps(problem, ensure_ascii=False) + "\n" for problem in split.values())
-            (out / f"{name}.jsonl").write_text("".join(lines))
+            write_jsonl(out / f"{name}.jsonl", split.values())
         write_json(out / "summary.json", summary)
     for why, n in dropped.items():
         print(f"{n:9,} dropped, {why}")
@@ -438,9 +437,8 @@ class Benchmarks:
                 try:
                     self.add(row)
                 except KeyError as e:
-                    raise UserError(
-                        f"{path}: a problem lacks {e}; want HumanEval or MBPP"
-                    ) from None
+                    lacks = f"{path}: a problem lacks {e}; want HumanEval or MBPP"
+                    raise UserError(lacks) from None
 
     def add(self, row: dict) -> None:
         if "entry_point" in row:
@@ -448,9 +446,9 @@ class Benchmarks:
             self.names.add(row["entry_point"])
             tests = row["test"]
         else:
-            text = row["text"] if "text" in row else row["prompt"]
-            self.names.update(re.findall(r"^def (\w+)", row["code"], re.M))
-            tests = "\n".join(row["test_list"])
+            mbpp = Mbpp.of(row)
+            text, tests = mbpp.text, "\n".join(mbpp.tests)
+            self.names.update(re.findall(r"^def (\w+)", mbpp.code, re.M))
         words = normalize(text)
         self.texts.add(tuple(words))
         self.ngrams.update(ngrams(words))
@@ -503,16 +501,6 @@ def passes(task: Task, kinds: list[Kind], cases: list[tuple]) -> bool:
             return False
         tried += 1
     return tried >= (MIN_BOOL_CASES if isinstance(result, bool) else MIN_CASES)
-
-
-def read_rows(path: Path) -> Iterator[dict]:
-    if path.suffix != ".json":
-        yield from read_jsonl(path)
-        return
-    try:
-        yield from json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read benchmark {path}: {e}") from None
 
 
 @functools.cache

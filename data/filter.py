@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import write_json
+from common.files import write_json, write_jsonl
 from data.base.documents import document, source_shards
 from data.base.ranks import say
 from data.base.readers import read_documents_of
@@ -121,7 +121,7 @@ def share_cut(quality: np.ndarray, keep_frac: float) -> float:
 
 def save_qualities(part: Part) -> dict:
     """Leave the qualities of a shard's documents; what is bad is counted when it is filtered."""
-    records = read_documents_of(part.item, lambda *_: None, part.progress)
+    records = read_documents_of(part.item, progress=part.progress)
     quality = [record.get("quality") for record in records]
     known = [q for q in quality if type(q) in (int, float)]
     np.save(part.scratch / f"quality-{part.index:05d}.npy", np.array(known, float))
@@ -166,11 +166,12 @@ def merge_samples(stage: Stage) -> None:
     folder = stage.result / "samples"  # a folder of its own: the next stage reads *.jsonl beside
     folder.mkdir(exist_ok=True)
     for name, of in (("kept", [""]), ("rejected", sorted(samples.keys() - {""}))):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as f:
-            for reason in of:
-                for _, origin, text in samples[reason]:
-                    line = {"reason": reason, "origin": origin, "text": text}
-                    f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = (
+            {"reason": reason, "origin": origin, "text": text}
+            for reason in of
+            for _, origin, text in samples[reason]
+        )
+        write_jsonl(folder / f"{name}.jsonl", lines)
 
 
 def advice(reasons: Counter) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 
 from common.config import UserError, parse, run
 from common.files import write_json
-from data.base.documents import source_shards
+from data.base.documents import batched, source_shards
 from data.base.ranks import say
 from data.base.stage import Part, Stage, total
 from data.shards import MIXTURE, write_shard_parts
@@ -77,10 +77,10 @@ def pack(config: Config) -> dict:
         groups = [list(itertools.islice(numbers, len(of))) for of in by_source]
         everything, mixed = list(range(len(inputs))), bool(config.epochs or config.weight)
         train = [
-            list(cut(in_order(stage, "train", group), config.shard_tokens))
+            list(cut(by_input(stage, "train", group), config.shard_tokens))
             for group in (groups if mixed else [everything])
         ]
-        val = (by_hash if mixed else in_order)(stage, "val", everything)
+        val = (by_hash if mixed else by_input)(stage, "val", everything)
         files = [("train", n, *shard) for n, shard in enumerate(itertools.chain(*train))]
         files += [("val", n, *shard) for n, shard in enumerate(cut(val, config.shard_tokens))]
         stage.map("write", files, lambda part: write_tokens(tokenizer, part))
@@ -128,9 +128,8 @@ def encode_shard(config: Config, tokenizer: Tokenizer, part: Part) -> dict:
 
     shard-I.SPLIT.tokens is uint16, .lengths uint32; .keys are the first 64 bits of the hashes.
     """
-    count, batch, batch_bytes = Counter(), [], 0
-    for key in ("train_tokens", "train_documents", "val_tokens", "val_documents", "bytes"):
-        count[key] = 0
+    keys = ("train_tokens", "train_documents", "val_tokens", "val_documents", "bytes")
+    count = Counter(dict.fromkeys(keys, 0))
     with contextlib.ExitStack() as stack:
         files = {
             (split, kind): stack.enter_context(
@@ -139,9 +138,9 @@ def encode_shard(config: Config, tokenizer: Tokenizer, part: Part) -> dict:
             for split in ("train", "val")
             for kind in ("tokens", "lengths", "keys")
         }
-
-        def encode_batch() -> None:
+        for batch in batched(part.documents(), BATCH_BYTES, weight):
             texts = [document["text"] for document in batch]
+            count["bytes"] += sum(len(text.encode()) for text in texts)
             for document, ids in zip(batch, tokenizer.encode_batch(texts, config.threads)):
                 held_out = int(document["sha256"][:8], 16) < config.val_frac * 2**32
                 split = "val" if held_out else "train"
@@ -151,18 +150,12 @@ def encode_shard(config: Config, tokenizer: Tokenizer, part: Part) -> dict:
                 files[split, "keys"].write(np.uint64(int(document["sha256"][:16], 16)).tobytes())
                 count[f"{split}_tokens"] += len(tokens)
                 count[f"{split}_documents"] += 1
-            batch.clear()
-
-        for document in part.documents():
-            batch.append(document)
-            size = len(document["text"].encode())
-            count["bytes"] += size
-            batch_bytes += size
-            if len(batch) == BATCH_DOCUMENTS or batch_bytes >= BATCH_BYTES:
-                encode_batch()
-                batch_bytes = 0
-        encode_batch()
     return count
+
+
+def weight(document: dict) -> int:
+    """Return a document's share of BATCH_BYTES: its size, or what lets BATCH_DOCUMENTS fit."""
+    return max(len(document["text"].encode()), BATCH_BYTES // BATCH_DOCUMENTS)
 
 
 def column(stage: Stage, i: int, split: str, kind: str, dtype: str) -> np.ndarray:
@@ -170,7 +163,7 @@ def column(stage: Stage, i: int, split: str, kind: str, dtype: str) -> np.ndarra
     return np.fromfile(stage.scratch / f"shard-{i:05d}.{split}.{kind}", dtype)
 
 
-def in_order(stage: Stage, split: str, inputs: list[int]) -> Iterator[Run]:
+def by_input(stage: Stage, split: str, inputs: list[int]) -> Iterator[Run]:
     """The documents of each input, one after the other."""
     for i in inputs:
         lengths = column(stage, i, split, "lengths", "<u4")
@@ -179,7 +172,7 @@ def in_order(stage: Stage, split: str, inputs: list[int]) -> Iterator[Run]:
 
 def by_hash(stage: Stage, split: str, inputs: list[int]) -> Iterator[Run]:
     """The documents of all inputs in the order of their hashes."""
-    runs = list(in_order(stage, split, inputs))
+    runs = list(by_input(stage, split, inputs))
     keys = np.concatenate([column(stage, i, split, "keys", "<u8") for i in inputs])
     order = np.argsort(keys, kind="stable")
     yield tuple(np.concatenate(columns)[order] for columns in zip(*runs))

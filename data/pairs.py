@@ -25,7 +25,7 @@ from common.files import read_jsonl
 from data.base.documents import DocumentFile, document, source_shards
 from data.base.ranks import digest_key, say
 from data.base.stage import Part, Stage, total
-from data.base.syntax import docstring, parse_python
+from data.base.syntax import docstring, is_pair, parse_python
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,6 @@ def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
         prompt, solution = "\n".join(cut[:split]) + "\n", "\n".join(cut[split:]) + "\n"
         if is_pair(prompt, solution):
             yield node.lineno, node.name, prompt, solution
-
-
-def is_pair(prompt: str, solution: str) -> bool:
-    """Whether `prompt` alone is a function of one statement, and `solution` adds more to it."""
-    try:
-        (alone,), (whole,) = parse_python(prompt).body, parse_python(prompt + solution).body
-    except (SyntaxError, ValueError):
-        return False
-    return len(alone.body) == 1 < len(whole.body)
 
 
 def pairs(config: Config) -> dict:

@@ -27,7 +27,6 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +36,11 @@ from tqdm import tqdm
 from common.config import UserError, parse, run
 from common.files import write_json
 from data import exercises
-from data.base.documents import document, source_shards
+from data.base.documents import batched, document, source_shards
 from data.base.llm import Client, Options, Refused
+from data.base.minhash import Index
 from data.base.ranks import say
 from data.base.readers import read_documents_of
-from data.base.seen import Seen
 from data.base.stage import Part, Stage, total
 from data.exercises import Benchmarks, ngrams, normalize
 from data.synthetic import prompts, textbooks
@@ -270,7 +269,7 @@ def ask(config: Config, part: Part) -> None:
             return {"refused": "refused by the endpoint"}
         return {"text": reply.text} if reply.complete else {"refused": "cut short"}
 
-    with Client(config, cache(config)) as client:
+    with Client(config, config.replies()) as client:
         indexes = (i for start, stop in items for i in range(start, stop))
         replies = client.in_order(asked, indexes)
         bar = tqdm(desc="replies", unit=" replies", disable=None)
@@ -284,10 +283,6 @@ def ask(config: Config, part: Part) -> None:
         next(replies, None)  # lets it end
         # Apart from the summary: it differs where a run was killed and went on.
         write_json(part.stage.result / "endpoint.json", client.summary())
-
-
-def cache(config: Config) -> Path:
-    return config.cache or Path(f"{config.out}.replies.jsonl")
 
 
 def make(config: Config, part: Part) -> dict:
@@ -319,9 +314,9 @@ def make(config: Config, part: Part) -> dict:
 
 def choose(config: Config, part: Part) -> dict:
     """Accept, in their order, the candidates that are unlike all before them."""
-    seen = Seen(config.max_similarity)
+    seen = Index(config.max_similarity)
     for path in source_shards(*config.existing):
-        for batch in batched(read_documents_of(path, lambda *_: None), BATCH):
+        for batch in batched(read_documents_of(path), BATCH):
             seen.add([record["text"] for record in batch], always=True)
     places, refused = [], Counter()
     for number in range(part.item):
@@ -350,13 +345,8 @@ def price(config: Config) -> dict:
     """What `count` replies would cost; those that are refused come on top."""
     if config.writer != "llm":
         raise UserError("--dry_run prices the endpoint's work; the builtin writer costs nothing")
-    with Client(config, cache(config)) as client:
+    with Client(config, config.replies()) as client:
         return client.price((messages(config, i), config.reply_tokens) for i in range(config.count))
-
-
-def batched(items: Iterator, n: int) -> Iterator[list]:
-    while batch := list(itertools.islice(items, n)):
-        yield batch
 
 
 def main() -> None:

@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.config import UserError, parse, run
-from common.files import write_json
-from data.base.documents import read_documents
+from common.files import read_documents, write_json
 from model import Phi, load_model
 from tokenizer import Tokenizer
 

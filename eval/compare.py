@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.config import UserError, run
 from common.pages import COLORS, escape, figure, page, table
-from eval.results import Result, parse_folders, percent, read_result
+from eval.scores import Result, parse_folders, percent, read_result
 
 # Textbooks Are All You Need, arXiv 2306.11644, Table 1: pass@1 % on HumanEval and on MBPP.
 TABLE_1 = {

@@ -4,7 +4,8 @@ python -m eval.exercises --checkpoint out/run/checkpoint --problems out/exercise
 """
 
 from common.config import parse, run
-from eval.harness import BODY, Evaluation, evaluate, read_problems
+from data.base.benchmarks import read_problems
+from eval.harness import BODY, Evaluation, evaluate
 
 
 def main() -> None:

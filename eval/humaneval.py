@@ -4,7 +4,8 @@ python -m eval.humaneval --problems HumanEval.jsonl.gz --checkpoint out/run/chec
 """
 
 from common.config import parse, run
-from eval.harness import BODY, Evaluation, evaluate, read_problems
+from data.base.benchmarks import read_problems
+from eval.harness import BODY, Evaluation, evaluate
 
 
 def main() -> None:

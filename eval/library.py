@@ -31,7 +31,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.config import UserError, parse, run
 from common.files import read_json, write_json
-from data.base.syntax import parse_python
+from data.base.syntax import parse_python, root_name
 from eval.bits import interval, load, predict, read
 from tokenizer import Pieces, Tokenizer
 
@@ -88,7 +88,7 @@ def places(text: str) -> tuple[list[Place], list[tuple[int, int]]]:
     found = []
     for node in ast.walk(tree):
         module = dotted(node.value, imported) if isinstance(node, ast.Attribute) else ""
-        if module and root(node) not in bound:
+        if module and root_name(node) not in bound:
             end = lines[node.end_lineno - 1] + node.end_col_offset
             start = end - len(node.attr.encode())
             if encoded[start:end] == node.attr.encode():  # but for names that Python normalises
@@ -103,12 +103,6 @@ def names(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str]]:
             yield (alias.asname, alias.name) if alias.asname else (alias.name.split(".")[0],) * 2
         elif not node.level and alias.name != "*":
             yield alias.asname or alias.name, f"{node.module}.{alias.name}"
-
-
-def root(node: ast.expr) -> str:
-    while isinstance(node, ast.Attribute):
-        node = node.value
-    return node.id if isinstance(node, ast.Name) else ""
 
 
 def dotted(node: ast.expr, imported: dict[str, str]) -> str:
@@ -153,7 +147,7 @@ def goes_on(tokenizer: Tokenizer, token: int) -> bool:
 
 def score(config: Config) -> dict:
     """What `config.out` is to hold; shares are from 0 to 1. Raises UserError."""
-    usage = (read_json(config.usage) or {}).get("modules") if config.usage else {}
+    usage = (read_json(config.usage, strict=False) or {}).get("modules") if config.usage else {}
     if usage is None:
         raise UserError(f"--usage {config.usage}: no counts; make it without --checkpoint")
     usual = {module: max(c, key=c.get) for module, c in usage.items()}

@@ -16,17 +16,15 @@ The folder --out has results.json, problems.jsonl (all prompts as asked) and sam
 import contextlib
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 
 from common.config import UserError, parse, run
-from common.files import new_folder, write_json
-from eval.harness import BODY, Evaluation, measure, read_problems
-from eval.pass_at_k import Z95
+from common.files import new_folder, write_json, write_jsonl
+from data.base.benchmarks import read_problems
+from eval.harness import BODY, Evaluation, measure
 from eval.perturb import PERTURBATIONS
-from eval.results import mean
-from sandbox.execute import choose
+from eval.scores import Z95, mean
 from sandbox.self_check import PATIENCE, check, remembered, run_all, slowdown
 
 
@@ -48,11 +46,7 @@ class Config(Evaluation):
 def variants(config: Config, problems: list[dict]) -> tuple[list[dict], dict[str, dict]]:
     """The perturbed problems, as TASK_ID@PERTURBATION, whose references pass, and for each
     perturbation {"does_not_apply", "reference_fails"}, how many are left out."""
-    limits = {
-        "memory_mb": config.memory_mb,
-        "workers": config.workers or len(os.sched_getaffinity(0)),
-        "tier": choose(config.sandbox),
-    }
+    limits = config.limits()
     made, left_out = [], {}
     for name in config.only or PERTURBATIONS:
         new = [(p["task_id"], PERTURBATIONS[name](p)) for p in problems]
@@ -125,8 +119,8 @@ def main() -> None:
             result, asked, samples = robustness(config)
         if folder:
             write_json(folder / "results.json", result)
-            for file, rows in (("problems.jsonl", asked), ("samples.jsonl", samples)):
-                (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_jsonl(folder / "problems.jsonl", asked, ensure_ascii=True)
+            write_jsonl(folder / "samples.jsonl", samples, ensure_ascii=True)
     if config.json:
         return print(json.dumps(result))
     print(f"{result['problems']} problems as they are: pass@1 {100 * result['pass@1']:.1f} %")

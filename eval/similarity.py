@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common.config import UserError, run
 from common.files import read_jsonl, write_json
-from eval.results import mean, parse_folders, percent, read_result
+from eval.scores import mean, parse_folders, percent, read_result
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def remembered(
         pass  # none, or none that can be read
     found = work()
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = read_json(path)  # again: another evaluation may have written there
+    known = read_json(path, strict=False)  # again: another evaluation may have written there
     known = known if isinstance(known, dict) else {}
     write_json(path, {**known, name: {"here": here, "found": found}})
     return found

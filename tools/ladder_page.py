@@ -18,8 +18,8 @@ import numpy as np
 
 from common.files import read_json, read_jsonl
 from common.pages import COLORS, bars, escape, figure, page, table
-from data.base.diversity_page import MEANINGS, draw_growth, show
-from eval.results import percent
+from data.diversity import MEANINGS, draw_growth, show
+from eval.scores import percent
 from tools import ladder_scores as reading
 from tools.ladder_scores import FIGURE_2_1, LADDER, PRUNED, RUNGS, SECTION_5, SETS, Ladder, Rung
 

@@ -17,15 +17,13 @@ number of nodes in common, as multisets, over the longer.
 """
 
 import ast
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.base.syntax import FUNCTIONS, docstring, parse_python
+from data.base.syntax import FENCE, FUNCTIONS, docstring, parse_python
 
-FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
 WORD_BITS = 64
 LANES = 4096  # sequences compared at once: 20 arrays of them stay in the L2 cache
 LEFT_OUT = {"ctx", "annotation", "returns", "decorator_list", "type_params", "type_comment"}

@@ -1,7 +1,8 @@
-"""The problems of benchmark files, as what training data must not come close to."""
+"""Read the problems of HumanEval and MBPP files, and of files in HumanEval's format."""
 
 import ast
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,26 +11,105 @@ from common.files import read_jsonl
 from data.base.ast_match import Function, functions
 from data.base.syntax import parse_python
 
+FIELDS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")  # HumanEval's format
+
+
+def read_problems(path: Path) -> list[dict]:
+    """Read a JSONL file in HumanEval's format.
+
+    Raises UserError for a missing field or a repeated task_id.
+    """
+    problems = list(read_jsonl(path))
+    for number, problem in enumerate(problems, 1):
+        for field in FIELDS:
+            if not isinstance(problem.get(field), str):
+                raise UserError(f"{path} problem {number}: no {field!r} string; want {FIELDS}")
+    check_ids(path, problems)
+    return problems
+
+
+def check_ids(path: Path, problems: list[dict]) -> None:
+    """Raise UserError if there is no problem, or two have the same task_id."""
+    if not problems:
+        raise UserError(f"{path}: no problems in it")
+    task_id, count = Counter(p["task_id"] for p in problems).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{path}: {count} problems have the task_id {task_id!r}")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Read the rows of a .json or .jsonl file as they are. Raises UserError."""
+    if path.suffix != ".json":
+        return list(read_jsonl(path))
+    try:
+        rows = json.loads(path.read_text())
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("want a list of JSON objects")
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read benchmark {path}: {e}") from None
+    return rows
+
 
 @dataclass(frozen=True)
-class Problem:
-    """A benchmark's problem."""
+class Mbpp:
+    """A row of mbpp.jsonl or sanitized-mbpp.json, its line ends as `\\n`."""
+
+    id: int
+    text: str  # the task
+    code: str  # the reference solution
+    tests: list[str]  # assert statements
+    setup: str  # what the tests need: imports, definitions
+
+    @classmethod
+    def of(cls, row: dict) -> "Mbpp":
+        """Raises LookupError, TypeError, ValueError or AttributeError if `row` is no such row."""
+        lf = lambda text: text.replace("\r\n", "\n")  # noqa: E731
+        sanitized = "prompt" in row
+        return cls(
+            id=int(row["task_id"]),
+            text=lf(row["prompt" if sanitized else "text"]),
+            code=lf(row["code"]),
+            tests=[lf(test).strip() for test in row["test_list"]],
+            setup="\n".join(row["test_imports"] if sanitized else [lf(row["test_setup_code"])]),
+        )
+
+    @property
+    def entry_point(self) -> str:
+        """The name of the function under test: the last in `code` that the first test calls."""
+        called = {n.id for n in ast.walk(parse_python(self.tests[0])) if isinstance(n, ast.Name)}
+        defined = [getattr(n, "name", "") for n in parse_python(self.code).body]
+        return [name for name in defined if name in called][-1]
+
+
+def read_mbpp(path: Path) -> tuple[str, list[Mbpp]]:
+    """Return the benchmark's name, "MBPP" or "MBPP sanitized", and its rows.
+
+    Raises UserError for a file that cannot be read, or a row that lacks a field.
+    """
+    rows = read_rows(path)
+    try:
+        name = "MBPP sanitized" if any("prompt" in row for row in rows) else "MBPP"
+        return name, [Mbpp.of(row) for row in rows]
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{path}: not MBPP: {e!r}") from None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A benchmark's problem as what training data must not come close to."""
 
     task_id: str
     docstring: str
     function: Function  # the solution; its text has the docstring, too
 
 
-def read_problems(path: Path) -> list[Problem]:
-    """The problems of a file in HumanEval's format, of mbpp.jsonl or of sanitized-mbpp.json.
+def read_references(path: Path) -> list[Reference]:
+    """Read a file in HumanEval's format, mbpp.jsonl or sanitized-mbpp.json.
 
     Raises UserError for a file that cannot be read, or that is of another kind.
     """
     try:
-        rows = json.loads(path.read_text()) if path.suffix == ".json" else list(read_jsonl(path))
-        return [_problem(row) for row in rows]
-    except OSError as e:
-        raise UserError(f"--benchmarks {path}: {e.strerror}") from None
+        return [_reference(row) for row in read_rows(path)]
     except (LookupError, TypeError, ValueError, SyntaxError, AttributeError) as e:
         if isinstance(e, UserError):
             raise
@@ -38,22 +118,18 @@ def read_problems(path: Path) -> list[Problem]:
         ) from None
 
 
-def _problem(row: dict) -> Problem:
+def _reference(row: dict) -> Reference:
     if "entry_point" in row:
-        task_id, source = row["task_id"], row["prompt"] + row["canonical_solution"]
-        wanted = {row["entry_point"]}
+        source, name = row["prompt"] + row["canonical_solution"], row["entry_point"]
     else:
-        task_id, source = f"MBPP/{row['task_id']}", row["code"].replace("\r\n", "\n")
-        test = parse_python(row["test_list"][0])
-        wanted = {n.id for n in ast.walk(test) if isinstance(n, ast.Name)}
-    function = [f for f in functions(source) if f.name in wanted][-1]
+        mbpp = Mbpp.of(row)
+        source, name = mbpp.code, mbpp.entry_point
+    function = [f for f in functions(source) if f.name == name][-1]
     if "entry_point" in row:
         # Not ast.get_docstring: one of HumanEval's stands behind an import.
-        texts = [
-            n.value for n in parse_python(function.text).body[0].body if isinstance(n, ast.Expr)
-        ]
+        body = parse_python(function.text).body[0].body
+        texts = [n.value for n in body if isinstance(n, ast.Expr)]
         docstring = next((t.value for t in texts if isinstance(t, ast.Constant)), "")
-        return Problem(task_id, str(docstring), function)
-    docstring = row["text"] if "text" in row else row["prompt"]
-    text = f'"""{docstring}"""\n{function.text}'
-    return Problem(task_id, docstring, Function(function.name, text, function.nodes))
+        return Reference(row["task_id"], str(docstring), function)
+    text = f'"""{mbpp.text}"""\n{function.text}'
+    return Reference(f"MBPP/{mbpp.id}", mbpp.text, Function(function.name, text, function.nodes))

@@ -12,18 +12,22 @@ it when complete, so that a folder that is there is whole; `summary.json` in it 
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 from common.config import UserError
-from common.files import read_jsonl
+from common.files import SUFFIXES, shard_files
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+T = TypeVar("T")
+COLUMN = 78  # characters of each side of side_by_side
 FORMATS = (*SUFFIXES, ".parquet", "Posts.xml", "Posts.xml.gz", "Posts.xml.zst")  # readers.py
 
 
 def document(text: str, origin: str, **fields) -> dict:
-    """A document dict for `text`. Raises UnicodeEncodeError if it holds lone surrogates."""
+    """Return the document of `text`. Raises UnicodeEncodeError if it holds lone surrogates."""
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     return {"id": sha256[:16], "origin": origin, "sha256": sha256, "text": text, **fields}
 
@@ -38,7 +42,7 @@ class Seen:
         self.table, self.size = array("Q", bytes(8 << 10)), 0
 
     def add(self, key: int) -> bool:
-        """Whether `key` is new, which it then no longer is."""
+        """Insert `key`; return True if it was absent."""
         if 2 * self.size >= len(self.table):
             old, self.table, self.size = self.table, array("Q", bytes(16 * len(self.table))), 0
             for known in filter(None, old):
@@ -55,26 +59,8 @@ class Seen:
         return False
 
 
-def read_documents(paths: list[Path]) -> Iterator[dict]:
-    """The documents of files, and of the shards in folders, in the order of sorted names."""
-    for path in paths:
-        files = shard_files(path)
-        if not files:
-            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file there")
-        for file in files:
-            yield from read_jsonl(file)
-
-
-def shard_files(path: Path, formats: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """The document shards that `path` names: itself if a file, the sorted shards of a folder."""
-    path = Path(path)
-    if not path.is_dir():
-        return [path]
-    return sorted(p for p in path.iterdir() if p.name.endswith(formats))
-
-
 def source_shards(*sources: Path) -> list[Path]:
-    """The shards of all `sources`, in any format. Raises UserError where one has none."""
+    """List the shards of all `sources`, in any format. Raises UserError where one has none."""
     shards = []
     for source in sources:
         found = shard_files(source, FORMATS)
@@ -85,7 +71,7 @@ def source_shards(*sources: Path) -> list[Path]:
     return shards
 
 
-class DocumentFile:
+class DocumentFile(AbstractContextManager):
     """Writes documents to one .jsonl.zst file, which is made by the first of them."""
 
     def __init__(self, path: Path):
@@ -110,42 +96,59 @@ class DocumentFile:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._file = None
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exc):
         self.close()
 
 
-class ShardWriter:
+class ShardWriter(AbstractContextManager):
     """Writes documents to `folder/shard-00000.jsonl.zst`, ..., a new one each `shard_bytes`."""
 
     def __init__(self, folder: Path, shard_bytes: int = 64 << 20):
         self.folder, self.shard_bytes = Path(folder), shard_bytes
-        self.shards = self.documents = self.bytes = 0
-        self._file = None
+        self.shards, self._file = 0, None
 
     def write(self, record: dict) -> None:
         if self._file is None or self._file.line_bytes >= self.shard_bytes:
             self.close()
             self._file = DocumentFile(self.folder / f"shard-{self.shards:05d}.jsonl.zst")
             self.shards += 1
-        before = self._file.bytes
         self._file.write(record)
-        self.documents += 1
-        self.bytes += self._file.bytes - before
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._file = None
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exc):
         self.close()
 
 
+def batched(
+    items: Iterable[T], limit: int, size: Callable[[T], int] = lambda item: 1
+) -> Iterator[list[T]]:
+    """Yield lists of items, each just long enough for its sizes to add up to `limit`."""
+    batch, filled = [], 0
+    for item in items:
+        batch.append(item)
+        filled += size(item)
+        if filled >= limit:
+            yield batch
+            batch, filled = [], 0
+    if batch:
+        yield batch
+
+
+def chars(record: dict) -> int:
+    return len(record["text"])
+
+
+def side_by_side(left: str, right: str) -> str:
+    """Set two texts in columns of COLUMN characters for a person to compare; long lines go on."""
+
+    def cut(line: str) -> list[str]:
+        line = line.expandtabs(4)
+        return [line[i : i + COLUMN] for i in range(0, max(len(line), 1), COLUMN)]
+
+    columns = [[part for line in text.split("\n") for part in cut(line)] for text in (left, right)]
+    rows = zip_longest(*columns, fillvalue="")
+    return "".join(f"{a:{COLUMN}} | {b}".rstrip() + "\n" for a, b in rows)

@@ -26,6 +26,7 @@ import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +55,16 @@ class Options(Budget):
     limit_field: str = "max_tokens"  # or max_completion_tokens, for models that want it so named
     extra: str = ""  # a JSON object that is added to every request
 
+    def replies(self) -> Path:
+        """Return the file of paid replies of a command that has an option `out`."""
+        return self.cache or Path(f"{self.out}.replies.jsonl")
+
 
 class Refused(Exception):
     """The endpoint will not answer this request (400, 413, 422); others it may."""
 
 
-class Client:
+class Client(AbstractContextManager):
     """Asks an endpoint, from several threads at once. Raises UserError for options that lack."""
 
     def __init__(self, options: Options, cache: Path):
@@ -150,14 +155,8 @@ class Client:
         """What was asked and spent; `spent` is over all runs with this cache."""
         return {"model": self.options.model, **self.counts, "spent": self.ledger.summary()}
 
-    def close(self) -> None:
-        self.ledger.close()
-
-    def __enter__(self):
-        return self
-
     def __exit__(self, *exc):
-        self.close()
+        self.ledger.close()
 
     def _body(self, messages: list[dict], max_reply_tokens: int, draw: int) -> tuple[bytes, str]:
         """The request, and its key in the cache: a hash of the request and the draw."""
@@ -257,6 +256,11 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *args):
         return None
+
+
+def mark(text: str) -> str:
+    """Return a line to frame `text` in a prompt, which it cannot hold: a hash of it."""
+    return "=" * 8 + hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _worst(body: bytes, max_reply_tokens: int) -> Tokens:

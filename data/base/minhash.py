@@ -11,11 +11,16 @@ is the difference of two prefix sums. Shingles are 32-bit hashes: two different 
 of 1,000 shingles collide with a chance of 1e-4, and then the index is off by 1e-3.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from data.base.documents import batched
+
+PERMUTATIONS = 128  # of a signature, where a command has no option for it
+RECALL = 0.99  # of pairs at the threshold that become candidates; more at a higher similarity
 SHINGLE = 5  # tokens; The Stack was deduplicated with 5-grams (Kocetkov 2022, arXiv 2211.15533)
 LEADERS = 64  # members of an LSH bucket that the others are compared with: bounds n^2
 CHUNK_PAIRS = 1 << 16  # pairs compared at once
@@ -62,7 +67,7 @@ def shingles(texts: list[bytes], width: int = SHINGLE) -> tuple[np.ndarray, np.n
     A text of fewer tokens has one shingle of them all, a text without tokens none.
     """
     sets, sizes = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
-    for block in _blocks(texts):
+    for block in batched(texts, BLOCK_BYTES, len):
         token_hash, token_text = _tokens(block)
         # A shingle begins at each token and is cut at the end of its text; a cut one counts only
         # where the text is shorter than a shingle.
@@ -149,17 +154,46 @@ def components(count: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     return root
 
 
-def _blocks(texts: list[bytes]) -> Iterator[list[bytes]]:
-    """The texts in lists of about BLOCK_BYTES."""
-    block, size = [], 0
-    for text in texts:
-        block.append(text)
-        size += len(text)
-        if size >= BLOCK_BYTES:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
+class Index:
+    """The texts accepted so far, to find near-duplicates as texts come in (data/synthesize.py).
+
+    data/dedup.py answers the same for a whole corpus at once.
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.bands = choose_bands(threshold, PERMUTATIONS, RECALL)
+        self.hashes: set[bytes] = set()
+        self.sets: list[np.ndarray] = []  # shingles
+        self.buckets: dict[tuple[int, int], list[int]] = {}  # (band, key): indexes of sets
+
+    def add(self, texts: list[str], always: bool = False) -> list[str]:
+        """Accept each text or say why not: "duplicate", "near-duplicate", or "" if it was added."""
+        hashes, starts = shingles([text.encode() for text in texts])
+        signature = signatures(hashes, starts, self.bands.permutations)
+        keys = [band_keys(signature, self.bands, b) for b in range(self.bands.bands)]
+        reasons = []
+        for i, text in enumerate(texts):
+            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            mine = hashes[starts[i] : starts[i + 1]]
+            places = [(b, int(keys[b][i])) for b in range(self.bands.bands)]
+            reason = "duplicate" if digest in self.hashes else ""
+            if not reason and not always and self.near(mine, places):
+                reason = "near-duplicate"
+            if not reason:
+                self.hashes.add(digest)
+                for place in places:
+                    self.buckets.setdefault(place, []).append(len(self.sets))
+                self.sets.append(mine)
+            reasons.append(reason)
+        return reasons
+
+    def near(self, mine: np.ndarray, places: list[tuple[int, int]]) -> bool:
+        others = {i for place in places for i in self.buckets.get(place, ())[:LEADERS]}
+        if not others:
+            return False
+        alike = jaccard([mine] * len(others), [self.sets[i] for i in others])
+        return bool((alike >= self.threshold).any())
 
 
 def _tokens(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:

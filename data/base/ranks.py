@@ -2,10 +2,13 @@
 
 import os
 import sys
+from typing import TypeVar
 
 import numpy as np
 
 from common.config import UserError
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -31,11 +34,16 @@ class Ranks:
                 )
 
     def gather(self, value) -> list:
-        """`value` of every rank, in the order of ranks, on every rank."""
+        """Return `value` of every rank, in the order of ranks, on every rank."""
         return self.comm.allgather(value) if self.comm else [value]
 
+    def gather_items(self, values: dict[int, T]) -> list[T]:
+        """Return the values of items 0, 1, ..., each of which one rank brings, on every rank."""
+        joined = {i: value for of_rank in self.gather(values) for i, value in of_rank.items()}
+        return [joined[i] for i in range(len(joined))]
+
     def exchange(self, values: list) -> list:
-        """values[r] goes to rank r; what the ranks sent here, in their order."""
+        """Send values[r] to rank r; return what the ranks sent here, in their order."""
         return self.comm.alltoall(values) if self.comm else values
 
     def first_seen(self, keys: dict[int, np.ndarray]) -> dict[int, np.ndarray]:

@@ -44,9 +44,12 @@ THE_STACK_ORIGIN = ("max_stars_repo_name", "max_stars_repo_path")
 
 
 def read_documents_of(
-    path: Path, bad: Bad, progress: Callable[[int], None] = lambda n: None, name: str = ""
+    path: Path,
+    bad: Bad = lambda *_: None,
+    progress: Callable[[int], None] = lambda n: None,
+    name: str = "",
 ) -> Iterator[dict]:
-    """The documents of a file; those of our own with all of their fields.
+    """Yield the documents of a file; those of our own with all of their fields.
 
     The origin of another's is `name`, that of the file by default, and where in it.
     Raises UserError for a file that is not there, of an unknown format, or that needs an extra.
@@ -85,9 +88,9 @@ def origin(name: str, position: int, record: dict) -> str:
 
 
 def read_records(
-    path: Path, bad: Bad, progress: Callable[[int], None] = lambda n: None
+    path: Path, bad: Bad = lambda *_: None, progress: Callable[[int], None] = lambda n: None
 ) -> Iterator[tuple[int, dict]]:
-    """The (position, record) of each line or row of a file, by its name's format."""
+    """Yield the (position, record) of each line or row of a file, by its name's format."""
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     if name.endswith(".jsonl"):
         return _jsonl(path, bad, progress)

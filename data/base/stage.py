@@ -73,7 +73,8 @@ class Stage:
             self.lock = lock(self.work / "lock", self.config.out)
             if self.old.exists() and not self.out.exists():  # killed between the two renames
                 self.old.rename(self.out)
-            identity, known = self.identity(), read_json(self.work / "identity.json")
+            identity = self.identity()
+            known = read_json(self.work / "identity.json", strict=False)
             if known != identity or not self.result.exists():
                 self.forget()
                 write_json(self.work / "identity.json", identity)
@@ -131,12 +132,10 @@ class Stage:
                     write_json(path, state)
                 done[i] = state
                 bar.update(before + size - bar.n)  # what was read of it has been shown
-        everywhere = {}
-        for of_rank in self.ranks.gather(done):
-            everywhere |= of_rank
-        self.finished += [everywhere[i] for i in range(len(items))]
-        self.read |= {i["path"] for state in everywhere.values() for i in state["inputs"]}
-        return [everywhere[i]["result"] for i in range(len(items))]
+        states = self.ranks.gather_items(done)
+        self.finished += states
+        self.read |= {i["path"] for state in states for i in state["inputs"]}
+        return [state["result"] for state in states]
 
     def finish(self, summary: dict) -> dict:
         """Add what was quarantined to `summary`, write it and give the folder its name."""
@@ -193,7 +192,7 @@ class Stage:
 
     def finished_item(self, path: Path) -> dict | None:
         """The state of an item that an earlier run finished, if its files are still whole."""
-        state = read_json(path)
+        state = read_json(path, strict=False)
         for output in state["outputs"] if state else []:
             file = self.result / output["path"]
             if not file.exists() or file.stat().st_size != output["bytes"]:

@@ -8,8 +8,7 @@ sentence such as "Sure, here is" would be learned with the rest.
 import ast
 import re
 
-from data.base.syntax import docstring, parse_python
-from data.pairs import is_pair
+from data.base.syntax import docstring, is_pair, parse_python
 
 MIN_ASSERTS = 3  # that come with an exercise
 MIN_PROSE_CHARS = 400  # around the code of a lesson

@@ -16,20 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import UserError
+from common.files import read_documents
 from data.annotate import (
+    QUESTIONS,
     Config,
     agreement,
     annotate,
     auc,
+    by_rules,
     excerpt,
     parse_reply,
     prompt,
     read_labels,
     spearman,
 )
-from data.base.documents import ShardWriter, document, read_documents
+from data.base.documents import ShardWriter, document
 from data.base.ledger import Budget, Ledger
-from data.base.rules import QUESTIONS, by_rules
 from data.filter import rejection
 from tests.fake_endpoint import FakeEndpoint, some_faults
 

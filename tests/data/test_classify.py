@@ -12,13 +12,12 @@ from conftest import save_run
 
 import data.filter
 from common.config import UserError
-from common.files import read_jsonl
+from common.files import read_documents, read_jsonl
 from data.annotate import Config as AnnotateConfig
 from data.annotate import annotate, auc
 from data.base import forest as trees
-from data.base.documents import ShardWriter, document, read_documents
-from data.base.embed import Hidden
-from data.base.features import STRUCTURE, WINDOWS, Features, pieces, structure
+from data.base.documents import ShardWriter, document
+from data.base.features import STRUCTURE, WINDOWS, Features, Hidden, pieces, structure
 from data.classify import (
     Classifier,
     ScoreConfig,

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import UserError
-from common.files import read_jsonl
+from common.files import read_documents, read_jsonl
 from data import collect as script
-from data.base.documents import ShardWriter, document, read_documents
+from data.base.documents import ShardWriter, document
 from data.collect import MAX_DOCUMENT_BYTES, Config, collect, left_out, left_out_path, newlines
 
 

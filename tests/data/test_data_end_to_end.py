@@ -15,8 +15,9 @@ import pytest
 from conftest import ROOT
 from test_annotate import reply
 
-from data.base.documents import document, read_documents
-from data.base.rules import QUESTIONS
+from common.files import read_documents
+from data.annotate import QUESTIONS
+from data.base.documents import document
 from data.shards import open_shard
 from tests.fake_endpoint import FakeEndpoint
 from tokenizer import Tokenizer

@@ -10,12 +10,11 @@ import torch
 from conftest import save_run
 
 from common.config import UserError
-from common.files import read_jsonl
+from common.files import read_documents, read_jsonl, shard_files
 from data.base.ast_match import functions, match_rate
-from data.base.benchmarks import read_problems
-from data.base.documents import document, read_documents, shard_files
-from data.base.embed import Hidden
-from data.base.lexical import Lexical
+from data.base.benchmarks import read_references
+from data.base.documents import document
+from data.base.features import Hidden, Lexical
 from data.decontaminate import Config, Finder, decontaminate, ngrams
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
@@ -187,12 +186,12 @@ def test_a_rate_of_tau_is_too_close(out, source, problems, tmp_path):
 
 def test_near_is_measured_on_the_problems(source, problems, tmp_path):
     config = Config(source=(source,), benchmarks=(problems,), out=tmp_path, near_frac=0.0)
-    unrelated = Finder(config, read_problems(problems))
+    unrelated = Finder(config, read_references(problems))
     assert unrelated.near == 1.2
-    alike = read_problems(problems)[1]
+    alike = read_references(problems)[1]
     text = alike.function.text.replace("vowels", "consonants")
     others = [alike, replace(alike, function=replace(alike.function, text=text))]
-    finder = Finder(config, [*read_problems(problems), *others])
+    finder = Finder(config, [*read_references(problems), *others])
     assert finder.near == pytest.approx(0, abs=1e-3)
     assert Finder(replace(config, near_frac=1.0), others).near == pytest.approx(
         Lexical([o.function.text for o in others]).distances([text])[0, 0]
@@ -270,10 +269,10 @@ def test_ngrams_are_of_words():
 def test_problem_files(tmp_path, shared_eval):
     for name, count in (("HumanEval.jsonl.gz", 164), ("mbpp.jsonl", 974),
                         ("sanitized-mbpp.json", 427)):  # fmt: skip
-        found = read_problems(shared_eval / name)
+        found = read_references(shared_eval / name)
         assert len({p.task_id for p in found}) == len(found) == count
         assert all(len(p.docstring) > 15 and p.function.nodes for p in found)
-    (first, *_) = read_problems(shared_eval / "mbpp.jsonl")
+    (first, *_) = read_references(shared_eval / "mbpp.jsonl")
     assert (first.task_id, first.function.name) == ("MBPP/1", "min_cost")
     assert first.function.nodes == functions(first.function.text)[0].nodes
 

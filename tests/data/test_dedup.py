@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from common.config import UserError
-from common.files import read_jsonl
+from common.files import read_documents, read_jsonl, shard_files
 from data.base import minhash
-from data.base.documents import ShardWriter, document, read_documents, shard_files
+from data.base.documents import ShardWriter, document
 from data.base.stage import Stage
 from data.dedup import Config, dedup
 

@@ -7,10 +7,9 @@ import pytest
 
 from common.config import UserError
 from common.files import read_jsonl
-from data.base.diversity_page import show
 from data.base.documents import ShardWriter, document
 from data.base.minhash import shingles, signatures
-from data.base.topics import TOPICS, facts
+from data.base.syntax import TOPICS, facts
 from data.diversity import (
     Config,
     balance,
@@ -20,6 +19,7 @@ from data.diversity import (
     is_problems,
     near_duplicates,
     set_names,
+    show,
     vectors,
     vendi,
 )

@@ -8,8 +8,8 @@ import zstandard
 
 from common import files
 from common.config import UserError
-from common.files import lines, new_folder, read_jsonl, write_json
-from data.base.documents import Seen, ShardWriter, document, read_documents, shard_files
+from common.files import lines, new_folder, read_documents, read_jsonl, shard_files, write_json
+from data.base.documents import DocumentFile, Seen, ShardWriter, batched, document
 
 RECORDS = [{"text": f"número {i}\n", "n": i} for i in range(20)]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encode()
@@ -122,15 +122,24 @@ def test_shards_are_read_in_the_order_of_their_names(tmp_path):
     ]
 
 
-def test_the_writer_starts_shards_and_counts(tmp_path):
+def test_the_writers_start_shards_and_count_bytes(tmp_path):
     records = [document("é" * 50 + str(i), f"o{i}", extra=i) for i in range(10)]
     with ShardWriter(tmp_path, shard_bytes=500) as writer:
         for record in records:
             writer.write(record)
-    assert writer.documents == 10
-    assert writer.bytes == 10 * 101
     assert len(shard_files(tmp_path)) == writer.shards > 2
     assert list(read_documents([tmp_path])) == records
+    with DocumentFile(tmp_path / "one.jsonl.zst") as file:
+        for record in records:
+            file.write(record)
+    assert (file.documents, file.bytes) == (10, 10 * 101)
+    assert list(read_documents([file.path])) == records
+
+
+def test_batches_are_as_long_as_it_takes_to_reach_the_limit():
+    assert list(batched(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(batched(["aaa", "b", "cc", "d"], 3, len)) == [["aaa"], ["b", "cc"], ["d"]]
+    assert list(batched([], 2)) == []
 
 
 def test_a_document_is_named_by_its_hash():

@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 
 from common.config import UserError
-from common.files import read_jsonl
+from common.files import read_documents, read_jsonl
 from data import exercises
-from data.base.documents import read_documents
 from data.exercises import Benchmarks, solution_key, tell
 from data.synthetic.families import FAMILIES, KINDS
 
@@ -389,7 +388,9 @@ def write_benchmarks(folder):
         json.dumps(
             [
                 {
+                    "task_id": 1,
                     "text": "Write a function to limit n to the range from 0 to 10.",
+                    "test_setup_code": "",
                     "code": "def limit_it(n):\r\n  return min(max(n, 0), 10)",
                     "test_list": ["assert limit_it(-3) == 0", "assert limit_it(7) == 7"],
                 }
@@ -440,7 +441,8 @@ def test_problems_of_two_lists_are_found_by_behaviour(tmp_path):
         "assert larger([7], [7]) == [7]",
         "assert larger([0, -1, 4], [3, -2, 9]) == [3, -1, 9]",
     ]
-    row = {"text": "The larger ones.", "code": "def larger(a, b):\n    pass", "test_list": tests}
+    row = {"task_id": 1, "text": "The larger ones.", "code": "def larger(a, b):\n    pass",
+           "test_list": tests, "test_setup_code": ""}  # fmt: skip
     path = tmp_path / "mbpp.jsonl"
     path.write_text(json.dumps(row) + "\n")
     benchmarks = Benchmarks((path,))

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data.filter
 from common.config import UserError
-from common.files import read_jsonl
-from data.base.documents import ShardWriter, document, read_documents
+from common.files import read_documents, read_jsonl
+from data.base import syntax
+from data.base.documents import ShardWriter, document
 from data.base.syntax import measures, parse_python, strip_licence
 from data.filter import Config, filter_documents, rejection
 
@@ -132,7 +132,7 @@ def test_measures_of_a_text_counted_by_hand():
 
 def test_a_document_is_parsed_once_and_not_at_all_where_a_cheap_rule_rejects(monkeypatch):
     calls = []
-    monkeypatch.setattr(data.filter, "parse_python", lambda t: calls.append(t) or parse_python(t))
+    monkeypatch.setattr(syntax, "parse_python", lambda t: calls.append(t) or parse_python(t))
     rejection(REJECTED["max_line_chars"], CONFIG)
     assert calls == []
     rejection(GOOD, CONFIG)

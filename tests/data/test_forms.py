@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 
 from data import exercises
+from data.base.benchmarks import Mbpp
 from data.synthetic import forms
 from data.synthetic.families import FAMILIES, KINDS
 from data.synthetic.forms import results, type_of, vary
@@ -185,9 +186,7 @@ def test_mbpp_form_is_what_the_evaluator_asks(varied):
     asked = [e for e in varied if e.form.mbpp]
     assert len(asked) > 150
     for e in asked:
-        row = {"id": 1, "text": e.form.prose, "tests": [*e.form.lines], "setup": "", "code": ""}
-        row["code"] = e.solution()
-        problem = mbpp.problem(row, "")
+        problem = mbpp.problem(Mbpp(1, e.form.prose, e.solution(), [*e.form.lines], ""), "")
         assert problem["prompt"] == e.prompt()
         assert problem["entry_point"] == e.name
         assert protocol.trim(e.solution()) == e.solution()

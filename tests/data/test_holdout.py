@@ -3,7 +3,8 @@ import json
 import pytest
 
 from common.config import UserError
-from data.base.documents import ShardWriter, document, read_documents
+from common.files import read_documents
+from data.base.documents import ShardWriter, document
 from data.holdout import Config, choose, holdout
 
 

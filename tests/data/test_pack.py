@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from data.base.documents import ShardWriter, read_documents
+from common.files import read_documents
+from data.base.documents import ShardWriter
 from data.pack import cut, join
 from data.shards import open_shard
 from tokenizer import Tokenizer

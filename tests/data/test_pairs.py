@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import UserError
-from data.base.documents import ShardWriter, document, read_documents
+from common.files import read_documents
+from data.base.documents import ShardWriter, document
 from data.pairs import Config, cut_pairs, pairs
 
 SOURCE = '''import functools

@@ -15,7 +15,8 @@ from conftest import ROOT
 from test_filter import GOOD
 
 from common.config import UserError
-from data.base.documents import ShardWriter, document, read_documents, source_shards
+from common.files import read_documents
+from data.base.documents import ShardWriter, document, source_shards
 from data.base.lineage import describe
 from data.base.ranks import Ranks
 from data.base.stage import Stage, total
@@ -125,7 +126,8 @@ def test_a_finished_shard_is_not_repeated(tmp_path):
     assert did == [2]
     # A file that was changed behind our back is made again.
     (tmp_path / ".out.work" / "result" / "shard-00001.jsonl.zst").write_bytes(b"short")
-    assert go(config, None) == [1, 3]
+    (tmp_path / ".out.work" / "state" / "copy-00000.json").write_text("")
+    assert go(config, None) == [0, 1, 3]
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert go(config, None) == [0, 1, 2, 3]  # complete: made anew
     # Other arguments or inputs have nothing to go on with.
@@ -413,7 +415,7 @@ def test_mpirun_without_mpi4py_is_refused(code, tmp_path):
 def test_memory_does_not_grow_with_the_shard(cli, tmp_path):
     """data.filter over 4 MB and 80 MB: documents of long lines, which it need not parse."""
     code = (
-        "import resource, sys; from config import parse; import data.filter as f\n"
+        "import resource, sys; from common.config import parse; import data.filter as f\n"
         "f.filter_documents(parse(f.Config))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

@@ -12,10 +12,10 @@ import pytest
 
 from common import config as config_module
 from common.config import UserError
+from common.files import read_documents
 from data import exercises
-from data.base.documents import ShardWriter, document, read_documents
-from data.base.minhash import jaccard, shingles
-from data.base.seen import Seen
+from data.base.documents import ShardWriter, document
+from data.base.minhash import Index, jaccard, shingles
 from data.synthesize import KINDS, Exercises, Textbooks, synthesize
 from data.synthetic import prompts, textbooks
 from tests.data.test_annotate import Killer, shards
@@ -165,14 +165,14 @@ def test_seen_refuses_what_is_like_something_before():
     config, writer = Textbooks(out=Path("x"), count=1), KINDS["textbooks"][1]
     texts = [writer.make(config, i)[0]["text"] for i in range(150)]
     texts += [texts[3], texts[5].replace("the", "a", 2), texts[7] + "The end.\n"]
-    accepted, reasons = [], Seen(0.8).add(texts)
+    accepted, reasons = [], Index(0.8).add(texts)
     for text, reason in zip(texts, reasons):
         most = max((index_jaccard(text, other) for other in accepted), default=0.0)
         assert bool(reason) == (most >= 0.8)
         if not reason:
             accepted.append(text)
     assert reasons[-3:] == ["duplicate", "near-duplicate", "near-duplicate"]
-    assert Seen(0.8).add(["", "a"]) == ["", ""]
+    assert Index(0.8).add(["", "a"]) == ["", ""]
 
 
 # ---- The whole job

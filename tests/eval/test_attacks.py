@@ -68,7 +68,7 @@ ESCAPES = {
     "list the home": "assert os.listdir(os.path.expanduser('~'))",
     "accounts": "open('/etc/passwd').read()",
     "installed packages": "import numpy",
-    "the project": "import config",
+    "the project": "import common.config",
     "the evaluator": "import eval.harness",
     "plant a file": "open(FOLDER + '/planted', 'w').close()",
     "plant a module": "open(os.path.dirname(os.__file__) + '/planted.py', 'w').close()",

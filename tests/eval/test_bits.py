@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import save_run
 
-from data.base.documents import read_documents
+from common.files import read_documents
 from eval.bits import interval, predict, starts
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer

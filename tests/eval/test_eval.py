@@ -8,8 +8,9 @@ import pytest
 from tiers import best
 
 from common.config import UserError, run
+from data.base.benchmarks import Mbpp, read_mbpp, read_problems
 from eval import exercises, humaneval, mbpp
-from eval.harness import BODY, read_problems, trim_to_body
+from eval.harness import BODY, trim_to_body
 from sandbox.execute import Verdict, run_checks
 from sandbox.self_check import LOOP_S, check, self_check, slowdown
 
@@ -422,7 +423,8 @@ def test_mbpp_entry_point_is_the_function_under_test():
     code = (
         "class Pair:\n    pass\ndef size(p):\n    return 1\ndef total(ps):\n    return size(ps)\n"
     )
-    assert mbpp.entry_point({"tests": ["assert total([Pair()]) == 1"], "code": code}) == "total"
+    row = Mbpp(0, "", code, ["assert total([Pair()]) == 1"], "")
+    assert row.entry_point == "total"
 
 
 def test_mbpp_files_that_are_none(command, tmp_path):
@@ -450,15 +452,15 @@ def test_humaneval_references_pass_and_empty_bodies_fail(shared_eval):
 
 @pytest.mark.parametrize("file", ["mbpp.jsonl", "sanitized-mbpp.json"])
 def test_mbpp_references_pass(shared_eval, file):
-    name, rows = mbpp.read_rows(shared_eval / file)
+    name, rows = read_mbpp(shared_eval / file)
     shots = mbpp.three_shots(file, rows)
     odd = {56, 349, 367, 137}  # called check; a set-up that needs the solution; imports
-    chosen = [r for r in rows if r["id"] in odd or 11 <= r["id"] < 31]
+    chosen = [r for r in rows if r.id in odd or 11 <= r.id < 31]
     for problems in ([mbpp.problem(row, s) for row in chosen] for s in ("", shots)):
         seconds = self_check(problems, timeout_s=15, tier=TIER)
         assert max(seconds.values()) < math.inf
     assert ("sanitized" in name) == ("sanitized" in file)
-    assert sum(row["id"] in mbpp.TEST_IDS for row in rows) == (257 if "sanitized" in file else 500)
+    assert sum(row.id in mbpp.TEST_IDS for row in rows) == (257 if "sanitized" in file else 500)
 
 
 def test_a_real_checkpoint_scores_zero(cli, command, problems, tiny, tokens, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from common.config import UserError, run
 from eval import similarity
-from eval.results import mean, read_result
+from eval.scores import mean, read_result
 from eval.similarity import difference, read_report
 
 

@@ -28,7 +28,7 @@ FAIL = {
     "memory in steps": "x = []\nwhile True: x.append(bytearray(10**7))",
     "stdin": "input()",
     "message that raises": "class E(Exception):\n def __str__(self): raise self\nraise E",
-    "project on the path": "import config",
+    "project on the path": "import common.config",
     "site-packages": "import tqdm",
     "thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(100,)).start()",
 }
@@ -248,14 +248,15 @@ def test_evaluator_ends(any_tier, number):
 
 def test_benchmark_files_pass_under_every_tier(shared_eval, tier):
     """The references whose tests need most: helpers, classes, modules, odd names and results."""
-    from eval.harness import check, read_problems
-    from eval.mbpp import problem, read_rows
+    from data.base.benchmarks import read_mbpp, read_problems
+    from eval.mbpp import problem
+    from sandbox.self_check import check
 
     problems = read_problems(shared_eval / "HumanEval.jsonl.gz")
     chosen = [problems[i] for i in (32, 33, 38, 50, 0, 2, 160)]
     odd = {56, 349, 367, 533, 596, 601, 927, 137}
-    rows = read_rows(shared_eval / "mbpp.jsonl")[1]
-    chosen += [problem(row, "") for row in rows if row["id"] in odd]
+    rows = read_mbpp(shared_eval / "mbpp.jsonl")[1]
+    chosen += [problem(row, "") for row in rows if row.id in odd]
     verdicts = run_checks([check(p, p["canonical_solution"], 30) for p in chosen], tier=tier)
     bad = {p["task_id"]: v for p, v in zip(chosen, verdicts) if v.status != "passed"}
     assert bad == {}

@@ -7,19 +7,19 @@ from tiers import best
 
 from common.config import run
 from data.base.ast_match import Matcher, functions
-from data.base.benchmarks import Problem
-from data.base.benchmarks import read_problems as read_benchmark
+from data.base.benchmarks import read_problems, read_references
 from data.base.llm import Client, Options
 from eval import judge
 from eval.judge import PROBLEMS, grade, messages, parse_reply, summary
 from sandbox.self_check import self_check
 
 TIER = best()
-OURS = judge.read_problems(PROBLEMS.read_text())
+OURS = read_problems(PROBLEMS)
 REPLY = "It asks for x. The code does y.\nOne slip.\nGrade: 7"
 
 
 def test_fifty_problems():
+    assert len(read_references(PROBLEMS)) == 50
     assert len(OURS) == len({p["entry_point"] for p in OURS}) == 50
     for p in OURS:
         assert p["prompt"].endswith('"""\n')
@@ -45,7 +45,7 @@ def test_references_pass_and_wrong_solutions_fail():
 
 def test_they_are_far_from_the_benchmarks(shared_eval):
     files = [shared_eval / name for name in ("HumanEval.jsonl.gz", "mbpp.jsonl")]
-    theirs: list[Problem] = [p for file in files for p in read_benchmark(file)]
+    theirs = [p for file in files for p in read_references(file)]
     nodes = [functions(p["prompt"] + p["canonical_solution"])[0].nodes for p in OURS]
     near = list(Matcher([p.function.nodes for p in theirs], 0.8).match(nodes))
     assert near == []
@@ -203,9 +203,3 @@ def test_errors(command, samples, tmp_path):
     assert "OPENAI_BASE_URL" in command("--samples", samples, *out, "--model", "m")[2]
     assert "--checkpoint" in command(*out)[2]
     assert not (tmp_path / "out").exists()
-
-
-def test_export(command, tmp_path):
-    assert command("--export", tmp_path / "p.jsonl")[0] == 0
-    assert lines(tmp_path / "p.jsonl") == OURS
-    assert len(read_benchmark(tmp_path / "p.jsonl")) == 50

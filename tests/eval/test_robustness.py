@@ -7,8 +7,8 @@ import pytest
 from tiers import best
 
 from common.config import run
+from data.base.benchmarks import read_problems
 from eval import robustness
-from eval.harness import read_problems
 from eval.perturb import PERTURBATIONS, SYNONYMS, example_lines, split
 from eval.robustness import paired
 from sandbox.execute import run_checks

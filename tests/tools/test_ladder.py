@@ -139,7 +139,7 @@ def test_a_rung_says_what_it_is_and_cost(made):
 
 
 def test_no_rung_is_trained_on_what_is_held_out(made):
-    from data.base.documents import read_documents
+    from common.files import read_documents
     from data.classify import group
 
     def packages(name: str) -> set[str]:

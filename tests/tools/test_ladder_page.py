@@ -9,8 +9,8 @@ from common.config import UserError
 from common.files import write_json
 from data import decontaminate, diversity
 from data.base.documents import ShardWriter, document
-from eval.pass_at_k import score
 from eval.robustness import paired
+from eval.scores import score
 from tools import ladder_page
 from tools import ladder_scores as reading
 

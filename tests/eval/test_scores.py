@@ -3,7 +3,7 @@ from itertools import combinations
 
 import pytest
 
-from eval.pass_at_k import Z95, pass_at_k, score, wilson
+from eval.scores import Z95, pass_at_k, score, wilson
 
 
 def test_pass_at_k_is_the_mean_over_all_subsets():
