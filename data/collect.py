@@ -34,9 +34,8 @@ import numpy as np
 from common.config import UserError, parse, run
 from common.files import lines
 from data.base.documents import FORMATS, Seen, ShardWriter, document, shard_files
-from data.base.lineage import size_and_time
 from data.base.ranks import Ranks, digest_key, say
-from data.base.stage import Part, Stage, total
+from data.base.stage import Part, Stage, size_and_time, total
 
 T = TypeVar("T")
 SYSTEM = {"stdlib": ("stdlib",), "site-packages": ("purelib", "platlib")}  # names of sysconfig

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.config import UserError
 from common.files import read_json
-from data.base.lineage import describe, files_in
+from data.base.stage import describe, files_in
 from eval.pass_at_k import wilson
 from eval.results import Result, mean, percent, read_result
 from eval.robustness import paired

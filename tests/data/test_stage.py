@@ -16,9 +16,8 @@ from test_filter import GOOD
 
 from common.config import UserError
 from data.base.documents import ShardWriter, document, read_documents, source_shards
-from data.base.lineage import describe
 from data.base.ranks import Ranks
-from data.base.stage import Stage, total
+from data.base.stage import Stage, describe, total
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 needs_mpi = pytest.mark.skipif(not MPIRUN, reason="no mpirun")
@@ -413,7 +412,7 @@ def test_mpirun_without_mpi4py_is_refused(code, tmp_path):
 def test_memory_does_not_grow_with_the_shard(cli, tmp_path):
     """data.filter over 4 MB and 80 MB: documents of long lines, which it need not parse."""
     code = (
-        "import resource, sys; from config import parse; import data.filter as f\n"
+        "import resource, sys; from common.config import parse; import data.filter as f\n"
         "f.filter_documents(parse(f.Config))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
