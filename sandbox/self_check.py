@@ -5,6 +5,7 @@ wrong must fail. The timeouts follow from it: --timeout_s times the slowdown, an
 SLOWER times what the problem's reference took.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -111,7 +112,9 @@ def remembered(
         pass  # none, or none that can be read
     found = work()
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = read_json(path)  # again: another evaluation may have written there
+    known = None
+    with contextlib.suppress(UserError):  # a damaged file is written anew
+        known = read_json(path)  # again: another evaluation may have written there
     known = known if isinstance(known, dict) else {}
     write_json(path, {**known, name: {"here": here, "found": found}})
     return found

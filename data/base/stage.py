@@ -193,7 +193,10 @@ class Stage:
 
     def finished_item(self, path: Path) -> dict | None:
         """The state of an item that an earlier run finished, if its files are still whole."""
-        state = read_json(path)
+        try:
+            state = read_json(path)
+        except UserError:  # a damaged file: the item is made again
+            return None
         for output in state["outputs"] if state else []:
             file = self.result / output["path"]
             if not file.exists() or file.stat().st_size != output["bytes"]:
