@@ -52,7 +52,8 @@ def test_no_import_goes_round():
     "data/base/embed.py -> model.py", "data/diversity.py -> model.py",
     "data/base/stage.py -> data/filter.py", "data/filter.py -> eval/harness.py",
     "sample.py -> data/loader.py", "train.py -> data/base/stage.py", "train.py -> data/pack.py",
-    "train.py -> eval/bits.py", "tools/hf.py -> bench/step.py", "bench/step.py -> experiments/jobs.py",
+    "train.py -> eval/bits.py", "tools/hf.py -> bench/step.py",
+    "bench/step.py -> experiments/jobs.py",
 ])  # fmt: skip
 def test_wrong_imports_are_seen(arrow):
     assert not allowed(*arrow.split(" -> "))
