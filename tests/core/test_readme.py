@@ -270,7 +270,7 @@ def exists(name: str, copy: Path) -> bool:
 
 
 def is_path(word: str) -> bool:
-    ends = r"[\w*]\.(py|toml|mk|json|jsonl|md|txt|bin|html|csv|svg|png|xml|model|gz|zst|safetensors)"
+    ends = r"[\w*]\.(py|toml|mk|jsonl?|md|txt|bin|html|csv|svg|png|xml|model|gz|zst|safetensors)"
     return "--" not in word and ("/" in word or bool(re.search(f"{ends}$", word)))
 
 

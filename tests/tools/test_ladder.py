@@ -108,7 +108,7 @@ def made(folder, start) -> Path:
 def said_by_list(folder, *arguments) -> str:
     """What --list prints, in this process: it imports torch once."""
     said = io.StringIO()
-    words = ["-m", "experiments.ladder", str(folder), "--list", *map(str, arguments)]
+    words = ["experiments.ladder", str(folder), "--list", *map(str, arguments)]
     with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(said):
         ladder.main()
     return said.getvalue()
