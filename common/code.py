@@ -49,12 +49,17 @@ def dependencies(file: Path) -> set[Path]:
 
     An import counts wherever it stands, so does a string that is a module's dotted name, as in
     [sys.executable, "-m", "sandbox.supervise"]. A module that mentions __file__ depends on the data
-    files in its folder and below.
+    files in its folder and below. A file that does not parse depends on none: Python names the
+    mistake when the program runs.
     """
     if file.suffix != ".py":
         return set()
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError:
+        return set()
     found = set()
-    for node in ast.walk(ast.parse(file.read_bytes(), file)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found = found.union(*(files_of(alias.name) for alias in node.names))
         elif isinstance(node, ast.ImportFrom):  # what is imported may be a module itself

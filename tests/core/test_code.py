@@ -119,6 +119,7 @@ def test_a_renamed_file_changes_the_hash(tree):
     ("run([python, '-m', 'a.b.c'])", "a/__init__.py a/b/__init__.py a/b/c.py"),
     ("print('top', 'a.nothing', 'a.b.c and more', 'top.py', 'a.', f'a.{x}')", ""),
     ("import os.path, torch.nn, top", "top.py"),
+    ("import top\ndef f(:", ""),
 ])  # fmt: skip
 def test_how_a_file_is_used(tmp_path, line, found):
     (tmp_path / "common").mkdir()
