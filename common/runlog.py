@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from common import checkpoint
+from common.code import code_hash
 from common.config import UserError
 from common.distributed import lost_rank
 from common.files import write_json
@@ -290,14 +291,11 @@ def run_identity(c, tokenizer, windows, init_from: Path | None) -> dict:
     how = {"out", "resume", "restart", "micro_batch", "device", "threads", "keep", "log_interval",
            "keep_every", "max_skips", "recompute", "shard", "regather", "timeout_s", "tensorboard",
            "wandb"}  # fmt: skip
-    here = Path(__file__).parents[1]
-    files = ("train.py", "common/distributed.py", "model.py", "data/loader.py")
-    code = b"".join((here / f).read_bytes() for f in files)
     return {k: v for k, v in plain(c).items() if k not in how} | {
         "tokenizer": tokenizer.fingerprint,
         "data_checksum": windows.checksum,
         "init_checksum": checkpoint.checksum(init_from) if init_from else None,
-        "code": f"{zlib.crc32(code):08x}",
+        "code": code_hash("train"),
     }
 
 
