@@ -42,7 +42,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import attention_tiles
 from kernels.launch import config
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -124,10 +123,11 @@ def _keep(
 
 @triton.jit
 def _rotate_k_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, T, stride_qkv,
-    D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr
+    qkv_ptr,  # [B, T, 3C], whose k columns are rotated
+    cos_ptr, sin_ptr,  # [T, R/2] fp32
+    T, stride_qkv, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """Rotate k, in qkv [B, T, 3C], in place; cos and sin [T, R/2]."""
+    """Rotate k of BM rows in place."""
     h, b, H = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     k_ptr = qkv_ptr + (b.to(tl.int64) * T + m)[:, None] * stride_qkv + (H + h) * D
@@ -222,9 +222,10 @@ def _peaks(peak_ptr, lo, hi, last_only: tl.constexpr, DOC: tl.constexpr, DP: tl.
 def _delta_kernel(
     out_ptr, dout_ptr,  # [B, T, C]
     lse_ptr, delta_ptr,  # [B H, TP] fp32; delta is written, and lse beyond T
-    peak_ptr,  # of the forward kernel
+    peak_ptr,  # [B H, TP/PEAK, 1 + DOC, 2, DP] int32, of the forward kernel
     row_scale_ptr, dim_scale_ptr,  # [B H, TP] and [B H, TP/BM, DP] fp32: dq's fixed point
-    doc_ptr, T, TP, stride_out, stride_dout,
+    doc_ptr,  # [B, T] int32, first key that each query sees
+    T, TP, stride_out, stride_dout,
     D: tl.constexpr, DP: tl.constexpr, DOC: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr,
     PEAK: tl.constexpr
 ):  # fmt: skip
@@ -266,12 +267,15 @@ def _delta_kernel(
 def _bwd_kernel(
     qkv_ptr,  # [B, T, 3C], q and k rotated
     q, dout,  # [B, T, 3C], [B, T, C]: TMA descriptors where TMA, of tiles of BM rows
-    lse_ptr, delta_ptr, row_scale_ptr, dim_scale_ptr,  # of the delta kernel
+    lse_ptr, delta_ptr, row_scale_ptr,  # [B H, TP] fp32, of the delta kernel
+    dim_scale_ptr,  # [B H, TP/BM, DP] fp32
     dq,  # [B H TP, DP], added to; int32 in fixed point, else fp32; a descriptor where TMA
     dqkv_ptr,  # [B, T, 3C], whose k and v columns are written
-    cos_ptr, sin_ptr, doc_ptr,
+    cos_ptr, sin_ptr,  # [T, R/2] fp32
+    doc_ptr,  # [B, T] int32, first key that each query sees
     doc_end_ptr,  # [B, T] int32, for each key the first query that no longer sees it
-    seed_ptr, T, TP, stride_qkv, stride_dout, stride_dqkv, scale, scale_log2e,
+    seed_ptr,  # [1] int64
+    T, TP, stride_qkv, stride_dout, stride_dqkv, scale, scale_log2e,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, DOC: tl.constexpr,
     DROP: tl.constexpr, FIXED: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
@@ -345,9 +349,11 @@ def _bwd_kernel(
 
 @triton.jit
 def _dq_kernel(
-    dq_ptr, row_scale_ptr, dim_scale_ptr,  # of the backward kernel
+    dq_ptr,  # [B H, TP, DP] int32 if FIXED, else fp32: the sum over programs of the backward kernel
+    row_scale_ptr, dim_scale_ptr,  # [B H, TP] and [B H, TP/BM, DP] fp32
     dqkv_ptr,  # [B, T, 3C], whose q columns are written
-    cos_ptr, sin_ptr, T, TP, stride_dqkv, scale,
+    cos_ptr, sin_ptr,  # [T, R/2] fp32
+    T, TP, stride_dqkv, scale,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, FIXED: tl.constexpr,
     BM: tl.constexpr
 ):  # fmt: skip
@@ -366,16 +372,14 @@ def _dq_kernel(
         _rotate(row_ptr, m, T, cos_ptr, sin_ptr, -1, R, HALF)
 
 
-KERNELS = attention_tiles.kernels(
-    rotate_k=_rotate_k_kernel, fwd=_fwd_kernel, delta=_delta_kernel, bwd=_bwd_kernel, dq=_dq_kernel
-)
-_BY_NAME = {kernel.name: kernel for kernel in KERNELS}
-
-
 def _tile(op: str, qkv: Tensor, D: int, dropout_p: float) -> dict:
-    """Return the tile and launch options of "fwd" or "bwd" for this device and head dim."""
+    """Return the tile and launch options of "fwd" or "bwd" for this device and head dim.
+
+    BM queries and BN keys, powers of 2 from 16 (BN from 32) to 128; backward's BN is a multiple of
+    its BM. TMA: load by descriptor, unless the head dim is padded.
+    """
     name = f"attention_{op}_d{64 if D <= 64 else 128}" + "_dropout" * (dropout_p > 0)
-    tile = dict(config(_BY_NAME[name], qkv))
+    tile = config(name, qkv)
     if qkv.is_cuda and qkv.dtype is torch.float32:
         tile |= {"BM": 32, "BN": 32, "TMA": 0}  # twice the bytes, and no tensor cores to feed
     tile["TMA"] = tile["TMA"] and D == triton.next_power_of_2(D)

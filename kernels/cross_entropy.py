@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm import accumulate_
-from kernels.launch import Kernel, config, types
+from kernels.launch import config
 from kernels.pointwise import column_sum
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -32,7 +32,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr, target_ptr, loss_ptr, scale_ptr, n_cols, stride, ignore_index, z_loss,
+    logits_ptr,  # [N, V], overwritten with the gradient if GRAD
+    target_ptr,  # [N] int64
+    loss_ptr,  # [N] fp32, written
+    scale_ptr,  # [] fp32, what the gradient of a row's loss is
+    n_cols, stride, ignore_index, z_loss,
     GRAD: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -74,7 +78,11 @@ def _cross_entropy_kernel(
 
 
 @triton.jit
-def _rescale_kernel(x_ptr, g_ptr, expected_ptr, n_cols, stride, BLOCK: tl.constexpr):
+def _rescale_kernel(
+    x_ptr,  # [N, C], multiplied in place by g / expected
+    g_ptr, expected_ptr,  # [] fp32
+    n_cols, stride, BLOCK: tl.constexpr,
+):  # fmt: skip
     g, expected = tl.load(g_ptr), tl.load(expected_ptr)
     if g != expected:
         x_ptr += tl.program_id(0).to(tl.int64) * stride
@@ -84,41 +92,6 @@ def _rescale_kernel(x_ptr, g_ptr, expected_ptr, n_cols, stride, BLOCK: tl.conste
             tl.store(x_ptr + col, x * (g / expected), mask=col < n_cols)
 
 
-# 16 or 32 warps a row, so that few enough rows are in flight for L2 to keep them. STAGES > 1 loads
-# the next block with cp.async while this one is reduced.
-CROSS_ENTROPY, RESCALE = KERNELS = [
-    Kernel(
-        "cross_entropy",
-        _cross_entropy_kernel,
-        {
-            sm: [
-                {"BLOCK_V": block, "STAGES": stages, "num_warps": warps}
-                for block, warps, stages in (
-                    (8192, 16, 2), (8192, 16, 1), (8192, 16, 3), (4096, 16, 3), (4096, 8, 3),
-                    (16384, 32, 2), (8192, 32, 2),
-                )
-            ]
-            for sm in (80, 90)
-        },
-        types(
-            "logits_ptr", "n_cols stride ignore_index",
-            target_ptr="*i64", loss_ptr="*fp32", scale_ptr="*fp32", z_loss="fp32",
-        ),
-        {},
-        tensor_core=False,
-        variants=({"GRAD": True}, {"GRAD": False}),
-    ),
-    Kernel(
-        "rescale",
-        _rescale_kernel,
-        {sm: [{"BLOCK": 4096, "num_warps": 8}] for sm in (80, 90)},
-        types("x_ptr", "n_cols stride", g_ptr="*fp32", expected_ptr="*fp32"),
-        {},
-        tensor_core=False,
-    ),
-]  # fmt: skip
-
-
 def cross_entropy_(
     logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int, z_loss: float, grad: bool
 ) -> Tensor:
@@ -126,7 +99,7 @@ def cross_entropy_(
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     _cross_entropy_kernel[(logits.shape[0],)](
         logits, targets, losses, scale, logits.shape[1], logits.stride(0), ignore_index, z_loss,
-        GRAD=grad, **config(CROSS_ENTROPY, logits),
+        GRAD=grad, **config("cross_entropy", logits),
     )  # fmt: skip
     return losses
 
@@ -134,7 +107,7 @@ def cross_entropy_(
 def _rescale_(x: Tensor, g: Tensor, expected: Tensor) -> Tensor:
     """x *= g / expected, without touching x where that is 1 and without asking the host."""
     rows = x.view(1, -1) if x.dim() == 1 else x
-    cfg = config(RESCALE, x)
+    cfg = config("rescale", x)
     _rescale_kernel[(rows.shape[0],)](rows, g, expected, rows.shape[1], rows.stride(0), **cfg)
     return x
 

@@ -47,11 +47,11 @@ def documents(B, T, start_frac=0.1):
 def tiles(monkeypatch, fwd: tuple, bwd: tuple, tma: bool = False):
     """Launch with these (queries, keys) tiles: small ones, so that a short sequence has many."""
     sm = f"sm_{capability(torch.empty(0, device=DEVICE))}"
-    for kernel in module.KERNELS:
+    for name in TUNING[sm]:
         for op, (BM, BN) in (("fwd", fwd), ("bwd", bwd)):
-            if kernel.name.startswith(f"attention_{op}"):
+            if name.startswith(f"attention_{op}"):
                 cfg = {"BM": BM, "BN": BN, "TMA": int(tma), "num_warps": 4, "num_stages": 2}
-                monkeypatch.setitem(TUNING.setdefault(sm, {}), kernel.name, [cfg])
+                monkeypatch.setitem(TUNING[sm], name, [cfg])
 
 
 SHAPES = [
@@ -454,13 +454,12 @@ def test_every_configuration_on_gpu(D, monkeypatch):
     rope = table(T, 32)
     qkv = rand(1, T, 3 * H * D, dtype=torch.bfloat16)
     dout = rand(1, T, H * D, dtype=torch.bfloat16, seed=1)
-    sm = capability(qkv)
-    for kernel in module.KERNELS:
-        if kernel.name in (f"attention_fwd_d{D}", f"attention_bwd_d{D}"):
-            for cfg in kernel.configs[sm]:
-                with monkeypatch.context() as m:
-                    m.setitem(TUNING.setdefault(f"sm_{sm}", {}), kernel.name, [cfg])
-                    three_way(ours(H, rope), reference(H, rope), [qkv], [dout])
+    tables = TUNING[f"sm_{capability(qkv)}"]
+    for name in (f"attention_fwd_d{D}", f"attention_bwd_d{D}"):
+        for cfg in tables[name]:
+            with monkeypatch.context() as m:
+                m.setitem(tables, name, [cfg])
+                three_way(ours(H, rope), reference(H, rope), [qkv], [dout])
 
 
 @pytest.mark.gpu

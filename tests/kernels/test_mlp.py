@@ -24,10 +24,10 @@ def choose(monkeypatch):
         few = {"BLOCK_M": 16, "BLOCK_N": 64, "PROGRAMS": 2, "STAGES": 2, "num_warps": 4}
         monkeypatch.delitem(TUNING, "measured", raising=False)
         for table in TUNING.values():
-            for kernel in gemm.KERNELS:
-                monkeypatch.setitem(table, kernel.name, [tile | {"num_warps": 4, "num_stages": 2}])
-            for kernel in (pointwise.GELU_BWD, pointwise.RESIDUAL_BWD):
-                monkeypatch.setitem(table, kernel.name, [few])
+            for name in ("in_proj_fwd", "out_proj_fwd", "out_proj_fwd_dropout", "gelu_bwd_gemm"):
+                monkeypatch.setitem(table, name, [tile | {"num_warps": 4, "num_stages": 2}])
+            for name in ("gelu_bwd", "residual_bwd"):
+                monkeypatch.setitem(table, name, [few])
 
     return use
 
