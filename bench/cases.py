@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
-from bench.work import training_ops
+from bench.cost import training_ops
 from kernels import attention as attention_module
 from kernels import gemm, mlp, pointwise
 from kernels.attention import attention, attention_reference
@@ -42,12 +42,12 @@ class Case:
     inputs: list[Tensor]
     providers: dict[str, Callable]
     reference: Callable
-    # What each phase costs: names of work.py's ops at `batch` sequences.
+    # What each phase costs: names of cost.py's ops at `batch` sequences.
     phases: dict[str, list[str]]
     batch: int
     backward: bool = True
     dropout: float = 0.0
-    flops_frac: float = 1.0  # of work.py's FLOPs: documents leave some out
+    flops_frac: float = 1.0  # of cost.py's FLOPs: documents leave some out
     within: dict[str, tuple] = field(default_factory=dict)  # provider -> (module, name, its value)
 
     def running(self, provider: str):

@@ -14,10 +14,18 @@ from bench import cases
 from bench import ops as kernel_bench
 from bench import step as step_bench
 from bench.cases import Case
+from bench.cost import Rates, training_ops
 from bench.ops import Row, ratios
-from bench.timing import WallTimer, emit, measured_roof, percentiles
-from bench.trace import GROUPS, floors_us, group, show_profile
-from bench.work import Rates, training_ops
+from bench.timing import (
+    GROUPS,
+    WallTimer,
+    emit,
+    floors_us,
+    group,
+    measured_roof,
+    percentiles,
+    show_profile,
+)
 from kernels import mlp
 from model import ModelConfig
 
