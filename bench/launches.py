@@ -50,7 +50,7 @@ def _attention(D: int = 64, p: float = 0.0, DOC: bool = False) -> None:
 def _cross_entropy(GRAD: bool) -> None:
     logits, targets = empty(N, V), empty(N, dtype=torch.int64)
     scale = empty(dtype=torch.float32)
-    cross_entropy.cross_entropy_(logits, targets, scale, -1, 0.0, GRAD)
+    cross_entropy.cross_entropy_(logits, targets, scale, -1, GRAD)
 
 
 def _rescale() -> None:

@@ -404,9 +404,14 @@ def _descriptor(x: Tensor, rows: int, DP: int) -> TensorDescriptor:
 def attention_fwd(
     qkv, n_head, rope=None, dropout_p=0.0, seed=None, doc_start=None, out=None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (out, lse, peak), the latter two for `attention_bwd`: no autograd, no checks.
+    """Return (out [B, T, C], lse, peak), the latter two for `attention_bwd`; ROTATE q and k in qkv.
 
-    For a block that owns its buffers: out may be columns of a wider one. seed is a tensor.
+    qkv [B, T, 3C]  rows of unit stride, evenly spaced, 16 bytes aligned
+    rope            cos and sin [T or more, R/2] fp32, R <= D; None does not rotate
+    dropout_p       share of p to drop, to 16 bits; seed, int64 [1], decides which
+    doc_start       int32 [B, T], the first key that each query sees; None is 0
+    out             where to write, which may be columns of a wider buffer
+    Arguments are not checked: `block` does that.
     """
     (B, H, T, TP), head, cos, sin = _shape(qkv, n_head, rope)
     DP, doc = triton.next_power_of_2(head["D"]), doc_start is not None
@@ -464,87 +469,15 @@ def attention_bwd(
     return dqkv
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, *args):
-        out, lse, peak = attention_fwd(qkv, *args)
-        if args[1] is not None:  # rope: who saved qkv before it was rotated hears of it in backward
-            torch.autograd.graph.increment_version(qkv)
-        ctx.save_for_backward(qkv, out, lse, peak)
-        ctx.args = args
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        dout = dout if _is_rows(dout) else dout.contiguous()
-        return attention_bwd(dout, *ctx.saved_tensors, *ctx.args), *(None,) * len(ctx.args)
-
-
 def runs_on(device: torch.device) -> bool:
-    """Whether Triton's kernels can run there; on a CPU only in its interpreter."""
+    """Return whether the kernels run on `device`; on a CPU only in Triton's interpreter."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and not isinstance(_fwd_kernel, triton.JITFunction)
 
 
-def _is_rows(x: Tensor) -> bool:
-    """x [B, T, N]: rows of unit stride, evenly spaced, 16 bytes aligned, as the kernels read."""
-    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    aligned = x.stride(1) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
-    return x.stride(2) == 1 and x.stride(1) >= x.shape[2] and even and aligned
-
-
-def _check(ok: bool, name: str, got, want) -> None:
-    if not ok:
-        raise ValueError(f"{name}: got {got}, want {want}")
-
-
-def _check_tensor(name: str, x: Tensor, shape: tuple, dtype: torch.dtype, qkv: Tensor) -> None:
-    got = f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-    _check(got == f"{dtype} {shape} on {qkv.device}", name, got, f"{dtype} {shape} on {qkv.device}")
-    _check(x.is_contiguous(), name, f"strides {x.stride()}", "contiguous")
-
-
-def attention(
-    qkv: Tensor, n_head: int, rope: tuple[Tensor, Tensor] | None = None, *, dropout_p: float = 0.0,
-    seed: int | Tensor | None = None, doc_start: Tensor | None = None
-) -> Tensor:  # fmt: skip
-    """Causal attention [B, T, C] of qkv [B, T, 3C], whose q and k are ROTATED IN PLACE.
-
-    rope: cos and sin [T or more, R/2] fp32, of `model.rope_tables`, R <= D; None does not rotate.
-    dropout_p: share of p to drop, to 16 bits; seed, an int or int64 [1], decides which.
-    doc_start: int32 [B, T], the first key that each query sees, as above.
-    Raises ValueError, before any launch, if an argument does not fit.
-    """
-    shape = tuple(qkv.shape) if isinstance(qkv, Tensor) else type(qkv).__name__
-    _check(len(shape) == 3 and 0 not in shape, "qkv", shape, "[B, T, 3C], none of them 0")
-    _check(runs_on(qkv.device), "qkv", f"device {qkv.device}", WANTED_DEVICE)
-    _check(qkv.dtype in DTYPES, "qkv", qkv.dtype, f"one of {DTYPES}")
-    B, T, D = *shape[:2], shape[2] / 3 / n_head if n_head else 0
-    _check(D in HEAD_DIMS, "n_head", f"{n_head}, a head dim of {D:g}", f"one of {HEAD_DIMS}")
-    _check(_is_rows(qkv), "qkv", f"strides {qkv.stride()}", "even rows, 16 bytes aligned")
-    _check(T * qkv.stride(1) < 2**31, "qkv", f"{T} rows of {qkv.stride(1)}", "32-bit offsets")
-    pair = isinstance(rope, tuple) and [type(x) for x in rope] == [Tensor, Tensor]
-    _check(rope is None or pair, "rope", type(rope).__name__, "tensors (cos, sin)")
-    for x in rope or ():
-        R = 2 * rope[0].shape[-1]
-        _check_tensor("rope", x, (max(T, len(x)), R // 2), torch.float32, qkv)
-        _check(2 <= R <= D, "rope", f"{R} rotary dims", f"2 to {D:g}")
-    _check(0 <= dropout_p < 1, "dropout_p", dropout_p, "0 <= p < 1")
-    if doc_start is not None:
-        _check_tensor("doc_start", doc_start, (B, T), torch.int32, qkv)
-    if dropout_p > 0:
-        seed = torch.randint(2**62, (1,), device=qkv.device) if seed is None else seed
-        if isinstance(seed, int):
-            _check(-(2**63) <= seed < 2**63, "seed", seed, "64 bits")
-            seed = torch.full((1,), seed, device=qkv.device)
-        _check_tensor("seed", seed, (1,), torch.int64, qkv)
-    return _Attention.apply(qkv, n_head, rope, dropout_p, seed, doc_start)
-
-
 def attention_reference(qkv: Tensor, n_head: int, rope=None, doc_start=None, keep=None) -> Tensor:
-    """In plain torch, in qkv's dtype, float64 too; dropout scales p by keep [B, H, T, T]."""
+    """Compute out in plain torch, in qkv's dtype; dropout scales p by keep [B, H, T, T]."""
     B, T, C3 = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     if rope is not None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import plan
-from bench.roofline import GPUS, NETWORK_HOP_S, NVLINK_HOP_S, START_S, Gpu, collective_s
+from bench.cost import GPUS, NETWORK_HOP_S, NVLINK_HOP_S, START_S, Gpu, collective_s
 from common.config import UserError, parse
 from model import Phi, parameter_count
 from train import make_optimizer
