@@ -20,8 +20,8 @@ Every document keeps its fields and gets `score`, `points` (of the five question
 """
 
 import ast
-import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -284,19 +284,15 @@ def ask(config: Config, part: Part, wanted: Callable[[dict], bool]) -> None:
 
     shards = enumerate(part.stage.shards)
     pairs = ((i, r) for i, shard in shards for r in read_documents_of(shard) if wanted(r))
-    with contextlib.ExitStack() as stack:
-        client = stack.enter_context(Client(config, config.replies()))
-        bar = stack.enter_context(tqdm(desc="labels", unit=" documents", disable=None))
-        files = {}
-        for i, found in client.in_order(asked, pairs):
-            if i not in files:  # the shards come one after the other
-                for file in files.values():
-                    file.close()
-                path = part.scratch / f"labels-{i:05d}.jsonl"
-                files[i] = stack.enter_context(open(path, "w", encoding="utf-8"))
-            files[i].write(json.dumps(found) + "\n")
-            bar.update()
-            bar.set_postfix_str(client.ledger.describe())
+    progress = tqdm(desc="labels", unit=" documents", disable=None)
+    with Client(config, config.replies()) as client, progress as bar:
+        # The shards come one after the other.
+        for i, found in itertools.groupby(client.in_order(asked, pairs), key=lambda pair: pair[0]):
+            with open(part.scratch / f"labels-{i:05d}.jsonl", "w", encoding="utf-8") as f:
+                for _, label_or_reason in found:
+                    f.write(json.dumps(label_or_reason) + "\n")
+                    bar.update()
+                    bar.set_postfix_str(client.ledger.describe())
         # Apart from the summary: it differs where a run was killed and went on.
         write_json(part.stage.result / "endpoint.json", client.summary())
 

@@ -23,6 +23,7 @@ import os
 import re
 import sysconfig
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -88,7 +89,7 @@ class Tally:
     documents: int = 0
     bytes: int = 0
     files_past_max_mb: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)  # files by path, documents by the rest
+    left_out: Counter = field(default_factory=Counter)  # files by path, documents by the rest
 
 
 def collect(config: Config) -> dict:
@@ -214,7 +215,7 @@ class Log:
                 tally.documents += 1
                 tally.bytes += int(size)
             else:
-                tally.left_out[reasons[why]] = tally.left_out.get(reasons[why], 0) + 1
+                tally.left_out[reasons[why]] += 1
         if end <= len(self.number):  # the limit is reached here, or was before
             for file in group[int(self.number[end - 1]) + 1 if end else 0 :]:
                 tallies[file.source].files_past_max_mb += 1
@@ -289,7 +290,7 @@ def list_files(source: str, tally: Tally) -> Iterator[File]:
             inside = os.fsencode(file.relative_to(root).as_posix()).decode(errors="replace")
             tally.files += 1
             if left_out_path(inside):
-                tally.left_out["path"] = tally.left_out.get("path", 0) + 1
+                tally.left_out["path"] += 1
             else:
                 yield File(source, file, f"{name}:{inside}", size_and_time(file)[0])
     if not tally.files and source not in SYSTEM:
@@ -302,7 +303,7 @@ def python_files(root: Path, tally: Tally) -> Iterator[Path]:
     """The *.py files under `root`, at any depth; links to folders are not followed."""
 
     def unreadable(error: OSError) -> None:
-        tally.left_out["unreadable folder"] = tally.left_out.get("unreadable folder", 0) + 1
+        tally.left_out["unreadable folder"] += 1
 
     for folder, subfolders, files in os.walk(root, onerror=unreadable):
         subfolders[:] = [s for s in subfolders if not NOT_OF_THE_SOURCE.fullmatch(s)]

@@ -4,7 +4,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from test_eval_similarity import evaluation
+from test_similarity import evaluation
 
 from eval import compare
 from eval.compare import TABLE_1
