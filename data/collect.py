@@ -122,7 +122,7 @@ def collect(config: Config) -> dict:
 
 
 def list_groups(config: Config) -> tuple[dict[str, Tally], list[list[File]]]:
-    """What listing says of each source, and all files to read, in their order and in groups."""
+    """List the sources: a tally of each, and all files to read, in order and in groups."""
     tallies = {source: Tally() for source in config.source}
     listed = [file for source, tally in tallies.items() for file in list_files(source, tally)]
     listed.sort(key=lambda f: hashlib.sha256(f"{config.seed}:{f.origin}".encode()).digest())
@@ -196,13 +196,13 @@ class Log:
 
     @classmethod
     def load(cls, stage: Stage, group: int) -> "Log":
-        """The log that read_group left, its columns as arrays."""
+        """Return the log that read_group left, its columns as arrays."""
         log = cls()
         vars(log).update(np.load(stage.scratch / f"shard-{group:05d}.npz"))
         return log
 
     def count(self, group: list[File], reasons: list[str], left_bytes: float):
-        """What became of each source if `left_bytes` of text may be kept; the entry after the last.
+        """Tally each source if `left_bytes` of text may be kept; also the entry after the last.
 
         The document that reaches the limit is the last one; nothing after it is counted.
         """
@@ -267,7 +267,7 @@ def write_piece(part: Part) -> None:
 
 
 def list_files(source: str, tally: Tally) -> Iterator[File]:
-    """The files of `source`, less those that their path rules out.
+    """Yield the files of `source`, less those that their path rules out.
 
     An origin holds no absolute path: "stdlib:json/decoder.py", "code:pkg/module.py" for ~/code.
     """
@@ -300,7 +300,7 @@ def list_files(source: str, tally: Tally) -> Iterator[File]:
 
 
 def python_files(root: Path, tally: Tally) -> Iterator[Path]:
-    """The *.py files under `root`, at any depth; links to folders are not followed."""
+    """Yield the *.py files under `root`, at any depth; links to folders are not followed."""
 
     def unreadable(error: OSError) -> None:
         tally.left_out["unreadable folder"] += 1
@@ -311,7 +311,7 @@ def python_files(root: Path, tally: Tally) -> Iterator[Path]:
 
 
 def left_out_path(inside: str) -> bool:
-    """Whether the path inside a source ("pkg/tests/test_x.py") says test, vendored or generated."""
+    """Return whether a path ("pkg/tests/test_x.py") says test, vendored or generated."""
     *folders, file = inside.split("/")
     return bool(LEFT_OUT_FILES.fullmatch(file) or any(map(LEFT_OUT_FOLDERS.fullmatch, folders)))
 
@@ -319,7 +319,7 @@ def left_out_path(inside: str) -> bool:
 def read_texts(
     part: Part, file: File, left_out: Callable[[str], None]
 ) -> Iterator[tuple[str, str]]:
-    """The (text, origin) of a file's documents, their newlines as `\\n`; tells what has none."""
+    """Yield (text, origin) of a file's documents, newlines as `\\n`; tell what has none."""
     path, text, reason = file.path, "", ""
     if path.suffix != ".py":
         for record in part.documents(path, file.origin, left_out):
@@ -345,12 +345,12 @@ def read_texts(
 
 
 def newlines(text: str) -> str:
-    """`text` with the line ends of other systems as `\\n`, as Python itself reads source."""
+    """Return `text` with the line ends of other systems as `\\n`, as Python itself reads source."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def left_out(text: str) -> str:
-    """Why a text is no document, "" if it is one."""
+    """Return why a text is no document, "" if it is one."""
     if not text.strip():
         return "empty"
     if "\0" in text:
@@ -365,7 +365,7 @@ def left_out(text: str) -> str:
 
 
 def describe(tally: Tally) -> str:
-    """One line on a source, for a person."""
+    """Describe a source in one line."""
     line = f"{tally.documents:,} documents, {tally.bytes / 1e6:.1f} MB of {tally.files:,} files"
     if tally.left_out:
         line += "; left out: " + ", ".join(f"{n:,} {why}" for why, n in tally.left_out.items())
