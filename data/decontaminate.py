@@ -8,7 +8,7 @@ After section 5 of the phi-1 paper (arXiv 2306.11644), a document is removed for
     syntax    one of its functions has a match rate of at least `--tau` with the solution of a
               problem (data/base/ast_match.py), and is near it as a text: nearer than all but 1% of
               the benchmarks' own problems are to each other. Without `--checkpoint` it is the
-              words in common that count (data/base/lexical.py), with it the model's hidden states
+              words in common that count, with it the hidden states (data/base/features.py)
 The paper has both measures and gives neither the threshold of distance nor how they combine; both
 choices are ours. Short functions are alike by chance, so nearness is asked of them. From
 `--sure_nodes` nodes on it is not: a copy under other names with another docstring is a copy.
