@@ -37,7 +37,7 @@ def read_json(path: Path, strict: bool = True):
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
-    """The JSON objects of a .jsonl, .jsonl.gz or .jsonl.zst file, streamed.
+    """Yield the JSON objects of a .jsonl, .jsonl.gz or .jsonl.zst file, streamed.
 
     Raises UserError naming the file and line for a line that is not a JSON object, and for a
     compressed file that ends early. (data.base.readers has the reader that goes on.)
@@ -61,7 +61,7 @@ def read_jsonl(path: Path) -> Iterator[dict]:
 
 
 def read_documents(paths: list[Path]) -> Iterator[dict]:
-    """The documents of files, and of the shards in folders, in the order of sorted names."""
+    """Yield the documents of files, and of the shards in folders, in the order of sorted names."""
     for path in paths:
         files = shard_files(path)
         if not files:
@@ -71,7 +71,7 @@ def read_documents(paths: list[Path]) -> Iterator[dict]:
 
 
 def shard_files(path: Path, formats: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """The document shards that `path` names: itself if a file, the sorted shards of a folder."""
+    """List the document shards at `path`: itself if a file, the sorted shards of a folder."""
     path = Path(path)
     if not path.is_dir():
         return [path]
@@ -90,7 +90,7 @@ def check_out(out: Path, reads: Iterable[Path] = ()) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path, reads: Iterable[Path] = ()) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes the name `out` if the block succeeds.
+    """Yield a temporary folder beside `out` that takes the name `out` if the block succeeds.
 
     What stood at `out` stays whole until then, and stays if the block fails. Raises UserError as
     check_out does.
@@ -129,7 +129,7 @@ DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what `chunks` raises
 
 
 def lines(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[bytes | None]:
-    """The lines of a plain, gzip or zstd file, without their ends; None for one too long to hold.
+    """Yield the lines of a plain, gzip or zstd file without line ends, None for one too long.
 
     Raises UserError if there is no such file, and one of DAMAGED where it cannot be read further.
     """
@@ -152,7 +152,7 @@ def lines(path: Path, progress: Callable[[int], None] = lambda n: None) -> Itera
 
 
 def chunks(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[bytes]:
-    """The content of a plain, gzip or zstd file in pieces of up to 32 MiB.
+    """Yield the content of a plain, gzip or zstd file in pieces of up to 32 MiB.
 
     `progress` is told how many bytes of the file itself were read.
     """

@@ -20,8 +20,8 @@ Every document keeps its fields and gets `score`, `points` (of the five question
 """
 
 import ast
-import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -102,7 +102,7 @@ class Config(Options):
 
 
 def rule_points(text: str) -> dict[str, float]:
-    """Points from 0 to 2 for each of QUESTIONS, of what the syntax tree shows.
+    """Give 0 to 2 points for each of QUESTIONS, by what the syntax tree shows.
 
     The bounds of each ramp were set on half of the labels in tests/data/labels.jsonl, those whose
     sha256 ends in 0 to 7; the other half judges them (LOG.md). Raises SyntaxError if it is not
@@ -137,7 +137,7 @@ def rule_points(text: str) -> dict[str, float]:
 
 
 def ramp(value: float, none: float, full: float) -> float:
-    """0 at `none` and beyond, 1 at `full` and beyond, a straight line between."""
+    """Return 0 at `none` and beyond, 1 at `full` and beyond, a straight line between."""
     return min(max((value - none) / (full - none), 0.0), 1.0)
 
 
@@ -147,7 +147,7 @@ def _code_lines(function) -> int:
 
 
 def by_rules(text: str) -> dict:
-    """The label of `text` by rules: a score of 0 for what is not Python."""
+    """Return the label of `text` by rules: a score of 0 for what is not Python."""
     try:
         points = rule_points(strip_licence(text))
     except SyntaxError:
@@ -166,7 +166,7 @@ def label(points: dict, reason: str, labeller: str) -> dict:
 
 
 def prompt(text: str, max_chars: int) -> list[dict]:
-    """The messages that ask for the label of `text`."""
+    """Return the messages that ask for the label of `text`."""
     text = excerpt(strip_licence(text), max_chars)
     questions = "\n".join(f"{i}. {question}" for i, question in enumerate(QUESTIONS.values(), 1))
     content = PROMPT.format(questions=questions, mark=mark(text), text=text)
@@ -174,7 +174,7 @@ def prompt(text: str, max_chars: int) -> list[dict]:
 
 
 def excerpt(text: str, max_chars: int) -> str:
-    """`text`, or its first two thirds of `max_chars` and a piece from its middle, at line ends."""
+    """Cut `text` to `max_chars`: two thirds from its beginning, the rest from its middle."""
     if len(text) <= max_chars:
         return text
     head = text[: max_chars * 2 // 3]
@@ -184,7 +184,7 @@ def excerpt(text: str, max_chars: int) -> str:
 
 
 def parse_reply(text: str) -> dict | None:
-    """The label in a reply, None if it is not exactly what was asked for; a fence is forgiven."""
+    """Read the label in a reply; None if it is not just what was asked for, but for a fence."""
     fenced = FENCE.fullmatch(text)
     try:
         reply = json.loads(fenced[1] if fenced else text)
@@ -205,7 +205,7 @@ def parse_reply(text: str) -> dict | None:
 
 
 def by_endpoint(client: Client, text: str, config: Config) -> dict | str:
-    """The label of `text` by the endpoint, or why there is none."""
+    """Return the label of `text` by the endpoint, or why there is none."""
     for draw in range(config.draws):
         try:
             reply = client.ask(prompt(text, config.max_chars), REPLY_TOKENS, draw)
@@ -251,7 +251,7 @@ def annotate(config: Config) -> dict:
 
 
 def key(config: Config, record: dict) -> int:
-    """Where a document stands in the order of the sample, a hash of 64 bits."""
+    """Return where a document stands in the order of the sample, a hash of 64 bits."""
     digest = hashlib.sha256(f"{config.seed}:{record['sha256']}".encode()).digest()
     return int.from_bytes(digest[:8])
 
@@ -263,7 +263,7 @@ def save_keys(config: Config, part: Part) -> None:
 
 
 def last_key(config: Config, arrays: Iterable[np.ndarray]) -> int:
-    """The largest key that belongs to the sample."""
+    """Return the largest key that belongs to the sample."""
     smallest = np.zeros(0, np.uint64)
     for keys in arrays:
         smallest = np.union1d(smallest, keys)[: config.sample]
@@ -284,19 +284,15 @@ def ask(config: Config, part: Part, wanted: Callable[[dict], bool]) -> None:
 
     shards = enumerate(part.stage.shards)
     pairs = ((i, r) for i, shard in shards for r in read_documents_of(shard) if wanted(r))
-    with contextlib.ExitStack() as stack:
-        client = stack.enter_context(Client(config, config.replies()))
-        bar = stack.enter_context(tqdm(desc="labels", unit=" documents", disable=None))
-        files = {}
-        for i, found in client.in_order(asked, pairs):
-            if i not in files:  # the shards come one after the other
-                for file in files.values():
-                    file.close()
-                path = part.scratch / f"labels-{i:05d}.jsonl"
-                files[i] = stack.enter_context(open(path, "w", encoding="utf-8"))
-            files[i].write(json.dumps(found) + "\n")
-            bar.update()
-            bar.set_postfix_str(client.ledger.describe())
+    progress = tqdm(desc="labels", unit=" documents", disable=None)
+    with Client(config, config.replies()) as client, progress as bar:
+        # The shards come one after the other.
+        for i, found in itertools.groupby(client.in_order(asked, pairs), key=lambda pair: pair[0]):
+            with open(part.scratch / f"labels-{i:05d}.jsonl", "w", encoding="utf-8") as f:
+                for _, label_or_reason in found:
+                    f.write(json.dumps(label_or_reason) + "\n")
+                    bar.update()
+                    bar.set_postfix_str(client.ledger.describe())
         # Apart from the summary: it differs where a run was killed and went on.
         write_json(part.stage.result / "endpoint.json", client.summary())
 
@@ -327,7 +323,7 @@ def write(config: Config, part: Part, wanted: Callable[[dict], bool], truth: dic
 
 
 def price(config: Config) -> dict:
-    """What the labels would cost; nothing is asked and nothing written."""
+    """Return what the labels would cost; nothing is asked and nothing written."""
     if config.labeller != "llm":
         raise UserError("--dry_run prices the endpoint's work; the rules cost nothing")
     shards = source_shards(config.source)
@@ -346,7 +342,7 @@ def price(config: Config) -> dict:
 
 
 def read_labels(path: Path) -> dict[str, float]:
-    """{sha256: score} of a file of labels."""
+    """Return {sha256: score} of a file of labels."""
     labels = {}
     for record in read_jsonl(path):
         match record:
@@ -363,7 +359,7 @@ def read_labels(path: Path) -> dict[str, float]:
 
 
 def agreement(scores: tuple, truth: tuple) -> dict:
-    """How well `scores` rank as `truth` does: Spearman, and AUC for a truth of at least GOOD."""
+    """Compare `scores` with `truth`: Spearman, and AUC for a truth of at least GOOD."""
     good = np.array(truth) >= GOOD
     return {
         "documents": len(scores),
@@ -374,7 +370,7 @@ def agreement(scores: tuple, truth: tuple) -> dict:
 
 
 def ranks(values) -> np.ndarray:
-    """Ranks from 1, the mean of them for equal values."""
+    """Return ranks from 1, the mean of them for equal values."""
     _, inverse, counts = np.unique(
         np.asarray(values, float), return_inverse=True, return_counts=True
     )
@@ -382,13 +378,13 @@ def ranks(values) -> np.ndarray:
 
 
 def spearman(a, b) -> float:
-    """Spearman's rank correlation; nan if one side is constant."""
+    """Return Spearman's rank correlation; nan if one side is constant."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
 def auc(scores, positive) -> float:
-    """The chance that a positive scores above a negative, ties half; nan without both."""
+    """Return the chance that a positive scores above a negative, ties half; nan without both."""
     positive = np.asarray(positive, bool)
     n, m = positive.sum(), (~positive).sum()
     if not n or not m:

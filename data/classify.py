@@ -129,7 +129,7 @@ def train(config: TrainConfig) -> dict:
 
 
 def gathered(stage: Stage, found: list[dict]) -> tuple[np.ndarray, list[dict]]:
-    """The features float32 [n, width] and the rows of all shards, each document once."""
+    """Return the features float32 [n, width] and the rows of all shards, each document once."""
     x = np.concatenate([np.load(f) for f in sorted(stage.scratch.glob("shard-*.npy"))])
     rows = [row for result in found for row in result["rows"]]
     # A document that is in two shards would be on both sides of the cross-validation.
@@ -140,7 +140,7 @@ def gathered(stage: Stage, found: list[dict]) -> tuple[np.ndarray, list[dict]]:
 def forests_without(
     stage: Stage, config: TrainConfig, x: np.ndarray, target: np.ndarray, fold: np.ndarray
 ) -> list[trees.Forest]:
-    """For each fold the forest of the documents that are not in it, and the forest of all."""
+    """Grow for each fold the forest of the documents not in it, and the forest of all."""
     sides = range(config.folds + 1)
     edges = [trees.cuts(x[fold != side]) for side in sides]
     codes = [trees.binned(x, e) for e in edges]
@@ -180,7 +180,7 @@ def labelled(part: Part, features: Features, labels: dict[str, float] | None) ->
 
 
 def with_label(part: Part, labels: dict[str, float] | None) -> Iterator[dict]:
-    """The documents of a shard that have a label."""
+    """Yield the documents of a shard that have a label."""
     for record in part.documents():
         if record["sha256"] in labels if labels else is_label(record):
             yield record
@@ -192,12 +192,12 @@ def is_label(record: dict) -> bool:
 
 
 def group(origin: str) -> str:
-    """What files come from, as far as an origin tells: "site-packages:torch"."""
+    """Return what files come from, as far as an origin tells: "site-packages:torch"."""
     return origin.split("/")[0]
 
 
 def folds(origins: list[str], count: int) -> np.ndarray:
-    """A fold int64 [n] for each origin: groups as a whole, the large ones first to the smallest."""
+    """Deal origins into folds int64 [n], groups as a whole, the large ones first."""
     sizes = Counter(map(group, origins))
     filled, of = [0] * count, {}
     for name, size in sorted(sizes.items(), key=lambda item: (-item[1], digest(item[0]))):
@@ -211,7 +211,7 @@ def digest(text: str) -> str:
 
 
 def platt(vote: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """(a, b) of the probability sigmoid(a vote + b), by Newton's method on Platt's targets."""
+    """Fit (a, b) of the probability sigmoid(a vote + b): Newton's method, Platt's targets."""
     good = y.sum()
     target = np.where(y > 0, (good + 1) / (good + 2), 1 / (len(y) - good + 2))
     design = np.stack([vote, np.ones(len(vote))], 1)
@@ -229,7 +229,7 @@ def sigmoid(vote: np.ndarray, a: float, b: float) -> np.ndarray:
 
 
 def evaluate(config, rows: list[dict], vote, calibrated, y) -> dict:
-    """What the held-out documents say of the forest, and of the rules beside it."""
+    """Return what the held-out documents say of the forest, and of the rules beside it."""
     keep = max(1, round(config.keep_frac * len(y)))
     kept = np.argsort(-vote, kind="stable")[:keep]
     sources = np.array([row["origin"].partition(":")[0] for row in rows])
@@ -260,7 +260,7 @@ def evaluate(config, rows: list[dict], vote, calibrated, y) -> dict:
 
 
 def interval(rows: list[dict], vote, y, seed: int) -> list[float]:
-    """A 95% interval of the AUC, by a bootstrap over groups: files of one are not independent."""
+    """Return a 95% interval of the AUC: a bootstrap over groups, whose files are dependent."""
     members: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         members.setdefault(group(row["origin"]), []).append(i)
@@ -294,7 +294,7 @@ class Classifier:
         self.forest = trees.load(folder / "forest.npz", self.features.width)
 
     def quality(self, texts: list[str]) -> np.ndarray:
-        """The probability float64 [texts] that each is good."""
+        """Return the probability float64 [texts] that each is good."""
         vote = trees.predict(self.forest, self.features(texts)).astype(float)
         return sigmoid(vote, *self.calibration)
 
@@ -336,7 +336,7 @@ def score_shard(part: Part, classifier: Classifier) -> dict:
 
 
 def write_samples(stage: Stage, cut: float) -> None:
-    """samples.html: documents that the threshold keeps beside some that it rejects, by chance."""
+    """Write samples.html: some documents that the threshold keeps beside some it rejects."""
     samples = stage.scratch.glob("*.sample.json")
     sample = sorted(row for path in samples for row in json.loads(path.read_text()))
     sample = sample[: SAMPLES * 20]

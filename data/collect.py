@@ -23,6 +23,7 @@ import os
 import re
 import sysconfig
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -87,7 +88,7 @@ class Tally:
     documents: int = 0
     bytes: int = 0
     files_past_max_mb: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)  # files by path, documents by the rest
+    left_out: Counter = field(default_factory=Counter)  # files by path, documents by the rest
 
 
 def collect(config: Config) -> dict:
@@ -120,7 +121,7 @@ def collect(config: Config) -> dict:
 
 
 def list_groups(config: Config) -> tuple[dict[str, Tally], list[list[File]]]:
-    """What listing says of each source, and all files to read, in their order and in groups."""
+    """List the sources: a tally of each, and all files to read, in order and in groups."""
     tallies = {source: Tally() for source in config.source}
     listed = [file for source, tally in tallies.items() for file in list_files(source, tally)]
     listed.sort(key=lambda f: hashlib.sha256(f"{config.seed}:{f.origin}".encode()).digest())
@@ -194,13 +195,13 @@ class Log:
 
     @classmethod
     def load(cls, stage: Stage, group: int) -> "Log":
-        """The log that read_group left, its columns as arrays."""
+        """Return the log that read_group left, its columns as arrays."""
         log = cls()
         vars(log).update(np.load(stage.scratch / f"shard-{group:05d}.npz"))
         return log
 
     def count(self, group: list[File], reasons: list[str], left_bytes: float):
-        """What became of each source if `left_bytes` of text may be kept; the entry after the last.
+        """Tally each source if `left_bytes` of text may be kept; also the entry after the last.
 
         The document that reaches the limit is the last one; nothing after it is counted.
         """
@@ -213,7 +214,7 @@ class Log:
                 tally.documents += 1
                 tally.bytes += int(size)
             else:
-                tally.left_out[reasons[why]] = tally.left_out.get(reasons[why], 0) + 1
+                tally.left_out[reasons[why]] += 1
         if end <= len(self.number):  # the limit is reached here, or was before
             for file in group[int(self.number[end - 1]) + 1 if end else 0 :]:
                 tallies[file.source].files_past_max_mb += 1
@@ -265,7 +266,7 @@ def write_piece(part: Part) -> None:
 
 
 def list_files(source: str, tally: Tally) -> Iterator[File]:
-    """The files of `source`, less those that their path rules out.
+    """Yield the files of `source`, less those that their path rules out.
 
     An origin holds no absolute path: "stdlib:json/decoder.py", "code:pkg/module.py" for ~/code.
     """
@@ -288,7 +289,7 @@ def list_files(source: str, tally: Tally) -> Iterator[File]:
             inside = os.fsencode(file.relative_to(root).as_posix()).decode(errors="replace")
             tally.files += 1
             if left_out_path(inside):
-                tally.left_out["path"] = tally.left_out.get("path", 0) + 1
+                tally.left_out["path"] += 1
             else:
                 yield File(source, file, f"{name}:{inside}", size_and_time(file)[0])
     if not tally.files and source not in SYSTEM:
@@ -298,10 +299,10 @@ def list_files(source: str, tally: Tally) -> Iterator[File]:
 
 
 def python_files(root: Path, tally: Tally) -> Iterator[Path]:
-    """The *.py files under `root`, at any depth; links to folders are not followed."""
+    """Yield the *.py files under `root`, at any depth; links to folders are not followed."""
 
     def unreadable(error: OSError) -> None:
-        tally.left_out["unreadable folder"] = tally.left_out.get("unreadable folder", 0) + 1
+        tally.left_out["unreadable folder"] += 1
 
     for folder, subfolders, files in os.walk(root, onerror=unreadable):
         subfolders[:] = [s for s in subfolders if not NOT_OF_THE_SOURCE.fullmatch(s)]
@@ -309,7 +310,7 @@ def python_files(root: Path, tally: Tally) -> Iterator[Path]:
 
 
 def left_out_path(inside: str) -> bool:
-    """Whether the path inside a source ("pkg/tests/test_x.py") says test, vendored or generated."""
+    """Return whether a path ("pkg/tests/test_x.py") says test, vendored or generated."""
     *folders, file = inside.split("/")
     return bool(LEFT_OUT_FILES.fullmatch(file) or any(map(LEFT_OUT_FOLDERS.fullmatch, folders)))
 
@@ -317,7 +318,7 @@ def left_out_path(inside: str) -> bool:
 def read_texts(
     part: Part, file: File, left_out: Callable[[str], None]
 ) -> Iterator[tuple[str, str]]:
-    """The (text, origin) of a file's documents, their newlines as `\\n`; tells what has none."""
+    """Yield (text, origin) of a file's documents, newlines as `\\n`; tell what has none."""
     path, text, reason = file.path, "", ""
     if path.suffix != ".py":
         for record in part.documents(path, file.origin, left_out):
@@ -343,12 +344,12 @@ def read_texts(
 
 
 def newlines(text: str) -> str:
-    """`text` with the line ends of other systems as `\\n`, as Python itself reads source."""
+    """Return `text` with the line ends of other systems as `\\n`, as Python itself reads source."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def left_out(text: str) -> str:
-    """Why a text is no document, "" if it is one."""
+    """Return why a text is no document, "" if it is one."""
     if not text.strip():
         return "empty"
     if "\0" in text:
@@ -363,7 +364,7 @@ def left_out(text: str) -> str:
 
 
 def describe(tally: Tally) -> str:
-    """One line on a source, for a person."""
+    """Describe a source in one line."""
     line = f"{tally.documents:,} documents, {tally.bytes / 1e6:.1f} MB of {tally.files:,} files"
     if tally.left_out:
         line += "; left out: " + ", ".join(f"{n:,} {why}" for why, n in tally.left_out.items())

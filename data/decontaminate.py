@@ -8,7 +8,7 @@ After section 5 of the phi-1 paper (arXiv 2306.11644), a document is removed for
     syntax    one of its functions has a match rate of at least `--tau` with the solution of a
               problem (data/base/ast_match.py), and is near it as a text: nearer than all but 1% of
               the benchmarks' own problems are to each other. Without `--checkpoint` it is the
-              words in common that count (data/base/lexical.py), with it the model's hidden states
+              words in common that count, with it the hidden states (data/base/features.py)
 The paper has both measures and gives neither the threshold of distance nor how they combine; both
 choices are ours. Short functions are alike by chance, so nearness is asked of them. From
 `--sure_nodes` nodes on it is not: a copy under other names with another docstring is a copy.
@@ -107,7 +107,7 @@ class Finder:
         self.gram_hashes = np.unique(hashes)
 
     def find(self, texts: list[str]) -> tuple[list[dict[int, Hit]], list[bool]]:
-        """For each document its hits by problem, and whether any Python was found in it."""
+        """Return each document's hits by problem, and whether any Python was found in it."""
         hits: list[dict[int, Hit]] = [{} for _ in texts]
         found = [functions_anywhere(text) for text in texts]
         flat = [(i, f) for i, of_text in enumerate(found) for f in of_text or ()]
@@ -131,7 +131,7 @@ class Finder:
         return hits, [of_text is not None for of_text in found]
 
     def shared_words(self, texts: list[str]) -> Iterator[tuple[int, int, str]]:
-        """(document, problem, n-gram) for the first n-gram that they share, hashes first."""
+        """Yield (document, problem, n-gram) for the first n-gram that they share, hashes first."""
         if not self.grams:
             return
         hashes, starts = shingles([fold(text) for text in texts], self.ngram)
@@ -224,7 +224,7 @@ def screen(part: Part, finder: Finder, tau: float, taus: list[float]) -> dict:
 
 
 def as_record(finder: Finder, record: dict, hit: Hit, chars: int) -> dict:
-    """A document's hit, for a person and for files."""
+    """Return a document's hit, for a person and for files."""
     return {
         "task_id": finder.problems[hit.problem].task_id,
         "id": record["id"],
@@ -238,7 +238,7 @@ def as_record(finder: Finder, record: dict, hit: Hit, chars: int) -> dict:
 
 
 def write_report(stage: Stage, finder: Finder, by_problem: dict, taus: list[float]) -> None:
-    """report/problems.jsonl and report/pairs.txt, from the nearest documents of all shards."""
+    """Write report/problems.jsonl and report/pairs.txt from the nearest documents of all shards."""
     folder = stage.result / "report"  # a folder of its own: the next stage reads *.jsonl beside
     folder.mkdir(exist_ok=True)
     best: dict[str, dict] = {}
@@ -283,7 +283,7 @@ def _rank(record: dict) -> tuple:
 
 
 def fold(text: str) -> bytes:
-    """The text's words in lower case: what is no ASCII letter or digit only separates."""
+    """Return the text's words in lower case: what is no ASCII letter or digit only separates."""
     return text.lower().encode().translate(FOLD)
 
 
@@ -293,7 +293,7 @@ def ngrams(text: str, width: int) -> Iterator[tuple[str, ...]]:
 
 
 def around(text: str, words: str) -> str:
-    """The lines of a text from shortly before these words, which `ngrams` found in it."""
+    """Return the lines of a text from shortly before these words, which `ngrams` found in it."""
     found = re.search(r"[\W_]+".join(words.split()), text, re.IGNORECASE)
     return text[text.rfind("\n", 0, max(0, found.start() - 200)) + 1 :] if found else text
 

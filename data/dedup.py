@@ -75,7 +75,7 @@ class Sketches:
         return f"{self.sha256[index, 0]:016x}"
 
     def signatures(self, indexes: np.ndarray) -> np.ndarray:
-        """uint32 [indexes, permutations]."""
+        """Return uint32 [indexes, permutations]."""
         out = np.empty((len(indexes), self.signature[0].shape[1]), np.uint32)
         shard = np.searchsorted(self.begin, indexes, side="right") - 1
         for s in np.unique(shard):
@@ -84,7 +84,7 @@ class Sketches:
         return out
 
     def jaccard(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-        """The exact Jaccard index float64 [pairs] of documents i and j."""
+        """Return the exact Jaccard index float64 [pairs] of documents i and j."""
         sizes = self.sizes[i].astype(np.int64) + self.sizes[j]
         parts = [
             minhash.jaccard([*map(self._set, i[part])], [*map(self._set, j[part])])
@@ -166,7 +166,7 @@ def sketch(part: Part, score: str, bands: Bands) -> dict:
 
 
 def exact(part: Part, sketches: Sketches) -> None:
-    """For each document the first one with the same sha256."""
+    """Leave for each document the first one with the same sha256."""
     order = np.lexsort((sketches.sha256[:, 1], sketches.sha256[:, 0]))  # stable: first stays first
     ordered = sketches.sha256[order]
     new = np.r_[True, (ordered[1:] != ordered[:-1]).any(1)]
@@ -178,7 +178,7 @@ def exact(part: Part, sketches: Sketches) -> None:
 def candidates(
     part: Part, sketches: Sketches, first: np.ndarray, bands: Bands, threshold: float
 ) -> None:
-    """Pairs that are equal in this band and whose signatures do not rule out the threshold."""
+    """Leave pairs that are equal in this band and may, by their signatures, reach the threshold."""
     band = part.item
     keys = np.concatenate([minhash.band_keys(s, bands, band) for s in sketches.signature])
     members = np.flatnonzero((first == np.arange(len(first))) & (sketches.sizes > 0))
@@ -191,7 +191,7 @@ def candidates(
 
 
 def verify(part: Part, sketches: Sketches, bands: Bands, threshold: float) -> None:
-    """The pairs among this part's candidates that do reach the threshold."""
+    """Leave the pairs among this part's candidates that do reach the threshold."""
     mine = []
     for band in range(bands.bands):
         pairs = _map(part.stage.scratch / f"candidates-{band:05d}", np.uint64)
@@ -202,7 +202,7 @@ def verify(part: Part, sketches: Sketches, bands: Bands, threshold: float) -> No
 
 
 def choose(part: Part, sketches: Sketches, first: np.ndarray) -> dict:
-    """For each document the one that is kept in its place: itself, or the best of its group."""
+    """Leave for each document the one kept in its place: itself, or the best of its group."""
     edges = [_load(part.stage.scratch / f"edges-{i:05d}", np.uint64) for i in range(VERIFY_PARTS)]
     pairs = np.concatenate(edges)
     copies = np.flatnonzero(first != np.arange(len(first)))
@@ -264,7 +264,7 @@ def write(
 
 
 def write_samples(path: Path, sketches: Sketches, wanted: list[tuple[int, int]], texts: dict):
-    """Some removed documents beside the ones that were kept in their place."""
+    """Write some removed documents beside the ones that were kept in their place."""
     with open(path, "w", encoding="utf-8") as f:
         for keep, gone in wanted:
             (alike,) = sketches.jaccard(np.array([keep]), np.array([gone]))
@@ -274,7 +274,7 @@ def write_samples(path: Path, sketches: Sketches, wanted: list[tuple[int, int]],
 
 
 def _number(value) -> float:
-    """A score as a float; a document without one comes after all that have one."""
+    """Return a score as a float; a document without one comes after all that have one."""
     return float(value) if isinstance(value, (int, float)) else float("-inf")
 
 
@@ -283,7 +283,7 @@ def _load(path: Path, dtype) -> np.ndarray:
 
 
 def _map(path: Path, dtype) -> np.ndarray:
-    """A file as an array that is read where it is looked at; an empty file cannot be mapped."""
+    """Map a file as an array; an empty one, which cannot be mapped, is an empty array."""
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 

@@ -122,7 +122,7 @@ def diversity(config: Config) -> dict:
 
 
 def set_names(sources: tuple[Path, ...]) -> list[str]:
-    """What to call the sets: their paths, without the folders that all of them are in."""
+    """Return what to call the sets: their paths, without the folders that all of them are in."""
     paths = [source.resolve() for source in sources]
     if len(set(paths)) < len(paths):
         raise UserError(f"--source {sources[0]}: a set is given twice")
@@ -131,7 +131,7 @@ def set_names(sources: tuple[Path, ...]) -> list[str]:
 
 
 def scratch(stage: Stage, of_set: list[int], wanted: int, name: str, suffix: str) -> list[Path]:
-    """What the parts of one set left, in the order of its shards."""
+    """List the files that the parts of one set left, in the order of its shards."""
     files = [stage.scratch / f"{name}-{i:05d}.{suffix}" for i in range(len(of_set))]
     return [f for f, of in zip(files, of_set) if of == wanted and f.exists()]
 
@@ -140,7 +140,7 @@ def scratch(stage: Stage, of_set: list[int], wanted: int, name: str, suffix: str
 
 
 def records(part: Part, count_bad: bool) -> Iterator[dict]:
-    """The documents of a shard; of a problem, its prompt and solution."""
+    """Yield the documents of a shard; of a problem, its prompt and solution."""
     if is_problems(part.item):
         for number, record in read_records(part.item, progress=part.progress):
             if all(isinstance(record.get(field), str) for field in FIELDS):
@@ -153,7 +153,7 @@ def records(part: Part, count_bad: bool) -> Iterator[dict]:
 
 
 def is_problems(path: Path) -> bool:
-    """Whether a file's first record is a problem of HumanEval's format."""
+    """Return whether a file's first record is a problem of HumanEval's format."""
     if ".jsonl" not in path.name:
         return False
     for _, record in read_records(path):
@@ -162,7 +162,7 @@ def is_problems(path: Path) -> bool:
 
 
 def key(record: dict) -> int:
-    """Where a document stands in the order of the sample, a hash of 64 bits."""
+    """Return where a document stands in the order of the sample, a hash of 64 bits."""
     return digest_key(record["sha256"])[0]
 
 
@@ -205,7 +205,7 @@ def look(part: Part, last_sample: int, last_near: int) -> dict:
 def measure(
     part: Part, config: Config, of_set: list[int], totals: dict, budget: int, compared: int
 ) -> dict:
-    """All numbers of one set."""
+    """Measure all numbers of one set."""
     files = scratch(part.stage, of_set, part.item, "sample", "jsonl.zst")
     sample = sorted((r for f in files for r in read_jsonl(f)), key=lambda r: r["key"])
     texts = [record["text"][:EACH_CHARS] for record in sample]
@@ -248,7 +248,7 @@ def measure(
 
 
 def balance(topics: list[list[str]]) -> float:
-    """The entropy of topics over its largest value; a document's weight is shared by its topics."""
+    """Divide the entropy of topics by its largest value; a document's topics share its weight."""
     weight = dict.fromkeys(TOPICS, 0.0)
     for of_document in topics:
         for topic in of_document:
@@ -262,7 +262,7 @@ def entropy(p: np.ndarray) -> float:
 
 
 def near_duplicates(signatures: np.ndarray) -> float:
-    """The share of documents that a chain of near-duplicates connects to an earlier one.
+    """Return the share of documents that a chain of near-duplicates connects to an earlier one.
 
     The Jaccard index is estimated from the signatures uint32 [n, PERMUTATIONS], to +- 0.035.
     """
@@ -279,13 +279,13 @@ def near_duplicates(signatures: np.ndarray) -> float:
 
 
 def distinct(tokens: list[str], n: int) -> float:
-    """Different n-grams over all n-grams."""
+    """Divide the number of different n-grams by that of all."""
     grams = list(zip(*(tokens[i:] for i in range(n))))
     return len(set(grams)) / max(len(grams), 1)
 
 
 def vectors(texts: list[str], config: Config) -> np.ndarray:
-    """Vectors of length 1 [texts, dims]: hidden states, or the set of words, hashed."""
+    """Return unit vectors [texts, dims]: hidden states, or the set of words, hashed."""
     if config.checkpoint:
         return Hidden(config.checkpoint, [], config.device).vectors(texts).astype(float)
     x = np.zeros((len(texts), VENDI_DIMS))
@@ -297,7 +297,7 @@ def vectors(texts: list[str], config: Config) -> np.ndarray:
 
 
 def vendi(x: np.ndarray) -> float:
-    """The Vendi score (Friedman and Dieng 2023, arXiv 2210.02410) of vectors of length 1 [n, d].
+    """Compute the Vendi score (Friedman and Dieng 2023, arXiv 2210.02410) of unit vectors [n, d].
 
     exp of the entropy of the eigenvalues of their cosines over n: 1 for n equal documents, n for n
     that have nothing in common.
@@ -316,7 +316,7 @@ def quantiles(values: list[int]) -> list[float]:
 
 
 def growth(names: list[str]) -> list[list[int]]:
-    """(names seen, different ones among them) at 50 points."""
+    """Return (names seen, different ones among them) at 50 points."""
     seen, points, step = set(), [[0, 0]], max(1, len(names) // 50)
     for i, name in enumerate(names, 1):
         seen.add(name)
@@ -326,7 +326,7 @@ def growth(names: list[str]) -> list[list[int]]:
 
 
 def solutions_that_run(problems: list[dict]) -> float | None:
-    """The share of reference solutions that pass their tests, None where there are none."""
+    """Return the share of reference solutions that pass their tests, None where there are none."""
     complete = [p for p in problems if len(p) == len(FIELDS)][:RUN_PROBLEMS]
     if not complete:
         return None
@@ -340,7 +340,7 @@ def solutions_that_run(problems: list[dict]) -> float | None:
 
 
 def html_page(names: list[str], measured: list[dict]) -> str:
-    """Tables and pictures of all sets."""
+    """Draw tables and pictures of all sets."""
     try:
         from common import pages
     except ImportError:

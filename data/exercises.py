@@ -143,7 +143,7 @@ def main() -> None:
 
 
 def record(exercise: Exercise, text: str) -> dict:
-    """The training document of an exercise."""
+    """Return the training document of an exercise."""
     damaged = {"damaged": True} if exercise.wrong else {}
     return document(
         text,
@@ -174,7 +174,7 @@ def check(exercise: Exercise, outputs: list, indexes: Iterator[int]) -> None:
 
 
 def run_tasks(benchmarks: "Benchmarks") -> tuple[dict[Task, list], Counter]:
-    """The outputs on the pool of every task that is neither constant nor a benchmark's problem.
+    """Run every task on the pool; keep outputs of those neither constant nor a benchmark's problem.
 
     Asserts that body and oracle agree. Also returns how many tasks were dropped, by reason.
     """
@@ -194,7 +194,7 @@ def run_tasks(benchmarks: "Benchmarks") -> tuple[dict[Task, list], Counter]:
 
 
 def solution_key(source: str) -> str:
-    """The function in `source` without docstring and with neutral names, the same for all copies
+    """Dump the function in `source` without docstring and with neutral names: equal for all copies
     that differ in names alone."""
     function = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef))
     function.returns = None
@@ -231,7 +231,7 @@ def hold_out(
     told: Callable = tell,
     unseen: bool = False,
 ) -> dict[str, dict]:
-    """Held-out problems by task, taken from the families in turn.
+    """Choose held-out problems by task, from the families in turn.
 
     A task qualifies if no other one has the same solution or the same outputs on the pool, and if
     all that it is made of is left in training; or, if `unseen`, it is of a family that training
@@ -274,7 +274,7 @@ def hold_out(
 
 
 def leave_families_out(outputs: dict[Task, list], dropped: Counter) -> dict[Task, list]:
-    """The tasks that are of no UNSEEN family and do the same as no task of one, on any input."""
+    """Keep the tasks that are of no UNSEEN family and do the same as no task of one."""
     hidden = [task for task in outputs if task.family in UNSEEN]
     keys, seen = {key(task) for task in hidden}, {}
     by_args = defaultdict(list)
@@ -283,8 +283,7 @@ def leave_families_out(outputs: dict[Task, list], dropped: Counter) -> dict[Task
 
     @functools.cache
     def shared_inputs(args: str, other: str) -> tuple[list[tuple], set[str]]:
-        """The inputs of `other` that tasks over `args` can take, and what hidden tasks make of
-        them."""
+        """Return inputs of `other` that tasks over `args` can take, and what hidden ones give."""
         kinds = [KINDS[kind] for kind in args.split()]
         can = [i for i, x in enumerate(pool(other)) if all(map(within, x, kinds))]
         many = len(can) >= MIN_SHARED
@@ -321,20 +320,20 @@ def outcome(task: Task, inputs: list[tuple]) -> str:
 
 
 def parts(task: Task) -> list[str]:
-    """What must be left in training: the family, tests, operations and words, but no number."""
+    """List what must be left in training: family, tests, operations and words, no number."""
     return [task.family, *(str(p) for p in task.params if not isinstance(p, int))]
 
 
 @functools.cache
 def key(task: Task, wrong: str = "") -> str:
-    """That of its solution, or of a damaged one."""
+    """Return the solution_key of a task's solution, or of a damaged one."""
     exercise = replace(tell(task, random.Random(0)), wrong=wrong)
     return solution_key(exercise.prompt() + exercise.solution())
 
 
 def choose_tests(task: Task, outputs: list, rivals: list[list], rng: random.Random) -> list[int]:
-    """Indexes of TESTS inputs in the pool that no rival's outputs pass, nor a body that returns a
-    constant or an argument; [] if there are none."""
+    """Choose TESTS inputs in the pool that no rival's outputs pass, nor a body that returns a
+    constant or an argument: their indexes, [] if there are none."""
     inputs, shuffled = pool(task.args), rng.sample(range(POOL), POOL)
     chosen = [*range(8), *(i for i in shuffled if i >= 8)][:20]  # the first are edge values
     for rival in rivals:
@@ -352,7 +351,7 @@ def choose_tests(task: Task, outputs: list, rivals: list[list], rng: random.Rand
 
 
 def as_problem(exercise: Exercise, outputs: list, indexes: list[int]) -> dict:
-    """The problem record of a held-out exercise, without its task_id."""
+    """Return the problem record of a held-out exercise, without its task_id."""
     inputs = pool(exercise.task.args)
     asserts = [
         f"    assert candidate({', '.join(map(repr, inputs[i]))}) == {outputs[i]!r}\n"
@@ -379,7 +378,7 @@ def draw(
     dropped: Counter,
     told: Callable = tell,
 ) -> Iterator[Exercise]:
-    """`count` different exercises. A family with n tasks gets a share in proportion to sqrt(n), and
+    """Yield `count` exercises. A family with n tasks gets a share in proportion to sqrt(n), and
     its tasks take turns. Raises UserError if there are too few."""
     rng, seen, misses = random.Random(seed), set(), 0
     families = defaultdict(list)
@@ -409,7 +408,7 @@ def draw(
 
 
 def shuffle_docstrings(exercises: list[Exercise], seed: int) -> list[Exercise]:
-    """The exercises with docstrings and function names exchanged among equal kinds of arguments."""
+    """Exchange docstrings and function names among exercises with equal kinds of arguments."""
     groups = defaultdict(list)
     for exercise in exercises:
         groups[exercise.task.args].append(exercise)
@@ -460,7 +459,7 @@ class Benchmarks:
                 self.problems[shapes].append(found)
 
     def overlap(self, exercise: Exercise) -> str:
-        """Why this exercise must be dropped, or ""."""
+        """Return why this exercise must be dropped, or ""."""
         known = exercise.name in self.names
         if exercise.form:  # in any case and spelling; a generic name tells nothing of the problem
             known = fold(exercise.name) in map(fold, self.names) and exercise.name not in GENERIC
@@ -476,7 +475,7 @@ class Benchmarks:
         return ""
 
     def has(self, task: Task, outputs: list) -> bool:
-        """Whether the oracle of a task with these outputs passes a benchmark problem's test."""
+        """Return whether the oracle of a task passes a benchmark problem's test."""
         kinds = [KINDS[kind] for kind in task.args.split()]
         types = {type(output) for output in outputs}
         shapes = tuple(max(map(shape, kind.edges), key=len) for kind in kinds)  # of a full value
@@ -487,7 +486,7 @@ class Benchmarks:
 
 
 def passes(task: Task, kinds: list[Kind], cases: list[tuple]) -> bool:
-    """Whether the oracle gives the results of all cases that it can be tried on, and of enough."""
+    """Return whether the oracle is right on all cases that it can be tried on, and on enough."""
     tried = 0
     for arguments, result in cases:
         ints = [(a, kind) for a, kind in zip(arguments, kinds) if isinstance(a, int)]
@@ -509,7 +508,7 @@ def fold(name: str) -> str:
 
 
 def normalize(text: str) -> list[str]:
-    """The words of `text`, without what every MBPP problem begins with."""
+    """Return the words of `text`, without what every MBPP problem begins with."""
     text = re.sub(r"^write a (python )?function (to|that|which) ", "", text.lower().strip())
     return re.findall("[a-z0-9]+", text)
 
@@ -519,7 +518,7 @@ def ngrams(words: list[str]) -> set[tuple[str, ...]]:
 
 
 def test_cases(source: str) -> Iterator[tuple[tuple, object]]:
-    """(arguments, result) of each `assert f(...) == ...` between literals; nothing is executed."""
+    """Yield (arguments, result) of each `assert f(...) == ...` of literals; execute nothing."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Assert(ast.Compare(ast.Call(ast.Name(), arguments), [ast.Eq()], [result])):
@@ -530,7 +529,7 @@ def test_cases(source: str) -> Iterator[tuple[tuple, object]]:
 
 
 def shape(value) -> str:
-    """The type of a value and of what is in it: "list[int]"."""
+    """Return the type of a value and of what is in it: "list[int]"."""
     inner = []
     if isinstance(value, (list, dict)):
         inner = sorted({shape(v) for v in value})

@@ -66,7 +66,7 @@ class Config:
 
 
 def rejection(text: str, config: Config) -> str:
-    """The option whose threshold `text` misses first, "syntax" if it is not Python, "" to keep."""
+    """Name the option that `text` misses first, "syntax" if it is not Python, "" to keep."""
     try:
         for option, value in measures(text):
             threshold = getattr(config, option)
@@ -95,7 +95,7 @@ def filter_documents(config: Config) -> dict:
 
 
 def quality_cut(config: Config, stage: Stage) -> float:
-    """The quality from which on documents pass, 0 if none is asked for.
+    """Return the quality from which on documents pass, 0 if none is asked for.
 
     Raises UserError where a document has no quality.
     """
@@ -114,7 +114,7 @@ def quality_cut(config: Config, stage: Stage) -> float:
 
 
 def share_cut(quality: np.ndarray, keep_frac: float) -> float:
-    """The quality from which on a share of `keep_frac` is kept; equals stay together."""
+    """Return the quality from which on a share of `keep_frac` is kept; equals stay together."""
     keep = max(1, round(keep_frac * len(quality)))
     return float(np.partition(quality, len(quality) - keep)[len(quality) - keep])
 
@@ -175,7 +175,7 @@ def merge_samples(stage: Stage) -> None:
 
 
 def advice(reasons: Counter) -> str:
-    """What to do where everything was rejected."""
+    """Say what to do where everything was rejected."""
     if not reasons:
         return "it holds no documents"
     found = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())

@@ -51,7 +51,7 @@ def holdout(config: Config) -> dict:
 
 
 def choose(sizes: dict[str, int], wanted_bytes: float) -> set[str]:
-    """The packages to hold out, of {package: bytes}."""
+    """Return the packages to hold out, of {package: bytes}."""
     chosen, bytes_ = set(), 0
     for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if bytes_ < wanted_bytes and sizes[name] <= MAX_SHARE * wanted_bytes:
@@ -61,7 +61,7 @@ def choose(sizes: dict[str, int], wanted_bytes: float) -> set[str]:
 
 
 def weigh(part: Part) -> dict:
-    """The bytes of text of each package in a shard."""
+    """Return the bytes of text of each package in a shard."""
     return total({group(d["origin"]): len(d["text"].encode())} for d in part.documents())
 
 

@@ -159,19 +159,19 @@ def weight(document: dict) -> int:
 
 
 def column(stage: Stage, i: int, split: str, kind: str, dtype: str) -> np.ndarray:
-    """What encode_shard wrote of each document of input `i`."""
+    """Return what encode_shard wrote of each document of input `i`."""
     return np.fromfile(stage.scratch / f"shard-{i:05d}.{split}.{kind}", dtype)
 
 
 def by_input(stage: Stage, split: str, inputs: list[int]) -> Iterator[Run]:
-    """The documents of each input, one after the other."""
+    """Yield the documents of each input, one after the other."""
     for i in inputs:
         lengths = column(stage, i, split, "lengths", "<u4")
         yield np.full(len(lengths), i), np.cumsum(lengths, dtype=np.int64) - lengths, lengths
 
 
 def by_hash(stage: Stage, split: str, inputs: list[int]) -> Iterator[Run]:
-    """The documents of all inputs in the order of their hashes."""
+    """Yield the documents of all inputs in the order of their hashes."""
     runs = list(by_input(stage, split, inputs))
     keys = np.concatenate([column(stage, i, split, "keys", "<u8") for i in inputs])
     order = np.argsort(keys, kind="stable")
@@ -179,7 +179,7 @@ def by_hash(stage: Stage, split: str, inputs: list[int]) -> Iterator[Run]:
 
 
 def cut(runs: Iterable[Run], shard_tokens: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Token shards, each cut behind the document that fills it: documents, stretches of tokens.
+    """Cut token shards behind the document that fills each: documents, stretches of tokens.
 
     Stretches are int64 [n, 3]: input, first token, tokens.
     """
@@ -201,7 +201,7 @@ def cut(runs: Iterable[Run], shard_tokens: int) -> Iterator[tuple[int, np.ndarra
 
 
 def join(inputs: np.ndarray, firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Documents as stretches, those that follow each other in one input as one."""
+    """Join documents into stretches where they follow each other in one input."""
     follows = (inputs[1:] == inputs[:-1]) & (firsts[1:] == firsts[:-1] + lengths[:-1])
     starts = np.flatnonzero(np.concatenate([[True], ~follows]))
     tokens = np.add.reduceat(lengths, starts, dtype=np.int64)
@@ -224,7 +224,7 @@ def write_tokens(tokenizer: Tokenizer, part: Part) -> None:
 
 
 def mixture(config: Config, tokens: list[int], shards: list[int]) -> list[dict]:
-    """What mixture.json says of each source, from its train tokens and number of train shards."""
+    """Describe each source for mixture.json, by its train tokens and train shards."""
     if 0 in tokens:
         raise UserError(
             f"--source {config.source[tokens.index(0)]}: no document in the train split"

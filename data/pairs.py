@@ -38,7 +38,7 @@ class Config:
 
 
 def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
-    """The (line, name, prompt, solution) of the documented functions and methods in `text`.
+    """Yield the (line, name, prompt, solution) of the documented functions and methods in `text`.
 
     Left out are functions with nothing but a docstring, and those that lines cannot cut: a
     docstring that shares a line with other code, or a string that is indented less than the code.

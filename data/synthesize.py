@@ -98,7 +98,7 @@ class Lessons:
     """Candidates of textbooks."""
 
     def draw(self, config: Textbooks, index: int) -> tuple:
-        """Topic, audience, level, words, and the generator to go on with. Topics take turns."""
+        """Draw topic, audience, level, words, and a generator to go on with. Topics take turns."""
         turn, place = divmod(index, len(TOPICS))
         topic = random.Random(f"topics {config.seed} {turn}").sample(TOPICS, len(TOPICS))[place]
         rng = random.Random(f"lesson {config.seed} {index}")
@@ -134,7 +134,7 @@ class Tasks:
     """Candidates of exercises."""
 
     def make(self, config: Exercises, index: int) -> Made:
-        """An exercise of data/exercises.py, with asserts for some of its pool of inputs."""
+        """Return an exercise of data/exercises.py, with asserts for some of its pool of inputs."""
         outputs, families, weights = tasks_of(config.heldout, config.benchmarks)
         rng = random.Random(f"exercise {config.seed} {index}")
         task = rng.choice(rng.choices(families, cum_weights=weights)[0])
@@ -149,7 +149,7 @@ class Tasks:
         return exercises.record(exercise, text) | {"writer": "builtin"}, f"{text}\n{asserts}"
 
     def draw(self, config: Exercises, index: int) -> tuple[str, list[str]]:
-        """The function's name and the words to ask for."""
+        """Return the function's name and the words to ask for."""
         rng = random.Random(f"exercise {config.seed} {index}")
         parts = [rng.choice(prompts.VERBS), rng.choice(prompts.NOUNS)]
         parts += [rng.choice(prompts.TAILS)] * (rng.random() < TAIL_SHARE)
@@ -183,7 +183,7 @@ def benchmarks_of(paths: tuple[Path, ...]) -> Benchmarks:
 
 @functools.cache
 def tasks_of(heldout: int, paths: tuple[Path, ...]) -> tuple[dict, list, list]:
-    """The tasks that may be set with their outputs, and the families of them with their weights.
+    """Return the tasks that may be set with their outputs, their families and those's weights.
 
     What data.exercises holds out, and what solves a benchmark's problem, is left out. A family with
     n tasks gets a share in proportion to sqrt(n), as in data.exercises.
@@ -342,7 +342,7 @@ def write(part: Part) -> dict:
 
 
 def price(config: Config) -> dict:
-    """What `count` replies would cost; those that are refused come on top."""
+    """Return what `count` replies would cost; those that are refused come on top."""
     if config.writer != "llm":
         raise UserError("--dry_run prices the endpoint's work; the builtin writer costs nothing")
     with Client(config, config.replies()) as client:

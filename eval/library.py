@@ -62,7 +62,7 @@ class Place:
 
 
 def places(text: str) -> tuple[list[Place], list[tuple[int, int]]]:
-    """The attributes of imported names in `text`, and the spans of its import statements."""
+    """Return the attributes of imported names in `text`, and the spans of its import statements."""
     try:
         tree = parse_python(text)
     except SyntaxError:
@@ -97,7 +97,7 @@ def places(text: str) -> tuple[list[Place], list[tuple[int, int]]]:
 
 
 def names(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str]]:
-    """(name, what it stands for) of an import, none of one from the file's own package."""
+    """Yield (name, what it stands for) of an import, none of one from the file's own package."""
     for alias in node.names:
         if isinstance(node, ast.Import):
             yield (alias.asname, alias.name) if alias.asname else (alias.name.split(".")[0],) * 2
@@ -106,7 +106,7 @@ def names(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str]]:
 
 
 def dotted(node: ast.expr, imported: dict[str, str]) -> str:
-    """The module that `os.path` or `np` stands for, "" for what is not imported."""
+    """Return the module that `os.path` or `np` stands for, "" for what is not imported."""
     if isinstance(node, ast.Attribute):
         of = dotted(node.value, imported)
         return f"{of}.{node.attr}" if of else ""
@@ -114,7 +114,7 @@ def dotted(node: ast.expr, imported: dict[str, str]) -> str:
 
 
 def count(config: Config) -> dict:
-    """{"places", "modules": {module: {attribute: how often}}}, the most frequent ones."""
+    """Return {"places", "modules": {module: {attribute: how often}}}, the most frequent ones."""
     found = defaultdict(Counter)
     documents = read(config.source, config.limit_mb)
     for record in tqdm(documents, "count", unit="file", disable=None):
@@ -125,7 +125,7 @@ def count(config: Config) -> dict:
 
 
 def piece_bytes(tokenizer: Tokenizer, ids: list[int], text: str) -> np.ndarray:
-    """Where each token of `text` ends, in UTF-8 bytes: int64 [tokens].
+    """Return where each token of `text` ends, in UTF-8 bytes: int64 [tokens].
 
     Raises UserError for a byte-level BPE.
     """
@@ -140,13 +140,13 @@ def piece_bytes(tokenizer: Tokenizer, ids: list[int], text: str) -> np.ndarray:
 
 
 def goes_on(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether a token behind a name would make it longer."""
+    """Return whether a token behind a name would make it longer."""
     first = tokenizer.decode([token])[:1]
     return first == "_" or first.isalnum()
 
 
 def score(config: Config) -> dict:
-    """What `config.out` is to hold; shares are from 0 to 1. Raises UserError."""
+    """Score the checkpoint; shares are from 0 to 1. Raises UserError."""
     usage = (read_json(config.usage, strict=False) or {}).get("modules") if config.usage else {}
     if usage is None:
         raise UserError(f"--usage {config.usage}: no counts; make it without --checkpoint")
@@ -205,7 +205,7 @@ def score(config: Config) -> dict:
 
 
 def by_library(rows: list[tuple[str, bool, bool]]) -> dict[str, dict]:
-    """Of the libraries used most: places, and the shares that model and baseline have right."""
+    """Count places of the most used libraries, and shares that model and baseline have right."""
     table = {}
     for library, n in Counter(row[0] for row in rows).most_common(TOP):
         of = [row for row in rows if row[0] == library]

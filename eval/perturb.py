@@ -66,13 +66,13 @@ class Parts:
         return self.head[self.head.rfind("\n") + 1 :]
 
     def join(self, doc: str | None = None, quote: str = "", head: str = "") -> str:
-        """The prompt with another doc, quote or head."""
+        """Return the prompt with another doc, quote or head."""
         quote, doc = quote or self.quote, self.doc if doc is None else doc
         return f"{head or self.head}{self.prefix}{quote}{doc}{quote}{self.tail}"
 
 
 def split(problem: dict) -> Parts | None:
-    """The parts of the problem's prompt; None if it has no docstring in lines of its own, or the
+    """Split the problem's prompt; None if it has no docstring in lines of its own, or the
     problem is no Python, which the self-check reports."""
     prompt = problem["prompt"]
     try:
@@ -113,7 +113,7 @@ def split(problem: dict) -> Parts | None:
 
 
 def rename(problem: dict, names: dict[str, str], mention: str) -> dict | None:
-    """`names` renamed in prompt and reference, and in the docstring where {} of the pattern
+    """Rename `names` in prompt and reference, and in the docstring where {} of the pattern
     `mention` stands for one; None if a new name is there already."""
     parts = split(problem)
     source = problem["prompt"] + problem["canonical_solution"]
@@ -132,7 +132,7 @@ def rename(problem: dict, names: dict[str, str], mention: str) -> dict | None:
 
 
 def rename_function(problem: dict) -> dict | None:
-    """A name that says nothing. In the docstring, a name of one word counts where it is called."""
+    """Use a name that says nothing; in the docstring, replace one of one word only in calls."""
     old = problem["entry_point"]
     renamed = rename(problem, {old: "func"}, r"\b{}\b" if "_" in old else r"\b{}(?=\()")
     if renamed:
@@ -142,8 +142,8 @@ def rename_function(problem: dict) -> dict | None:
 
 
 def rename_arguments(problem: dict) -> dict | None:
-    """numbers becomes given_numbers in code and docstring: as names are words of the prose, too, a
-    new one has to make sense where the old one did. Only "a" stays in the docstring."""
+    """Turn numbers into given_numbers in code and docstring: as names are words of the prose, a new
+    one has to make sense where the old one did. Only "a" stays in the docstring."""
     parts = split(problem)
     if not parts or not parts.arguments:
         return None
@@ -156,7 +156,7 @@ def _tokens(source: str) -> list[tokenize.TokenInfo]:
 
 
 def _rename_tokens(source: str, names: dict[str, str]) -> str:
-    """`source` with the names replaced, but for attributes and what is in strings."""
+    """Replace the names in `source`, but for attributes and what is in strings."""
     lines, before = source.splitlines(keepends=True), ""
     found = []
     for token in _tokens(source):
@@ -174,7 +174,7 @@ def _rename_tokens(source: str, names: dict[str, str]) -> str:
 
 
 def example_lines(problem: dict, doc: str) -> list[bool]:
-    """For each line of a docstring, whether it belongs to an example.
+    """Return for each line of a docstring whether it belongs to an example.
 
     Examples are doctests up to a blank line, lines with a call of the function, and what stands
     under a header such as "Example:" up to a blank line.
@@ -192,7 +192,7 @@ def example_lines(problem: dict, doc: str) -> list[bool]:
 
 
 def _split_examples(problem: dict, parts: Parts) -> tuple[list[str], list[str]] | None:
-    """The lines of prose and of examples, without blank ends; None if there are not both."""
+    """Return the lines of prose and of examples, without blank ends; None if there are not both."""
     lines, marks = parts.doc.split("\n"), example_lines(problem, parts.doc)
     if marks[0]:
         return None  # its line has no indentation to keep
@@ -202,7 +202,7 @@ def _split_examples(problem: dict, parts: Parts) -> tuple[list[str], list[str]] 
 
 
 def _tidy(lines: list[str]) -> list[str]:
-    """Without blank lines at the end, and one blank line for several."""
+    """Remove blank lines at the end, and keep one blank line of several."""
     blank = [not line.strip() for line in lines]
     kept = [line for i, line in enumerate(lines) if not (i and blank[i] and blank[i - 1])]
     while kept and not kept[-1].strip():
@@ -231,7 +231,7 @@ def examples_first(problem: dict) -> dict | None:
 
 
 def _change_prose(problem: dict, change: Callable[[str], str]) -> dict | None:
-    """`change` applied to each line's stretches of prose; None if it changes nothing."""
+    """Apply `change` to each line's stretches of prose; None if it changes nothing."""
     parts = split(problem)
     if not parts:
         return None
@@ -246,14 +246,14 @@ def _change_prose(problem: dict, change: Callable[[str], str]) -> dict | None:
 
 
 def _names(problem: dict) -> set[str]:
-    """The words that may be names of Python's or of the problem's."""
+    """Return the words that may be names of Python's or of the problem's."""
     code = "\n".join(problem[k] for k in ("prompt", "canonical_solution", "test"))
     names = {t.string for t in _tokens(code) if t.type == tokenize.NAME}
     return names | set(dir(builtins)) | set(keyword.kwlist) - {"return", "is", "in", "and", "or"}
 
 
 def typos(problem: dict) -> dict | None:
-    """Two letters inside a word exchanged, in one word of six."""
+    """Exchange two letters inside a word, in one word of six."""
     rng, names = random.Random(f"typos {problem['prompt']}"), _names(problem)
 
     def mistype(match: re.Match) -> str:
@@ -272,7 +272,7 @@ def typos(problem: dict) -> dict | None:
 
 
 def reworded(problem: dict) -> dict | None:
-    """Words replaced by others of the same meaning, but for those that are names."""
+    """Replace words by others of the same meaning, but for those that are names."""
     names = {t.string for t in _tokens(problem["prompt"]) if t.type == tokenize.NAME}
     names -= set(keyword.kwlist)
 
@@ -294,7 +294,7 @@ def reworded(problem: dict) -> dict | None:
 
 
 def other_quotes(problem: dict) -> dict | None:
-    """''' for \"\"\", and the other way round."""
+    """Exchange ''' and \"\"\"."""
     parts = split(problem)
     if not parts:
         return None
@@ -305,8 +305,8 @@ def other_quotes(problem: dict) -> dict | None:
 
 
 def other_spacing(problem: dict) -> dict | None:
-    """No space behind the commas of the signature but inside its brackets, and the docstring's text
-    on lines of its own, or behind the quotes where it was on its own."""
+    """Space the signature inside its brackets, not behind commas; put the docstring's text on lines
+    of its own, or behind the quotes where it was on its own."""
     parts = split(problem)
     if not parts:
         return None
@@ -326,7 +326,7 @@ def other_spacing(problem: dict) -> dict | None:
 
 
 def two_spaces(problem: dict) -> dict | None:
-    """An indentation of 2 instead of 4."""
+    """Indent by 2 instead of 4."""
     if not split(problem):
         return None
     halved = {

@@ -44,7 +44,7 @@ class Config(Evaluation):
 
 
 def variants(config: Config, problems: list[dict]) -> tuple[list[dict], dict[str, dict]]:
-    """The perturbed problems, as TASK_ID@PERTURBATION, whose references pass, and for each
+    """Return the perturbed problems, as TASK_ID@PERTURBATION, whose references pass, and for each
     perturbation {"does_not_apply", "reference_fails"}, how many are left out."""
     limits = config.limits()
     made, left_out = [], {}
@@ -70,7 +70,7 @@ def variants(config: Config, problems: list[dict]) -> tuple[list[dict], dict[str
 
 
 def paired(before: list[float], after: list[float]) -> dict:
-    """How much `after` is below `before`, pair by pair, with a 95 % interval.
+    """Compare `before` with `after`, pair by pair: the drop, with a 95 % interval.
 
     Bonett and Price 2012: Wald's interval with one pair more that fell by 1 and one that rose.
     """
@@ -90,7 +90,7 @@ def paired(before: list[float], after: list[float]) -> dict:
 
 
 def robustness(config: Config) -> tuple[dict, list[dict], list[dict]]:
-    """(results.json, problems asked, samples). Raises UserError."""
+    """Measure (results.json, problems asked, samples). Raises UserError."""
     problems = read_problems(config.problems)[: config.limit or None]
     perturbed, left_out = variants(config, problems)
     asked = [*problems, *perturbed]

@@ -34,7 +34,7 @@ class Config:
 
 
 def read_report(path: Path) -> dict[str, dict[str, int]]:
-    """{task_id: {tau: how many exercises are close}}. Raises UserError."""
+    """Return {task_id: {tau: how many exercises are close}}. Raises UserError."""
     close = {}
     for number, row in enumerate(read_jsonl(path), 1):
         if not isinstance(row.get("task_id"), str) or not isinstance(row.get("close"), dict):
@@ -49,7 +49,7 @@ def read_report(path: Path) -> dict[str, dict[str, int]]:
 
 
 def split(rates: dict[str, float], close: dict[str, dict[str, int]], tau: str) -> dict:
-    """The scores on the problems that are similar at `tau` and on the others."""
+    """Return the scores on the problems that are similar at `tau` and on the others."""
     similar = mean([rate for task_id, rate in rates.items() if close[task_id][tau]])
     other = mean([rate for task_id, rate in rates.items() if not close[task_id][tau]])
     more = difference(similar, other) if similar and other else None
@@ -57,7 +57,7 @@ def split(rates: dict[str, float], close: dict[str, dict[str, int]], tau: str) -
 
 
 def difference(a: dict, b: dict) -> dict:
-    """How much larger the score a is than b, of other problems, with Newcombe's interval."""
+    """Return how much larger the score a is than b, of other problems, with Newcombe's interval."""
     p, q, (p_low, p_high), (q_low, q_high) = a["pass@1"], b["pass@1"], a["ci95"], b["ci95"]
     low = p - q - math.hypot(p - p_low, q_high - q)
     high = p - q + math.hypot(p_high - p, q - q_low)
@@ -65,7 +65,7 @@ def difference(a: dict, b: dict) -> dict:
 
 
 def tables(config: Config) -> list[dict]:
-    """For each result its split at each tau of the report. Raises UserError."""
+    """Split each result at each tau of the report. Raises UserError."""
     if not config.result:
         raise UserError("name at least one folder that an evaluation wrote")
     close = read_report(config.report)

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def serve(fd: int, tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid: int) -> None:
-    """In the fork: take on the limits, say so, then run the source and answer calls. No return."""
+    """Take on the limits in the fork, say so, run the source and answer calls; never return."""
     answers = os.fdopen(fd, "wb")
 
     def answer(message) -> None:
@@ -94,7 +94,7 @@ def _answer_all(requests, answer) -> None:
 
 
 def _describe(e: BaseException) -> tuple[str, str]:
-    """The name of its nearest builtin class, and its message."""
+    """Return the name of its nearest builtin class, and its message."""
     kind = next(c.__name__ for c in type(e).__mro__ if c.__module__ == "builtins")
     try:
         return kind, str(str(e))[:200]
@@ -116,7 +116,7 @@ def _end(pid: int, wait_s: float) -> str:
 
 
 def detach() -> None:
-    """A session of its own, with no standard input or output."""
+    """Start a session of its own, with no standard input or output."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):

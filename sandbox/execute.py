@@ -72,7 +72,7 @@ def run_checks(
     progress: str = "",
     tier: str = "auto",
 ) -> list[Verdict]:
-    """The verdict of each check, in order; `progress` labels a bar on stderr.
+    """Return the verdict of each check, in order; `progress` labels a bar on stderr.
 
     memory_mb is a candidate's address space. A sandbox that fails twice in a row gives the status
     "infrastructure", which says nothing about the candidate. Raises UserError where the tier cannot
@@ -84,7 +84,7 @@ def run_checks(
 def run_programs(
     programs: list[str], timeout_s: float = 15.0, workers: int = 2, **limits
 ) -> list[Verdict]:
-    """The verdicts of whole programs, "passed" if they run to their end without an exception.
+    """Run whole programs; "passed" is one that runs to its end without an exception.
 
     A program that holds its own test, as synthetic exercises do, can forge that verdict; the
     sandbox holds all the same.
@@ -93,7 +93,7 @@ def run_programs(
 
 
 def choose(tier: str = "auto") -> str:
-    """The tier to use: the one named, or the best that works here. Raises UserError."""
+    """Return the tier to use: the one named, or the best that works here. Raises UserError."""
     if not hasattr(os, "pidfd_open"):
         raise UserError(f"running untrusted programs needs Linux >= 5.3, this is {sys.platform}")
     if tier not in ("auto", *TIERS):
@@ -109,7 +109,7 @@ def choose(tier: str = "auto") -> str:
 
 
 def describe(tier: str) -> str:
-    """What holds while a program runs and what does not: printed, and recorded with a score."""
+    """Say what holds while a program runs and what does not: recorded with a score."""
     means = {
         "A": "bubblewrap, seccomp, rlimits and an unprivileged uid",
         "B": "Landlock, seccomp, rlimits and an unprivileged uid",
@@ -120,7 +120,7 @@ def describe(tier: str) -> str:
 
 @functools.cache
 def _missing(tier: str) -> str:
-    """Why `tier` does not work here, "" if it does: a trial attacks it."""
+    """Return why `tier` does not work here, "" if it does: a trial attacks it."""
     if tier == "A" and not shutil.which("bwrap"):
         return "bubblewrap (bwrap) is not installed"
     if tier == "B" and not landlock_abi():
@@ -194,7 +194,7 @@ class _Supervisor:
         return answer
 
     def stop(self) -> None:
-        """For good: a thread that comes too late starts no new process."""
+        """Stop for good: a thread that comes too late starts no new process."""
         self.no_start = Verdict("infrastructure", "interrupted")
         self.close()
 
@@ -240,7 +240,7 @@ class _Supervisor:
         return None
 
     def _answer(self, wait_s: float) -> Verdict | None:
-        """The next line from the supervisor; None if it is silent for `wait_s` or gone."""
+        """Return the next line from the supervisor; None if it is silent for `wait_s` or gone."""
         poll = select.poll()
         poll.register(self.process.stdout, select.POLLIN)
         if not poll.poll(wait_s * 1000):

@@ -103,7 +103,7 @@ def confine(tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid: int) 
 
 
 def seccomp_filter(machine: str = platform.machine()) -> bytes:
-    """The BPF program (struct sock_filter[]) that allows CALLS and ARGUMENTS, and no others."""
+    """Build the BPF program (struct sock_filter[]) that allows CALLS and ARGUMENTS alone."""
     column, architecture = ARCHITECTURES[machine]
     load, equal, back = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (back, 0, 0, KILL), (load, 0, 0, 0)]
@@ -120,12 +120,12 @@ def seccomp_filter(machine: str = platform.machine()) -> bytes:
 
 
 def landlock_abi() -> int:
-    """The version of the kernel's Landlock, 0 where there is none."""
+    """Return the version of the kernel's Landlock, 0 where there is none."""
     return max(0, _libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1))
 
 
 def landlock_rules() -> int | None:
-    """A fd of rules that deny every access but reading Python's library; None: no Landlock."""
+    """Open rules that deny all access but reading Python's library: a fd, None: no Landlock."""
     abi = landlock_abi()
     if not abi:
         return None
@@ -147,7 +147,7 @@ def landlock_rules() -> int | None:
 
 
 def readable() -> list[str]:
-    """Files and folders that a program may read: Python's library, without installed packages."""
+    """List what a program may read: Python's library, without installed packages."""
     library, base = os.path.dirname(os.__file__), sys.base_prefix
     shared = sorted(glob.glob(f"{base}/lib/*.so*"))
     for name in ("lib64", f"lib/{platform.machine()}-linux-gnu"):
@@ -158,7 +158,7 @@ def readable() -> list[str]:
 
 
 def bwrap(command: list[str], folder: str) -> list[str]:
-    """`command` in bubblewrap: it sees Python, shared libraries and the code in `folder`.
+    """Return `command` in bubblewrap: it sees Python, shared libraries and the code in `folder`.
 
     As root, the user is kept and so are the rights to change it: no namespace of users is needed.
     """
@@ -187,7 +187,7 @@ def bwrap(command: list[str], folder: str) -> list[str]:
 
 
 def prctl(option: int, value, argument=0) -> None:
-    """The system call; raises OSError."""
+    """Make the system call. Raises OSError."""
     if _libc.prctl(option, value, argument, 0, 0):
         raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
 

@@ -35,7 +35,7 @@ WRONG = (
 
 
 def check(problem: dict, completion: str, timeout_s: float) -> Check:
-    """How `completion` is checked: prompt and completion go into the sandbox, the test does not."""
+    """Make the check of `completion`: it enters the sandbox with the prompt, the test does not."""
     return Check(
         source=f"{problem['prompt']}{completion}\n",
         test=problem["test"],
@@ -46,13 +46,13 @@ def check(problem: dict, completion: str, timeout_s: float) -> Check:
 
 
 def slowdown(workers: int, **limits) -> float:
-    """How many times longer than LOOP_S this machine takes, with all workers busy; at least 1."""
+    """Measure how many times LOOP_S this machine takes with all workers busy; at least 1."""
     verdicts = run_all([Check(LOOP, timeout_s=120)] * 3 * workers, workers=workers, **limits)
     return max(1.0, statistics.median(v.seconds for v in verdicts) / LOOP_S)
 
 
 def self_check(problems: list[dict], timeout_s: float, **limits) -> dict[str, float]:
-    """{task_id: the seconds that its reference took, inf if it timed out}.
+    """Return {task_id: the seconds that its reference took, inf if it timed out}.
 
     Runs the references, with PATIENCE, and wrong solutions of all problems. Raises UserError if a
     reference fails, a wrong solution passes, or more than SLOW_FRAC of the references time out: a
@@ -89,7 +89,7 @@ def self_check(problems: list[dict], timeout_s: float, **limits) -> dict[str, fl
 def remembered(
     path: Path | None, name: str, problems: list[dict], work: Callable[[], dict], **limits
 ) -> dict:
-    """`work()`, or what it gave under this `name` before, in the same circumstances, from `path`.
+    """Return `work()`, or what `path` has under this `name` of the same circumstances.
 
     The circumstances are the machine since it was started, Python, the code that runs programs, the
     `limits` (tier and nominal timeout among them) and the problems, word by word.
@@ -118,7 +118,7 @@ def remembered(
 
 
 def run_all(checks: list[Check], **limits) -> list[Verdict]:
-    """run_checks; raises UserError if any verdict is "infrastructure": no score then."""
+    """Run the checks. Raises UserError if any verdict is "infrastructure": no score then."""
     verdicts = run_checks(checks, **limits)
     broken = [v.detail for v in verdicts if v.status == "infrastructure"]
     if broken:

@@ -71,7 +71,7 @@ class Supervisor:
             sys.exit()  # it has said why on stderr
 
     def run(self, job: dict) -> tuple[str, str]:
-        """(status, detail) of {"source", "prompt", "test", "entry_point", "timeout_s"}."""
+        """Return (status, detail) of {"source", "prompt", "test", "entry_point", "timeout_s"}."""
         timeout_s = job["timeout_s"]
         cpu_s = math.ceil(timeout_s) + 1
         ours, theirs = socket.socketpair()
@@ -126,7 +126,7 @@ class Supervisor:
             return ""
 
     def _check(self, job: dict, cpu_s: int, channel: int, report: int) -> None:
-        """In the fork: confined too, run the test and write [status, detail]. No return."""
+        """Run the test in the fork, confined too, write [status, detail]; never return."""
         try:
             detach()
             isolate.confine(self.tier, self.rules, cpu_s, self.memory_mb, self.uid)
@@ -160,7 +160,7 @@ def check(job: dict, candidate: "Candidate") -> tuple[str, str]:
 
 
 def _names(job: dict, candidate: "Candidate") -> dict:
-    """What a test may use: what the prompt defines, modules, else what the candidate defines.
+    """Return what a test may use: the prompt's names, modules, else the candidate's names.
 
     Helpers in a prompt, such as `poly` of HumanEval/32, run here: a candidate that redefines them
     changes nothing. Names that only a solution can define, as MBPP's `Pair`, are forwarded to it.
@@ -191,7 +191,7 @@ class CandidateError(Exception):
 
 
 def _error(name: str, message: str) -> Exception:
-    """The builtin exception of that name, or else a CandidateError."""
+    """Return the builtin exception of that name, or else a CandidateError."""
     kind = getattr(builtins, str(name), None)
     is_error = isinstance(kind, type) and issubclass(kind, Exception)
     if is_error and not issubclass(kind, (StopIteration, StopAsyncIteration)):
@@ -208,7 +208,7 @@ class Candidate:
         self.broken = ""  # why, once it is
 
     def request(self, what: str, number: int, *rest):
-        """The candidate's answer to ("call", number, args, kwargs) and the like; raises its error.
+        """Ask the candidate ("call", number, args, kwargs) and the like; raises its error.
 
         Raises TypeError for an argument that cannot be sent, Broken if there is no proper answer.
         """
@@ -229,7 +229,7 @@ class Candidate:
         raise _error(name, message)
 
     def receive(self):
-        """The next message, whatever it is; Broken if there is none."""
+        """Return the next message, whatever it is; Broken if there is none."""
         line = self._answers.readline(tagged.MAX_BYTES + 1)
         try:
             return tagged.loads(line)
@@ -264,7 +264,7 @@ class Remote:
 
 
 def _number(value) -> int:
-    """How the candidate knows `value`, which is no data. Raises TypeError if it does not."""
+    """Return how the candidate knows `value`, which is no data. Raises TypeError if it does not."""
     if not isinstance(value, Remote):
         raise TypeError(f"a test passes a {type(value).__name__}, which cannot enter the sandbox")
     return value._number

@@ -20,7 +20,7 @@ BIG = 1 << 62  # ints from here on travel as hex: decimal digits take quadratic 
 
 
 def encode(value, other: Callable[[object], object]) -> object:
-    """`value` for json.dumps; `other(x)` stands for an x that is no data, such as a function.
+    """Encode for json.dumps; `other(x)` stands for an x that is no data, such as a function.
 
     A value of a derived class (Counter, namedtuple, IntEnum) is sent as the builtin that it is.
     """
@@ -57,7 +57,7 @@ def encode(value, other: Callable[[object], object]) -> object:
 
 
 def decode(value, remote: Callable[[object], object]):
-    """The inverse of `encode`; `remote(x)` is the object for what `other` gave.
+    """Return the inverse of `encode`; `remote(x)` is the object for what `other` gave.
 
     Raises ValueError, TypeError, OverflowError, ArithmeticError or AttributeError for what `encode`
     cannot have made.
@@ -92,7 +92,7 @@ def decode(value, remote: Callable[[object], object]):
 
 
 def dumps(message) -> bytes:
-    """A message as one line. Raises OverflowError if it is longer than MAX_BYTES.
+    """Return a message as one line. Raises OverflowError if it is longer than MAX_BYTES.
 
     Not escaped to ASCII: an escaped pair of lone surrogates would be read as one character.
     """
@@ -103,7 +103,7 @@ def dumps(message) -> bytes:
 
 
 def loads(line: bytes):
-    """The message of a whole line. Raises ValueError or RecursionError for what is none."""
+    """Return the message of a whole line. Raises ValueError or RecursionError for what is none."""
     if line[-1:] != b"\n":
         raise ValueError(f"a message that is cut short, or of more than {MAX_BYTES} bytes")
     return json.loads(line.decode("utf-8", "surrogatepass"))

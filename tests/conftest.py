@@ -52,6 +52,23 @@ def cli():
     return call
 
 
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    """in_process(humaneval.main, "--json"): the command's (exit status, stdout, stderr)."""
+    from common.config import run
+
+    def call(main, *arguments):
+        monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+        status = 0
+        try:
+            run(main)
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder with one document shard, of 400 small functions; plain, so that it needs no zstd."""

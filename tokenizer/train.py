@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def chunks(sources: tuple[Path, ...], max_mb: float, used: dict[str, int]) -> Iterator[str]:
-    """Pieces of documents of about CHUNK_CHARS, cut at line ends; `used` counts their bytes."""
+    """Cut documents at line ends into about CHUNK_CHARS; `used` counts their bytes."""
     for source in sources:
         used[source.name] = 0
         for document in read_documents([source]):

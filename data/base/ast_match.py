@@ -47,7 +47,7 @@ class Function:
 
 
 def functions(source: str) -> list[Function]:
-    """The functions in `source`, methods and nested ones too, in the order of their lines.
+    """Return the functions in `source`, methods and nested ones too, in the order of their lines.
 
     Raises SyntaxError.
     """
@@ -64,7 +64,7 @@ def functions(source: str) -> list[Function]:
 
 
 def functions_anywhere(text: str) -> list[Function] | None:
-    """The functions in a text that is Python, or in its fenced code blocks; None if neither."""
+    """Find the functions in Python, or in a text's fenced code blocks; None if neither parses."""
     try:
         return functions(text)
     except SyntaxError:
@@ -79,7 +79,7 @@ def functions_anywhere(text: str) -> list[Function] | None:
 
 
 def node_codes(tree: ast.AST) -> bytes:
-    """The tree's nodes in preorder, a byte for each; what LEFT_OUT names and docstrings are not."""
+    """Encode the tree in preorder, a byte a node, without docstrings and what LEFT_OUT names."""
     codes, stack = bytearray(), [tree]
     while stack:
         node = stack.pop()
@@ -101,7 +101,7 @@ def node_codes(tree: ast.AST) -> bytes:
 
 
 def match_rate(a: bytes, b: bytes) -> float:
-    """1 - Levenshtein(a, b) / max(len(a), len(b)) of two node sequences."""
+    """Return 1 - Levenshtein(a, b) / max(len(a), len(b)) of two node sequences."""
     longer = max(len(a), len(b))
     return 1 - int(_distances(a, *_columns([b]))[0]) / longer if longer else 1.0
 
@@ -116,7 +116,7 @@ class Matcher:
         self.max_length = int(max(map(len, patterns), default=0) / min_rate)
 
     def match(self, sequences: list[bytes]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """For each pattern that is near any: (its index, indexes of sequences int64 ascending,
+        """Yield for each pattern near any: (its index, indexes of sequences int64 ascending,
         their match rates float64)."""
         where: dict[bytes, list[int]] = {}  # each different sequence is compared once
         for index, sequence in enumerate(sequences):
@@ -138,7 +138,7 @@ class Matcher:
                 yield number, found[order], np.repeat(rates, repeat)[order]
 
     def _near(self, pattern, sequences, lengths, counts) -> tuple[np.ndarray, np.ndarray]:
-        """Indexes of the near ones among `sequences`, which ascend in length, and their rates."""
+        """Return indexes of near ones among `sequences`, which ascend in length, and rates."""
         # In this order the products round as the rates do: 1 - d / longer >= min_rate.
         m = len(pattern)
         low = int(np.searchsorted(lengths, m * self.min_rate - 1e-9))
@@ -159,7 +159,7 @@ class Matcher:
 
 
 def _counts(sequences: list[bytes]) -> np.ndarray:
-    """How often each code is in each sequence: int32 [256, sequences]."""
+    """Return how often each code is in each sequence: int32 [256, sequences]."""
     counts = np.zeros((256, len(sequences)), np.int32)
     for i, sequence in enumerate(sequences):
         counts[:, i] = np.bincount(np.frombuffer(sequence, np.uint8), minlength=256)
@@ -167,7 +167,7 @@ def _counts(sequences: list[bytes]) -> np.ndarray:
 
 
 def _columns(sequences: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The sequences as columns, uint8 [longest, n], padded with 0, and their lengths int64 [n]."""
+    """Return sequences as columns uint8 [longest, n], padded with 0, and lengths int64 [n]."""
     longest = max(map(len, sequences), default=0)
     padded = b"".join(sequence.ljust(longest, b"\0") for sequence in sequences)
     columns = np.frombuffer(padded, np.uint8).reshape(len(sequences), longest).T
@@ -175,7 +175,7 @@ def _columns(sequences: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distances(pattern: bytes, columns: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Levenshtein distances int64 [n] from `pattern` to each of n sequences.
+    """Return Levenshtein distances int64 [n] from `pattern` to each of n sequences.
 
     `columns` uint8 [longest, n], `lengths` [n]; a lane's distance is read where its sequence ends.
     Bit i of `up` and `down` says that the table's cell (i + 1, j) is one more or one less than

@@ -62,7 +62,7 @@ class Mbpp:
 
     @classmethod
     def of(cls, row: dict) -> "Mbpp":
-        """Raises LookupError, TypeError, ValueError or AttributeError if `row` is no such row."""
+        """Read a row. Raises KeyError, TypeError, ValueError or AttributeError if it is none."""
         lf = lambda text: text.replace("\r\n", "\n")  # noqa: E731
         sanitized = "prompt" in row
         return cls(
@@ -75,7 +75,7 @@ class Mbpp:
 
     @property
     def entry_point(self) -> str:
-        """The name of the function under test: the last in `code` that the first test calls."""
+        """Name the function under test: the last in `code` that the first test calls."""
         called = {n.id for n in ast.walk(parse_python(self.tests[0])) if isinstance(n, ast.Name)}
         defined = [getattr(n, "name", "") for n in parse_python(self.code).body]
         return [name for name in defined if name in called][-1]

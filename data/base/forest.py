@@ -22,19 +22,19 @@ Forest = dict[str, np.ndarray]  # FIELDS, all [nodes] but roots [trees]
 
 
 def cuts(x: np.ndarray) -> np.ndarray:
-    """Where features x [n, F] may be cut: their quantiles, float32 [F, BINS - 1], ascending."""
+    """Return the cuts to try of features x [n, F]: quantiles, float32 [F, BINS - 1], ascending."""
     inner = np.linspace(0, 1, BINS + 1)[1:-1]
     return np.quantile(x, inner, axis=0, method="lower").T.astype(np.float32)
 
 
 def binned(x: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """uint8 [n, F]: how many edges are below x; x <= edges[c] if and only if this is <= c."""
+    """Count the edges below x, uint8 [n, F]; x <= edges[c] if and only if this is <= c."""
     columns = [np.searchsorted(e, column) for e, column in zip(edges, x.T)]
     return np.stack(columns, axis=1).astype(np.uint8)
 
 
 def grow(codes: np.ndarray, edges: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> Forest:
-    """One tree on a bootstrap sample of codes uint8 [n, F] (of `binned`) and targets y [n]."""
+    """Grow a tree on a bootstrap sample of codes uint8 [n, F] (of `binned`) and targets y [n]."""
     n, features = codes.shape
     tried = max(1, round(features**0.5))
     nodes: list[list] = [[0, 0.0, 0, 0, 0.0]]  # feature, threshold, left, right, value
@@ -66,7 +66,7 @@ def grow(codes: np.ndarray, edges: np.ndarray, y: np.ndarray, rng: np.random.Gen
 
 
 def join(trees: list[Forest]) -> Forest:
-    """The forest of all the trees in `trees`."""
+    """Return the forest of all the trees in `trees`."""
     before = np.cumsum([0, *(len(t["feature"]) for t in trees[:-1])], dtype=np.int32)
     forest = {name: np.concatenate([t[name] for t in trees]) for name in FIELDS}
     for name in ("left", "right", "roots"):
@@ -75,7 +75,7 @@ def join(trees: list[Forest]) -> Forest:
 
 
 def predict(forest: Forest, x: np.ndarray) -> np.ndarray:
-    """The mean of the trees' leaves, float32 [n], for features x float32 [n, F]."""
+    """Return the mean of the trees' leaves, float32 [n], for features x float32 [n, F]."""
     rows = np.arange(len(x))[:, None]
     node = np.broadcast_to(forest["roots"], (len(x), len(forest["roots"])))  # [n, trees]
     while True:
@@ -91,7 +91,7 @@ def save(path: Path, forest: Forest) -> None:
 
 
 def load(path: Path, features: int) -> Forest:
-    """The forest in `path`, for so many features. Raises UserError for anything else."""
+    """Return the forest in `path`, for so many features. Raises UserError for anything else."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             forest = {name: arrays[name] for name in FIELDS}
@@ -112,7 +112,7 @@ def load(path: Path, features: int) -> Forest:
 
 
 def loop_free(forest: Forest) -> bool:
-    """Whether every walk ends: a node's children are itself, or come after it."""
+    """Return whether every walk ends: a node's children are itself, or come after it."""
     node = np.arange(len(forest["feature"]))
     left, right = forest["left"], forest["right"]
     return bool((((left > node) & (right > node)) | ((left == node) & (right == node))).all())

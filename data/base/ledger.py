@@ -75,7 +75,7 @@ class Ledger:
         self._load()
 
     def find(self, key: str) -> Reply | None:
-        """The reply that was paid for before."""
+        """Return the reply that was paid for before."""
         with self._changed:
             place = self._index.get(key)
         if place is None:
@@ -123,7 +123,7 @@ class Ledger:
                 self._index[key] = place
 
     def committed(self) -> Tokens:
-        """What was spent and what is in flight, or was when a run was killed, at its worst."""
+        """Sum what was spent and what is, or was at a kill, in flight, at its worst."""
         return sum(self._open.values(), self._spent)
 
     def usd(self, tokens: Tokens) -> float:

@@ -95,7 +95,7 @@ class Client(AbstractContextManager):
         self.ledger = Ledger(cache, options)
 
     def ask(self, messages: list[dict], max_reply_tokens: int, draw: int = 0) -> Reply:
-        """The reply to `messages`, from the cache if it was paid before. Blocks; thread-safe.
+        """Return the reply to `messages`, from the cache if it was paid. Blocks; thread-safe.
 
         Another `draw` of the same messages is another reply. Raises BudgetReached; Refused, if the
         endpoint will not answer this one; UserError, if it answers none.
@@ -115,7 +115,7 @@ class Client(AbstractContextManager):
                 self._changed.notify_all()
 
     def in_order(self, ask: Callable, items: Iterable) -> Iterator:
-        """ask(item) for each item, `concurrency` at a time, yielded in the order of the items.
+        """Yield ask(item) for each item in order, `concurrency` at a time.
 
         After an error nothing new is sent, and what is in flight is waited for and kept.
         """
@@ -134,7 +134,7 @@ class Client(AbstractContextManager):
                 raise
 
     def price(self, requests: Iterable[tuple[list[dict], int]]) -> dict:
-        """What the (messages, max_reply_tokens) would cost, at most and about; asks nothing."""
+        """Price the (messages, max_reply_tokens), at most and about; ask nothing."""
         count, worst, likely = Counter(requests=0, in_cache=0), Tokens(), Tokens()
         for messages, max_reply_tokens in requests:
             body, key = self._body(messages, max_reply_tokens, 0)
@@ -152,14 +152,14 @@ class Client(AbstractContextManager):
         }
 
     def summary(self) -> dict:
-        """What was asked and spent; `spent` is over all runs with this cache."""
+        """Return what was asked and spent; `spent` is over all runs with this cache."""
         return {"model": self.options.model, **self.counts, "spent": self.ledger.summary()}
 
     def __exit__(self, *exc):
         self.ledger.close()
 
     def _body(self, messages: list[dict], max_reply_tokens: int, draw: int) -> tuple[bytes, str]:
-        """The request, and its key in the cache: a hash of the request and the draw."""
+        """Return the request, and its key in the cache: a hash of the request and the draw."""
         request = {
             "model": self.options.model,
             "messages": messages,
@@ -215,7 +215,7 @@ class Client(AbstractContextManager):
         )
 
     def _wait(self, attempt: int) -> None:
-        """Until the next try is due: exponential backoff, or a Retry-After, which is for all."""
+        """Wait for the next try: exponential backoff, or a Retry-After, which is for all."""
         backoff_s = min(60.0, self.options.backoff_s * 2 ** (attempt - 1)) if attempt else 0.0
         due = time.monotonic() + backoff_s * random.uniform(0.5, 1.0)
         while not self._stop.is_set():
@@ -242,7 +242,7 @@ class Client(AbstractContextManager):
         return json.loads(b"".join(chunks))  # half an object is none
 
     def _told(self, error: urllib.error.HTTPError) -> str:
-        """The beginning of an error's body, without the key, which some endpoints repeat."""
+        """Return the beginning of an error's body, without the key, which some endpoints repeat."""
         try:
             text = error.read(2000).decode(errors="replace")
         except (OSError, http.client.HTTPException):
@@ -268,7 +268,7 @@ def _worst(body: bytes, max_reply_tokens: int) -> Tokens:
 
 
 def _usage(answer) -> Tokens | None:
-    """What an endpoint says that it used, None if it does not say."""
+    """Return what an endpoint says that it used, None if it does not say."""
     match answer:
         case {"usage": {"prompt_tokens": int(prompt), "completion_tokens": int(reply)}}:
             return Tokens(prompt, reply) if min(prompt, reply) >= 0 else None
@@ -276,7 +276,7 @@ def _usage(answer) -> Tokens | None:
 
 
 def _reply(answer) -> Reply | None:
-    """The reply in an endpoint's answer, None if it holds no text."""
+    """Return the reply in an endpoint's answer, None if it holds no text."""
     try:
         choice = answer["choices"][0]
         text = choice["message"]["content"]
@@ -289,7 +289,7 @@ def _reply(answer) -> Reply | None:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds to wait, of a Retry-After header: seconds or a date."""
+    """Return the seconds to wait by a Retry-After header: seconds or a date."""
     try:
         wait_s = float(value)
     except (TypeError, ValueError):

@@ -50,18 +50,18 @@ class Bands:
         return self.bands * self.rows
 
     def recall(self, jaccard: float) -> float:
-        """The chance that a pair of this similarity becomes a candidate."""
+        """Return the chance that a pair of this similarity becomes a candidate."""
         return 1 - (1 - jaccard**self.rows) ** self.bands
 
 
 def choose_bands(threshold: float, permutations: int, recall: float) -> Bands:
-    """The most rows, so the fewest wrong candidates, that keep `recall` at the threshold."""
+    """Return the most rows, so the fewest wrong candidates, that keep `recall` at the threshold."""
     fits = (Bands(permutations // rows, rows) for rows in range(permutations, 0, -1))
     return next(b for b in fits if b.recall(threshold) >= recall or b.rows == 1)
 
 
 def shingles(texts: list[bytes], width: int = SHINGLE) -> tuple[np.ndarray, np.ndarray]:
-    """The sets of shingles of `width` tokens, of UTF-8 texts end to end: hashes uint32 [N],
+    """Return the sets of shingles of `width` tokens, of UTF-8 texts end to end: hashes uint32 [N],
     ascending in each text, and starts int64 [texts + 1].
 
     A text of fewer tokens has one shingle of them all, a text without tokens none.
@@ -89,7 +89,7 @@ def shingles(texts: list[bytes], width: int = SHINGLE) -> tuple[np.ndarray, np.n
 
 
 def signatures(hashes: np.ndarray, starts: np.ndarray, permutations: int) -> np.ndarray:
-    """MinHash signatures uint32 [texts, permutations] of `shingles`; all ones for an empty set."""
+    """Return MinHash signatures uint32 [texts, permutations]; all ones for an empty set."""
     out = np.full((permutations, len(starts) - 1), 0xFFFFFFFF, np.uint32)
     full = np.flatnonzero(np.diff(starts))
     where, row = starts[full], np.empty(len(full), np.uint32)
@@ -102,13 +102,13 @@ def signatures(hashes: np.ndarray, starts: np.ndarray, permutations: int) -> np.
 
 
 def band_keys(signature: np.ndarray, bands: Bands, band: int) -> np.ndarray:
-    """One hash uint64 [texts] of each signature's rows in this band."""
+    """Hash, to uint64 [texts], each signature's rows in this band."""
     rows = signature[:, band * bands.rows : (band + 1) * bands.rows].astype(np.uint64)
     return _mix((rows * BASE ** np.arange(1, bands.rows + 1, dtype=np.uint64)).sum(1))
 
 
 def bucket_pairs(keys: np.ndarray, members: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunks of (i, j), i < j, of `members` (ascending) whose keys are equal.
+    """Yield chunks of (i, j), i < j, of `members` (ascending) whose keys are equal.
 
     In a bucket of more than LEADERS each member is paired with the first LEADERS only: a bucket of
     n then costs n pairs, not n^2, and copies of one text still meet in its first members.
@@ -130,7 +130,7 @@ def bucket_pairs(keys: np.ndarray, members: np.ndarray) -> Iterator[tuple[np.nda
 
 
 def jaccard(sets: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
-    """The Jaccard index float64 [pairs] of each set of `sets` with its other, both as `shingles`
+    """Return the Jaccard index float64 [pairs] of each set with its other, both as `shingles`
     gives them; 0 for two empty sets."""
     sizes = np.array([[len(a), len(b)] for a, b in zip(sets, others)], np.int64).reshape(-1, 2)
     pair = np.repeat(np.arange(len(sets), dtype=np.uint64), sizes.sum(1))
@@ -142,7 +142,7 @@ def jaccard(sets: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
 
 
 def components(count: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """For each of `count` nodes the smallest node, int64, that edges (i, j) connect it to."""
+    """Return for each of `count` nodes the smallest, int64, that edges (i, j) connect it to."""
     root = np.arange(count)
     while len(i):
         low, high = np.minimum(root[i], root[j]), np.maximum(root[i], root[j])
@@ -197,7 +197,7 @@ class Index:
 
 
 def _tokens(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all texts: hashes uint64 and the text of each, int64, both [tokens]."""
+    """Return the tokens of all texts: hashes uint64 and the text of each, int64, both [tokens]."""
     data = np.frombuffer(SEPARATOR.join([b"", *texts, b""]), np.uint8)
     kind = BYTE_CLASS[data]
     word = kind == WORD
@@ -219,7 +219,7 @@ _power_cache: dict[int, np.ndarray] = {}
 
 
 def _powers(base: np.uint64, count: int) -> np.ndarray:
-    """base^0, ..., base^(count - 1), uint64, modulo 2^64."""
+    """Return base^0, ..., base^(count - 1), uint64, modulo 2^64."""
     have = _power_cache.get(int(base), np.zeros(0, np.uint64))
     if len(have) < count:
         have = np.full(count + BLOCK_BYTES, base, np.uint64)
@@ -230,14 +230,14 @@ def _powers(base: np.uint64, count: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele 2014): every bit of the input reaches every other."""
+    """Finalise as splitmix64 does (Steele 2014): every input bit reaches every other."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
 
 
 def split(count: np.ndarray, limit: int) -> Iterator[slice]:
-    """Slices of `count` that sum to about `limit`, or hold one item."""
+    """Yield slices of `count` that sum to about `limit`, or hold one item."""
     total = np.cumsum(count)
     begin = 0
     while begin < len(count):

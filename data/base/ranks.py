@@ -47,7 +47,7 @@ class Ranks:
         return self.comm.alltoall(values) if self.comm else values
 
     def first_seen(self, keys: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Which keys are the first of their kind, over the items of all ranks in their order.
+        """Mark the keys that are the first of their kind, over all ranks' items in their order.
 
         `keys[item]` is uint64 [n, 2], of items that no other rank has; the answer bool [n]. A key
         is judged by the rank that its value names, so that memory is shared among the ranks: about
@@ -73,7 +73,7 @@ class Ranks:
 
 
 def digest_key(sha256: str) -> tuple[int, int]:
-    """The first 128 bits of a hash in hex, as `first_seen` wants them."""
+    """Return the first 128 bits of a hash in hex, as `first_seen` wants them."""
     return int(sha256[:16], 16), int(sha256[16:32], 16)
 
 

@@ -82,7 +82,7 @@ def read_documents_of(
 
 
 def origin(name: str, position: int, record: dict) -> str:
-    """Where a document of others came from, for a person to find it again."""
+    """Return where a document of others came from, for a person to find it again."""
     where = [record.get(key) for key in THE_STACK_ORIGIN]
     return "/".join(where) if all(isinstance(w, str) for w in where) else f"{name}:{position}"
 
@@ -116,7 +116,7 @@ def _jsonl(path: Path, bad: Bad, progress) -> Iterator[tuple[int, dict]]:
 
 
 def _record(line: bytes, number: int, bad: Bad) -> dict | None:
-    """The object of a line, or None if it was bad."""
+    """Return the object of a line, or None if it was bad."""
     if len(line) > MAX_STRUCTURE_BYTES and len(STRING.sub(b"", line)) > MAX_STRUCTURE_BYTES:
         bad("too many values", number, line[:200])
         return None
@@ -140,7 +140,7 @@ def _record(line: bytes, number: int, bad: Bad) -> dict | None:
 
 
 def _finite(text: str) -> float:
-    """A JSON number that can be written again; NaN and 1e999 cannot."""
+    """Return a JSON number that can be written again; NaN and 1e999 cannot."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is no JSON number")
@@ -184,7 +184,7 @@ def _parquet(path: Path, bad: Bad, progress) -> Iterator[tuple[int, dict]]:
 
 
 def _posts(path: Path, bad: Bad, progress) -> Iterator[tuple[int, dict]]:
-    """Posts as text: title, then body with its markup taken off."""
+    """Yield posts as text: title, then body with its markup taken off."""
     parser = xml.parsers.expat.ParserCreate("utf-8")  # whatever encoding the file claims to have
     rows: deque[dict] = deque()
     number, depth = 0, 0
@@ -206,7 +206,7 @@ def _posts(path: Path, bad: Bad, progress) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"a document type, {name:.40}")
 
     def parse() -> Iterator[None]:
-        """Feeds the parser until there are rows, again and again."""
+        """Feed the parser until there are rows, again and again."""
         fed_bytes = 0  # since the last row
         for chunk in chunks(path, progress):
             for at in range(0, len(chunk), PIECE_BYTES):
@@ -239,7 +239,7 @@ def _posts(path: Path, bad: Bad, progress) -> Iterator[tuple[int, dict]]:
 
 
 def post_text(title: str, markup: str) -> str:
-    """A post of StackExchange as plain text: blocks on lines of their own, code as it is."""
+    """Return a post of StackExchange as plain text: blocks on lines of their own, code as it is."""
     text = html.unescape(TAG.sub(lambda tag: TAG_TEXT.get(tag[1].lower(), ""), markup))
     stripped = (line.rstrip() for line in text.split("\n"))
     kept = [title] if title else []

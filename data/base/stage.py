@@ -106,7 +106,7 @@ class Stage:
     def map(
         self, name: str, items: list, work: Callable[["Part"], dict | None], first: int = 0
     ) -> list[dict]:
-        """`work(part)` of every item, as JSON dicts in the order of the items, on every rank.
+        """Return `work(part)` of every item, JSON dicts in the items' order, on every rank.
 
         Items are dealt over the ranks, so `work` must depend on part.item and part.index alone.
         Where an item was finished by an earlier run, its result is read instead. Indices count from
@@ -170,7 +170,7 @@ class Stage:
         return summary
 
     def quarantined(self) -> dict[str, int]:
-        """How much could not be read, by reason."""
+        """Return how much could not be read, by reason."""
         return total([state["quarantined"] for state in self.finished])
 
     def report_quarantined(self) -> None:
@@ -178,7 +178,7 @@ class Stage:
             print(f"quarantined: {n:,} {reason}", file=sys.stderr)
 
     def identity(self) -> dict:
-        """What decides the output: an interrupted run goes on only where all of it is equal."""
+        """Return what decides the output: an interrupted run goes on only if all is equal."""
         script = Path(sys.modules[type(self.config).__module__].__file__).resolve()
         arguments = {k: plain(v) for k, v in dataclasses.asdict(self.config).items() if k != "out"}
         stats = [(str(p), *size_and_time(p)) for p in self.shards + self.reads]
@@ -191,7 +191,7 @@ class Stage:
         }
 
     def finished_item(self, path: Path) -> dict | None:
-        """The state of an item that an earlier run finished, if its files are still whole."""
+        """Return the state of an item that was finished before, if its files are whole."""
         state = read_json(path, strict=False)
         for output in state["outputs"] if state else []:
             file = self.result / output["path"]
@@ -220,7 +220,7 @@ class Part:
     def documents(
         self, path: Path | None = None, name: str = "", on_bad: Callable[[str], None] = len
     ) -> Iterator[dict]:
-        """The documents of `path` (default: the item), streamed; what is bad goes to quarantine.
+        """Yield the documents of `path` (default: the item); what is bad goes to quarantine.
 
         `name` is the file's in the origins of documents that have none, and `on_bad` is told the
         reason of what is bad too.
@@ -238,7 +238,7 @@ class Part:
         yield from read_documents_of(path, bad, self.progress, name)
 
     def read(self, path: Path) -> bytes:
-        """The content of a file that is one of many: lineage has one hash for all of an item's."""
+        """Read a file that is one of many: lineage has one hash for all of an item's."""
         content = path.read_bytes()
         self.small["files"] += 1
         self.small["bytes"] += len(content)
@@ -246,7 +246,7 @@ class Part:
         return content
 
     def writer(self) -> DocumentFile:
-        """A writer of result/shard-INDEX.jsonl.zst, a file that is there if it has a document."""
+        """Open result/shard-INDEX.jsonl.zst, a file that is there if it has a document."""
         return DocumentFile(self.result / f"{self.name}.jsonl.zst")
 
     def bad(self, reason: str, path: str, position: int, what: bytes | str = b"") -> None:
@@ -292,7 +292,7 @@ class Part:
 
 
 def total(counts: Iterable[dict]) -> dict:
-    """The sum of dicts of numbers and of such dicts, their keys in the order of first sight."""
+    """Add up dicts of numbers and of such dicts, with keys in the order of first sight."""
     added: dict = {}
     for count in counts:
         for key, value in count.items():
@@ -304,7 +304,7 @@ def total(counts: Iterable[dict]) -> dict:
 
 
 def lock(path: Path, out: Path) -> int:
-    """An open file that no other process can lock until this one ends."""
+    """Return an open file that no other process can lock until this one ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -62,7 +62,7 @@ TOPICS = {
 
 
 def measures(text: str) -> Iterator[tuple[str, float]]:
-    """The rules, as (option, measured value), in the order they are asked: the cheap ones first.
+    """Yield the rules as (option, measured value) in the order they are asked, cheap ones first.
 
     A rule more is one `yield` here and one field of Config in data/filter.py. Lazy: a document that
     an early rule rejects is never parsed. Raises SyntaxError.
@@ -93,7 +93,7 @@ def measures(text: str) -> Iterator[tuple[str, float]]:
 
 
 def parse_python(text: str) -> ast.Module:
-    """The syntax tree of `text`. Raises SyntaxError, whatever it is that ast.parse cannot take."""
+    """Parse `text`. Raises SyntaxError, whatever it is that ast.parse cannot take."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of invalid escapes: other people's
@@ -103,7 +103,7 @@ def parse_python(text: str) -> ast.Module:
 
 
 def count_syntax(tree: ast.Module) -> Counter:
-    """What the rules ask of a syntax tree, in one walk."""
+    """Count what the rules ask of a syntax tree, in one walk."""
     c = Counter()
     for node in ast.walk(tree):
         c["nodes"] += 1
@@ -130,7 +130,7 @@ def count_syntax(tree: ast.Module) -> Counter:
 
 
 def docstring(node) -> ast.Constant | None:
-    """The constant that is the docstring of a module, class or function."""
+    """Return the constant that is the docstring of a module, class or function."""
     first = node.body[0] if node.body else None
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
         return first.value if isinstance(first.value.value, str) else None
@@ -138,7 +138,7 @@ def docstring(node) -> ast.Constant | None:
 
 
 def foreign_names(tree: ast.Module) -> set[str]:
-    """The names that imports from outside the standard library bind; relative ones are outside."""
+    """Return names bound by imports from outside the standard library, relative ones too."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -154,14 +154,14 @@ def foreign_names(tree: ast.Module) -> set[str]:
 
 
 def root_name(node: ast.expr) -> str:
-    """The name that a.b.c starts from, "" if it starts from none."""
+    """Return the name that a.b.c starts from, "" if it starts from none."""
     while isinstance(node, ast.Attribute):
         node = node.value
     return node.id if isinstance(node, ast.Name) else ""
 
 
 def strip_licence(text: str) -> str:
-    """`text` without those of its leading comment blocks that speak of a licence or copyright."""
+    """Remove those of the leading comment blocks that speak of a licence or copyright."""
     head = LEADING_COMMENTS.match(text)[0]
     kept = COMMENT_BLOCK.sub(lambda block: "" if LICENCE.search(block[0]) else block[0], head)
     return text if kept == head else kept.lstrip("\n") + text[len(head) :]
@@ -177,7 +177,7 @@ def is_pair(prompt: str, solution: str) -> bool:
 
 
 def facts(text: str) -> dict:
-    """What the syntax tree of a text tells: of the text itself, or of the fenced blocks in it."""
+    """Return what the syntax tree of a text, or of the fenced blocks in it, tells."""
     try:
         tree = parse_python(text)
     except SyntaxError:

@@ -70,7 +70,7 @@ def some_square(rng: random.Random) -> list[list[int]]:
 
 
 def some_numbered(rng: random.Random) -> str:
-    """A line with numbers among its words."""
+    """Return a line with numbers among its words."""
     words = [
         str(rng.randint(0, 120)) if rng.random() < 0.5 else rng.choice(WORDS)
         for _ in range(rng.randint(1, 7))
@@ -121,7 +121,7 @@ def some_framed(rng: random.Random) -> str:
 
 
 def some_mirrored(rng: random.Random) -> str:
-    """A palindrome, but for what stands in it or around it."""
+    """Return a palindrome, but for what stands in it or around it."""
     half = rng.choice(WORDS)[: rng.randint(1, 4)]
     text = half + rng.choice(["", half[-1], rng.choice(LETTERS)]) + half[::-1]
     marks = rng.choice(["", " ", "7", "e", "U", rng.choice(LETTERS)])
@@ -287,7 +287,7 @@ def unite(pairs: list) -> list[tuple[int, int]]:
 
 
 def values_of(text: str) -> list:
-    """The values of an axis: "2..4" is 2, 3, 4; "a ~ b" is a tuple."""
+    """Return the values of an axis: "2..4" is 2, 3, 4; "a ~ b" is a tuple."""
     values = []
     for value in text.split("; "):
         if m := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", value):
@@ -309,7 +309,7 @@ def singular(text: str) -> str:
 
 
 def read_family(block: str) -> None:
-    """Adds the family in a block of concepts.txt to FAMILIES."""
+    """Add the family in a block of concepts.txt to FAMILIES."""
     head, *lines = block.split("\n")
     label, name, args = re.fullmatch(r"(\w+) = (.+)\((.*)\)", head).groups()
     lines = "\n".join(lines).replace("\n; ", "; ").split("\n")
@@ -336,7 +336,7 @@ def read_family(block: str) -> None:
             return None
 
         def put(text: str, clean=str) -> str:
-            """`text` with the parameters' values."""
+            """Return `text` with the parameters' values."""
             pattern = f"(?<![A-Za-z])({'|'.join(names) or 'NONE'})(?![A-Za-z])"
             for _ in range(2):  # a value may have parameters in it
                 text = re.sub(pattern, lambda m: clean(str(chosen[m[0]])), text)

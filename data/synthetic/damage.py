@@ -53,7 +53,7 @@ NAMES |= {"isalpha": "isdigit", "append": "extend", "values": "keys"}
 def damage(
     exercises: list[Exercise], frac: float, seed: int, allowed: Callable[[Task, str], bool]
 ) -> list[Exercise]:
-    """The exercises, of which a share has a wrong solution, each `allowed(task, body)`.
+    """Return the exercises, of which a share has a wrong solution, each `allowed(task, body)`.
 
     Fewer than that share where there is no such error in enough of them.
     """

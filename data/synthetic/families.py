@@ -104,7 +104,7 @@ class Source:
         return [x for x in self.items(argument) if test.fn(x)]
 
     def loop(self, test: Piece) -> str:
-        """The `for ... in ... if ...` of a comprehension."""
+        """Return the `for ... in ... if ...` of a comprehension."""
         conditions = [c for c in (self.condition, test.on(self.x)) if c]
         return f"for {self.x} in {self.code}" + " if " * bool(conditions) + " and ".join(conditions)
 
@@ -170,7 +170,7 @@ def family(*axes, limit: int = 0, name: str = ""):
 
 
 def exercise(text: str, oracle: Callable) -> Task:
-    """The Task in `text`: a line "name(kinds)", a line of docstring, then the body."""
+    """Return the Task in `text`: a line "name(kinds)", a line of docstring, then the body."""
     head, doc, body = textwrap.dedent(text).strip().split("\n", 2)
     name, args = head.rstrip(")").split("(")
     return Task(args, re.sub("_+", "_", name).strip("_"), doc, body, oracle)

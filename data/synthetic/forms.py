@@ -99,7 +99,7 @@ class Exercise:
 
 
 def choose(text: str, rng: random.Random) -> str:
-    """`text` with one of the choices for each `<this|that>`, inner ones first."""
+    """Return `text` with one of the choices for each `<this|that>`, inner ones first."""
     while m := re.search(r"<([^<>]*\|[^<>]*)>", text):
         text = text[: m.start()] + rng.choice(m[1].split("|")) + text[m.end() :]
     return text
@@ -128,7 +128,7 @@ def pool(args: str) -> list[tuple]:
 
 @functools.cache
 def results(task: Task) -> list:
-    """What the oracle gives for the pool."""
+    """Return what the oracle gives for the pool."""
     return [task.oracle(*inputs) for inputs in pool(task.args)]
 
 
@@ -155,7 +155,7 @@ def tell(task: Task, rng: random.Random) -> Exercise:
 
 
 def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exercise:
-    """An exercise for `task` in a form of its own; MBPP's with this probability."""
+    """Return an exercise for `task` in a form of its own; MBPP's with this probability."""
     arguments = argument_names(task, rng)
     name = function_name(task, arguments, rng)
     types = types_of(task)
@@ -232,7 +232,7 @@ BEHIND |= {"list[list[int]]": "grid matrix rows", "dict": "dict map data"}
 
 @functools.cache
 def taken(task: Task) -> frozenset[str]:
-    """What neither an argument nor the function may be called."""
+    """Return what neither an argument nor the function may be called."""
     return frozenset(re.findall(r"(?<![\w$])\w+", task.body)).union(dir(builtins), keyword.kwlist)
 
 
@@ -286,7 +286,7 @@ def argument_types(args: str) -> tuple[str, ...]:
 
 @functools.cache
 def types_of(task: Task) -> tuple[str, ...]:
-    """The types of the arguments, and that of the result."""
+    """Return the types of the arguments, and that of the result."""
     return (*argument_types(task.args), type_of(results(task)))
 
 
@@ -316,7 +316,7 @@ def type_of(values) -> str:
 
 
 def type_hints(types: tuple[str, ...], rng: random.Random) -> tuple[str, tuple[str, ...]]:
-    """The lines of imports that stand above, and the hints in one of three styles."""
+    """Return the lines of imports that stand above, and the hints in one of three styles."""
     if rng.random() < 0.15:  # of the arguments alone, or without what is inside
         types = (*types[:-1], "") if rng.random() < 0.5 else tuple(t.split("[")[0] for t in types)
     if rng.random() < 0.4:
@@ -349,7 +349,7 @@ NOUNS = {
 
 
 def noun(type_: str, rng: random.Random) -> str:
-    """What a value of the type is called."""
+    """Return what a value of the type is called."""
     return rng.choice(NOUNS.get(type_) or NOUNS.get(type_.split("[")[0]) or ["value"])
 
 
@@ -495,7 +495,7 @@ def given_arguments(types: tuple[str, ...], tick: str, rng: random.Random) -> st
 
 
 def third_person(match: re.Match) -> str:
-    """The verb in `match` with an s."""
+    """Return the verb in `match` with an s."""
     before, verb = match.groups()
     if verb.lower() not in VERBS:
         return match[0]
@@ -504,7 +504,7 @@ def third_person(match: re.Match) -> str:
 
 
 def other_elements(core: str, task: Task, rng: random.Random) -> str:
-    """What a list holds, called otherwise."""
+    """Return what a list holds, called otherwise."""
     if rng.random() < 0.35 and re.search(r"\bin \$a", core):
         if "words" in task.args.split():
             core = re.sub(r"\bword(?=s?\b)", rng.choice(["string", "element", "item"]), core)
@@ -515,7 +515,7 @@ def other_elements(core: str, task: Task, rng: random.Random) -> str:
 
 
 def mention(core: str, task, types, mbpp: bool, named: bool, rng: random.Random) -> str:
-    """`core` with its argument named in one of several ways."""
+    """Return `core` with its argument named in one of several ways."""
     begins = core.startswith("$a")  # "$a is a list of words", where a name is needed
     if len(types) == 2 and not begins and MENTION.sub("", core).count("$a") == 0:
         short, r = noun(types[0], rng).split(" of ")[0], rng.random()
@@ -585,7 +585,7 @@ HEADERS = (
 
 
 def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tuple[str, ...]:
-    """Up to `wanted` examples in one of the manners, each of one or two lines."""
+    """Return up to `wanted` examples in one of the manners, each of one or two lines."""
     manner, kinds, found = rng.choice(manners), [KINDS[kind] for kind in task.args.split()], []
     for _ in range(12):
         known = rng.random() < 0.25  # else an input that is not in the pool
@@ -605,7 +605,7 @@ def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tup
 
 
 def shown_examples(task: Task, name: str, arguments, rng: random.Random) -> list[str]:
-    """The examples at a docstring's end, maybe below a header."""
+    """Return the examples at a docstring's end, maybe below a header."""
     lines = examples(task, name, arguments, rng.choice([1, 1, 2, 2, 3]), MANNERS, rng)
     if not lines or rng.random() < 0.5:
         return [*lines]
@@ -614,7 +614,7 @@ def shown_examples(task: Task, name: str, arguments, rng: random.Random) -> list
 
 
 def sections(arguments: tuple[str, ...], types: tuple[str, ...], rng: random.Random) -> list[str]:
-    """What is taken and returned, in the manner of Google, Sphinx or NumPy."""
+    """Return what is taken and returned, in the manner of Google, Sphinx or NumPy."""
     named = [*zip(arguments, types)]
     told = [with_article(noun(t, rng)) for t in types]
     result = types[-1] or "the result"

@@ -80,7 +80,7 @@ VERBS, NOUNS, TAILS, WORDS = map(str.split, (_verbs, _nouns, _tails, _words))
 
 
 def lesson_program(text: str) -> tuple[str, str]:
-    """All code of a lesson, and why it is refused, "" if it is not."""
+    """Return all code of a lesson, and why it is refused, "" if it is not."""
     blocks = BLOCK.findall(text)
     program = "\n".join(blocks)
     if not blocks:
@@ -95,7 +95,7 @@ def lesson_program(text: str) -> tuple[str, str]:
 
 
 def read_exercise(reply: str, name: str) -> tuple[dict, str]:
-    """The exercise in a reply, and why it is refused, "" if it is not.
+    """Return the exercise in a reply, and why it is refused, "" if it is not.
 
     An exercise is {"prompt", "solution", "entry_point", "tests"}: prompt + solution is the function
     called `name`, below its imports, and tests are assert statements that call it.

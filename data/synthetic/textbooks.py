@@ -99,7 +99,7 @@ class Topic:
 
 
 def read_topics(text: str) -> list[Topic]:
-    """The topics in a text written as the head of this file says."""
+    """Return the topics in a text written as the head of this file says."""
     return [_topic(part) for part in re.split(r"^=====+\n", text, flags=re.MULTILINE)]
 
 
@@ -127,7 +127,7 @@ TOPICS = [
 
 
 def write(topic: Topic, audience: Audience, level: str, rng: random.Random) -> str:
-    """A lesson on `topic` as Markdown, its code in ```python fences.
+    """Return a lesson on `topic` as Markdown, its code in ```python fences.
 
     Raises whatever its code raises: a mistake in lessons/, which the tests look for.
     """
@@ -194,12 +194,12 @@ class _Writer:
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def sections(self, code: str, calls: str) -> tuple[str, list[str]]:
-        """The code in one section, and the calls in another."""
+        """Return the code in one section, and the calls in another."""
         lines = self.fill(self.topic.of(calls)[0]).split("\n")
         return self.fill(self.topic.of(code)[0]), [worked.plain(line) for line in lines]
 
     def explained(self, code: str, calls: list[str]) -> list[str]:
-        """The code, told what it does, with some of the calls."""
+        """Return the code, told what it does, with some of the calls."""
         rng, how = self.rng, self.prose(self.topic.of("how")[0])
         says = " ".join(self.choose("\n".join(self.topic.of("doc"))).split())
         told = code
@@ -226,7 +226,7 @@ class _Writer:
         return worked.documented(code, name, says, calls, self.namespace, typed, told)
 
     def wrong(self, code: str, calls: list[str]) -> list[str]:
-        """The code as it is easily got wrong, what comes of it, and why."""
+        """Return the code as it is easily got wrong, what comes of it, and why."""
         if not self.topic.of("wrong"):
             return []
         right, wrong = self.fill(self.topic.of("wrong")[0]).split(" ==> ")
@@ -245,7 +245,7 @@ class _Writer:
                 why, after]  # fmt: skip
 
     def rounds(self, code: str, calls: list[str]) -> str:
-        """What the variables are in each round of one of the calls, if it can be told."""
+        """Return what the variables are in each round of one of the calls, if it can be told."""
         for call in self.rng.sample(calls, len(calls)):
             if seen := worked.rounds(code, call, self.namespace):
                 lines = [
@@ -257,7 +257,7 @@ class _Writer:
         return ""
 
     def reminder(self) -> list[str]:
-        """A function of another lesson that is no harder, as one meets it again later."""
+        """Return a function of another lesson that is no harder, as one meets it again later."""
         known = [t for t in TOPICS if t.difficulty <= self.topic.difficulty and t.of("doc")]
         known = [t for t in known if t.title != self.topic.title]
         if not known:
@@ -285,7 +285,7 @@ class _Writer:
         return self.choose(rng.choices([*lines], [*lines.values()])[0])
 
     def task(self) -> list[str]:
-        """An exercise, its solution, and tests of it."""
+        """Return an exercise, its solution, and tests of it."""
         rng, asked = self.rng, self.prose(self.topic.of("task")[0])
         answer, checks = self.sections("answer", "checks")
         self.run(answer)
@@ -342,7 +342,7 @@ class _Writer:
         exec(self.fill(code), self.namespace)
 
     def prose(self, text: str) -> str:
-        """`text` with its choices made, one line to each of its paragraphs."""
+        """Return `text` with its choices made, one line to each of its paragraphs."""
         paragraphs = self.choose(text).split("\n\n")
         return "\n\n".join(" ".join(p.split()) for p in paragraphs)
 

@@ -19,7 +19,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def outcome(call: str, namespace: dict) -> str:
-    """What `call` gives, or the error that it raises, as the last line of a traceback."""
+    """Return what `call` gives, or the error that it raises, as the last line of a traceback."""
     try:
         return repr(eval(call, namespace))
     except Exception as e:
@@ -71,7 +71,7 @@ def kind(value: object) -> Kind:
 
 
 def both(a: Kind, b: Kind) -> Kind:
-    """The kind of what may be of either kind."""
+    """Return the kind of what may be of either kind."""
     if a is None or a == b:
         return b
     if b is None:
@@ -88,7 +88,7 @@ def both(a: Kind, b: Kind) -> Kind:
 
 
 def spell(k: Kind, old: bool) -> str:
-    """A kind as a type hint; `old` is that of the module typing."""
+    """Return a kind as a type hint; `old` is that of the module typing."""
     if k is None:
         raise Unclear
     parts = [spell(part, old) for part in k[1:]]
@@ -174,14 +174,14 @@ def comment(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """The value as code; a set in order, as its own order differs from run to run."""
+    """Return the value as code; a set in order, as its own order differs from run to run."""
     if isinstance(value, set) and value:
         return "{" + ", ".join(sorted(map(repr, value))) + "}"
     return repr(value)
 
 
 def rounds(code: str, call: str, namespace: dict) -> list[dict[str, str]]:
-    """The variables at the beginning of each round of the first loop of the function called.
+    """Return the variables at the beginning of each round of the first loop of the function called.
 
     Empty where there is none, where it is long, or where its lines do not tell the rounds apart.
     """
@@ -219,7 +219,7 @@ def rounds(code: str, call: str, namespace: dict) -> list[dict[str, str]]:
 def differences(
     code: str, wrong: str, calls: list[str], namespace: dict
 ) -> list[tuple[str, str, str]]:
-    """The calls that `wrong` code gets wrong: (call, what it gives, what it should give)."""
+    """Return the calls that `wrong` code gets wrong: (call, what it gives, what it should give)."""
     space = dict(namespace)
     exec(wrong, space)
     both_ways = [(c, outcome(c, space), outcome(c, namespace)) for c in calls]

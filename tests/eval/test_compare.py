@@ -4,25 +4,15 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from test_eval_similarity import evaluation
+from test_similarity import evaluation
 
-from common.config import run
 from eval import compare
 from eval.compare import TABLE_1
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["compare", *map(str, arguments)])
-        status = 0
-        try:
-            run(compare.main)
-        except SystemExit as e:
-            status = e.code
-        return status, *capsys.readouterr()
-
-    return call
+def command(in_process):
+    return lambda *arguments: in_process(compare.main, *arguments)
 
 
 @pytest.fixture

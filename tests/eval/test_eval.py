@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiers import best
 
-from common.config import UserError, run
+from common.config import UserError
 from data.base.benchmarks import Mbpp, read_mbpp, read_problems
 from eval import exercises, humaneval, mbpp
 from eval.harness import BODY, trim_to_body
@@ -48,21 +48,10 @@ def problems(tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(monkeypatch, in_process):
     """Run a command in this process: (exit status, stdout, stderr)."""
-
     monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 1.0)  # 0.3 s each
-
-    def call(module, *arguments):
-        monkeypatch.setattr("sys.argv", ["command", *map(str, arguments), "--sandbox", TIER])
-        status = 0
-        try:
-            run(module.main)
-        except SystemExit as e:
-            status = e.code
-        return status, *capsys.readouterr()
-
-    return call
+    return lambda module, *arguments: in_process(module.main, *arguments, "--sandbox", TIER)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import pytest
 from fake_endpoint import FakeEndpoint
 from tiers import best
 
-from common.config import run
 from data.base.ast_match import Matcher, functions
 from data.base.benchmarks import read_problems, read_references
 from data.base.llm import Client, Options
@@ -125,20 +124,10 @@ def test_summary():
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(monkeypatch, in_process):
     monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 1.0)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["judge", *map(str, arguments), "--sandbox", TIER])
-        status = 0
-        try:
-            run(judge.main)
-        except SystemExit as e:
-            status = e.code
-        return status, *capsys.readouterr()
-
-    return call
+    return lambda *arguments: in_process(judge.main, *arguments, "--sandbox", TIER)
 
 
 @pytest.fixture

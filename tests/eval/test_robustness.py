@@ -6,7 +6,6 @@ import types
 import pytest
 from tiers import best
 
-from common.config import run
 from data.base.benchmarks import read_problems
 from eval import robustness
 from eval.perturb import PERTURBATIONS, SYNONYMS, example_lines, split
@@ -191,7 +190,7 @@ def test_paired_interval():
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(monkeypatch, in_process):
     """Run eval.robustness with a model that knows `known`, by what the prompt has in it."""
 
     class Generator:
@@ -214,13 +213,7 @@ def command(monkeypatch, capsys):
 
     def call(known, *arguments):
         Generator.known = known
-        monkeypatch.setattr("sys.argv", ["robustness", *map(str, arguments), "--sandbox", TIER])
-        status = 0
-        try:
-            run(robustness.main)
-        except SystemExit as e:
-            status = e.code
-        return status, *capsys.readouterr()
+        return in_process(robustness.main, *arguments, "--sandbox", TIER)
 
     return call
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from common.config import UserError, run
+from common.config import UserError
 from eval import similarity
 from eval.scores import mean, read_result
 from eval.similarity import difference, read_report
@@ -32,17 +32,8 @@ def report(tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["similarity", *map(str, arguments)])
-        status = 0
-        try:
-            run(similarity.main)
-        except SystemExit as e:
-            status = e.code
-        return status, *capsys.readouterr()
-
-    return call
+def command(in_process):
+    return lambda *arguments: in_process(similarity.main, *arguments)
 
 
 def test_split(command, report, tmp_path):
