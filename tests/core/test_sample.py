@@ -323,7 +323,8 @@ def test_same_rows_agree(threads):
         decoder = TorchDecoder(model, 1, 64, 1)
         tile = decoder.same
         assert tile in range(2, 65, 2)
-        for w in (decoder.layers[0].w_in, decoder.layers[0].w_out, decoder.w_head):
+        _, _, w_in, _, w_out, _ = decoder.layers[0]
+        for w in (w_in, w_out, decoder.w_head):
             x, bias = torch.randn(2 * tile, len(w)), torch.randn(w.shape[1])
             want = grouped_linear(x, w, bias, tile)
             for rows in range(2, tile + 1, 2):
