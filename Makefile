@@ -148,7 +148,7 @@ $(OUT)/runs/raw_exercises/summary.json: $(OUT)/tokens/exercises/summary.json \
 
 eval: $(OUT)/eval/exercises/results.json  ## score the finetuned model on held-out exercises
 
-$(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json sample.py decoder.py decoder_torch.py $(wildcard eval/*.py)
+$(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json sample.py $(wildcard eval/*.py)
 	$(PYTHON) -m eval.exercises --checkpoint $(OUT)/runs/$* \
 	  --problems $(OUT)/exercises/heldout.jsonl --out $(@D) --max_new_tokens 128 --sandbox $(SANDBOX)
 
