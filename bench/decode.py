@@ -26,9 +26,8 @@ from bench.step import HuggingFace, device_of
 from bench.timing import CudaTimer, measured_roof, percentiles, synchronize
 from common.config import UserError, parse, run
 from common.runlog import environment
-from decoder import GPU_STEPS, GREEDY, Decoder
 from model import ModelConfig, Phi
-from sample import Generator
+from sample import GPU_STEPS, GREEDY, Generator, TritonDecoder
 from tools.hf import parts
 from train import TrainConfig
 
@@ -111,7 +110,7 @@ def step_bytes(c: ModelConfig, batch: int, positions: float, itemsize: int) -> f
 
 def roof_frac(c: Config, model: Phi, batch: int, copy_bytes_per_s: float) -> tuple[float, float]:
     """(bytes/s of the steps alone, that over the copy's)."""
-    decoder = Decoder(model, batch, c.prompt_tokens + c.new_tokens, c.new_tokens, kernels=True)
+    decoder = TritonDecoder(model, batch, c.prompt_tokens + c.new_tokens, c.new_tokens)
     for row in range(batch):
         decoder.load(row, [1] * c.prompt_tokens, torch.zeros(1))
     decoder.steps(batch, c.prompt_tokens, GREEDY)  # captures the graph

@@ -1,9 +1,10 @@
-"""The page of one or several training runs: how they went, how they stand, what they were."""
+"""Write the page about training runs: how they went, where they stand, how they were set."""
 
 import json
 from pathlib import Path
 
 from common.config import UserError
+from common.files import read_json
 from common.pages import COLORS, escape, figure, page, table
 
 # What is drawn over steps: key of metrics.jsonl, label, factor, whether the axis is logarithmic.
@@ -20,7 +21,7 @@ EVENTS = {"spike": "#cf222e", "rewind": "#cf222e", "skipped": "#d9730d", "start"
 
 
 def runs_page(folders: list[Path]) -> str:
-    """HTML about the runs in `folders`. Raises UserError if one of them holds no run."""
+    """Return HTML about the runs in `folders`. Raises UserError if one of them holds no run."""
     runs = [read_run(folder) for folder in folders]
     body = f"""
 <h1>nanophi: {len(runs)} training run{"s" * (len(runs) > 1)}</h1>
@@ -39,12 +40,14 @@ def runs_page(folders: list[Path]) -> str:
 
 
 def read_run(folder: Path) -> dict:
-    """A run's files: {"name", "config", "status", "events", "metrics"}."""
-    if not (folder / "config.json").exists():
+    """Read a run's files: {"name", "config", "status", "events", "metrics"}.
+
+    Raises UserError if there is no config.json. A last line that is cut short is left out.
+    """
+    if (config := read_json(folder / "config.json")) is None:
         raise UserError(f"{folder} is no run: it has no config.json")
-    run = {"name": str(folder), "config": json.loads((folder / "config.json").read_text())}
-    status = folder / "status.json"
-    run["status"] = json.loads(status.read_text()) if status.exists() else {"status": "unknown"}
+    status = read_json(folder / "status.json") or {"status": "unknown"}
+    run = {"name": str(folder), "config": config, "status": status}
     for name in ("events", "metrics"):
         path = folder / f"{name}.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, parse, run
-from common.files import read_jsonl
+from common.files import read_json, read_jsonl
 from common.pages import COLORS, escape, figure, page, table
 from tools import curves, ladder_page
 
@@ -110,12 +110,10 @@ def read_arm(demo: Path, name: str) -> Arm:
 
 
 def read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: that stage has not finished; run `make train`"
-        ) from None
+    """Return the JSON in `path`. Raises UserError if the file is missing."""
+    if (value := read_json(path)) is None:
+        raise UserError(f"{path} is missing: that stage has not finished; run `make train`")
+    return value
 
 
 def text_table(arms: list[Arm]) -> str:
