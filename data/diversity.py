@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import zstandard
 
 from common.config import UserError, parse, run
 from common.files import read_jsonl
@@ -202,6 +201,8 @@ def measure(
     part: Part, config: Config, of_set: list[int], totals: dict, budget: int, compared: int
 ) -> dict:
     """Measure all numbers of one set."""
+    import zstandard  # here: tools/report.py, which takes the table from this file, needs none
+
     files = scratch(part.stage, of_set, part.item, "sample", "jsonl.zst")
     sample = sorted((r for f in files for r in read_jsonl(f)), key=lambda r: r["key"])
     texts = [record["text"][:EACH_CHARS] for record in sample]
