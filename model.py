@@ -9,17 +9,19 @@ D head dim, R rotary dims, M MLP width, V vocabulary, L layers, S positions in t
 The two projections into the block (qkv and MLP-up) read the same LayerNorm output, and the two out
 of it add into the same residual, so their weights lie side by side in `w_in` and `w_out`.
 
-What you read here is the reference. On a GPU the same sums are done by kernels/, a block in one
-call: `select_kernels` decides, and the two agree up to rounding.
+What you read here is the reference. `Phi(c, triton=True)` does the same sums with kernels/, a block
+in one call, and the two agree up to rounding; `select_kernels` says which a device should run.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from common import checkpoint
 from common.config import UserError
@@ -66,19 +68,17 @@ class ModelConfig:
         return self.width // self.n_head
 
 
-@lru_cache
 def select_kernels(c: ModelConfig, device: torch.device) -> tuple[str, str]:
-    """("triton" or "torch", why) for a model on `device`; a KVCache always takes torch.
+    """Return ("triton" or "torch", why) for a model on `device`.
 
     Raises UserError if c.kernels is "triton" and that cannot run there.
     """
     if c.kernels == "torch":
         return "torch", "as asked"
-    on_gpu = device.type == "cuda"
-    if c.kernels == "auto" and not on_gpu:
+    if c.kernels == "auto" and device.type != "cuda":
         return "torch", f"device is {device.type}"
     try:
-        from kernels import block, mlp
+        from kernels import block, mlp  # not at the top: triton is not on every machine
     except ImportError as e:
         why = f"{e.name} is not installed"
     else:
@@ -102,9 +102,14 @@ class KVCache:
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig):
+    """x + attention(ln(x)) + mlp(ln(x)); `fused` is kernels/block.py's version, None for torch's.
+
+    With `recompute`, keep only the block's input and run the block again in backward.
+    """
+
+    def __init__(self, c: ModelConfig, fused: Callable | None = None, recompute: bool = False):
         super().__init__()
-        self.c = c
+        self.c, self.fused, self.recompute = c, fused, recompute
         self.ln = nn.LayerNorm(c.width, eps=1e-5)
         self.w_in = nn.Parameter(torch.empty(3 * c.width + c.mlp_width, c.width))  # q | k | v | up
         self.b_in = nn.Parameter(torch.empty(3 * c.width + c.mlp_width))
@@ -112,31 +117,30 @@ class Block(nn.Module):
         self.b_attn = nn.Parameter(torch.empty(c.width))
         self.b_mlp = nn.Parameter(torch.empty(c.width))
 
-    def forward(
-        self, x, cos, sin, cache=None, positions=None, doc_start=None, triton: bool = False
-    ):
-        C, M, p = self.c.width, self.c.mlp_width, self.c.dropout if self.training else 0.0
-        if triton:
-            return self.fused(x, cos, sin, p, doc_start)
+    def forward(self, *args):
+        if self.recompute and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(self.compute, *args, use_reentrant=False)
+        return self.compute(*args)
+
+    def compute(self, x, cos, sin, cache=None, positions=None, doc_start=None):
+        c, p = self.c, self.c.dropout if self.training else 0.0
+        if self.fused and cache is None:
+            # On the CPU, where drawing a number does not wait for the GPU.
+            seeds = torch.randint(2**62, (2,), device="cpu").tolist() if p else (0, 0)
+            weights = self.w_in, self.b_in, self.w_out, self.b_attn, self.b_mlp
+            rope = (cos, sin) if c.rotary_dim else None
+            return self.fused(
+                x, self.ln.weight, self.ln.bias, *weights, c.n_head, rope, p, seeds, doc_start
+            )
+        C, M = c.width, c.mlp_width
         h = F.linear(self.ln(x), self.w_in, self.b_in)  # [B, T, 3C + M]
         qkv, up = h.split([3 * C, M], dim=-1)
-        y = attention(qkv, self.c.n_head, cos, sin, p, cache, positions, doc_start)  # [B, T, C]
+        y = attention(qkv, c.n_head, cos, sin, p, cache, positions, doc_start)  # [B, T, C]
         a = F.gelu(up, approximate="tanh")  # [B, T, M]
         w_attn, w_mlp = self.w_out.split([C, M], dim=1)
         y = F.dropout(F.linear(y, w_attn, self.b_attn), p)
         a = F.dropout(F.linear(a, w_mlp, self.b_mlp), p)
         return x + y + a
-
-    def fused(self, x, cos, sin, p: float, doc_start):
-        """`forward` in one call of kernels/."""
-        from kernels.block import block  # here, as triton is not everywhere
-
-        # On the CPU, where drawing a number does not wait for the GPU.
-        seeds = torch.randint(2**62, (2,), device="cpu").tolist() if p else (0, 0)
-        rope = (cos, sin) if self.c.rotary_dim else None
-        weights = self.ln.weight, self.ln.bias, self.w_in, self.b_in, self.w_out
-        weights = *weights, self.b_attn, self.b_mlp
-        return block(x, *weights, self.c.n_head, rope, p, seeds, doc_start)
 
 
 def attention(
@@ -185,13 +189,24 @@ def rotate(x, cos, sin):
 
 
 class Phi(nn.Module):
-    """The language model. `model(idx, targets)` is the mean loss, `model(idx)` the logits."""
+    """The language model. `model(idx, targets)` is the mean loss, `model(idx)` the logits.
 
-    def __init__(self, c: ModelConfig):
+    triton      compute blocks and loss with kernels/ (not for a model with a cache)
+    recompute   see Block
+    """
+
+    def __init__(self, c: ModelConfig, triton: bool = False, recompute: bool = False):
         super().__init__()
-        self.c = c
+        self.c, block = c, None
+        self.layernorm = self.linear_cross_entropy = None
+        if triton:  # imported here: triton is not on every machine
+            from kernels.block import block
+            from kernels.cross_entropy import linear_cross_entropy
+            from kernels.layernorm import layernorm
+
+            self.layernorm, self.linear_cross_entropy = layernorm, linear_cross_entropy
         self.embed = nn.Embedding(c.vocab_size, c.width)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, block, recompute) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size)
         for name, table in zip(("cos", "sin"), self.rope_tables()):
@@ -228,14 +243,14 @@ class Phi(nn.Module):
         assert cache is not None or T <= self.c.seq_len
         where = slice(T) if positions is None else positions
         cos, sin = self.cos[where], self.sin[where]
-        triton = cache is None and select_kernels(self.c, idx.device)[0] == "triton"
+        fused = self.linear_cross_entropy is not None and cache is None
         x = self.embed(idx)  # [B, T, C]
-        if triton and torch.is_autocast_enabled(x.device.type):
+        if fused and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else (cache.k[i], cache.v[i])
-            x = block(x, cos, sin, layer, positions, doc_start, triton)
-        if triton and targets is not None:
+            x = block(x, cos, sin, layer, positions, doc_start)
+        if fused and targets is not None:
             return self.fused_loss(x, targets)
         logits = self.head(self.ln_f(x))  # [B, T, V]
         if targets is None:
@@ -245,14 +260,11 @@ class Phi(nn.Module):
 
     def fused_loss(self, x, targets):
         """The loss of the final x [B, T, C], without ever holding all of the logits."""
-        from kernels.cross_entropy import linear_cross_entropy
-        from kernels.layernorm import layernorm
-
-        x = layernorm(x, self.ln_f.weight, self.ln_f.bias, self.ln_f.eps).flatten(0, 1)
+        ln, head, targets = self.ln_f, self.head, targets.flatten().contiguous()
+        x = self.layernorm(x, ln.weight, ln.bias, ln.eps).flatten(0, 1)
         # In fp16 gradients of the mean would underflow: those of the sum are computed, then scaled.
         expected_grad = float(len(x)) if x.dtype == torch.float16 else 1.0
-        head, targets = self.head, targets.flatten().contiguous()
-        return linear_cross_entropy(
+        return self.linear_cross_entropy(
             x, head.weight, head.bias, targets, chunk_rows=CHUNK_ROWS, expected_grad=expected_grad
         )
 
@@ -281,6 +293,8 @@ def parameter_count(c: ModelConfig) -> int:
 def load_model(path: Path, device: torch.device) -> tuple[Phi, Tokenizer, Path]:
     """Load a run's or checkpoint's model in eval mode; also its tokenizer and the folder used."""
     folder = checkpoint.find(path)
-    model = Phi(ModelConfig(**checkpoint.read_meta(folder)["model"]))
+    c = ModelConfig(**checkpoint.read_meta(folder)["model"])
+    kernels, _ = select_kernels(replace(c, kernels="auto"), device)  # not what the run asked for
+    model = Phi(c, kernels == "triton")
     checkpoint.load_weights(model, folder)
     return model.to(device).eval(), Tokenizer(folder), folder

@@ -14,21 +14,78 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
-from bench.work import training_ops
+from bench.cost import training_ops
 from kernels import attention as attention_module
 from kernels import gemm, mlp, pointwise
-from kernels.attention import attention, attention_reference
+from kernels.attention import attention_bwd, attention_fwd, attention_reference
 from kernels.block import block
-from kernels.cross_entropy import cross_entropy
+from kernels.cross_entropy import cross_entropy_
 from kernels.layernorm import layernorm, layernorm_reference
 from model import ModelConfig
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None
 SEED = 7  # of dropout's masks
 DOCUMENT = 512  # tokens of each document, in attention_docs
+
+
+class Attention(torch.autograd.Function):
+    """attention.py alone, as the block calls it: attend(qkv, n_head, rope, p, seed, doc_start)."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, *options) -> Tensor:
+        out, *stats = attention_fwd(qkv, *options)
+        ctx.save_for_backward(qkv, out, *stats)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        dqkv = attention_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.options)
+        return dqkv, *(None,) * len(ctx.options)
+
+
+def attend(qkv: Tensor, n_head: int, rope=None, p=0.0, seed=0, doc_start=None) -> Tensor:
+    """Return attention [B, T, C] of qkv [B, T, 3C], differentiable; rotate q and k in place."""
+    seed = torch.full((1,), seed, device=qkv.device) if p else None
+    return Attention.apply(qkv, n_head, rope, p, seed, doc_start)
+
+
+class Projections(torch.autograd.Function):
+    """mlp.py alone, as the block calls it: `project`."""
+
+    @staticmethod
+    def forward(ctx, x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p, seed):
+        qkvu, a = mlp.in_proj_fwd(h, w_in, b_in)
+        ctx.save_for_backward(h, y, qkvu, w_in, w_out)
+        ctx.dropout = p, seed
+        out = mlp.out_proj_fwd(y, a, w_out, b_attn, b_mlp, x, p, seed)
+        return qkvu[:, : 3 * h.shape[1]].clone(), out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dqkv, dout):
+        h, y, qkvu, w_in, w_out = ctx.saved_tensors
+        split, dqkvu = dqkv.shape[1], torch.empty_like(qkvu)
+        dw_in, dw_out = (torch.empty(w.shape, device=w.device) for w in (w_in, w_out))
+        dqkvu[:, :split] = dqkv
+        dy, db_attn, db_mlp, db_up = mlp.out_proj_bwd(
+            dout.contiguous(), y, qkvu[:, split:], w_out, dqkvu[:, split:], dw_out, 0.0,
+            *ctx.dropout,
+        )  # fmt: skip
+        db_in = torch.cat([pointwise.column_sum(dqkvu[:, :split]), db_up])
+        gemm.accumulate_(dw_in, dqkvu, h, 0.0)
+        grads = dout, dqkvu @ w_in, dy, dw_in, db_in, dw_out, db_attn, db_mlp
+        return *(g.to(h.dtype) for g in grads), None, None
+
+
+def project(x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p=0.0, seed=0) -> tuple[Tensor, Tensor]:
+    """Return (qkv, out) of `mlp.projections_reference`, differentiable."""
+    return Projections.apply(x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p, seed)
 
 
 @dataclass(frozen=True)
@@ -42,12 +99,12 @@ class Case:
     inputs: list[Tensor]
     providers: dict[str, Callable]
     reference: Callable
-    # What each phase costs: names of work.py's ops at `batch` sequences.
+    # What each phase costs: names of cost.py's ops at `batch` sequences.
     phases: dict[str, list[str]]
     batch: int
     backward: bool = True
     dropout: float = 0.0
-    flops_frac: float = 1.0  # of work.py's FLOPs: documents leave some out
+    flops_frac: float = 1.0  # of cost.py's FLOPs: documents leave some out
     within: dict[str, tuple] = field(default_factory=dict)  # provider -> (module, name, its value)
 
     def running(self, provider: str):
@@ -92,7 +149,7 @@ def attention_case(
         return model.attention(qkv, H, *rope, p, doc_start=doc)
 
     def ours(qkv: Tensor) -> Tensor:
-        return attention(qkv, H, rope, dropout_p=p, seed=SEED, doc_start=doc)
+        return attend(qkv, H, rope, p, SEED, doc)
 
     providers = {"eager": eager, "ours": ours, "ours fp32 adds": ours, "compile": compiled(eager)}
     within = {"ours fp32 adds": (attention_module, "FIXED_POINT", False)}
@@ -145,17 +202,29 @@ def cross_entropy_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: s
     logits = rows(c, batch, c.vocab_size, {"device": device, "dtype": dtype}, 2.0)
     targets = torch.randint(c.vocab_size, logits.shape[:1], device=device)
 
-    def reference(logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets)  # as model.py does
 
-    providers = {"eager": reference, "ours": cross_entropy, "compile": compiled(reference)}
+    def with_gradient(loss: Callable, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = logits.detach().requires_grad_()
+            y = loss(x, targets)
+            return y.detach(), *torch.autograd.grad(y, x)
+
+    def ours(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.full((), 1 / len(targets), device=device)
+        return cross_entropy_(logits, targets, scale, -1, grad=True).mean(), logits
+
+    reference = partial(with_gradient, loss)
+    providers = {"eager": reference, "ours": ours}
+    providers["compile"] = partial(with_gradient, compiled(loss))
     if LIGER:
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
-        providers["liger"] = LigerCrossEntropyLoss()
-    # Ours writes the gradient in its forward pass: only the sum compares.
+        providers["liger"] = partial(with_gradient, LigerCrossEntropyLoss())
+    # Ours computes the loss and its gradient in one pass: only the sum compares.
     phases = {"fwd+bwd": ["cross_entropy"]}
-    return Case("cross_entropy", [logits, targets], providers, reference, phases, batch)
+    return Case("cross_entropy", [logits, targets], providers, reference, phases, batch, False)
 
 
 def _projection_inputs(c: ModelConfig, batch: int, like: dict) -> list[Tensor]:
@@ -173,7 +242,7 @@ def mlp_case(c: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> Cas
     """Both projections, forward and backward, without dropout."""
     inputs = _projection_inputs(c, batch, {"device": device, "dtype": dtype})
     reference = mlp.projections_reference
-    providers = {"eager": reference, "ours": mlp.projections, "compile": compiled(reference)}
+    providers = {"eager": reference, "ours": project, "compile": compiled(reference)}
     bwd = ["residual_bwd", "attention_out_dx", "gelu_bwd", "out_proj_dw", "attention_db"]
     phases = both(["in_proj_fwd", "out_proj_fwd"], [*bwd, "in_proj_dw", "in_proj_dx"])
     return Case("mlp", inputs, providers, reference, phases, batch)

@@ -23,8 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.step import HuggingFace, device_of
-from bench.timing import CudaTimer, measured_roof, percentiles
-from bench.trace import synchronize
+from bench.timing import CudaTimer, measured_roof, percentiles, synchronize
 from common.config import UserError, parse, run
 from common.runlog import environment
 from decoder import GPU_STEPS, GREEDY, Decoder

@@ -5,7 +5,7 @@
 An op is timed at phi-1's shape: forward, backward, and both at once; 20th, 50th and 80th percentile
 of CUDA events, with L2 flushed before each; then the profiler says what each of our kernels takes.
 The roof is measured in the same run, by a copy of a GiB and a square matmul; an op's share of it is
-its floor (work.py) at those rates over its p50.
+its floor (cost.py) at those rates over its p50.
 
 Before it is timed, each implementation runs on fresh random inputs, ours with every new tensor
 filled with NaN, and its results and gradients are compared with fp32 ones: the largest relative
@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import CASES, Case
-from bench.timing import CudaTimer, WallTimer, emit, measured_roof
-from bench.trace import profile
-from bench.work import Rates, training_ops
+from bench.cost import Rates, training_ops
+from bench.timing import CudaTimer, WallTimer, emit, measured_roof, profile
 from common.config import UserError, parse, run
 from model import ModelConfig
 

@@ -8,7 +8,7 @@ rest a unit: weights are gathered in half precision once a step and stay, gradie
 and are reduced unit by unit in the backward of the step's last micro-step.
 
 memory  is counted; tests/bench/test_plan.py compares it with what torch and FSDP2 allocate
-speed   is work.py's floors at the rates of published kernels, times the fraction of it that
+speed   is cost.py's floors at the rates of published kernels, times the fraction of it that
         published runs reach. With this code nothing of it was measured on a GPU: `--fraction` takes
         what `--score` prints after a run of yours
 step    is simulated: compute, and the collectives of each kind, are streams that run side by side.
@@ -22,8 +22,17 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.roofline import BANDWIDTH, GPUS, MEASURED, NODE, Gpu, collective_s, fractions
-from bench.work import step_us, training_ops
+from bench.cost import (
+    BANDWIDTH,
+    GPUS,
+    MEASURED,
+    NODE,
+    Gpu,
+    collective_s,
+    fractions,
+    step_us,
+    training_ops,
+)
 from common import checkpoint
 from common.config import UserError, parse, run
 from common.runlog import PEAK_FLOPS

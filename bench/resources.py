@@ -16,10 +16,8 @@ bounds of the defaults to bounds.json. One to two seconds each.
 """
 
 import dataclasses
-import importlib
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -33,11 +31,11 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import kernels
 from bench import sass
+from bench.launches import KERNELS, record, type_of
 from common.config import UserError, parse, run
 from common.runlog import PEAK_FLOPS
-from kernels.launch import TUNING, TUNING_FILE, Kernel, write_tuning
+from kernels.launch import TUNING, write_tuning
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 JOBS = 2
@@ -98,71 +96,50 @@ class Row:
         return max(map(sass.bound_frac, self.loops), default=0.0)
 
 
-def all_kernels() -> dict[str, Kernel]:
-    """Every `Kernel` that a module of this package exports in KERNELS, by name."""
-    modules = (
-        importlib.import_module(f"kernels.{m.name}")
-        for m in pkgutil.iter_modules(kernels.__path__)
-        if m.name not in ("resources", "bench")
-    )
-    found = [k for module in modules for k in getattr(module, "KERNELS", [])]
-    names = [k.name for k in found]
-    assert len(set(names)) == len(names), f"two kernels share a name: {sorted(names)}"
-    return dict(zip(names, found))
+def candidates(name: str, sm: int) -> list[dict]:
+    """Return the configurations of a kernel, the default first; {} where its launch has one."""
+    return TUNING[f"sm_{sm}"].get(name, [{}])
 
 
-def launched(kernel: Kernel, sm: int) -> list[dict]:
-    """The configurations that launches choose from, the default first."""
-    return TUNING.get(f"sm_{sm}", {}).get(kernel.name) or kernel.configs[sm]
+def compile_launch(name: str, sm: int, config: dict, variant: dict):
+    """Return (compiled kernel, its launch's options): bf16, no GPU, but no TRITON_INTERPRET either.
 
-
-def compile_config(kernel: Kernel, sm: int, config: dict, variant: dict):
-    """The compiled kernel (`.asm`, `.metadata`) in bf16; no GPU, but no TRITON_INTERPRET either."""
-    names = kernel.fn.arg_names
-    constants = {k: v for k, v in config.items() if k in names} | kernel.constexprs | variant
-    signature = {n: t.replace("T", "bf16") for n, t in kernel.signature.items()}
-    if config.get("TMA"):
-        for name, block in kernel.descriptors.items():
-            block = block.format(**config, **kernel.constexprs).replace("T", "bf16")
-            signature[name] = f"tensordesc<{block}>"
-    attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(names)
-        if signature.get(n, "")[:1] in ("*", "i")
-    }
-    missing = set(names) - signature.keys() - constants.keys()
-    assert not missing, f"{kernel.name}: no type or value for {sorted(missing)}"
-    types = {n: signature.get(n, "constexpr") for n in names}
-    source = ASTSource(kernel.fn, types, constants, attrs)
-    options = {k: v for k, v in config.items() if k in OPTIONS}
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    Pointers and integers are compiled as multiples of 16, which they are at phi-1's shape.
+    """
+    fn, args = KERNELS[name].fn, record(name, sm, config, variant)
+    constants = {p.name: args[p.name] for p in fn.params if p.is_constexpr or args[p.name] is None}
+    types = {n: "constexpr" if n in constants else type_of(args[n]) for n in fn.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t[0] in "*i"}
+    source = ASTSource(fn, types, constants, attrs)
+    options = {k: args[k] for k in OPTIONS if k in args}
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options), options
 
 
 def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
     """Compile one configuration and read its needs from ptxas and the PTX."""
-    kernel = all_kernels()[name]
-    default = config == launched(kernel, sm)[0]
+    default = config == candidates(name, sm)[0]
     try:
-        compiled = compile_config(kernel, sm, config, variant)
+        compiled, options = compile_launch(name, sm, config, variant)
     except Exception as e:  # Triton's passes and ptxas fail in many ways; each means "does not fit"
         problem = f"{type(e).__name__}: {e}".splitlines()[0]
         return Row(name, sm, default, config, variant, 0, 0, 0, 0.0, 0, 0, (problem,))
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spills = _ptxas(ptx)
-    code = sass.disassemble(compiled.asm["cubin"])[1] if kernel.tensor_core or spills else []
+    multiplies = "tt.dot" in compiled.asm["ttir"]
+    code = sass.disassemble(compiled.asm["cubin"])[1] if multiplies or spills else []
     inner = sass.inner_loops(code)
     loop_spills = sum(map(sass.spill_bytes, inner or [code]))  # all of it, where nothing multiplies
     moved = sass.tma_bytes(compiled.asm["ttgir"])
-    loops = tuple(sass.cycles(x, sm, config["num_warps"], moved) for x in inner)
+    loops = tuple(sass.cycles(x, sm, options["num_warps"], moved) for x in inner)
     count = {key: len(re.findall(regex, ptx)) for key, regex in INSTRUCTIONS.items()}
     problems = []
     if loop_spills:
         problems.append(f"spills {loop_spills} bytes in a loop")
     if shared > SHARED_PER_BLOCK_BYTES[sm]:
         problems.append(f"shared memory above {SHARED_PER_BLOCK_BYTES[sm]:,} bytes")
-    if kernel.tensor_core and not count["mma"]:
+    if multiplies and not count["mma"]:
         problems.append("no tensor-core instructions")
-    occupancy = occupancy_frac(sm, registers, shared, config["num_warps"])
+    occupancy = occupancy_frac(sm, registers, shared, options["num_warps"])
     return Row(
         name, sm, default, config, variant, registers, spills, shared, occupancy,
         count["mma"], count["async_copies"], tuple(problems), loops,
@@ -228,10 +205,10 @@ def prune(rows: list[Row]) -> None:
         fit = [c for i, c in enumerate(tried) if c not in tried[:i] and (name, sm, c) not in unfit]
         if not fit:
             raise UserError(f"sm_{sm} {name}: no configuration fits; add smaller ones to its table")
-        TUNING.setdefault(f"sm_{sm}", {})[name] = fit
-    known = all_kernels()
+        if fit != [{}]:
+            TUNING[f"sm_{sm}"][name] = fit
     for sm in ("sm_80", "sm_90"):
-        for name in TUNING.get(sm, {}).keys() - known.keys():
+        for name in TUNING[sm].keys() - KERNELS.keys():
             del TUNING[sm][name]
     write_tuning()
 
@@ -260,20 +237,11 @@ def main() -> None:
     if config.prune and config.defaults:
         raise UserError("--prune looks at every configuration, --defaults at one: choose")
     jobs = []
-    for name, kernel in all_kernels().items():
+    for name, kernel in KERNELS.items():
         for sm in (config.sm,) if config.sm else (80, 90):
-            if config.kernel not in name:
-                continue
-            stale = [c for c in launched(kernel, sm) if c not in kernel.configs[sm]]
-            if stale and not config.prune:
-                raise UserError(
-                    f"{TUNING_FILE.name}: sm_{sm} {name} {stale[0]} is no candidate of the kernel's"
-                    " table: run python -m bench.resources --prune"
-                )
-            known = [c for c in launched(kernel, sm) if c not in stale]
-            configs = known + [c for c in kernel.configs[sm] if c not in known]
-            configs = configs[:1] if config.defaults else configs
+            configs = candidates(name, sm)[: 1 if config.defaults else None]
             jobs += [(name, sm, c, v) for c in configs for v in kernel.variants]
+    jobs = [job for job in jobs if config.kernel in job[0]]
     if not jobs:
         raise UserError(f"--kernel={config.kernel}: no kernel has that in its name")
     with ProcessPoolExecutor(JOBS) as pool:

@@ -8,7 +8,7 @@ autocast for all three: fp32 weights and optimiser states, matrices in half prec
 FSDP2 cast the weights, once a step rather than once a micro-batch.) The micro-batch is the
 configuration's, halved until it fits. The peers' blocks are compiled, where there is a GPU; a whole
 model would take minutes. MFU is over the data sheet's peak, causal FLOPs; the profile's floors are
-work.py's, at the rates of a large matmul and a large copy timed in the same run.
+cost.py's, at the rates of a large matmul and a large copy timed in the same run.
 """
 
 import contextlib
@@ -24,8 +24,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.timing import CudaTimer, WallTimer, emit, measured_roof, percentiles
-from bench.trace import floors_us, profile, show_profile, synchronize
+from bench.timing import (
+    CudaTimer,
+    WallTimer,
+    emit,
+    floors_us,
+    measured_roof,
+    percentiles,
+    profile,
+    show_profile,
+    synchronize,
+)
 from common.config import UserError, parse, run
 from common.runlog import peak_flops
 from model import ModelConfig, Phi, flops_per_token, mfu, parameter_count, select_kernels
@@ -71,8 +80,8 @@ class Result:
 
 def phi(c: Config, kernels: str) -> Phi:
     shape = dataclasses.replace(c.model, kernels=kernels)
-    select_kernels(shape, device_of(c))  # or a UserError that says why not
-    return Phi(shape)
+    kernels, _ = select_kernels(shape, device_of(c))  # or a UserError that says why not
+    return Phi(shape, kernels == "triton")
 
 
 class HuggingFace(torch.nn.Module):

@@ -27,7 +27,6 @@ import torch
 from bench import ops
 from bench.cases import CASES, Case
 from bench.ops import copies, relative_error, results, upstream_of, whole
-from bench.resources import all_kernels
 from bench.timing import CudaTimer, WallTimer, emit
 from common.config import parse, run
 from kernels import launch
@@ -67,7 +66,7 @@ def time_ms(case: Case, name: str, timer) -> float:
 
 def tune_op(case: Case, name: str, sm: int, timer) -> list[dict]:
     """Order the tables of the kernels that provider `name` launches; a row for each."""
-    fn, table, rows = case.providers[name], TUNING.setdefault(f"sm_{sm}", {}), []
+    fn, table, rows = case.providers[name], TUNING[f"sm_{sm}"], []
     grads = upstream_of(case)
     exact = results(case, case.reference, grads, torch.float32)
     bound = 4 * torch.finfo(case.inputs[0].dtype).eps
@@ -76,13 +75,13 @@ def tune_op(case: Case, name: str, sm: int, timer) -> list[dict]:
     LAUNCHED.clear()
     with case.running(name):
         results(case, fn, grads)
-    for kernel in list(LAUNCHED.values()):
-        candidates = table.get(kernel.name) or kernel.configs[sm]
-        if len(candidates) == 1:
+    for kernel in list(LAUNCHED):
+        tried = table[kernel]
+        if len(tried) == 1:
             continue
         times = []
-        for candidate in candidates:
-            table[kernel.name] = [candidate]
+        for candidate in tried:
+            table[kernel] = [candidate]
             try:
                 with case.running(name):
                     right = relative_error(results(case, fn, grads), exact) <= bound
@@ -92,12 +91,12 @@ def tune_op(case: Case, name: str, sm: int, timer) -> list[dict]:
                 times.append(math.inf)
                 problem = type(e).__name__
             if problem:
-                print(f"{kernel.name} {candidate}: {problem}", file=sys.stderr, flush=True)
+                print(f"{kernel} {candidate}: {problem}", file=sys.stderr, flush=True)
         ms, best = min(zip(times, range(len(times))))
-        table[kernel.name] = [candidates[best]] + [c for c in candidates if c != candidates[best]]
-        row = {"op": case.name, "kernel": kernel.name, "failed": times.count(math.inf)}
+        table[kernel] = [tried[best]] + [c for c in tried if c != tried[best]]
+        row = {"op": case.name, "kernel": kernel, "failed": times.count(math.inf)}
         if ms < math.inf:
-            row |= {"ms": ms, "gain": times[0] / ms - 1, "best": candidates[best]}
+            row |= {"ms": ms, "gain": times[0] / ms - 1, "best": tried[best]}
         rows.append(row)
     return rows
 
@@ -136,11 +135,11 @@ def tune(config: Config, device: str, sm: int, timer) -> bool:
 def compile_all(config: Config, sm: int, op: str, dropout: float, first: int) -> list[str]:
     """Launch every other candidate of an op, on one sequence: the same code. Give what failed."""
     failed = []
-    for n in range(first, max(len(k.configs[sm]) for k in all_kernels().values()), 2):
-        for name, kernel in all_kernels().items():
-            table = TUNING.setdefault(f"sm_{sm}", {})
-            fit = [c for c in kernel.configs[sm] if c in table.get(name, [c])]
-            table[name] = fit[n % len(fit) :] + fit[: n % len(fit)]
+    tables = TUNING[f"sm_{sm}"]
+    given = dict(tables)
+    for n in range(first, max(map(len, given.values())), 2):
+        for name, table in given.items():
+            tables[name] = table[n % len(table) :] + table[: n % len(table)]
         try:
             case = config.case(op, batch=1, dropout=dropout)
             for name in mine(case):
@@ -148,6 +147,7 @@ def compile_all(config: Config, sm: int, op: str, dropout: float, first: int) ->
                     results(case, case.providers[name], upstream_of(case))
         except Exception as e:  # the rest may work; if the context is lost, no other op's is
             failed.append(f"{op}, dropout {dropout}, candidates {n}: {type(e).__name__} {e}"[:200])
+    tables.update(given)  # for this process's next op
     return failed
 
 

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 from common.config import UserError
+from common.distributed import optimizer_state
 from common.files import write_json
 
 # It says so each time that a single process saves or loads.
@@ -127,6 +128,59 @@ class Saver:
         everyone = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
+
+
+class RunState:
+    """What the next step depends on besides the data: saved in checkpoints, restored by a resume.
+
+    step        optimizer steps done
+    trained_s   seconds in them, up to the last log line
+    losses      fp32 [2], of this rank since the last log line: sum of the losses, steps taken
+    """
+
+    def __init__(self, model, optimizer, guard, ranks, tokenizer, saver: Saver, facts: dict):
+        """`facts` are JSON values that each checkpoint's meta.json holds too."""
+        self.model, self.optimizer, self.guard = model, optimizer, guard
+        self.ranks, self.tokenizer, self.saver, self.facts = ranks, tokenizer, saver, facts
+        self.step = self.saved_step = 0
+        self.trained_s = 0.0
+        self.losses = torch.zeros(2, device=ranks.device)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return all tensors but the weights; those named rankN. are rank N's own."""
+        own = {"losses": self.losses, "rng_cpu": torch.get_rng_state()}
+        if self.ranks.device.type == "cuda":
+            own["rng_cuda"] = torch.cuda.get_rng_state(self.ranks.device)
+        own = {f"rank{self.ranks.rank}.{k}": v for k, v in own.items()}
+        return optimizer_state(self.model, self.optimizer) | self.guard.state() | own
+
+    def save(self) -> None:
+        """Begin to write a checkpoint, unless this step has one."""
+        if self.step == self.saved_step:
+            return
+        meta = {"trained_s": self.trained_s, "world_size": self.ranks.world_size} | self.facts
+        self.saver.save(self.step, self.model, self.tensors(), self.tokenizer, meta)
+        self.saved_step = self.step
+
+    def restore(self, folder: Path) -> str:
+        """Take everything from a checkpoint of this run; return what a user should know of it."""
+        meta, saved, told = read_meta(folder), self.tensors(), ""
+        if meta.get("data_offset"):
+            raise UserError(
+                f"{folder} is of a run that left out data after a loss spike, which is not done "
+                "any more; start from its weights with --init_from"
+            )
+        if meta["world_size"] != self.ranks.world_size:  # what ranks have of their own begins anew
+            saved = {k: v for k, v in saved.items() if not k.startswith("rank")}
+            told = f"saved by {meta['world_size']} ranks: the same batches, but new dropout masks\n"
+        load_training(self.model, saved, folder)
+        mine = f"rank{self.ranks.rank}"
+        torch.set_rng_state(saved.get(f"{mine}.rng_cpu", torch.get_rng_state()))
+        if f"{mine}.rng_cuda" in saved:
+            torch.cuda.set_rng_state(saved[f"{mine}.rng_cuda"], self.ranks.device)
+        self.step = self.saved_step = meta["step"]
+        self.trained_s = meta["trained_s"]
+        return f"{told}resuming from step {self.step:,} ({folder})"
 
 
 def _finish(temporary: Path, final: Path, files: dict) -> None:

@@ -6,9 +6,7 @@ compute dtype, and they stay gathered for all micro-steps of a step. Gradients a
 where they arise and reduced once a step, while the last backward goes on. One process with fp32
 weights needs none of this and is not wrapped; one process in half precision is a mesh of one.
 
-Nothing here waits for the device, except where it says so: `finish_step` leaves to the fused AdamW
-kernel what depends on the gradients' norm (unscaling, clipping, and skipping a step that is not
-finite).
+Nothing here waits for the device: the fused AdamW kernel itself unscales, clips and skips.
 """
 
 import datetime
@@ -23,10 +21,10 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint as recompute
 
 from common.config import UserError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GROWTH_STEPS = 2000  # finite steps until fp16's loss scale doubles: torch.amp.GradScaler's default
 
 
@@ -56,12 +54,16 @@ class Ranks:
         return answer[0]
 
 
-def start(device: str, threads: int, timeout_s: int, in_group: bool) -> Ranks:
-    """Find this process's place and device; join the others if there are any (or if `in_group`)."""
+def start(device: str, dtype: str, threads: int, timeout_s: int) -> tuple[Ranks, torch.dtype]:
+    """Find this process's place, device and compute dtype; join the other ranks if there are any.
+
+    A single process in half precision joins a group of its own: see shard_model.
+    """
     env = {k: int(os.environ.get(k, d)) for k, d in [
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
         ("TORCHELASTIC_RESTART_COUNT", 0)]}  # fmt: skip
     use_cuda = device != "cpu" and torch.cuda.is_available()
+    dtype = DTYPES[("bfloat16" if use_cuda else "float32") if dtype == "auto" else dtype]
     if device == "cuda" and not use_cuda:
         raise UserError("device is cuda, but torch sees no GPU; use --device=cpu")
     ranks = Ranks(
@@ -75,9 +77,9 @@ def start(device: str, threads: int, timeout_s: int, in_group: bool) -> Ranks:
     backend, timeout = "nccl" if use_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
     if ranks.world_size > 1:
         dist.init_process_group(backend, timeout=timeout)
-    elif in_group:
+    elif dtype != torch.float32:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return ranks
+    return ranks, dtype
 
 
 def cpu_group(timeout_s: int) -> dist.ProcessGroup | None:
@@ -93,20 +95,12 @@ def shard_model(
     dtype: torch.dtype,
     shard: int,
     regather: bool,
-    recomputed: bool,
-    compiled: bool,
 ) -> None:
     """Make `model`'s parameters shards on `ranks.device` that compute in `dtype`, in place.
 
-    shard       ranks that share one copy of the masters and states, 0 = those of a machine
-    regather    gather a block's weights each time they are used, and free them after
-    recomputed  keep a block's input only, and compute the block again in the backward
+    shard      ranks that share one copy of the masters and states, 0 = those of a machine
+    regather   gather a block's weights each time they are used, and free them after
     """
-    for block in model.blocks:
-        if recomputed:
-            block.forward = partial(recompute, block.forward, use_reentrant=False)
-        if compiled:
-            block.compile()
     if not dist.is_initialized():
         model.to(ranks.device)
         return
@@ -153,36 +147,34 @@ class Guard:
         names = ("scale", "since", "skipped", "in_a_row")
         return {f"guard.{name}": getattr(self, name) for name in names}
 
-    def backward(self, loss: torch.Tensor) -> None:
-        (loss * self.scale if self.scaled else loss).backward()
+    def clip(self, model: nn.Module, optimizer, max_norm: float) -> torch.Tensor:
+        """Clip the gradients to the global norm `max_norm`, 0 = no clipping; return their norm.
 
-    def finish_step(
-        self, model: nn.Module, optimizer, max_norm: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take or skip the step; gives the gradients' norm, and whether it was taken (1.0 or 0.0).
-
-        The fused AdamW kernel divides the gradients by `grad_scale`, and does nothing at all where
-        `found_inf` is 1; torch.amp.GradScaler speaks to it in the same way.
+        The gradients stay as they are: the fused AdamW kernel divides them by `grad_scale`, and
+        does nothing at all where `found_inf` is 1, as torch.amp.GradScaler tells it.
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         if isinstance(model, FSDPModule):
             norm = norm.full_tensor()
         norm = norm / self.scale
-        finite = norm.isfinite().float()
         too_large = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else 1.0
         optimizer.grad_scale = self.scale * too_large
-        optimizer.found_inf = 1 - finite
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self.skipped += 1 - finite
-        self.in_a_row = (self.in_a_row + 1) * (1 - finite)
+        optimizer.found_inf = 1 - norm.isfinite().float()
+        return norm
+
+    def update(self, optimizer) -> torch.Tensor:
+        """After optimizer.step(): adjust counts and scale; return 1.0 if it was taken, or 0.0."""
+        skipped = optimizer.found_inf
+        taken = 1 - skipped
+        self.skipped += skipped
+        self.in_a_row = (self.in_a_row + 1) * skipped
         self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
         if self.scaled:
-            self.since = (self.since + 1) * finite
+            self.since = (self.since + 1) * taken
             grow = self.since >= GROWTH_STEPS
-            self.scale *= torch.where(finite == 0, 0.5, torch.where(grow, 2.0, 1.0))
+            self.scale *= torch.where(taken == 0, 0.5, torch.where(grow, 2.0, 1.0))
             self.since *= ~grow
-        return norm, finite
+        return taken
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:

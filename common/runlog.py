@@ -8,21 +8,26 @@ import os
 import platform
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 import zlib
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import checkpoint
+from common.code import code_hash
 from common.config import UserError
+from common.distributed import lost_rank
 from common.files import write_json
 
 # Dense bf16/fp16 peak in FLOP/s (NVIDIA's data sheets), by a word of the device's name.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+SPIKE_LINES = 10  # log lines whose median a loss spike is measured from
 
 
 class RunLog:
@@ -31,28 +36,141 @@ class RunLog:
     metrics.jsonl   one line of numbers each log_interval; what a resume repeats is dropped first
     events.jsonl    what happened, with its time: starts, skipped steps, failed saves, the end
     status.json     what the run is doing, or how it ended
+    best.json       step and loss of the best evaluation
+
+    It keeps the time too: a lap is of the steps since the last, less what runs in `paused`.
     """
 
-    def __init__(
-        self, out: Path, rank: int, max_steps: int, tensorboard: bool, wandb: str, config: dict
-    ):
-        self.out, self.rank, self.path = out, rank, out / "metrics.jsonl"
-        self.max_steps = max_steps
+    def __init__(self, c, ranks, resolved: dict):
+        """Make the folder c.out, and write `resolved`, the run's configuration, to config.json."""
+        self.c, self.out, self.rank, self.ranks = c, c.out, ranks.rank, ranks
+        self.path, self.sinks = c.out / "metrics.jsonl", []
         self.terminal = sys.stdout.isatty()
         self.full = False  # the disk, when it was last written to
-        self.sinks = []
-        if tensorboard and rank == 0:
-            self.sinks.append(_tensorboard(out))
-        if wandb and rank == 0:
-            self.sinks.append(_wandb(out, wandb, config))
+        if self.rank:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / "config.json", resolved)
+        if c.tensorboard:
+            self.sinks.append(_tensorboard(self.out))
+        if c.wandb:
+            self.sinks.append(_wandb(self.out, c.wandb, resolved))
 
-    def go_on_from(self, step: int) -> None:
-        """Drop what was logged after `step`, and the evaluation at it, which is made again."""
+    def begin(self, state: checkpoint.RunState) -> None:
+        """Drop what was logged after the state's step, and the evaluation that is repeated."""
+        step = state.step
         if self.rank == 0:
             kept = [r for r in self.read() if r["step"] <= step - ("val_loss" in r)] if step else []
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
             temporary.replace(self.path)
+        logged = self.ranks.from_first(self.read)
+        self.losses = deque((r["loss"] for r in logged if "loss" in r), maxlen=SPIKE_LINES)
+        vals = [(r["val_loss"], r["step"]) for r in logged if "val_loss" in r]
+        self.best = min(vals, default=(math.inf, 0))  # (val loss, step)
+        self.skipped = int(state.guard.skipped)
+        self.event("start", step, world_size=self.ranks.world_size, restarts=self.ranks.restarts,
+                   commit=environment()["commit"])  # fmt: skip
+        self.status("running", step)
+        self.lap_step, self.lap_began = step, time.perf_counter()
+
+    def due(self, step: int) -> bool:
+        """Whether a line is due: before each checkpoint too, so that a resumed run has the same."""
+        c = self.c
+        return not (step % c.log_interval and step % c.eval_interval and step != c.max_steps)
+
+    def lap(self, step: int) -> tuple[float, int]:
+        """Return seconds and steps since the last lap, and begin another."""
+        now = time.perf_counter()
+        seconds, steps = now - self.lap_began, step - self.lap_step
+        self.lap_began, self.lap_step = now, step
+        return seconds, steps
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave out of the lap what runs in the block."""
+        paused = time.perf_counter()
+        yield
+        self.lap_began += time.perf_counter() - paused
+
+    def steps(self, record: dict, most_in_a_row: int) -> None:
+        """Write a line of metrics, show it, and warn of skipped steps and of a loss spike.
+
+        Raises UserError if c.max_skips steps in a row were skipped.
+        """
+        step, c = record["step"], self.c
+        self.write(record)
+        self.status("running", step)
+        left_min = (c.max_steps - step) * record["tokens"] / step / record["tokens_per_s"] / 60
+        self.line(
+            f"step {step:,}/{c.max_steps:,}  loss {record.get('loss', math.nan):.4f}  "
+            f"lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tok/s  "
+            f"MFU {record['mfu']:.1%}  {left_min:.1f} min left"
+        )
+        if more := record["skipped"] - self.skipped:
+            self.warn("skipped", step, f"{more} steps up to {step:,} skipped: "
+                      "their gradients were not finite")  # fmt: skip
+        self.skipped = record["skipped"]
+        if most_in_a_row >= c.max_skips:
+            raise UserError(
+                f"the gradients of {most_in_a_row} steps in a row, up to step {step:,}, were "
+                f"not finite; the checkpoints in {c.out} are from before: lower lr or grad_clip"
+            )
+        if "loss" in record:
+            full = len(self.losses) == SPIKE_LINES
+            usual = statistics.median(self.losses) if full else math.inf
+            if c.spike_nats and record["loss"] > usual + c.spike_nats:
+                self.warn("spike", step, f"the loss rose to {record['loss']:.3f} at step {step:,}, "
+                          f"from about {usual:.3f}")  # fmt: skip
+            self.losses.append(record["loss"])
+
+    def validation(self, step: int, tokens: int, val_loss: float) -> None:
+        """Write a validation loss, and best.json."""
+        self.write({"step": step, "tokens": tokens, "val_loss": val_loss})
+        self.best = min(self.best, (val_loss, step))
+        if self.rank == 0:
+            write_json(self.out / "best.json", {"step": self.best[1], "val_loss": self.best[0]})
+        text = f"step {step:,}/{self.c.max_steps:,}  val loss {val_loss:.4f}"
+        self.say(text + "  (best)" * (self.best[1] == step))
+
+    def stopped(self, step: int, number: int) -> None:
+        """Say that a signal ended the run, which is saved."""
+        self.event("stop", step, signal=number)
+        self.status("preempted, saved", step)
+        self.say(f"signal {number}: saved at step {step:,}; --resume goes on from there")
+
+    def finish(self, state: checkpoint.RunState, tokens_per_step: int) -> None:
+        """Write summary.json, and say that the run is done."""
+        (best_loss, best_step), tokens = self.best, state.step * tokens_per_step
+        if self.rank == 0:
+            write_json(self.out / "summary.json", {
+                "steps": state.step,
+                "tokens": tokens,
+                "best_step": best_step,
+                "best_val_loss": best_loss,
+                "trained_s": round(state.trained_s, 1),
+                "tokens_per_s": round(tokens / max(state.trained_s, 1e-9), 1),
+                "skipped": int(state.guard.skipped),
+                "weights": checkpoint.checksum(checkpoint.find(self.out, newest=True)),
+            })  # fmt: skip
+        self.event("done", state.step)
+        self.status("done", state.step)
+        self.say(f"done: best val loss {best_loss:.4f} at step {best_step:,}, "
+                 f"{state.trained_s / 60:.1f} min of training -> {self.out}")  # fmt: skip
+
+    @contextlib.contextmanager
+    def failures(self, state: checkpoint.RunState):
+        """Record how a run failed if the block does, when what is being saved is on disk."""
+        try:
+            yield
+        except Exception as e:
+            state.saver.wait()  # a save begins before the evaluation that may have failed
+            lost = lost_rank(e, self.rank)
+            self.event("failed", state.step, error=str(lost or e))
+            self.status("failed", state.step, error=str(lost or e))
+            if lost:
+                raise lost from e
+            raise
 
     def read(self) -> list[dict]:
         """The records so far; a line that a kill or a full disk cut short is left out."""
@@ -77,24 +195,28 @@ class RunLog:
     def warn(self, what: str, step: int, message: str) -> None:
         """An event that the user should see."""
         self.event(what, step, message=message)
-        self.line(message, keep=True)
+        self.say(message)
 
     def status(self, status: str, step: int, **details) -> None:
         """Say how the run stands: running, done, "preempted, saved", or failed."""
         if self.rank == 0:
             now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             where = {"updated": now, "host": platform.node(), "pid": os.getpid()}
-            record = {"status": status, "step": step, "max_steps": self.max_steps}
+            record = {"status": status, "step": step, "max_steps": self.c.max_steps}
             try:
                 write_json(self.out / "status.json", record | details | where)
             except OSError as e:
                 self._complain(e)
 
-    def line(self, text: str, keep: bool = False) -> None:
-        """Show `text`: on a terminal in place of the line before, elsewhere only if `keep`."""
-        if self.rank == 0 and (self.terminal or keep):
-            end = "\n" if keep else ""
-            print(("\r\x1b[K" if self.terminal else "") + text, end=end, flush=True)
+    def line(self, text: str) -> None:
+        """Show `text` on a terminal, in place of the line before."""
+        if self.rank == 0 and self.terminal:
+            print(f"\r\x1b[K{text}", end="", flush=True)
+
+    def say(self, text: str) -> None:
+        """Print `text`, on a terminal in place of a line that `line` left."""
+        if self.rank == 0:
+            print(("\r\x1b[K" if self.terminal else "") + text, flush=True)
 
     def _append(self, path: Path, record: dict) -> None:
         if self.rank == 0:
@@ -108,7 +230,7 @@ class RunLog:
     def _complain(self, e: OSError) -> None:
         """A log that cannot be written is no reason to lose the run: say so once, and go on."""
         if not self.full:
-            self.line(f"{e.filename or self.out}: {e.strerror}; the run goes on", keep=True)
+            self.say(f"{e.filename or self.out}: {e.strerror}; the run goes on")
         self.full = True
 
 
@@ -169,14 +291,11 @@ def run_identity(c, tokenizer, windows, init_from: Path | None) -> dict:
     how = {"out", "resume", "restart", "micro_batch", "device", "threads", "keep", "log_interval",
            "keep_every", "max_skips", "recompute", "shard", "regather", "timeout_s", "tensorboard",
            "wandb"}  # fmt: skip
-    here = Path(__file__).parents[1]
-    files = ("train.py", "common/distributed.py", "model.py", "data/loader.py")
-    code = b"".join((here / f).read_bytes() for f in files)
     return {k: v for k, v in plain(c).items() if k not in how} | {
         "tokenizer": tokenizer.fingerprint,
         "data_checksum": windows.checksum,
         "init_checksum": checkpoint.checksum(init_from) if init_from else None,
-        "code": f"{zlib.crc32(code):08x}",
+        "code": code_hash("train"),
     }
 
 

@@ -34,9 +34,8 @@ import numpy as np
 from common.config import UserError, parse, run
 from common.files import lines, shard_files
 from data.base.documents import FORMATS, Seen, ShardWriter, document
-from data.base.lineage import size_and_time
 from data.base.ranks import Ranks, digest_key, say
-from data.base.stage import Part, Stage, total
+from data.base.stage import Part, Stage, size_and_time, total
 
 SYSTEM = {"stdlib": ("stdlib",), "site-packages": ("purelib", "platlib")}  # names of sysconfig
 MAX_DOCUMENT_BYTES = 1 << 20  # a larger source file is a table or a bundle; also bounds memory

@@ -135,7 +135,12 @@ class Loader:
         device: torch.device,
         end_of_text: int | None = None,
     ):
-        assert seqs_per_step % (micro_batch * world_size) == 0
+        micro_batch = min(micro_batch, max(1, seqs_per_step // world_size))
+        if seqs_per_step % (micro_batch * world_size):
+            raise UserError(
+                f"seqs_per_step {seqs_per_step} is not divisible by micro_batch {micro_batch} x "
+                f"{world_size} ranks; change micro_batch or the number of ranks"
+            )
         self.windows, self.seed, self.device = windows, seed, device
         self.seqs_per_step, self.micro_batch = seqs_per_step, micro_batch
         self.rank, self.world_size, self.end_of_text = rank, world_size, end_of_text

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import read_json, write_json
-from data.base.lineage import describe
+from data.base.stage import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of a folder, what is data: the rest has times and paths in it, which differ from run to run.

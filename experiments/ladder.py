@@ -367,7 +367,7 @@ class Plan:
 def again(c: Config, folder: Path) -> str:
     """The command line that makes the same as `c`, less where, which of it and how."""
     plain = parse(Config, [str(folder / "ladder.toml")], toml=True)
-    words = ["python", "experiments/ladder.py", str(folder)]
+    words = ["python", "-m", "experiments.ladder", str(folder)]
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         if field.name not in HOW and value != getattr(plain, field.name):

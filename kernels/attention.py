@@ -42,7 +42,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import attention_tiles
 from kernels.launch import config
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -124,10 +123,11 @@ def _keep(
 
 @triton.jit
 def _rotate_k_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, T, stride_qkv,
-    D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr
+    qkv_ptr,  # [B, T, 3C], whose k columns are rotated
+    cos_ptr, sin_ptr,  # [T, R/2] fp32
+    T, stride_qkv, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """Rotate k, in qkv [B, T, 3C], in place; cos and sin [T, R/2]."""
+    """Rotate k of BM rows in place."""
     h, b, H = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     k_ptr = qkv_ptr + (b.to(tl.int64) * T + m)[:, None] * stride_qkv + (H + h) * D
@@ -222,9 +222,10 @@ def _peaks(peak_ptr, lo, hi, last_only: tl.constexpr, DOC: tl.constexpr, DP: tl.
 def _delta_kernel(
     out_ptr, dout_ptr,  # [B, T, C]
     lse_ptr, delta_ptr,  # [B H, TP] fp32; delta is written, and lse beyond T
-    peak_ptr,  # of the forward kernel
+    peak_ptr,  # [B H, TP/PEAK, 1 + DOC, 2, DP] int32, of the forward kernel
     row_scale_ptr, dim_scale_ptr,  # [B H, TP] and [B H, TP/BM, DP] fp32: dq's fixed point
-    doc_ptr, T, TP, stride_out, stride_dout,
+    doc_ptr,  # [B, T] int32, first key that each query sees
+    T, TP, stride_out, stride_dout,
     D: tl.constexpr, DP: tl.constexpr, DOC: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr,
     PEAK: tl.constexpr
 ):  # fmt: skip
@@ -266,12 +267,15 @@ def _delta_kernel(
 def _bwd_kernel(
     qkv_ptr,  # [B, T, 3C], q and k rotated
     q, dout,  # [B, T, 3C], [B, T, C]: TMA descriptors where TMA, of tiles of BM rows
-    lse_ptr, delta_ptr, row_scale_ptr, dim_scale_ptr,  # of the delta kernel
+    lse_ptr, delta_ptr, row_scale_ptr,  # [B H, TP] fp32, of the delta kernel
+    dim_scale_ptr,  # [B H, TP/BM, DP] fp32
     dq,  # [B H TP, DP], added to; int32 in fixed point, else fp32; a descriptor where TMA
     dqkv_ptr,  # [B, T, 3C], whose k and v columns are written
-    cos_ptr, sin_ptr, doc_ptr,
+    cos_ptr, sin_ptr,  # [T, R/2] fp32
+    doc_ptr,  # [B, T] int32, first key that each query sees
     doc_end_ptr,  # [B, T] int32, for each key the first query that no longer sees it
-    seed_ptr, T, TP, stride_qkv, stride_dout, stride_dqkv, scale, scale_log2e,
+    seed_ptr,  # [1] int64
+    T, TP, stride_qkv, stride_dout, stride_dqkv, scale, scale_log2e,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, DOC: tl.constexpr,
     DROP: tl.constexpr, FIXED: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
@@ -345,9 +349,11 @@ def _bwd_kernel(
 
 @triton.jit
 def _dq_kernel(
-    dq_ptr, row_scale_ptr, dim_scale_ptr,  # of the backward kernel
+    dq_ptr,  # [B H, TP, DP] int32 if FIXED, else fp32: the sum over programs of the backward kernel
+    row_scale_ptr, dim_scale_ptr,  # [B H, TP] and [B H, TP/BM, DP] fp32
     dqkv_ptr,  # [B, T, 3C], whose q columns are written
-    cos_ptr, sin_ptr, T, TP, stride_dqkv, scale,
+    cos_ptr, sin_ptr,  # [T, R/2] fp32
+    T, TP, stride_dqkv, scale,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, FIXED: tl.constexpr,
     BM: tl.constexpr
 ):  # fmt: skip
@@ -366,16 +372,14 @@ def _dq_kernel(
         _rotate(row_ptr, m, T, cos_ptr, sin_ptr, -1, R, HALF)
 
 
-KERNELS = attention_tiles.kernels(
-    rotate_k=_rotate_k_kernel, fwd=_fwd_kernel, delta=_delta_kernel, bwd=_bwd_kernel, dq=_dq_kernel
-)
-_BY_NAME = {kernel.name: kernel for kernel in KERNELS}
-
-
 def _tile(op: str, qkv: Tensor, D: int, dropout_p: float) -> dict:
-    """Return the tile and launch options of "fwd" or "bwd" for this device and head dim."""
+    """Return the tile and launch options of "fwd" or "bwd" for this device and head dim.
+
+    BM queries and BN keys, powers of 2 from 16 (BN from 32) to 128; backward's BN is a multiple of
+    its BM. TMA: load by descriptor, unless the head dim is padded.
+    """
     name = f"attention_{op}_d{64 if D <= 64 else 128}" + "_dropout" * (dropout_p > 0)
-    tile = dict(config(_BY_NAME[name], qkv))
+    tile = config(name, qkv)
     if qkv.is_cuda and qkv.dtype is torch.float32:
         tile |= {"BM": 32, "BN": 32, "TMA": 0}  # twice the bytes, and no tensor cores to feed
     tile["TMA"] = tile["TMA"] and D == triton.next_power_of_2(D)
@@ -400,9 +404,14 @@ def _descriptor(x: Tensor, rows: int, DP: int) -> TensorDescriptor:
 def attention_fwd(
     qkv, n_head, rope=None, dropout_p=0.0, seed=None, doc_start=None, out=None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (out, lse, peak), the latter two for `attention_bwd`: no autograd, no checks.
+    """Return (out [B, T, C], lse, peak), the latter two for `attention_bwd`; ROTATE q and k in qkv.
 
-    For a block that owns its buffers: out may be columns of a wider one. seed is a tensor.
+    qkv [B, T, 3C]  rows of unit stride, evenly spaced, 16 bytes aligned
+    rope            cos and sin [T or more, R/2] fp32, R <= D; None does not rotate
+    dropout_p       share of p to drop, to 16 bits; seed, int64 [1], decides which
+    doc_start       int32 [B, T], the first key that each query sees; None is 0
+    out             where to write, which may be columns of a wider buffer
+    Arguments are not checked: `block` does that.
     """
     (B, H, T, TP), head, cos, sin = _shape(qkv, n_head, rope)
     DP, doc = triton.next_power_of_2(head["D"]), doc_start is not None
@@ -460,87 +469,15 @@ def attention_bwd(
     return dqkv
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, *args):
-        out, lse, peak = attention_fwd(qkv, *args)
-        if args[1] is not None:  # rope: who saved qkv before it was rotated hears of it in backward
-            torch.autograd.graph.increment_version(qkv)
-        ctx.save_for_backward(qkv, out, lse, peak)
-        ctx.args = args
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        dout = dout if _is_rows(dout) else dout.contiguous()
-        return attention_bwd(dout, *ctx.saved_tensors, *ctx.args), *(None,) * len(ctx.args)
-
-
 def runs_on(device: torch.device) -> bool:
-    """Whether Triton's kernels can run there; on a CPU only in its interpreter."""
+    """Return whether the kernels run on `device`; on a CPU only in Triton's interpreter."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and not isinstance(_fwd_kernel, triton.JITFunction)
 
 
-def _is_rows(x: Tensor) -> bool:
-    """x [B, T, N]: rows of unit stride, evenly spaced, 16 bytes aligned, as the kernels read."""
-    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    aligned = x.stride(1) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
-    return x.stride(2) == 1 and x.stride(1) >= x.shape[2] and even and aligned
-
-
-def _check(ok: bool, name: str, got, want) -> None:
-    if not ok:
-        raise ValueError(f"{name}: got {got}, want {want}")
-
-
-def _check_tensor(name: str, x: Tensor, shape: tuple, dtype: torch.dtype, qkv: Tensor) -> None:
-    got = f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-    _check(got == f"{dtype} {shape} on {qkv.device}", name, got, f"{dtype} {shape} on {qkv.device}")
-    _check(x.is_contiguous(), name, f"strides {x.stride()}", "contiguous")
-
-
-def attention(
-    qkv: Tensor, n_head: int, rope: tuple[Tensor, Tensor] | None = None, *, dropout_p: float = 0.0,
-    seed: int | Tensor | None = None, doc_start: Tensor | None = None
-) -> Tensor:  # fmt: skip
-    """Causal attention [B, T, C] of qkv [B, T, 3C], whose q and k are ROTATED IN PLACE.
-
-    rope: cos and sin [T or more, R/2] fp32, of `model.rope_tables`, R <= D; None does not rotate.
-    dropout_p: share of p to drop, to 16 bits; seed, an int or int64 [1], decides which.
-    doc_start: int32 [B, T], the first key that each query sees, as above.
-    Raises ValueError, before any launch, if an argument does not fit.
-    """
-    shape = tuple(qkv.shape) if isinstance(qkv, Tensor) else type(qkv).__name__
-    _check(len(shape) == 3 and 0 not in shape, "qkv", shape, "[B, T, 3C], none of them 0")
-    _check(runs_on(qkv.device), "qkv", f"device {qkv.device}", WANTED_DEVICE)
-    _check(qkv.dtype in DTYPES, "qkv", qkv.dtype, f"one of {DTYPES}")
-    B, T, D = *shape[:2], shape[2] / 3 / n_head if n_head else 0
-    _check(D in HEAD_DIMS, "n_head", f"{n_head}, a head dim of {D:g}", f"one of {HEAD_DIMS}")
-    _check(_is_rows(qkv), "qkv", f"strides {qkv.stride()}", "even rows, 16 bytes aligned")
-    _check(T * qkv.stride(1) < 2**31, "qkv", f"{T} rows of {qkv.stride(1)}", "32-bit offsets")
-    pair = isinstance(rope, tuple) and [type(x) for x in rope] == [Tensor, Tensor]
-    _check(rope is None or pair, "rope", type(rope).__name__, "tensors (cos, sin)")
-    for x in rope or ():
-        R = 2 * rope[0].shape[-1]
-        _check_tensor("rope", x, (max(T, len(x)), R // 2), torch.float32, qkv)
-        _check(2 <= R <= D, "rope", f"{R} rotary dims", f"2 to {D:g}")
-    _check(0 <= dropout_p < 1, "dropout_p", dropout_p, "0 <= p < 1")
-    if doc_start is not None:
-        _check_tensor("doc_start", doc_start, (B, T), torch.int32, qkv)
-    if dropout_p > 0:
-        seed = torch.randint(2**62, (1,), device=qkv.device) if seed is None else seed
-        if isinstance(seed, int):
-            _check(-(2**63) <= seed < 2**63, "seed", seed, "64 bits")
-            seed = torch.full((1,), seed, device=qkv.device)
-        _check_tensor("seed", seed, (1,), torch.int64, qkv)
-    return _Attention.apply(qkv, n_head, rope, dropout_p, seed, doc_start)
-
-
 def attention_reference(qkv: Tensor, n_head: int, rope=None, doc_start=None, keep=None) -> Tensor:
-    """In plain torch, in qkv's dtype, float64 too; dropout scales p by keep [B, H, T, T]."""
+    """Compute out in plain torch, in qkv's dtype; dropout scales p by keep [B, H, T, T]."""
     B, T, C3 = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     if rope is not None:

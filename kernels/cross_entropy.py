@@ -1,12 +1,12 @@
-"""Cross-entropy that leaves its gradient where the logits were, alone or together with the LM head.
+"""Cross-entropy of the LM head's logits, which leaves its gradient where the logits were.
 
-    loss     = mean over rows with target != ignore_index of  lse - x[target] + z_loss lse^2
-    dlogits  = (softmax(x) (1 + 2 z_loss lse) - onehot(target)) g / n_valid,   lse = log sum exp(x)
+    loss     = mean over rows with target != ignore_index of  lse - x[target]
+    dlogits  = (softmax(x) - onehot(target)) g / n_valid,   lse = log sum exp(x)
 
-`cross_entropy(logits, targets)` reads each row twice, once from memory for lse (online: a running
-maximum, and sums rescaled to it) and once from L2 to write the gradient in its place. A row of
-51,200 bf16 logits is 100 KiB and a few hundred are in flight: that must stay below the L2 (40 MB on
-an A100, 50 MB on an H100). Memory bound: 4 bytes of bf16 logits read and written, two exponentials.
+The kernel reads each row twice, once from memory for lse (online: a running maximum, and sums
+rescaled to it) and once from L2 to write the gradient in its place. A row of 51,200 bf16 logits is
+100 KiB, and 16 warps a row keep a few hundred in flight: that must stay below the L2 (40 MB on an
+A100, 50 MB on an H100). Memory bound: 4 bytes of bf16 logits read and written, two exponentials.
 `linear_cross_entropy` does the LM head chunk by chunk, gradients there and then, so that only
 `chunk_rows` rows of logits exist; its FLOPs are those of the three GEMMs, 6 N C V.
 
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm import accumulate_
-from kernels.launch import Kernel, config, types
+from kernels.launch import config
 from kernels.pointwise import column_sum
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -32,7 +32,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr, target_ptr, loss_ptr, scale_ptr, n_cols, stride, ignore_index, z_loss,
+    logits_ptr,  # [N, V], overwritten with the gradient if GRAD
+    target_ptr,  # [N] int64
+    loss_ptr,  # [N] fp32, written
+    scale_ptr,  # [] fp32, what the gradient of a row's loss is
+    n_cols, stride, ignore_index,
     GRAD: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -59,22 +63,25 @@ def _cross_entropy_kernel(
         total = total * tl.exp2((high - new_high) * LOG2E) + tl.exp2((x - new_high) * LOG2E)
         high = new_high
     lse = high + tl.log(tl.sum(total, 0))
-    tl.store(loss_ptr + row, lse - x_target + z_loss * lse * lse)
+    tl.store(loss_ptr + row, lse - x_target)
     if GRAD:
         tl.debug_barrier()  # every thread has read x_target before one overwrites it
         g = tl.load(scale_ptr)
-        g_softmax = g * (1.0 + 2.0 * z_loss * lse)
         for start in tl.range(0, n_cols, BLOCK_V, num_stages=STAGES):
             mask = start + col < n_cols
             x = tl.load(
                 logits_ptr + start + col, mask=mask, other=0.0, eviction_policy="evict_first"
             ).to(tl.float32)
-            dx = tl.exp2((x - lse) * LOG2E) * g_softmax - tl.where(start + col == target, g, 0.0)
+            dx = tl.exp2((x - lse) * LOG2E) * g - tl.where(start + col == target, g, 0.0)
             tl.store(logits_ptr + start + col, dx, mask=mask)
 
 
 @triton.jit
-def _rescale_kernel(x_ptr, g_ptr, expected_ptr, n_cols, stride, BLOCK: tl.constexpr):
+def _rescale_kernel(
+    x_ptr,  # [N, C], multiplied in place by g / expected
+    g_ptr, expected_ptr,  # [] fp32
+    n_cols, stride, BLOCK: tl.constexpr,
+):  # fmt: skip
     g, expected = tl.load(g_ptr), tl.load(expected_ptr)
     if g != expected:
         x_ptr += tl.program_id(0).to(tl.int64) * stride
@@ -84,49 +91,17 @@ def _rescale_kernel(x_ptr, g_ptr, expected_ptr, n_cols, stride, BLOCK: tl.conste
             tl.store(x_ptr + col, x * (g / expected), mask=col < n_cols)
 
 
-# 16 or 32 warps a row, so that few enough rows are in flight for L2 to keep them. STAGES > 1 loads
-# the next block with cp.async while this one is reduced.
-CROSS_ENTROPY, RESCALE = KERNELS = [
-    Kernel(
-        "cross_entropy",
-        _cross_entropy_kernel,
-        {
-            sm: [
-                {"BLOCK_V": block, "STAGES": stages, "num_warps": warps}
-                for block, warps, stages in (
-                    (8192, 16, 2), (8192, 16, 1), (8192, 16, 3), (4096, 16, 3), (4096, 8, 3),
-                    (16384, 32, 2), (8192, 32, 2),
-                )
-            ]
-            for sm in (80, 90)
-        },
-        types(
-            "logits_ptr", "n_cols stride ignore_index",
-            target_ptr="*i64", loss_ptr="*fp32", scale_ptr="*fp32", z_loss="fp32",
-        ),
-        {},
-        tensor_core=False,
-        variants=({"GRAD": True}, {"GRAD": False}),
-    ),
-    Kernel(
-        "rescale",
-        _rescale_kernel,
-        {sm: [{"BLOCK": 4096, "num_warps": 8}] for sm in (80, 90)},
-        types("x_ptr", "n_cols stride", g_ptr="*fp32", expected_ptr="*fp32"),
-        {},
-        tensor_core=False,
-    ),
-]  # fmt: skip
-
-
 def cross_entropy_(
-    logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int, z_loss: float, grad: bool
+    logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int, grad: bool
 ) -> Tensor:
-    """Losses, [N] fp32, of logits [N, V]; with `grad`, these become their scaled gradient."""
+    """Return losses [N] fp32 of logits [N, V]; with `grad`, write their gradient over the logits.
+
+    targets [N] int64; scale [] fp32, the gradient of each row's loss.
+    """
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     _cross_entropy_kernel[(logits.shape[0],)](
-        logits, targets, losses, scale, logits.shape[1], logits.stride(0), ignore_index, z_loss,
-        GRAD=grad, **config(CROSS_ENTROPY, logits),
+        logits, targets, losses, scale, logits.shape[1], logits.stride(0), ignore_index,
+        GRAD=grad, **config("cross_entropy", logits),
     )  # fmt: skip
     return losses
 
@@ -134,7 +109,7 @@ def cross_entropy_(
 def _rescale_(x: Tensor, g: Tensor, expected: Tensor) -> Tensor:
     """x *= g / expected, without touching x where that is 1 and without asking the host."""
     rows = x.view(1, -1) if x.dim() == 1 else x
-    cfg = config(RESCALE, x)
+    cfg = config("rescale", x)
     _rescale_kernel[(rows.shape[0],)](rows, g, expected, rows.shape[1], rows.stride(0), **cfg)
     return x
 
@@ -161,7 +136,6 @@ def linear_cross_entropy_fwd_bwd(
     *,
     chunk_rows: int,
     ignore_index: int = -1,
-    z_loss: float = 0.0,
     expected_grad: float | Tensor = 1.0,
     grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -174,7 +148,7 @@ def linear_cross_entropy_fwd_bwd(
     losses, dx = [], torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad else None
     for rows in (slice(i, i + chunk_rows) for i in range(0, x.shape[0], chunk_rows)):
         logits = torch.addmm(bias, x[rows], weight.t())
-        losses.append(cross_entropy_(logits, targets[rows], scale, ignore_index, z_loss, grad))
+        losses.append(cross_entropy_(logits, targets[rows], scale, ignore_index, grad))
         if not grad:
             continue
         torch.mm(logits, weight, out=dx[rows])
@@ -183,24 +157,6 @@ def linear_cross_entropy_fwd_bwd(
         if dbias is not None:
             dbias += column_sum(logits)
     return torch.cat(losses).sum() * weight_per_row, dx
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, targets, ignore_index, z_loss, expected_grad, grad):
-        ctx.expected = _scalar(expected_grad, logits.device)
-        weight = _weight(targets, ignore_index)
-        scale = weight * ctx.expected
-        losses = cross_entropy_(logits, targets, scale, ignore_index, z_loss, grad)
-        ctx.dlogits = logits
-        return losses.sum() * weight
-
-    @staticmethod
-    def backward(ctx, g):
-        dlogits, ctx.dlogits = ctx.dlogits, None
-        if dlogits is None:
-            raise RuntimeError("the gradient in the logits' place is used up: backward runs once")
-        return _rescale_(dlogits, g, ctx.expected), None, None, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -228,39 +184,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None
 
 
-def _check(name: str, t: Tensor, targets: Tensor) -> None:
-    if t.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"{name} has dtype {t.dtype}, want bfloat16, float16 or float32")
-    if t.dim() != 2 or 0 in t.shape or t.stride(1) != 1:
-        got = f"shape {tuple(t.shape)}, strides {t.stride()}"
-        raise ValueError(
-            f"{name} has {got}, want two dimensions, the last contiguous, no empty one"
-        )
-    if targets.dtype != torch.int64 or targets.shape != t.shape[:1] or targets.device != t.device:
-        got = f"{targets.dtype} {tuple(targets.shape)} on {targets.device}"
-        raise ValueError(f"targets are {got}, want int64 [{t.shape[0]}] on {t.device}, as {name}")
-    if not targets.is_contiguous():
-        raise ValueError(f"targets have strides {targets.stride()}, want contiguous")
-
-
-def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -1,
-    z_loss: float = 0.0,
-    expected_grad: float | Tensor = 1.0,
-) -> Tensor:
-    """Mean loss ([] fp32) of logits [N, V] and int64 targets [N]. CONSUMES logits
-    that require a gradient: it takes their place (a linear layer's backward does not miss them).
-
-    `expected_grad` is what the loss will be multiplied by before backward. Raises ValueError.
-    """
-    _check("logits", logits, targets)
-    grad = torch.is_grad_enabled() and logits.requires_grad
-    return _CrossEntropy.apply(logits, targets, ignore_index, z_loss, expected_grad, grad)
-
-
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -269,7 +192,6 @@ def linear_cross_entropy(
     *,
     chunk_rows: int = 4096,
     ignore_index: int = -1,
-    z_loss: float = 0.0,
     expected_grad: float | Tensor = 1.0,
 ) -> Tensor:
     """Mean loss ([] fp32) of the LM head x weight^T + bias: x [N, C], weight [V, C], bias [V].
@@ -277,7 +199,16 @@ def linear_cross_entropy(
     Weight and bias may be fp32 whatever x is: they are cast, and their gradients are fp32.
     Never holds more than `chunk_rows` rows of logits. Raises ValueError.
     """
-    _check("x", x, targets)
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x has dtype {x.dtype}, want bfloat16, float16 or float32")
+    if x.dim() != 2 or 0 in x.shape or x.stride(1) != 1:
+        got = f"shape {tuple(x.shape)}, strides {x.stride()}"
+        raise ValueError(f"x has {got}, want two dimensions, the last contiguous, no empty one")
+    if targets.dtype != torch.int64 or targets.shape != x.shape[:1] or targets.device != x.device:
+        got = f"{targets.dtype} {tuple(targets.shape)} on {targets.device}"
+        raise ValueError(f"targets are {got}, want int64 [{x.shape[0]}] on {x.device}, as x")
+    if not targets.is_contiguous():
+        raise ValueError(f"targets have strides {targets.stride()}, want contiguous")
     for name, t, shape in (
         ("weight", weight, (weight.shape[0], x.shape[1])),
         ("bias", bias, weight.shape[:1]),
@@ -290,15 +221,11 @@ def linear_cross_entropy(
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}, want at least 1")
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    options = {"chunk_rows": chunk_rows, "ignore_index": ignore_index, "z_loss": z_loss}
+    options = {"chunk_rows": chunk_rows, "ignore_index": ignore_index}
     options |= {"expected_grad": expected_grad, "grad": grad}
     return _LinearCrossEntropy.apply(x, weight, bias, targets, options)
 
 
-def cross_entropy_reference(
-    logits: Tensor, targets: Tensor, *, ignore_index: int = -1, z_loss: float = 0.0
-) -> Tensor:
-    """The same in plain torch, in the dtype of logits."""
-    loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index)
-    lse = torch.logsumexp(logits, 1)[targets != ignore_index]
-    return loss + z_loss * lse.square().mean()
+def cross_entropy_reference(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+    """Compute the loss in plain torch, in the dtype of logits."""
+    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index)

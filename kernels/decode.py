@@ -22,16 +22,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Kernel, config, types
+from kernels.launch import config
 from kernels.pointwise import gelu
 
-ROWS = 16  # of a tile: the least that a tensor core takes
+# Neither is in tuning.json: another value would change the bits.
+ROWS = 16  # of a tile of `linear`, the least that a tensor core takes
+BLOCK_S = 128  # positions of a piece of `attention`
 
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, w_ptr, b_ptr, ln_w_ptr, ln_b_ptr, out_ptr, act_ptr, n_rows, n_cols, K, first_act,
-    stride_x, stride_out, stride_act, eps,
+    x_ptr,  # [N, K]
+    w_ptr,  # [J, K] contiguous
+    b_ptr,  # [J]
+    ln_w_ptr, ln_b_ptr,  # [K], if NORM
+    out_ptr,  # [N, first_act], added to if RESIDUAL
+    act_ptr,  # [N, J - first_act], written if ACT
+    n_rows, n_cols, K, first_act, stride_x, stride_out, stride_act, eps,
     NORM: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +94,13 @@ def _turned(ptr, d, cos, sin, D: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def _attention_kernel(
-    qkv_ptr, k_ptr, v_ptr, out_ptr, position_ptr, cos_ptr, sin_ptr, part_ptr, count_ptr,
+    qkv_ptr,  # [N, 3C]
+    k_ptr, v_ptr,  # [N, H, S, D], the cache; position p of both is written
+    out_ptr,  # [N, C]
+    position_ptr,  # [N] int64, p
+    cos_ptr, sin_ptr,  # [S, R/2] fp32
+    part_ptr,  # [N H, pieces, DP + 16] fp32, scratch: sums of each piece of the cache
+    count_ptr,  # [N H] int32, scratch: pieces done, left at zero
     stride_qkv, stride_b, stride_h, stride_out, scale_log2e,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -149,48 +162,6 @@ def _attention_kernel(
         tl.store(count_ptr + bh, 0)
 
 
-# BLOCK_M is not tuned: another one would change the bits. Neither is BLOCK_S, for the same reason.
-def _tiles(text: str) -> list[dict]:
-    """ "columns K warps stages, ..": candidates, the default first; none is measured."""
-    names = ("BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    return [dict(zip(names, map(int, tile.split()))) for tile in text.split(", ")]
-
-
-_POINTERS = "x_ptr w_ptr b_ptr ln_w_ptr ln_b_ptr act_ptr"
-_SIZES = "n_rows n_cols K first_act stride_x stride_out stride_act"
-_IN = "32 128 4 4, 32 128 4 3, 64 128 4 3, 32 256 4 3, 64 64 4 4, 16 256 4 3"
-_OUT = "16 256 4 4, 16 256 4 3, 16 128 4 4, 32 128 4 4, 16 512 8 3"
-IN, OUT, HEAD, ATTENTION = KERNELS = [
-    *(
-        Kernel(
-            name,
-            _linear_kernel,
-            {sm: _tiles(tiles) for sm in (80, 90)},
-            types(_POINTERS, _SIZES, out_ptr=out, eps="fp32"),
-            {"BLOCK_M": ROWS, "NORM": norm, "ACT": act, "RESIDUAL": not norm},
-            tensor_core=True,
-        )
-        for name, tiles, out, norm, act in (
-            ("decode_in_proj", _IN, "*T", True, True),
-            ("decode_out_proj", _OUT, "*T", False, False),
-            ("decode_head", _IN, "*fp32", True, False),
-        )
-    ),
-    Kernel(
-        "decode_attention",
-        _attention_kernel,
-        {sm: [{"BLOCK_S": 128, "num_warps": n} for n in (8, 4)] for sm in (80, 90)},
-        types(
-            "qkv_ptr k_ptr v_ptr out_ptr", "stride_qkv stride_b stride_h stride_out",
-            position_ptr="*i64", cos_ptr="*fp32", sin_ptr="*fp32", part_ptr="*fp32",
-            count_ptr="*i32", scale_log2e="fp32",
-        ),
-        {"D": 64, "DP": 64, "R": 32},
-        tensor_core=False,
-    ),
-]  # fmt: skip
-
-
 def linear(
     x: Tensor, w: Tensor, b: Tensor, out: Tensor,
     norm: tuple[Tensor, Tensor, float] | None = None, act: Tensor | None = None,
@@ -203,19 +174,20 @@ def linear(
     assert w.is_contiguous()
     assert x.stride(1) == out.stride(1) == 1
     assert w.shape == (out.shape[1] + (0 if act is None else act.shape[1]), x.shape[1])
-    kernel = OUT if norm is None else HEAD if act is None else IN
-    cfg = config(kernel, x) | kernel.constexprs
+    kernel = "out_proj" if norm is None else "head" if act is None else "in_proj"
+    cfg = config(f"decode_{kernel}", x)
     programs = triton.cdiv(len(x), ROWS) * triton.cdiv(len(w), cfg["BLOCK_N"])
     ln_w, ln_b, eps = norm or (None, None, 0.0)
     _linear_kernel[(programs,)](
         x, w, b, ln_w, ln_b, out, act, len(x), len(w), x.shape[1], out.shape[1],
-        x.stride(0), out.stride(0), 0 if act is None else act.stride(0), eps, **cfg,
+        x.stride(0), out.stride(0), 0 if act is None else act.stride(0), eps,
+        NORM=norm is not None, ACT=act is not None, RESIDUAL=norm is None, BLOCK_M=ROWS, **cfg,
     )  # fmt: skip
 
 
 def scratch(rows: int, n_head: int, positions: int, head_dim: int, device) -> tuple[Tensor, Tensor]:
     """What `attention` needs between its programs: pieces of sums, and counters of zero."""
-    pieces = triton.cdiv(positions, ATTENTION.configs[80][0]["BLOCK_S"])
+    pieces = triton.cdiv(positions, BLOCK_S)
     part = torch.empty(rows * n_head, pieces, triton.next_power_of_2(head_dim) + 16, device=device)
     return part, torch.zeros(rows * n_head, dtype=torch.int32, device=device)
 
@@ -229,13 +201,13 @@ def attention(
     k and v [N, H, S, D], D innermost, receive the new keys and values; cos and sin fp32 [S, R/2] as
     of model.rope_tables; part and count of `scratch`.
     """
-    (N, H, S, D), cfg = k.shape, dict(config(ATTENTION, qkv))
+    N, H, S, D = k.shape
     assert qkv.shape == (N, 3 * H * D)
     assert k.stride() == v.stride()
     assert k.stride()[2:] == (D, 1)
-    grid = (triton.cdiv(S, cfg["BLOCK_S"]), H, N)
+    grid = (triton.cdiv(S, BLOCK_S), H, N)
     _attention_kernel[grid](
         qkv, k, v, out, position, cos, sin, part, count, qkv.stride(0), k.stride(0), k.stride(1),
         out.stride(0), D**-0.5 / math.log(2), D=D, DP=triton.next_power_of_2(D),
-        R=2 * cos.shape[1], **cfg,
+        R=2 * cos.shape[1], BLOCK_S=BLOCK_S, **config("decode_attention", qkv),
     )  # fmt: skip

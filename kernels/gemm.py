@@ -9,13 +9,12 @@ a second register tile while the second accumulates; without, both go into one a
 
 Operands and results are bf16 or fp16, the accumulator is fp32. FLOPs are 2 N C (3C + M),
 2 N C (C + M) and 2 N C M; compute bound at phi-1's widths (N = 32768, C = 2048, M = 8192: 1.9, 1.4
-and 1.1 TFLOP). Tiles go in groups of GROUP_M rows so that concurrent programs share operands in L2.
-On sm_90 operands arrive by TMA. Pointers are used on sm_80, where descriptors become plain loads:
-no cp.async, and 350 to 1,000 bytes of spills (ptxas, triton 3.7.1, 128-wide tiles).
+and 1.1 TFLOP). On sm_90 operands arrive by TMA. On sm_80 they are read by pointers: descriptors
+become plain loads there, without cp.async, and spill 350 to 1,000 bytes (ptxas, triton 3.7.1, 128-
+wide tiles). out_proj_fwd takes 128 x 128 tiles with dropout: beside one of 256 x 128 its second
+spills 520 bytes a thread in the loops.
 Every result is bitwise repeatable: one program owns a tile, and K runs in order.
 """
-
-import json
 
 import torch
 import triton
@@ -23,13 +22,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import Kernel, config, types
+from kernels.launch import config
 from kernels.pointwise import dropout_params, gelu, gelu_grad, keep_mask
 
 
 @triton.jit
 def _tile(n_rows, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """First row and column of this program's tile; GROUP_M tile rows are done column by column."""
+    """Return the first row and column of this program's tile.
+
+    Tiles go in groups of GROUP_M rows, column by column: concurrent programs share operands in L2.
+    """
     pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_cols, BLOCK_N)
     group = pid // (GROUP_M * tiles_n)
     group_rows = min(tiles_m - group * GROUP_M, GROUP_M)
@@ -42,7 +44,9 @@ def _dot(
     acc, a, b, row, col, n_rows, n_cols, K, stride_a, stride_b, B_IS_KN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """acc + A[row.., :K] B[col.., :K]^T, or B[:K, col..] if B_IS_KN; descriptors or pointers.
+    """Return acc + A[row.., :K] B[col.., :K]^T, or B[:K, col..] if B_IS_KN.
+
+    a [N, K] and b [M, K], or [K, M] if B_IS_KN, are TMA descriptors if TMA, else pointers.
 
     Tile-local offsets are 32-bit and the 64-bit part of an address is a scalar: half the registers.
     """
@@ -74,11 +78,15 @@ def _dot(
 
 @triton.jit
 def _in_proj_fwd_kernel(
-    h, w, b_ptr, out_ptr, a_ptr, n_rows, n_cols, K, first_act,
-    stride_h, stride_w, stride_out, stride_a,
+    h, w,  # [N, C], [3C + M, C]: TMA descriptors or pointers
+    b_ptr,  # [3C + M]
+    out_ptr,  # [N, 3C + M], written
+    a_ptr,  # [N, M], written from column first_act = 3C on
+    n_rows, n_cols, K, first_act, stride_h, stride_w, stride_out, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
+    """Compute a tile of qkvu = h w^T + b, and a = gelu(u) where it lies in u."""
     row, col = _tile(n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _dot(
@@ -99,11 +107,15 @@ def _in_proj_fwd_kernel(
 
 @triton.jit(do_not_specialize=["seed"])
 def _out_proj_fwd_kernel(
-    y, wa, a, wm, b1_ptr, b2_ptr, x_ptr, out_ptr, n_rows, n_cols, K1, K2,
-    stride_y, stride_a, stride_w, stride_x, stride_out, seed, threshold, scale,
+    y, wa, a, wm,  # [N, C], [C, C], [N, M], [C, M]: TMA descriptors or pointers
+    b1_ptr, b2_ptr,  # [C]
+    x_ptr, out_ptr,  # [N, C], in and out
+    n_rows, n_cols, K1, K2, stride_y, stride_a, stride_w, stride_x, stride_out,
+    seed, threshold, scale,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """Compute a tile of out = x + drop1(y wa^T + b1) + drop2(a wm^T + b2)."""
     row, col = _tile(n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M)
     m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     b1 = tl.load(b1_ptr + col + n, mask=n < n_cols - col, other=0.0).to(tl.float32)
@@ -135,11 +147,15 @@ def _out_proj_fwd_kernel(
 
 @triton.jit
 def _gelu_bwd_gemm_kernel(
-    d, w, u_ptr, du_ptr, a_ptr, sum_ptr, n_rows, n_cols, K,
-    stride_d, stride_w, stride_u, stride_du, stride_a,
+    d, w,  # [N, C], [C, M]: TMA descriptors or pointers
+    u_ptr,  # [N, M]
+    du_ptr, a_ptr,  # [N, M], written
+    sum_ptr,  # [N/BLOCK_M, M] fp32, each tile's column sums of du
+    n_rows, n_cols, K, stride_d, stride_w, stride_u, stride_du, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
+    """Compute a tile of du = (d w) gelu'(u) and of a = gelu(u)."""
     row, col = _tile(n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _dot(
@@ -156,109 +172,35 @@ def _gelu_bwd_gemm_kernel(
     du = acc * gelu_grad(u)
     tl.store(du_ptr + (m * stride_du + n), du, mask=mask)
     out = sum_ptr + (row // BLOCK_M).to(tl.int64) * n_cols + col + n
-    total = tl.sum(
-        tl.where(mask, du, 0.0), 0, keep_dims=True
-    )  # _dot repeats the last row past the end
+    # _dot repeats the last row past the end
+    total = tl.sum(tl.where(mask, du, 0.0), 0, keep_dims=True)
     tl.store(out, total, mask=n < n_cols - col)
 
 
-# Candidates (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); none is measured. sm_80's come in
-# the order of shared memory's time in the K loop over the tensor cores': 0.70 where a warp has 64 x
-# 64 of the tile, 1.02 where it has 64 x 32 (`python -m bench.resources --kernel=in_proj_fwd`).
-_TILES = {
-    80: [
-        (256, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 32, 8, 3), (128, 256, 32, 8, 4),
-        (128, 128, 32, 4, 4), (64, 256, 32, 4, 4), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4),
-        (64, 128, 64, 4, 3), (128, 64, 64, 4, 4),
-    ],
-    90: [
-        (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 128, 8, 2), (64, 256, 64, 4, 4),
-    ],
-}  # fmt: skip
+def _launch(
+    kernel: str, shape: torch.Size, *operands: Tensor, b_is_kn: bool = False
+) -> tuple[int, list, dict]:
+    """Return (programs, operands, configuration) for an output of `shape`.
 
-
-def _configs(default_80: tuple[int, ...]) -> dict[int, list[dict]]:
-    """Return a kernel's candidates: on sm_80 first the one that spills nothing in its epilogue."""
-    tiles = _TILES | {80: sorted(_TILES[80], key=lambda tile: tile != default_80)}
-    return {
-        sm: [
-            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "TMA": sm == 90,
-             "num_warps": warps, "num_stages": stages}
-            for m, n, k, warps, stages in tiles[sm]
-        ]
-        for sm in tiles
-    }  # fmt: skip
-
-
-_A, _B, _B_KN = "T[{BLOCK_M},{BLOCK_K}]", "T[{BLOCK_N},{BLOCK_K}]", "T[{BLOCK_K},{BLOCK_N}]"
-IN_PROJ_FWD, OUT_PROJ_FWD, OUT_PROJ_FWD_DROPOUT, GELU_BWD = KERNELS = [
-    Kernel(
-        "in_proj_fwd",
-        _in_proj_fwd_kernel,
-        _configs((256, 128, 64, 8, 3)),
-        types(
-            "h w b_ptr out_ptr a_ptr",
-            "n_rows n_cols K first_act stride_h stride_w stride_out stride_a",
-        ),
-        {},
-        tensor_core=True,
-        descriptors={"h": _A, "w": _B},
-    ),
-    *(
-        Kernel(
-            "out_proj_fwd" + "_dropout" * dropout,
-            _out_proj_fwd_kernel,
-            _configs(tile),
-            types(
-                "y wa a wm b1_ptr b2_ptr x_ptr out_ptr",
-                "n_rows n_cols K1 K2 stride_y stride_a stride_w stride_x stride_out threshold",
-                seed="i64",
-                scale="fp32",
-            ),
-            {"DROPOUT": dropout},
-            tensor_core=True,
-            descriptors={"y": _A, "wa": _B, "a": _A, "wm": _B},
-        )
-        # dropout holds a second tile: 256 x 128 then spills 520 bytes a thread in the loops
-        for dropout, tile in ((False, (128, 256, 64, 8, 3)), (True, (128, 128, 64, 8, 3)))
-    ),
-    Kernel(
-        "gelu_bwd_gemm",
-        _gelu_bwd_gemm_kernel,
-        # 256 x 128 spills 436 bytes a thread after the loop, and triton 3.6.0's 7,364 in it
-        _configs((128, 128, 64, 8, 3)),
-        types(
-            "d w u_ptr du_ptr a_ptr",
-            "n_rows n_cols K stride_d stride_w stride_u stride_du stride_a",
-            sum_ptr="*fp32",
-        ),
-        {},
-        tensor_core=True,
-        descriptors={"d": _A, "w": _B_KN},
-    ),
-]
-
-
-def _launch(kernel: Kernel, n_rows: int, n_cols: int, **operands: Tensor) -> tuple[int, list, dict]:
-    """(programs, operands, configuration); operands are TMA descriptors where aligned."""
-    cfg = dict(config(kernel, next(iter(operands.values()))))
-    assert max(t.stride(0) for t in operands.values()) < 2**23, "tile-local offsets are 32-bit"
+    operands: A and B of each product in turn; TMA descriptors are returned where they are aligned.
+    """
+    cfg = config(kernel, operands[0])
+    M, N, K = (cfg[f"BLOCK_{x}"] for x in "MNK")
+    assert max(t.stride(0) for t in operands) < 2**23, "tile-local offsets are 32-bit"
     cfg["TMA"] = cfg["TMA"] and all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
-        for t in operands.values()
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in operands
     )
-    programs = triton.cdiv(n_rows, cfg["BLOCK_M"]) * triton.cdiv(n_cols, cfg["BLOCK_N"])
-    if not cfg["TMA"]:
-        return programs, list(operands.values()), cfg
-    blocks = {n: json.loads(block[1:].format(**cfg)) for n, block in kernel.descriptors.items()}
-    return programs, [TensorDescriptor.from_tensor(t, blocks[n]) for n, t in operands.items()], cfg
+    if cfg["TMA"]:
+        blocks = [M, K], [K, N] if b_is_kn else [N, K]
+        pairs = zip(operands, blocks * (len(operands) // 2))
+        operands = [TensorDescriptor.from_tensor(t, block) for t, block in pairs]
+    return triton.cdiv(shape[0], M) * triton.cdiv(shape[1], N), operands, cfg
 
 
 def in_proj_fwd(h: Tensor, w_in: Tensor, b_in: Tensor, qkvu: Tensor, a: Tensor) -> None:
     """Write qkvu = h w_in^T + b_in, [N, 3C + M], and a = gelu(its last M columns), [N, M]."""
-    shape = (n_rows, n_cols) = qkvu.shape
-    programs, (h_, w_), cfg = _launch(IN_PROJ_FWD, *shape, h=h, w=w_in)
+    n_rows, n_cols = qkvu.shape
+    programs, (h_, w_), cfg = _launch("in_proj_fwd", qkvu.shape, h, w_in)
     _in_proj_fwd_kernel[(programs,)](
         h_, w_, b_in, qkvu, a, n_rows, n_cols, h.shape[1], n_cols - a.shape[1],
         h.stride(0), w_in.stride(0), qkvu.stride(0), a.stride(0), **cfg,
@@ -272,8 +214,8 @@ def out_proj_fwd(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     k1, k2 = y.shape[1], a.shape[1]
     wa, wm = w_out[:, :k1], w_out[:, k1:]
-    kernel = OUT_PROJ_FWD_DROPOUT if p > 0 else OUT_PROJ_FWD
-    programs, (y_, wa_, a_, wm_), cfg = _launch(kernel, *x.shape, y=y, wa=wa, a=a, wm=wm)
+    kernel = "out_proj_fwd" + "_dropout" * (p > 0)
+    programs, (y_, wa_, a_, wm_), cfg = _launch(kernel, x.shape, y, wa, a, wm)
     _out_proj_fwd_kernel[(programs,)](
         y_, wa_, a_, wm_, b1, b2, x, out, *x.shape, k1, k2, y.stride(0), a.stride(0),
         w_out.stride(0), x.stride(0), out.stride(0), seed, *dropout_params(p), DROPOUT=p > 0, **cfg,
@@ -284,7 +226,7 @@ def out_proj_fwd(
 def gelu_bwd(d: Tensor, wm: Tensor, u: Tensor, du: Tensor, a: Tensor) -> Tensor:
     """Write du = (d wm) gelu'(u) and a = gelu(u), all [N, M]; return du's column sums, fp32."""
     n_rows, n_cols = u.shape
-    programs, (d_, w_), cfg = _launch(GELU_BWD, n_rows, n_cols, d=d, w=wm)
+    programs, (d_, w_), cfg = _launch("gelu_bwd_gemm", u.shape, d, wm, b_is_kn=True)
     partial = u.new_empty((triton.cdiv(n_rows, cfg["BLOCK_M"]), n_cols), dtype=torch.float32)
     _gelu_bwd_gemm_kernel[(programs,)](
         d_, w_, u, du, a, partial, n_rows, n_cols, d.shape[1],

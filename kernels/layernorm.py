@@ -20,16 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Kernel, config, types
+from kernels.launch import config
 
 MAX_WIDTH = 8192
 
 
 @triton.jit
 def _layernorm_fwd_kernel(
-    x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr, n_cols, stride_x, stride_y, eps,
-    BLOCK_C: tl.constexpr,
+    x_ptr, y_ptr,  # [N, C], in and out
+    w_ptr, b_ptr,  # [C]
+    mean_ptr, rstd_ptr,  # [N] fp32, written
+    n_cols, stride_x, stride_y, eps, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """Normalize a row."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_C)
     mask = col < n_cols
@@ -46,11 +49,16 @@ def _layernorm_fwd_kernel(
 
 @triton.jit
 def _layernorm_bwd_kernel(
-    dy_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, rstd_ptr, dres_ptr, dx_ptr, y_ptr, sum_ptr,
+    dy_ptr, x_ptr,  # [N, C]
+    w_ptr, b_ptr,  # [C]; b only if REBUILD_Y
+    mean_ptr, rstd_ptr,  # [N] fp32, of the forward kernel
+    dres_ptr,  # [N, C], added to dx if RESIDUAL
+    dx_ptr, y_ptr,  # [N, C] contiguous, written; y only if REBUILD_Y
+    sum_ptr,  # [programs, 2, C] fp32, each program's dw and db
     n_rows, n_cols, stride_dy, stride_x, stride_dres,
-    RESIDUAL: tl.constexpr, REBUILD_Y: tl.constexpr,
-    BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    RESIDUAL: tl.constexpr, REBUILD_Y: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Compute dx of rows program_id, program_id + programs, ... and sum their dw and db."""
     col = tl.arange(0, BLOCK_C)
     mask = col < n_cols
     w = tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
@@ -80,46 +88,10 @@ def _layernorm_bwd_kernel(
     tl.store(out + n_cols, db, mask=mask)
 
 
-# num_warps at phi-1's width; a launch at another width scales it. PROGRAMS is the number of partial
-# rows of dw and db: what an A100 (108 SMs) or an H100 (132) holds at once. STAGES > 1 loads the
-# next rows with cp.async while this one is reduced.
-FWD, BWD = KERNELS = [
-    Kernel(
-        "layernorm_fwd",
-        _layernorm_fwd_kernel,
-        {sm: [{"num_warps": n} for n in (4, 8, 2)] for sm in (80, 90)},
-        types(
-            "x_ptr w_ptr b_ptr y_ptr", "n_cols stride_x stride_y",
-            mean_ptr="*fp32", rstd_ptr="*fp32", eps="fp32",
-        ),
-        {"BLOCK_C": 2048},
-        tensor_core=False,
-    ),
-    Kernel(
-        "layernorm_bwd",
-        _layernorm_bwd_kernel,
-        {
-            sm: [
-                {"PROGRAMS": per_sm * sms, "STAGES": stages, "num_warps": warps}
-                for per_sm, warps, stages in ((4, 4, 3), (4, 4, 2), (4, 4, 1), (3, 8, 2), (2, 8, 3))
-            ]
-            for sm, sms in ((80, 108), (90, 132))
-        },
-        types(
-            "dy_ptr x_ptr w_ptr b_ptr dres_ptr dx_ptr y_ptr",
-            "n_rows n_cols stride_dy stride_x stride_dres",
-            mean_ptr="*fp32", rstd_ptr="*fp32", sum_ptr="*fp32",
-        ),
-        {"BLOCK_C": 2048, "RESIDUAL": True},
-        tensor_core=False,
-        variants=({"REBUILD_Y": False}, {"REBUILD_Y": True}),
-    ),
-]  # fmt: skip
-
-
-def _config(kernel: Kernel, x: Tensor) -> dict:
+def _config(kernel: str, x: Tensor) -> dict:
+    """Return the configuration for rows of x; the table's num_warps is for phi-1's width."""
     block = triton.next_power_of_2(x.shape[1])
-    cfg = dict(config(kernel, x))
+    cfg = config(kernel, x)
     cfg["num_warps"] = min(16, max(1, cfg["num_warps"] * block // 2048))
     return cfg | {"BLOCK_C": block}
 
@@ -129,8 +101,9 @@ def layernorm_fwd(x: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, 
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = torch.empty((2, x.shape[0]), dtype=torch.float32, device=x.device)
     _layernorm_fwd_kernel[(x.shape[0],)](
-        x, w, b, y, mean, rstd, x.shape[1], x.stride(0), y.stride(0), eps, **_config(FWD, x)
-    )
+        x, y, w, b, mean, rstd, x.shape[1], x.stride(0), y.stride(0), eps,
+        **_config("layernorm_fwd", x),
+    )  # fmt: skip
     return y, mean, rstd
 
 
@@ -149,8 +122,8 @@ def layernorm_bwd(
     and dresidual may be strided; dx and y are new and contiguous.
     """
     n_rows, n_cols = x.shape
-    cfg = _config(BWD, x)
-    programs = min(cfg.pop("PROGRAMS"), n_rows)
+    cfg = _config("layernorm_bwd", x)
+    programs = min(cfg.pop("PROGRAMS"), n_rows)  # as many as an A100 or H100 holds at once
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty_like(dx) if bias is not None else None
     partial = torch.empty((programs, 2, n_cols), dtype=torch.float32, device=x.device)

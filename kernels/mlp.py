@@ -28,7 +28,6 @@ from torch import Tensor
 from kernels import gemm, pointwise
 from kernels.gemm import accumulate_
 from kernels.launch import capability, measured
-from kernels.pointwise import column_sum
 
 # What bench.tune found faster is in tuning.json; this stands for a device it has not measured.
 # cuBLAS is ahead of plain Triton GEMMs on sm_90, and close to them on sm_80 (published figures).
@@ -116,90 +115,6 @@ def out_proj_bwd(
     return dy, db_attn, db_mlp, db_up
 
 
-class _Projections(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p, seed):
-        qkvu, a = in_proj_fwd(h, w_in, b_in)
-        ctx.save_for_backward(h, y, qkvu, w_in, w_out)
-        ctx.dropout = p, seed
-        qkv = qkvu[:, : 3 * h.shape[1]].clone()
-        return qkv, out_proj_fwd(y, a, w_out, b_attn, b_mlp, x, p, seed)
-
-    @staticmethod
-    def backward(ctx, dqkv, dout):
-        h, y, qkvu, w_in, w_out = ctx.saved_tensors
-        need, split = ctx.needs_input_grad, dqkv.shape[1]
-        dw_in, dw_out = (
-            torch.empty(w.shape, dtype=torch.float32, device=w.device) if need[i] else None
-            for w, i in ((w_in, 3), (w_out, 5))
-        )
-        dqkvu = torch.empty_like(qkvu)
-        dqkvu[:, :split] = dqkv
-        dy, db_attn, db_mlp, db_up = out_proj_bwd(
-            dout.contiguous(), y, qkvu[:, split:], w_out, dqkvu[:, split:], dw_out, 0.0,
-            *ctx.dropout,
-        )  # fmt: skip
-        db_in = torch.cat([column_sum(dqkvu[:, :split]), db_up])
-        dh = dqkvu @ w_in
-        if dw_in is not None:
-            accumulate_(dw_in, dqkvu, h, 0.0)
-        grads = dout, dh, dy, dw_in, db_in, dw_out, db_attn, db_mlp
-        return *(g.to(h.dtype) if n else None for g, n in zip(grads, need)), None, None
-
-
-def projections(
-    x: Tensor,
-    h: Tensor,
-    y: Tensor,
-    w_in: Tensor,
-    b_in: Tensor,
-    w_out: Tensor,
-    b_attn: Tensor,
-    b_mlp: Tensor,
-    p: float = 0.0,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """(qkv, out) as in the head of this file, differentiable; attention, which makes y from qkv, is
-    the caller's. A block that owns its buffers calls the functions above instead.
-
-    x, h, y: [N, C]; w_in: [3C + M, C]; w_out: [C, C + M]. Raises ValueError for anything else.
-    """
-    check(x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p, seed)
-    return _Projections.apply(x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p, seed)
-
-
-def check(x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p: float, seed: int) -> None:
-    """Raise ValueError, naming the argument, for what the functions above do not take."""
-    if h.dim() != 2 or 0 in h.shape:
-        raise ValueError(f"h has shape {tuple(h.shape)}, want [N, C], neither of them 0")
-    if h.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"h has dtype {h.dtype}, want bfloat16, float16 or float32")
-    (n_rows, width), hidden = h.shape, w_in.shape[0] - 3 * h.shape[1]
-    if hidden < 1:
-        raise ValueError(f"w_in has shape {tuple(w_in.shape)}, want [3C + M, C] with C = {width}")
-    for name, t, shape in (
-        ("x", x, (n_rows, width)),
-        ("h", h, (n_rows, width)),
-        ("y", y, (n_rows, width)),
-        ("w_in", w_in, (3 * width + hidden, width)),
-        ("b_in", b_in, (3 * width + hidden,)),
-        ("w_out", w_out, (width, width + hidden)),
-        ("b_attn", b_attn, (width,)),
-        ("b_mlp", b_mlp, (width,)),
-    ):
-        if t.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, want {shape}")
-        if t.dtype != h.dtype or t.device != h.device:
-            got, want = f"{t.dtype} on {t.device}", f"{h.dtype} on {h.device}"
-            raise ValueError(f"{name} is {got}, want {want}, as h")
-        if t.stride(-1) != 1 and t.shape[-1] > 1:
-            raise ValueError(f"{name} has strides {t.stride()}, want 1 in the last dimension")
-    if not 0 <= p < 1:
-        raise ValueError(f"p is {p}, want a drop probability in [0, 1)")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, want 0 <= seed < 2**63")
-
-
 def projections_reference(
     x: Tensor,
     h: Tensor,
@@ -212,7 +127,7 @@ def projections_reference(
     keep: tuple[Tensor, Tensor] | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain torch; `keep` holds the two dropout masks, [N, C] bools."""
+    """Return (qkv, out) in plain torch; `keep` holds the two dropout masks, [N, C] bools."""
     width = h.shape[1]
     qkv, u = torch.nn.functional.linear(h, w_in, b_in).split(
         [3 * width, w_in.shape[0] - 3 * width], 1

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Kernel, config, types
+from kernels.launch import config
 
 
 @triton.jit
@@ -60,7 +60,8 @@ def dropout_params(p: float) -> tuple[int, float]:
 
 @triton.jit
 def _gelu_fwd_kernel(
-    u_ptr, a_ptr, n_rows, n_cols, stride_u, stride_a, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    u_ptr, a_ptr,  # [N, M], in and out
+    n_rows, n_cols, stride_u, stride_a, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
@@ -71,7 +72,10 @@ def _gelu_fwd_kernel(
 
 @triton.jit
 def _gelu_bwd_kernel(
-    da_ptr, u_ptr, du_ptr, a_ptr, sum_ptr, n_rows, n_cols, stride_da, stride_u, stride_du, stride_a,
+    da_ptr, u_ptr,  # [N, M]
+    du_ptr, a_ptr,  # [N, M], written
+    sum_ptr,  # [programs, M] fp32, each program's column sums of du
+    n_rows, n_cols, stride_da, stride_u, stride_du, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
@@ -92,8 +96,9 @@ def _gelu_bwd_kernel(
 
 @triton.jit(do_not_specialize=["seed"])
 def _residual_fwd_kernel(
-    x_ptr, z1_ptr, b1_ptr, z2_ptr, b2_ptr, out_ptr, n_rows, n_cols,
-    stride_x, stride_z1, stride_z2, stride_out, seed, threshold, scale,
+    x_ptr, z1_ptr, b1_ptr, z2_ptr, b2_ptr,  # x, z [N, C], b [C]
+    out_ptr,  # [N, C]
+    n_rows, n_cols, stride_x, stride_z1, stride_z2, stride_out, seed, threshold, scale,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row32 = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -113,7 +118,10 @@ def _residual_fwd_kernel(
 
 @triton.jit(do_not_specialize=["seed"])
 def _residual_bwd_kernel(
-    dout_ptr, d1_ptr, d2_ptr, sum_ptr, n_rows, n_cols, stride_dout, seed, threshold, scale,
+    dout_ptr,  # [N, C]
+    d1_ptr, d2_ptr,  # [N, C] contiguous, written if DROPOUT
+    sum_ptr,  # [programs, 1 + DROPOUT, C] fp32, each program's column sums of d1 and d2
+    n_rows, n_cols, stride_dout, seed, threshold, scale,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first_col = tl.program_id(1) * BLOCK_N
@@ -142,94 +150,25 @@ def _residual_bwd_kernel(
         tl.store(out + n_cols, tl.sum(total2, 0, keep_dims=True), mask=col < n_cols)
 
 
-# 8 bf16 a thread and row, 32 lanes: a warp moves 256 columns. The kernels that sum run PROGRAMS
-# programs, what an A100 (108 SMs) or an H100 (132) holds at once, and load the next tile with
-# cp.async while this one is worked on (STAGES > 1).
-_CONFIGS = {
-    sm: [
-        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps}
-        for m, n, warps in ((4, 256, 4), (8, 256, 8), (8, 256, 4), (4, 512, 4))
-    ]
-    for sm in (80, 90)
-}
-_SUM_CONFIGS = {
-    sm: [
-        {"BLOCK_M": m, "BLOCK_N": n, "PROGRAMS": per_sm * sms, "STAGES": stages, "num_warps": warps}
-        for m, n, warps, per_sm, stages in (
-            (4, 256, 4, 8, 2), (4, 256, 4, 8, 1), (4, 256, 4, 8, 3), (8, 256, 4, 4, 2),
-            (8, 256, 8, 4, 2), (4, 512, 4, 4, 2),
-        )
-    ]
-    for sm, sms in ((80, 108), (90, 132))
-}  # fmt: skip
-_DROPOUT = {"seed": "i64", "threshold": "i32", "scale": "fp32"}
-_DROPOUT_VARIANTS = ({"DROPOUT": False}, {"DROPOUT": True})
-
-
-GELU_FWD, GELU_BWD, RESIDUAL_FWD, RESIDUAL_BWD = KERNELS = [
-    Kernel(
-        "gelu_fwd",
-        _gelu_fwd_kernel,
-        _CONFIGS,
-        types("u_ptr a_ptr", "n_rows n_cols stride_u stride_a"),
-        {},
-        tensor_core=False,
-    ),
-    Kernel(
-        "gelu_bwd",
-        _gelu_bwd_kernel,
-        _SUM_CONFIGS,
-        types(
-            "da_ptr u_ptr du_ptr a_ptr sum_ptr",
-            "n_rows n_cols stride_da stride_u stride_du stride_a",
-        ),
-        {},
-        tensor_core=False,
-    ),
-    Kernel(
-        "residual_fwd",
-        _residual_fwd_kernel,
-        _CONFIGS,
-        types(
-            "x_ptr z1_ptr b1_ptr z2_ptr b2_ptr out_ptr",
-            "n_rows n_cols stride_x stride_z1 stride_z2 stride_out",
-        )
-        | _DROPOUT,
-        {},
-        tensor_core=False,
-        variants=_DROPOUT_VARIANTS,
-    ),
-    Kernel(
-        "residual_bwd",
-        _residual_bwd_kernel,
-        _SUM_CONFIGS,
-        types("dout_ptr d1_ptr d2_ptr sum_ptr", "n_rows n_cols stride_dout") | _DROPOUT,
-        {},
-        tensor_core=False,
-        variants=_DROPOUT_VARIANTS,
-    ),
-]
-
-
-def _launch(kernel: Kernel, x: Tensor, sums: int = 0) -> tuple[tuple[int, int], Tensor, dict]:
-    """Grid, partial sums [programs, sums * columns] and configuration for x: [N, C]."""
-    cfg = dict(config(kernel, x))
+def _launch(kernel: str, x: Tensor, sums: int = 0) -> tuple[tuple[int, int], Tensor, dict]:
+    """Return the grid, partial sums [programs, sums * C] and configuration for x [N, C]."""
+    cfg = config(kernel, x)
     programs, (n_rows, n_cols) = cfg.pop("PROGRAMS", 0), x.shape
     grid = triton.cdiv(n_rows, cfg["BLOCK_M"]), triton.cdiv(n_cols, cfg["BLOCK_N"])
-    if sums:
+    if sums:  # no more programs than an A100 or H100 holds at once
         grid = min(grid[0], triton.cdiv(programs, grid[1])), grid[1]
     return grid, x.new_empty((grid[0], sums * n_cols), dtype=torch.float32), cfg
 
 
 def gelu_fwd(u: Tensor, a: Tensor) -> None:
     """a = gelu(u); both [N, M], rows may be strided."""
-    grid, _, cfg = _launch(GELU_FWD, u)
+    grid, _, cfg = _launch("gelu_fwd", u)
     _gelu_fwd_kernel[grid](u, a, *u.shape, u.stride(0), a.stride(0), **cfg)
 
 
 def gelu_bwd(da: Tensor, u: Tensor, du: Tensor, a: Tensor) -> Tensor:
     """Write du = da * gelu'(u) and a = gelu(u), all [N, M]; return the column sums of du, fp32."""
-    grid, partial, cfg = _launch(GELU_BWD, u, sums=1)
+    grid, partial, cfg = _launch("gelu_bwd", u, sums=1)
     strides = (t.stride(0) for t in (da, u, du, a))
     _gelu_bwd_kernel[grid](da, u, du, a, partial, *u.shape, *strides, **cfg)
     return partial.sum(0)
@@ -239,7 +178,7 @@ def residual_fwd(
     x: Tensor, z1: Tensor, b1: Tensor, z2: Tensor, b2: Tensor, p: float, seed: int
 ) -> Tensor:
     """x + drop1(z1 + b1) + drop2(z2 + b2), two independent masks of probability p; [N, C]."""
-    grid, _, cfg = _launch(RESIDUAL_FWD, x)
+    grid, _, cfg = _launch("residual_fwd", x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     strides = (t.stride(0) for t in (x, z1, z2, out))
     _residual_fwd_kernel[grid](
@@ -250,7 +189,7 @@ def residual_fwd(
 
 def residual_bwd(dout: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d1, d2, db1, db2) of `residual_fwd`; db fp32. With p = 0 d1 and d2 are `dout` itself."""
-    grid, partial, cfg = _launch(RESIDUAL_BWD, dout, sums=2 if p > 0 else 1)
+    grid, partial, cfg = _launch("residual_bwd", dout, sums=2 if p > 0 else 1)
     d1, d2 = (
         (torch.empty(dout.shape, dtype=dout.dtype, device=dout.device) for _ in "12")
         if p > 0

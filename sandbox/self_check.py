@@ -15,9 +15,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from common.code import code_hash
 from common.config import UserError
 from common.files import read_json, write_json
-from sandbox.execute import ROOT, Check, Verdict, run_checks
+from sandbox.execute import Check, Verdict, run_checks
 
 SLOW_FRAC = 0.01  # of the references may time out
 SLOWER = 4.0  # times its reference's time that a sample may take (EvalPlus's default, too)
@@ -25,7 +26,6 @@ PATIENCE = 5.0  # times the timeout that a reference may take
 LOOP = "total = 0\nfor i in range(1_000_000):\n    total += i * i % 7\n"
 LOOP_S = 0.1  # 0.09 s of CPU time for LOOP on the Xeon of LOG.md, Python 3.11, and the check's own
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # a machine since it was started
-CODE = ("candidate", "execute", "isolate", "self_check", "supervise")  # what makes a verdict
 # Definitions that no test should accept, put behind a reference to replace it.
 WRONG = (
     "def {0}(*args, **kwargs): pass",
@@ -96,11 +96,10 @@ def remembered(
     """
     if path is None or not BOOT.exists():
         return work()
-    code = [ROOT / "sandbox" / f"{n}.py" for n in CODE]
     here = {
         "machine": [BOOT.read_text().strip(), platform.node(), os.geteuid(), sys.executable],
         "python": sys.version,
-        "code": hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest(),
+        "code": code_hash("sandbox.self_check"),
         "limits": limits,
         "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
     }

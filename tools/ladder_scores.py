@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.config import UserError
 from common.files import read_json
-from data.base.lineage import describe, files_in
+from data.base.stage import describe, files_in
 from eval.robustness import paired
 from eval.scores import Result, mean, percent, read_result, wilson
 from eval.similarity import read_report, split

@@ -36,10 +36,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.code import ROOT, code_hash
 from common.config import UserError
 from common.files import MARK, check_out, read_json, write_json
 from data.base.documents import DocumentFile
-from data.base.lineage import ROOT, code_hash, describe, files_in, plain, size_and_time
 from data.base.ranks import Ranks
 from data.base.readers import read_documents_of
 
@@ -179,11 +179,11 @@ class Stage:
 
     def identity(self) -> dict:
         """Return what decides the output: an interrupted run goes on only if all is equal."""
-        script = sys.modules[type(self.config).__module__]
+        script = Path(sys.modules[type(self.config).__module__].__file__).resolve()
         arguments = {k: plain(v) for k, v in dataclasses.asdict(self.config).items() if k != "out"}
         stats = [(str(p), *size_and_time(p)) for p in self.shards + self.reads]
         return {
-            "script": Path(script.__file__).resolve().relative_to(ROOT).as_posix(),
+            "script": script.relative_to(ROOT).as_posix(),
             "code": code_hash(script),
             "python": platform.python_version(),
             "arguments": arguments,
@@ -312,3 +312,31 @@ def lock(path: Path, out: Path) -> int:
         os.close(descriptor)
         raise UserError(f"--out {out}: another run is writing it; wait for its end") from None
     return descriptor
+
+
+def describe(path: Path) -> dict:
+    """Return the path, size in bytes and hash of a file, for lineage."""
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {"path": str(path), "bytes": path.stat().st_size, "blake2b": digest}
+
+
+def files_in(path: Path) -> list[Path]:
+    """Return [path] if it is a file, else all files under it, sorted."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
+    """Return the size and modification time (ns) of a file, zeros for a broken link."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
+
+
+def plain(value):
+    """Return `value` as JSON stores it: tuples as lists, paths and the like as strings."""
+    if isinstance(value, (tuple, list)):
+        return [plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

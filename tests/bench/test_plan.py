@@ -15,10 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint as recompute
 
 from bench import plan
-from bench.roofline import GPUS, NETWORK_HOP_S, NVLINK_HOP_S, START_S, Gpu, collective_s
+from bench.cost import GPUS, NETWORK_HOP_S, NVLINK_HOP_S, START_S, Gpu, collective_s
 from common.config import UserError, parse
 from model import Phi, parameter_count
 from train import make_optimizer
@@ -89,7 +88,7 @@ def test_activations_are_what_torch_saves(shape, dtype):
 
 def test_activations_are_what_the_kernels_save():
     c, more = (configured(seq_len=128, kernels="triton", n_layer=n) for n in (1, 2))
-    saved = [saved_for_backward(Phi(x.model).half(), x, 1) for x in (c, more)]
+    saved = [saved_for_backward(Phi(x.model, triton=True).half(), x, 1) for x in (c, more)]
     assert saved[1] - saved[0] == 128 * plan.saved_bytes(c.model)
 
 
@@ -122,11 +121,7 @@ def train_two_steps(c: plan.Config, model: Phi) -> None:
 def test_memory_of_one_process(shape, values, at_most):
     c = configured(shape, **values)
     with Allocated() as allocated:
-        model = Phi(c.model)
-        for block in model.blocks:
-            if c.recompute:
-                block.forward = partial(recompute, block.forward, use_reentrant=False)
-        train_two_steps(c, model)
+        train_two_steps(c, Phi(c.model, c.kernels == "triton", c.recompute))
     assert 0.995 < sum(plan.memory(c, c.micro_batch).values()) / allocated.peak < at_most
 
 
@@ -190,7 +185,7 @@ def test_memory_on_a_gpu(kernels):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.device("cuda"):
-        train_two_steps(c, Phi(c.model))
+        train_two_steps(c, Phi(c.model, kernels == "triton"))
     peak = torch.cuda.max_memory_allocated() - before
     assert sum(plan.memory(c, c.micro_batch).values()) == pytest.approx(peak, rel=0.15)
 

@@ -69,7 +69,7 @@ LEFT_OUT = {
     r"^make ladder": "takes hours",
     r"^make report": "reads what make ladder has made; test_ladder_page.py draws one",
     r"^make best": "takes an hour, and both benchmarks",
-    r"ladder\.py .*--only": "takes minutes, and a ladder to compare with: test_ladder.py",
+    r"experiments\.ladder .*--only": "takes minutes, and a ladder to compare with: test_ladder.py",
 }
 
 ELSEWHERE = {  # what the prose names that is of other projects, or the reader's own
@@ -270,7 +270,7 @@ def exists(name: str, copy: Path) -> bool:
 
 
 def is_path(word: str) -> bool:
-    ends = r"[\w*]\.(py|toml|json|jsonl|md|txt|bin|html|csv|svg|png|xml|model|gz|zst|safetensors)"
+    ends = r"[\w*]\.(py|toml|mk|jsonl?|md|txt|bin|html|csv|svg|png|xml|model|gz|zst|safetensors)"
     return "--" not in word and ("/" in word or bool(re.search(f"{ends}$", word)))
 
 
@@ -300,8 +300,12 @@ def test_named_modules_and_flags_exist():
     assert not wrong
 
 
+def makefiles() -> str:
+    return "".join(p.read_text() for p in [ROOT / "Makefile", *ROOT.glob("experiments/*.mk")])
+
+
 def test_named_targets_and_variables_exist():
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = makefiles()
     files = [*ROOT.glob("*.py"), *ROOT.glob("[a-s]*/*.py")]  # not the tests
     sources = makefile + "".join(p.read_text() for p in files)
     targets = set(re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE))
@@ -340,7 +344,12 @@ def test_only_what_changed_is_made_again(copy):
     for touched, runs, rests in [
         ("tools/report.py", ["-m tools.report"], ["train.py", "-m eval"]),
         ("eval/harness.py", ["-m eval.exercises", "-m tools.report"], ["train.py"]),
+        ("sandbox/tagged.py", ["-m eval.exercises"], ["train.py", "-m data"]),
         ("data/filter.py", ["-m data.filter", "-m tokenizer", "train.py"], ["-m data.collect"]),
+        ("data/synthetic/concepts.txt", ["-m data.exercises", "train.py"], ["-m data.filter"]),
+        ("kernels/attention.py", ["train.py", "-m eval.exercises"], ["-m data", "-m tokenizer"]),
+        ("kernels/tuning.json", ["train.py"], ["-m data", "-m tokenizer"]),
+        ("bench/ops.py", [], ["-m ", "train.py"]),
     ]:
         said = would("-W", touched)
         assert all(word in said for word in runs), (touched, said)
@@ -349,9 +358,10 @@ def test_only_what_changed_is_made_again(copy):
 
 def test_help_lists_every_target():
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
-    makefile = (ROOT / "Makefile").read_text()
-    phony = makefile.split(".PHONY:")[1].split(".DELETE")[0].replace("\\", " ").split()
-    for target in phony:
+    phony = re.findall(r"^\.PHONY:((?:.*\\\n)*.*)", makefiles(), re.MULTILINE)
+    targets = " ".join(phony).replace("\\", "").split()
+    assert len(targets) > 20
+    for target in targets:
         assert f"\n{target} " in f"\n{text}", target
 
 

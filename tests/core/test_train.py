@@ -290,10 +290,12 @@ def test_the_loss_scale_finds_its_place():
     optimizer = torch.optim.AdamW(master.parameters(), 0.1, fused=True, weight_decay=0.0)
     before, taken_at = master.weight.item(), []
     for step in range(4):
-        guard.backward((model.weight * 3).float().sum())  # 3 * 2^16 is beyond fp16's 65,504
+        loss = (model.weight * 3).float().sum()
+        (loss * guard.scale).backward()  # 3 * 2^16 is beyond fp16's 65,504
         master.weight.grad, model.weight.grad = model.weight.grad.float(), None
-        norm, taken = guard.finish_step(master, optimizer, max_norm=1.0)
-        if taken:
+        norm = guard.clip(master, optimizer, max_norm=1.0)
+        optimizer.step()
+        if guard.update(optimizer):
             taken_at.append((step, guard.scale.item(), norm.item()))
         else:
             assert master.weight.item() == before

@@ -17,9 +17,8 @@ from test_filter import GOOD
 from common.config import UserError
 from common.files import read_documents
 from data.base.documents import ShardWriter, document, source_shards
-from data.base.lineage import describe
 from data.base.ranks import Ranks
-from data.base.stage import Stage, total
+from data.base.stage import Stage, describe, total
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 needs_mpi = pytest.mark.skipif(not MPIRUN, reason="no mpirun")

@@ -55,7 +55,7 @@ def test_anything_else_is_checked_anew(ask, change):
     ("sandbox.self_check.sys.version", "4.0"),
     ("sandbox.self_check.sys.executable", "/another/python"),
     ("sandbox.self_check.os.geteuid", lambda: 4321),
-    ("sandbox.self_check.CODE", ("execute",)),
+    ("sandbox.self_check.code_hash", lambda program: "other code"),
     ("sandbox.self_check.BOOT", None)])  # fmt: skip
 def test_another_machine_checks_for_itself(ask, monkeypatch, tmp_path, target, new):
     if new is None:

@@ -20,9 +20,7 @@ def models(dtype=torch.float32, **changes) -> tuple[Phi, Phi]:
     """Two models of the same random weights, biases and LayerNorms too: triton's and torch's."""
     torch.manual_seed(0)
     shape = dataclasses.replace(SHAPE, **changes)
-    ours, reference = (
-        Phi(dataclasses.replace(shape, kernels=k)).to(DEVICE, dtype) for k in ("triton", "torch")
-    )
+    ours, reference = (Phi(shape, triton).to(DEVICE, dtype) for triton in (True, False))
     with torch.no_grad():
         for p, q in zip(ours.parameters(), reference.parameters()):
             q.copy_(p.normal_(0.1, 0.2))
@@ -166,7 +164,7 @@ def test_frozen_weights_and_inputs():
 
 def saved_bytes(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> int:
     """Bytes that a forward pass keeps for backward, beyond the parameters; each storage once."""
-    model, kept = Phi(c).to(DEVICE, dtype), {}
+    model, kept = Phi(c, triton=True).to(DEVICE, dtype), {}
 
     def pack(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
@@ -184,7 +182,7 @@ def saved_bytes(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> int:
 @pytest.mark.parametrize(("dtype", "p"), [(torch.float16, 0.0), (torch.float16, 0.1)])
 def test_saved_bytes_of_a_block(dtype, p):
     """9 C elements a token, LayerNorm's statistics, attention's log-sum-exp and peaks: no more."""
-    c = dataclasses.replace(SHAPE, mlp_width=256, seq_len=128, kernels="triton", dropout=p)
+    c = dataclasses.replace(SHAPE, mlp_width=256, seq_len=128, dropout=p)
     B, T, H, C = 2, 128, c.n_head, c.width
     one, three = (saved_bytes(dataclasses.replace(c, n_layer=n), dtype, B, T) for n in (1, 3))
     a_head = 2 * 4 * B * H * (C // H) + 8 * (p > 0)  # the largest |k_d| and |v_d|; the seed
@@ -273,8 +271,8 @@ def test_training_step_at_phi1_width_on_a_gpu(dtype, scale):
     shape = dataclasses.replace(SHAPE, rotary_dim=32, **changes)
     torch.manual_seed(0)
     with torch.device("cuda"):
-        ours = Phi(dataclasses.replace(shape, kernels="triton"))
-        reference = Phi(dataclasses.replace(shape, kernels="torch"))
+        ours = Phi(shape, triton=True)
+        reference = Phi(shape)
     reference.load_state_dict(ours.state_dict())
     idx = torch.randint(1000, (4, 513), device="cuda")
     results = []

@@ -1,11 +1,10 @@
-"""The roofline: ops by hand, their sum against the model's count, predictions against a table."""
+"""The cost of a step: ops by hand, their sum against the model's count, predictions by hand."""
 
 import json
 
 import pytest
 
-from bench.roofline import MEASURED, roof
-from bench.work import Rates, step_us, training_ops
+from bench.cost import MEASURED, Rates, roof, step_us, training_ops
 from model import ModelConfig, parameter_count
 
 PHI1 = ModelConfig()
@@ -96,14 +95,14 @@ def test_rates_are_in_order(gpu):
 
 
 def test_command(cli):
-    done = cli("-m", "bench.roofline", "configs/phi1.toml", "--gpu=a100", "--json")
+    done = cli("-m", "bench.cost", "configs/phi1.toml", "--gpu=a100", "--json")
     assert done.returncode == 0, done.stderr
     r = json.loads(done.stdout)
     assert r["slow"]["tokens_per_s"] < r["fast"]["tokens_per_s"] < r["roof"]["tokens_per_s"]
     assert r["record"]["tokens_per_s"] == pytest.approx(21.6e3, rel=0.005)
     total = sum(op["ns_per_token"] for op in r["ops"]) / 1e3
     assert total == pytest.approx(r["roof"]["us_per_token"])
-    table = cli("-m", "bench.roofline", "configs/phi1_small.toml", "--gpu=h100").stdout
+    table = cli("-m", "bench.cost", "configs/phi1_small.toml", "--gpu=h100").stdout
     assert "published record    222,9" in table  # 46.8% of 989 TFLOP/s at 2.076 GFLOP a token
     assert len(table.splitlines()) == 2 + len(r["ops"]) + 3
 
@@ -113,7 +112,7 @@ def test_command(cli):
     [(["--gpu=v100"], "a100, h100, h200"), (["--world_size=3"], "not a multiple")],
 )
 def test_wrong_use(cli, flags, told):
-    done = cli("-m", "bench.roofline", "configs/phi1.toml", *flags)
+    done = cli("-m", "bench.cost", "configs/phi1.toml", *flags)
     assert done.returncode == 2
     assert told in done.stderr
     assert done.stderr.count("\n") == 1

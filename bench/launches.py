@@ -1,0 +1,174 @@
+"""Every kernel's launch at phi-1's shape, recorded on meta tensors: what bench.resources compiles.
+
+A launch's arguments say their own types, so that nothing about a kernel is declared twice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import attention, cross_entropy, decode, gemm, launch, layernorm, pointwise
+from kernels.launch import TUNING
+from model import ModelConfig
+
+PHI1 = ModelConfig()
+B, T, C, M, V, R = 16, PHI1.seq_len, PHI1.width, PHI1.mlp_width, PHI1.vocab_size, PHI1.rotary_dim
+N, H, EPS = B * T, PHI1.n_head, 1e-5
+P, SEED = 0.1, 2**62  # of dropout
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A @triton.jit function and a call that launches it."""
+
+    fn: Any  # the triton.JITFunction
+    call: Callable  # call(**variant) launches it among others
+    variants: tuple[dict, ...] = ({},)  # a configuration must fit in each
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _attention(D: int = 64, p: float = 0.0, DOC: bool = False) -> None:
+    qkv, angles = empty(B, T, 3 * C), empty(T, R // 2, dtype=torch.float32)
+    seed = empty(1, dtype=torch.int64) if p else None
+    doc_start = empty(B, T, dtype=torch.int32) if DOC else None
+    options = C // D, (angles, angles), p, seed, doc_start
+    out, lse, peak = attention.attention_fwd(qkv, *options)
+    attention.attention_bwd(empty(B, T, C), qkv, out, lse, peak, *options)
+
+
+def _cross_entropy(GRAD: bool) -> None:
+    logits, targets = empty(N, V), empty(N, dtype=torch.int64)
+    scale = empty(dtype=torch.float32)
+    cross_entropy.cross_entropy_(logits, targets, scale, -1, GRAD)
+
+
+def _rescale() -> None:
+    scale = empty(dtype=torch.float32)
+    cross_entropy._rescale_(empty(N, C), scale, scale)
+
+
+def _decode_linear(norm: bool, act: int = 0, out: torch.dtype = torch.bfloat16) -> None:
+    x, w = empty(64, C), empty(3 * C + act, C)
+    ln = (empty(C), empty(C), EPS) if norm else None
+    a = empty(64, act) if act else None
+    decode.linear(x, w, empty(3 * C + act), empty(64, 3 * C, dtype=out), ln, a)
+
+
+def _decode_attention() -> None:
+    cache, angles = empty(64, H, T, C // H), empty(T, R // 2, dtype=torch.float32)
+    position = empty(64, dtype=torch.int64)
+    scratch = decode.scratch(64, H, T, C // H, "meta")
+    qkv, out = empty(64, 3 * C), empty(64, C)
+    decode.attention(qkv, cache, cache, position, angles, angles, out, *scratch)
+
+
+def _in_proj() -> None:
+    columns = 3 * C + M
+    w_in, b_in = empty(columns, C), empty(columns)
+    gemm.in_proj_fwd(empty(N, C), w_in, b_in, empty(N, columns), empty(N, M))
+
+
+def _out_proj(p: float) -> None:
+    x, w_out, b = empty(N, C), empty(C, C + M), empty(C)
+    gemm.out_proj_fwd(x, empty(N, M), w_out, b, b, x, p, SEED)
+
+
+def _gelu_bwd_gemm() -> None:
+    u = empty(N, M)
+    gemm.gelu_bwd(empty(N, C), empty(C, M), u, u, u)
+
+
+def _layernorm_bwd(REBUILD_Y: bool) -> None:
+    x, w, mean = empty(N, C), empty(C), empty(N, dtype=torch.float32)
+    layernorm.layernorm_bwd(x, x, w, mean, mean, x, w if REBUILD_Y else None)
+
+
+def _residual_fwd(DROPOUT: bool) -> None:
+    x, b = empty(N, C), empty(C)
+    pointwise.residual_fwd(x, x, b, x, b, P * DROPOUT, SEED)
+
+
+def _variants(name: str) -> tuple[dict, dict]:
+    return {name: False}, {name: True}
+
+
+_HEADS = {
+    f"d{D}{'_dropout' * (p > 0)}": partial(_attention, D, p) for D in (64, 128) for p in (0.0, P)
+}
+KERNELS = {
+    "attention_rotate_k": Kernel(attention._rotate_k_kernel, _attention),
+    "attention_delta": Kernel(attention._delta_kernel, _attention, _variants("DOC")),
+    "attention_dq": Kernel(attention._dq_kernel, _attention),
+    **{
+        f"attention_{op}_{head}": Kernel(fn, call, _variants("DOC"))
+        for op, fn in (("fwd", attention._fwd_kernel), ("bwd", attention._bwd_kernel))
+        for head, call in _HEADS.items()
+    },
+    "cross_entropy": Kernel(cross_entropy._cross_entropy_kernel, _cross_entropy, _variants("GRAD")),
+    "rescale": Kernel(cross_entropy._rescale_kernel, _rescale),
+    "decode_in_proj": Kernel(decode._linear_kernel, partial(_decode_linear, True, M)),
+    "decode_out_proj": Kernel(decode._linear_kernel, partial(_decode_linear, False)),
+    "decode_head": Kernel(decode._linear_kernel, partial(_decode_linear, True, out=torch.float32)),
+    "decode_attention": Kernel(decode._attention_kernel, _decode_attention),
+    "in_proj_fwd": Kernel(gemm._in_proj_fwd_kernel, _in_proj),
+    "out_proj_fwd": Kernel(gemm._out_proj_fwd_kernel, partial(_out_proj, 0.0)),
+    "out_proj_fwd_dropout": Kernel(gemm._out_proj_fwd_kernel, partial(_out_proj, P)),
+    "gelu_bwd_gemm": Kernel(gemm._gelu_bwd_gemm_kernel, _gelu_bwd_gemm),
+    "layernorm_fwd": Kernel(
+        layernorm._layernorm_fwd_kernel,
+        lambda: layernorm.layernorm_fwd(empty(N, C), empty(C), empty(C), EPS),
+    ),
+    "layernorm_bwd": Kernel(
+        layernorm._layernorm_bwd_kernel, _layernorm_bwd, _variants("REBUILD_Y")
+    ),
+    "gelu_fwd": Kernel(
+        pointwise._gelu_fwd_kernel, lambda: pointwise.gelu_fwd(empty(N, M), empty(N, M))
+    ),
+    "gelu_bwd": Kernel(
+        pointwise._gelu_bwd_kernel, lambda: pointwise.gelu_bwd(*(empty(N, M) for _ in range(4)))
+    ),
+    "residual_fwd": Kernel(pointwise._residual_fwd_kernel, _residual_fwd, _variants("DROPOUT")),
+    "residual_bwd": Kernel(
+        pointwise._residual_bwd_kernel,
+        lambda DROPOUT: pointwise.residual_bwd(empty(N, C), P * DROPOUT, SEED),
+        _variants("DROPOUT"),
+    ),
+}
+
+
+def record(name: str, sm: int, config: dict, variant: dict) -> dict:
+    """Return the arguments of kernel `name`, options too, as launched on `sm` with `config`."""
+    kernel, launches = KERNELS[name], []
+
+    def run(fn, *args, grid, warmup, **kwargs) -> None:
+        launches.append((fn, dict(zip(fn.arg_names, args)) | kwargs))
+
+    table = TUNING[f"sm_{sm}"] | ({name: [config]} if config else {})
+    with (
+        patch.object(triton.JITFunction, "run", run),
+        patch.object(launch, "capability", lambda x: sm),
+        patch.dict(TUNING, {f"sm_{sm}": table}),
+    ):
+        kernel.call(**variant)
+    args = next(args for fn, args in launches if fn is kernel.fn)
+    return args | {k: v for k, v in config.items() if k in args}
+
+
+def type_of(value) -> str:
+    """Return Triton's name for the type of an argument that is not a constexpr."""
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+    return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"

@@ -1,0 +1,94 @@
+"""Find the files of this project that a program depends on, and hash them.
+
+    python3 -m common.code data.filter train     print PROGRAM:FILE lines, which the Makefile reads
+
+Standard library only: make runs this before anything is installed.
+"""
+
+import ast
+import functools
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = (".txt", ".json", ".jsonl")  # suffixes of files that modules read from their own folder
+
+
+def closure(*programs: str | Path) -> list[Path]:
+    """Return the files that `programs` (dotted names or files) depend on, sorted.
+
+    These are the project's modules that they import, directly or through others, and the data files
+    of those modules; see dependencies. Raises ValueError for a name that is no module of ours.
+    """
+    found, todo = set(), set()
+    for program in programs:
+        if isinstance(program, str) and not module_file(program):
+            raise ValueError(f"{program}: no such module in {ROOT}")
+        todo |= files_of(program) if isinstance(program, str) else {program.resolve()}
+    while todo:
+        found.add(file := todo.pop())
+        todo |= dependencies(file) - found
+    return sorted(found)
+
+
+@functools.cache
+def code_hash(*programs: str | Path) -> str:
+    """Hash the names and contents of closure(*programs), as they are when first asked."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in closure(*programs):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+@functools.cache
+def dependencies(file: Path) -> set[Path]:
+    """Return the project's files that `file` depends on directly.
+
+    An import counts wherever it stands, so does a string that is a module's dotted name, as in
+    [sys.executable, "-m", "sandbox.supervise"]. A module that mentions __file__ depends on the data
+    files in its folder and below. A file that does not parse depends on none: Python names the
+    mistake when the program runs.
+    """
+    if file.suffix != ".py":
+        return set()
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError:
+        return set()
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = found.union(*(files_of(alias.name) for alias in node.names))
+        elif isinstance(node, ast.ImportFrom):  # what is imported may be a module itself
+            found = found.union(*(files_of(f"{node.module}.{alias.name}") for alias in node.names))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # Without a dot it is a word: "train" is a split of the data.
+            if re.fullmatch(r"\w+(\.\w+)+", node.value) and module_file(node.value):
+                found |= files_of(node.value)
+        elif isinstance(node, ast.Name) and node.id == "__file__" and file.parent != ROOT:
+            found |= {p for p in file.parent.rglob("*") if p.suffix in DATA}
+    return found
+
+
+def files_of(name: str) -> set[Path]:
+    """Return the files of ours that `import name` runs: a module's, and its packages' __init__."""
+    parts = name.split(".")
+    found = {module_file(".".join(parts[: i + 1])) for i in range(len(parts))}
+    return found - {None}
+
+
+@functools.cache
+def module_file(name: str) -> Path | None:
+    """Return the file of the module or package `name`, None if it is not of this project."""
+    path = ROOT / name.replace(".", "/")
+    files = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
+
+
+if __name__ == "__main__":
+    for program in sys.argv[1:]:
+        for file in closure(program):
+            print(f"{program}:{file.relative_to(ROOT)}")

@@ -1,0 +1,59 @@
+"""The import rule: a file imports only leftward, wherever in the file the import stands."""
+
+import graphlib
+
+import pytest
+from conftest import ROOT
+
+from common.code import dependencies
+
+LAYERS = ("common kernels | tokenizer sandbox | model | data/base | data/synthetic | data sample | "
+          "train | eval | tools | bench experiments")  # fmt: skip
+LAYER = {part: i for i, layer in enumerate(LAYERS.split("|")) for part in layer.split()}
+FILES = [*ROOT.glob("*.py"), *(p for part in LAYER for p in (ROOT / part).glob("*.py"))]
+
+
+def part(file: str) -> str:
+    return file.rpartition("/")[0] or file.removesuffix(".py")
+
+
+def allowed(file: str, used: str) -> bool:
+    ours, theirs = part(file), part(used)
+    if ours == "train" and theirs.startswith("data"):
+        return used in ("data/loader.py", "data/shards.py")
+    if ours.startswith("data") and theirs == "model":
+        return file == "data/base/features.py"
+    return ours == theirs or LAYER[theirs] < LAYER[ours]
+
+
+def imports() -> dict[str, list[str]]:
+    """Return what each file imports of ours; an empty __init__ is left out."""
+    used = {f: [d for d in dependencies(f) - {f} if d.suffix == ".py" and d.stat().st_size]
+            for f in FILES}  # fmt: skip
+    return {str(f.relative_to(ROOT)): [str(d.relative_to(ROOT)) for d in used[f]] for f in used}
+
+
+def test_the_root_holds_three_programs():
+    assert {f.name for f in FILES if f.parent == ROOT} == {"train.py", "model.py", "sample.py"}
+
+
+def test_a_file_imports_only_leftward():
+    assert [f"{f} -> {d}" for f, used in imports().items() for d in used if not allowed(f, d)] == []
+
+
+def test_no_import_goes_round():
+    graphlib.TopologicalSorter(imports()).prepare()  # raises CycleError, with the files of it
+
+
+@pytest.mark.parametrize("arrow", [
+    "kernels/gemm.py -> model.py", "kernels/gemm.py -> common/config.py",
+    "common/files.py -> kernels/launch.py", "sandbox/execute.py -> tokenizer/__init__.py",
+    "tokenizer/train.py -> data/base/documents.py", "model.py -> sample.py",
+    "data/base/embed.py -> model.py", "data/diversity.py -> model.py",
+    "data/base/stage.py -> data/filter.py", "data/filter.py -> eval/harness.py",
+    "sample.py -> data/loader.py", "train.py -> data/base/stage.py", "train.py -> data/pack.py",
+    "train.py -> eval/bits.py", "tools/hf.py -> bench/step.py",
+    "bench/step.py -> experiments/jobs.py",
+])  # fmt: skip
+def test_wrong_imports_are_seen(arrow):
+    assert not allowed(*arrow.split(" -> "))
