@@ -1,4 +1,4 @@
-"""Scores a sample of documents for their educational value: the labels that a classifier learns.
+"""Score a sample of documents for their educational value: the labels that a classifier learns.
 
     python -m data.annotate --source out/raw --out out/labels --labeller rules
     OPENAI_BASE_URL=http://host:8000/v1 python -m data.annotate --source out/raw --out out/labels \\
@@ -82,7 +82,7 @@ FENCE = re.compile(r"\s*```(?:json)?\n(.*)\n```\s*", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Options):
-    """Scores a sample of documents from 0 to 10 for their educational value."""
+    """Score a sample of documents from 0 to 10 for their educational value."""
 
     source: Path  # folder of documents
     out: Path  # folder to write

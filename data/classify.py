@@ -54,7 +54,7 @@ SAMPLES, SAMPLE_CHARS = 20, 3000  # kept and rejected documents for a person to 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains the forest on labelled documents, calibrates it and tells how good it is."""
+    """Train the forest on labelled documents, calibrate it and tell how good it is."""
 
     source: tuple[Path, ...]  # documents, files or folders; may be given several times
     out: Path  # folder to write
@@ -73,7 +73,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Adds to each document `quality`, the probability that it is good."""
+    """Add to each document `quality`, the probability that it is good."""
 
     source: tuple[Path, ...]  # documents, files or folders; may be given several times
     forest: Path  # folder that `train` wrote

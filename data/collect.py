@@ -60,7 +60,7 @@ GENERATED_CHARS = 1000  # how far in that may stand: room for a licence header b
 
 @dataclass(frozen=True)
 class Config:
-    """Collects raw Python code into a folder of documents."""
+    """Collect raw Python code into a folder of documents."""
 
     out: Path  # folder to write
     source: tuple[str, ...] = tuple(SYSTEM)  # stdlib, site-packages, a folder (its *.py files or,

@@ -1,4 +1,4 @@
-"""Removes what is too close to a benchmark's problems, and shows how much that is.
+"""Remove what is too close to a benchmark's problems, and show how much that is.
 
     python -m data.decontaminate --source out/exercises/train --out out/clean \\
         --benchmarks HumanEval.jsonl.gz --benchmarks mbpp.jsonl
@@ -52,7 +52,7 @@ FOLD = bytes(b if chr(b).isalnum() and b < 128 else 32 for b in range(256))
 
 @dataclass(frozen=True)
 class Config:
-    """Removes documents that are close to a benchmark's problems; prints the paper's table."""
+    """Remove documents that are close to a benchmark's problems; print the paper's table."""
 
     source: tuple[Path, ...]  # document shards, files or folders; may be given several times
     out: Path  # folder to write
@@ -83,7 +83,7 @@ class Hit:
 
 
 class Finder:
-    """Finds documents that are close to problems."""
+    """Find documents that are close to problems."""
 
     def __init__(self, config: Config, problems: list[Reference]):
         self.problems, self.ngram = problems, config.ngram

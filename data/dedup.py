@@ -1,4 +1,4 @@
-"""Removes duplicates: exact ones by hash, near ones by MinHash, LSH and exact Jaccard.
+"""Remove duplicates: exact ones by hash, near ones by MinHash, LSH and exact Jaccard.
 
     python -m data.dedup --source out/filtered --out out/unique
     mpirun -n 8 python -m mpi4py -m data.dedup --source out/filtered --out out/unique
@@ -38,7 +38,7 @@ SAMPLES, SAMPLE_CHARS = 20, 2000  # pairs for a person to read
 
 @dataclass(frozen=True)
 class Config:
-    """Removes exact and near duplicates; of each group of them the best document stays."""
+    """Remove exact and near duplicates; of each group of them the best document stays."""
 
     source: tuple[Path, ...]  # document shards, files or folders; may be given several times
     out: Path  # folder to write

@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import zstandard
 
 from common.config import UserError, parse, run
 from common.files import read_jsonl
 from data.base import minhash
 from data.base.benchmarks import FIELDS
-from data.base.documents import DocumentFile, document, source_shards
+from data.base.documents import DocumentFile, batched, document, source_shards
 from data.base.features import Hidden, words
 from data.base.ranks import digest_key, say
 from data.base.readers import read_records
@@ -77,7 +76,7 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Config:
-    """Measures how varied, balanced, hard and redundant sets of documents are."""
+    """Measure how varied, balanced, hard and redundant sets of documents are."""
 
     source: tuple[Path, ...]  # a set: documents or problems, a file or folder; several to compare
     out: Path  # folder to write
@@ -173,29 +172,25 @@ def save_keys(part: Part) -> None:
 
 def look(part: Part, last_sample: int, last_near: int) -> dict:
     """Leave the sample's documents with their facts, and the signatures of more."""
-    count, batch, near = Counter(documents=0, bytes=0, sample=0, cut_chars=0), [], []
+    count = Counter(documents=0, bytes=0, sample=0, cut_chars=0)
 
-    def sign() -> None:
-        hashes, starts = minhash.shingles([record["text"].encode() for record in batch])
-        near.append(minhash.signatures(hashes, starts, minhash.PERMUTATIONS))
-        batch.clear()
-
-    with DocumentFile(part.scratch / f"sample-{part.index:05d}.jsonl.zst") as sample:
+    def near() -> Iterator[bytes]:
         for record in records(part, count_bad=True):
-            count["documents"] += 1
-            count["bytes"] += len(record["text"].encode())
-            if key(record) <= last_near:
-                batch.append(record)
-            if len(batch) == NEAR_BATCH:
-                sign()
+            text, encoded = record["text"], record["text"].encode()
+            count.update(documents=1, bytes=len(encoded))
             if key(record) <= last_sample:
-                count["sample"] += 1
-                count["cut_chars"] += min(len(record["text"]), EACH_CHARS)
+                count.update(sample=1, cut_chars=min(len(text), EACH_CHARS))
                 problem = {f: record[f] for f in FIELDS if f in record}
-                sample.write({"key": key(record), "text": record["text"],
-                              "problem": problem, **facts(record["text"])})  # fmt: skip
-    sign()
-    np.save(part.scratch / f"near-{part.index:05d}.npy", np.concatenate(near))
+                line = {"key": key(record), "text": text, "problem": problem, **facts(text)}
+                sample.write(line)
+            if key(record) <= last_near:
+                yield encoded
+
+    found = [np.zeros((0, minhash.PERMUTATIONS), np.uint32)]
+    with DocumentFile(part.scratch / f"sample-{part.index:05d}.jsonl.zst") as sample:
+        for batch in batched(near(), NEAR_BATCH):
+            found.append(minhash.signatures(*minhash.shingles(batch), minhash.PERMUTATIONS))
+    np.save(part.scratch / f"near-{part.index:05d}.npy", np.concatenate(found))
     return dict(count)
 
 
@@ -206,6 +201,8 @@ def measure(
     part: Part, config: Config, of_set: list[int], totals: dict, budget: int, compared: int
 ) -> dict:
     """Measure all numbers of one set."""
+    import zstandard  # here: tools/report.py, which takes the table from this file, needs none
+
     files = scratch(part.stage, of_set, part.item, "sample", "jsonl.zst")
     sample = sorted((r for f in files for r in read_jsonl(f)), key=lambda r: r["key"])
     texts = [record["text"][:EACH_CHARS] for record in sample]

@@ -1,4 +1,4 @@
-"""Writes short programming exercises, signature + docstring -> body, with a held-out split.
+"""Write short programming exercises, signature + docstring -> body, with a held-out split.
 
 An offline stand-in for the language model that wrote phi-1's CodeExercises (arXiv 2306.11644): the
 families in families.py give the tasks, and a task is told in many wordings and names. Every

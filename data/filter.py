@@ -38,7 +38,7 @@ REJECTED_SAMPLES, KEPT_SAMPLES, SAMPLE_CHARS = 5, 10, 2000  # for a person to re
 
 @dataclass(frozen=True)
 class Config:
-    """Keeps the documents that teach, and says why it rejects each of the others."""
+    """Keep the documents that teach, and say why each of the others is rejected."""
 
     source: Path  # documents: a file, or a folder of shards
     out: Path  # folder to write

@@ -1,4 +1,4 @@
-"""Keeps whole packages of raw code apart, for scores on code that no model was trained on.
+"""Keep whole packages of raw code apart, for scores on code that no model was trained on.
 
     python -m data.holdout --source out/collected --heldout_mb 1 --out out/raw
     python -m data.holdout --source out/collected --heldout_mb 1 --out out/heldout --keep heldout
@@ -24,7 +24,7 @@ MAX_SHARE = 0.2  # of the held-out bytes that one package may be
 
 @dataclass(frozen=True)
 class Config:
-    """Writes the documents of held-out packages, or those of all others."""
+    """Write the documents of held-out packages, or those of all others."""
 
     source: Path  # documents: a file, or a folder of shards
     out: Path  # folder to write

@@ -30,7 +30,7 @@ from data.base.syntax import docstring, is_pair, parse_python
 
 @dataclass(frozen=True)
 class Config:
-    """Cuts documented functions out of raw code, as pairs of prompt and solution."""
+    """Cut documented functions out of raw code, as pairs of prompt and solution."""
 
     source: Path  # documents: a file, or a folder of shards
     out: Path  # folder to write

@@ -1,4 +1,4 @@
-"""Writes synthetic data, textbooks or exercises, as the paper had GPT-3.5 write them.
+"""Write synthetic data, textbooks or exercises, as the paper had GPT-3.5 write them.
 
     python -m data.synthesize textbooks --out out/textbooks --count 2000
     python -m data.synthesize exercises --out out/exercises --count 30_000
@@ -74,14 +74,14 @@ class Config(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Textbooks(Config):
-    """Writes lessons: prose interleaved with code that runs."""
+    """Write lessons: prose interleaved with code that runs."""
 
     reply_tokens: int = 1500  # at most, in a reply
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exercises(Config):
-    """Writes exercises: a docstring to be completed, and a solution that passes its tests."""
+    """Write exercises: a docstring to be completed, and a solution that passes its tests."""
 
     reply_tokens: int = 600  # at most, in a reply
     heldout: int = 500  # leave out the tasks of the problems that data.exercises holds out, where

@@ -31,7 +31,7 @@ RESAMPLES = 1000  # of documents, for an interval
 
 @dataclass(frozen=True)
 class Config:
-    """Measures the bits per byte that a model gives to documents."""
+    """Measure the bits per byte that a model gives to documents."""
 
     checkpoint: Path  # run or checkpoint folder
     source: Path  # documents: a file, or a folder of shards

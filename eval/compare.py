@@ -48,7 +48,7 @@ PAPER, OURS = COLORS[5], COLORS[0]
 
 @dataclass(frozen=True)
 class Config:
-    """Prints and draws scores of ours beside the paper's Table 1."""
+    """Print and draw scores of ours beside the paper's Table 1."""
 
     result: tuple[Path, ...] = ()  # folders of evaluations, or of such folders; they may stand
     # without --result, first

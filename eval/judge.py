@@ -59,7 +59,7 @@ ANY_GRADE = re.compile(r"^[\W_]*grade\b[\W_]*[0-9]", re.IGNORECASE | re.MULTILIN
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Options):
-    """Scores a checkpoint, or samples made elsewhere, on 50 problems that look like no benchmark.
+    """Score a checkpoint, or samples made elsewhere, on 50 problems that look like no benchmark.
 
     Without --model the unit tests alone run; with it, that model of an endpoint also grades each
     answer from 0 to 10.

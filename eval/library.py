@@ -41,7 +41,7 @@ OPTIONS = 20  # attributes of a module that a file of counts keeps
 
 @dataclass(frozen=True)
 class Config:
-    """Scores a model on library usage in documents; without --checkpoint, counts that usage."""
+    """Score a model on library usage in documents; without --checkpoint, count that usage."""
 
     source: Path  # documents: a file, or a folder of shards
     out: Path  # JSON file to write

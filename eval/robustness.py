@@ -30,7 +30,7 @@ from sandbox.self_check import PATIENCE, check, remembered, run_all, slowdown
 
 @dataclass(frozen=True)
 class Config(Evaluation):
-    """Scores a checkpoint on problems, and on the same problems with perturbed prompts."""
+    """Score a checkpoint on problems, and on the same problems with perturbed prompts."""
 
     only: tuple[str, ...] = ()  # perturbation to try, all if none is named; several times
 

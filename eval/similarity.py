@@ -1,4 +1,4 @@
-"""Splits scores into problems that are similar to the training exercises and others.
+"""Split scores into problems that are similar to the training exercises and others.
 
     python -m data.decontaminate --source out/exercises/train --out out/clean --benchmarks FILE
     python -m eval.similarity out/eval/a out/eval/b --report out/clean/report/problems.jsonl
@@ -25,7 +25,7 @@ from eval.scores import mean, parse_folders, percent, read_result
 
 @dataclass(frozen=True)
 class Config:
-    """Prints pass@1 on problems similar to the training exercises, and on the others."""
+    """Print pass@1 on problems similar to the training exercises, and on the others."""
 
     report: Path  # report/problems.jsonl of data.decontaminate, for the same problems
     result: tuple[Path, ...] = ()  # folders of evaluations; they may stand without --result, first

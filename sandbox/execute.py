@@ -1,4 +1,4 @@
-"""Runs untrusted programs in the sandbox and checks what they answer.
+"""Run untrusted programs in the sandbox and check what they answer.
 
 `run_checks` is the whole interface, `run_programs` its form for programs that hold their own tests.
 Each worker is a trusted process (supervise.py) with a sandbox of its own (candidate.py

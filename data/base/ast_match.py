@@ -107,7 +107,7 @@ def match_rate(a: bytes, b: bytes) -> float:
 
 
 class Matcher:
-    """Finds, among many sequences, those near one of a few patterns (the benchmark's problems)."""
+    """Find, among many sequences, those near one of a few patterns (the benchmark's problems)."""
 
     def __init__(self, patterns: list[bytes], min_rate: float):
         """Pairs with a match rate of at least `min_rate` > 0 are of interest."""

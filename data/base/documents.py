@@ -72,7 +72,7 @@ def source_shards(*sources: Path) -> list[Path]:
 
 
 class DocumentFile(AbstractContextManager):
-    """Writes documents to one .jsonl.zst file, which is made by the first of them."""
+    """Write documents to one .jsonl.zst file, which is made by the first of them."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -102,7 +102,7 @@ class DocumentFile(AbstractContextManager):
 
 
 class ShardWriter(AbstractContextManager):
-    """Writes documents to `folder/shard-00000.jsonl.zst`, ..., a new one each `shard_bytes`."""
+    """Write documents to `folder/shard-00000.jsonl.zst`, ..., a new one each `shard_bytes`."""
 
     def __init__(self, folder: Path, shard_bytes: int = 64 << 20):
         self.folder, self.shard_bytes = Path(folder), shard_bytes

@@ -65,7 +65,7 @@ class Refused(Exception):
 
 
 class Client(AbstractContextManager):
-    """Asks an endpoint, from several threads at once. Raises UserError for options that lack."""
+    """Ask an endpoint, from several threads at once. Raises UserError for missing options."""
 
     def __init__(self, options: Options, cache: Path):
         self.options, self.counts = options, Counter()

@@ -1,4 +1,4 @@
-"""Damages solutions of exercises, each by one small error such as a language model makes.
+"""Damage solutions of exercises, each by one small error such as a language model makes.
 
 What a model wrote of CodeExercises is not all right, and phi-1 learned from it all the same (arXiv
 2306.11644, section 2.2): `python -m data.exercises --damage_frac 0.5` lets one measure that. A

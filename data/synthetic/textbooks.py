@@ -1,4 +1,4 @@
-"""Writes short lessons in programming, prose interleaved with code that runs.
+"""Write short lessons in programming, prose interleaved with code that runs.
 
 An offline stand-in for the language model that wrote phi-1's synthetic textbooks (arXiv 2306.11644,
 section 2.2), and like there diversity comes from the topic and the audience. Names, numbers,

@@ -1,4 +1,4 @@
-"""Works out what a lesson shows of a function: its types, its docstring, its rounds, its mistakes.
+"""Work out what a lesson shows of a function: its types, its docstring, its rounds, its mistakes.
 
 All of it is taken from running the function on the lesson's own calls, so that it is true. Used by
 textbooks.py.

@@ -125,7 +125,8 @@ def test_wrong_versions_are_wrong_and_docstrings_are_of_functions(topic):
 
 def test_lessons_do_not_depend_on_the_order_of_sets():
     script = (
-        "import hashlib, random\nfrom data import textbooks as t\nrng = random.Random(1)\n"
+        "import hashlib, random\nfrom data.synthetic import textbooks as t\n"
+        "rng = random.Random(1)\n"
         "texts = [t.write(topic, rng.choice(t.AUDIENCES), 'newcomer', rng)"
         " for topic in t.TOPICS for _ in range(2)]\n"
         "print(hashlib.sha256('|'.join(texts).encode()).hexdigest())\n"

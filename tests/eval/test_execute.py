@@ -226,7 +226,7 @@ def test_evaluator_ends(any_tier, number):
     """Whatever ends the evaluator, programs that run do not outlive it by much."""
     script = (  # a background shell has its commands ignore SIGINT
         "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from eval import execute\n"
+        "from sandbox import execute\n"
         f"execute.run_programs(['while True: pass'] * 9, 300, tier={any_tier!r})"
     )
     evaluator = subprocess.Popen(
