@@ -122,9 +122,10 @@ def test_prune_keeps_what_fits_in_every_variant_and_the_order(tmp_path, monkeypa
 
 
 def test_tuning_file_has_every_kernel_and_no_other():
+    fixed = {"attention_rotate_k", "attention_delta", "attention_dq"}  # launched in one way only
     for sm in (80, 90):
         table = json.loads(launch.TUNING_FILE.read_text())[f"sm_{sm}"]
-        assert table.keys() == resources.KERNELS.keys()
+        assert table.keys() == resources.KERNELS.keys() - fixed
 
 
 @pytest.mark.parametrize(
