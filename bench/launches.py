@@ -1,6 +1,7 @@
-"""Every kernel's launch at phi-1's shape, recorded on meta tensors: what bench.resources compiles.
+"""Record each kernel's launch at phi-1's shape, on meta tensors: what bench.resources compiles.
 
-A launch's arguments say their own types, so that nothing about a kernel is declared twice.
+The recorded arguments carry types, constexprs and TMA blocks, so that an op's file need not repeat
+them. A new kernel needs an entry in KERNELS here, and one in kernels/tuning.json.
 """
 
 from collections.abc import Callable
@@ -154,15 +155,14 @@ def record(name: str, sm: int, config: dict, variant: dict) -> dict:
     def run(fn, *args, grid, warmup, **kwargs) -> None:
         launches.append((fn, dict(zip(fn.arg_names, args)) | kwargs))
 
-    table = TUNING[f"sm_{sm}"] | ({name: [config]} if config else {})
+    table = TUNING[f"sm_{sm}"] | ({name: [config]} if config else {})  # {}: takes none
     with (
         patch.object(triton.JITFunction, "run", run),
         patch.object(launch, "capability", lambda x: sm),
         patch.dict(TUNING, {f"sm_{sm}": table}),
     ):
         kernel.call(**variant)
-    args = next(args for fn, args in launches if fn is kernel.fn)
-    return args | {k: v for k, v in config.items() if k in args}
+    return next(args for fn, args in launches if fn is kernel.fn)
 
 
 def type_of(value) -> str:

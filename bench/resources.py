@@ -3,7 +3,7 @@
     python -m bench.resources [--sm=80] [--kernel=in_proj] [--defaults] [--json]
     python -m bench.resources [--prune | --record]
 
-Compiles each configuration of each kernel's table (bf16, phi-1's shapes) down to a cubin and prints
+Compiles each configuration in kernels/tuning.json (bf16, phi-1's shapes) down to a cubin and prints
 registers, spills (ptxas -v), shared memory, theoretical occupancy, and the tensor-core and
 asynchronous copy instructions in the PTX; then, for each inner loop with tensor-core instructions,
 the cycles that each pipe of an SM is busy and the TFLOP/s that the slowest allows (sass.py), per
@@ -11,8 +11,8 @@ the cycles that each pipe of an SM is busy and the TFLOP/s that the slowest allo
 configuration that a launch takes, spills in a loop, asks for more shared memory than a block may
 have (Triton compiles it all the same), lacks the tensor-core instructions of a GEMM or of
 attention, or has a lower bound than bench/bounds.json holds for this version of Triton. `--prune`
-writes the configurations that pass to kernels/tuning.json, which launches read; `--record` the
-bounds of the defaults to bounds.json. One to two seconds each.
+deletes the configurations that fail from kernels/tuning.json; `--record` writes the bounds of the
+defaults to bounds.json. One to two seconds each. A new kernel is added to launches.py.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Config:
     kernel: str = ""  # only kernels whose name contains this
     defaults: bool = False  # only the configurations that launches take
     json: bool = False  # print rows as JSON
-    prune: bool = False  # write the configurations that fit to kernels/tuning.json
+    prune: bool = False  # delete the configurations that do not fit from kernels/tuning.json
     record: bool = False  # write the defaults' bounds to bench/bounds.json
 
 
@@ -97,7 +97,7 @@ class Row:
 
 
 def candidates(name: str, sm: int) -> list[dict]:
-    """Return the configurations of a kernel, the default first; {} where its launch has one."""
+    """Return the configurations of a kernel, the default first; {}: its launch takes no other."""
     return TUNING[f"sm_{sm}"].get(name, [{}])
 
 
@@ -147,7 +147,7 @@ def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
 
 
 def _ptxas(ptx: str) -> tuple[int, int]:
-    """(registers a thread, spilled bytes: stores and loads) according to Triton's ptxas."""
+    """Return (registers a thread, bytes of spill stores and loads), from Triton's ptxas."""
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
@@ -160,7 +160,7 @@ def _ptxas(ptx: str) -> tuple[int, int]:
 
 
 def occupancy_frac(sm: int, registers: int, shared_bytes: int, warps: int) -> float:
-    """Warps that can be resident on an SM, over 64."""
+    """Return the warps that can be resident on an SM, over 64."""
     per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
     blocks = min(
         BLOCKS_PER_SM,
@@ -172,7 +172,7 @@ def occupancy_frac(sm: int, registers: int, shared_bytes: int, warps: int) -> fl
 
 
 def show(row: Row) -> str:
-    """One line: kernel, configuration, needs and, in words, what is wrong with it."""
+    """Return lines: kernel, configuration, needs, problems; then a line a loop."""
     config = " ".join(f"{k}={v}" for k, v in (row.config | row.variant).items())
     for long, short in (("BLOCK_", ""), ("num_warps", "warps"), ("num_stages", "stages")):
         config = config.replace(long, short)
@@ -198,13 +198,15 @@ def blocks(config: dict) -> float:
 
 
 def prune(rows: list[Row]) -> None:
-    """Write the configurations of `rows` without problems to tuning.json, in their order."""
+    """Delete from tuning.json the configurations of `rows` that have problems."""
     unfit = [(r.kernel, r.sm, r.config) for r in rows if r.problems]
     for name, sm in dict.fromkeys((r.kernel, r.sm) for r in rows):
         tried = [r.config for r in rows if (r.kernel, r.sm) == (name, sm)]
         fit = [c for i, c in enumerate(tried) if c not in tried[:i] and (name, sm, c) not in unfit]
         if not fit:
-            raise UserError(f"sm_{sm} {name}: no configuration fits; add smaller ones to its table")
+            raise UserError(
+                f"sm_{sm} {name}: no configuration fits; add smaller ones to tuning.json"
+            )
         if fit != [{}]:
             TUNING[f"sm_{sm}"][name] = fit
     for sm in ("sm_80", "sm_90"):

@@ -89,7 +89,7 @@ class _Block(torch.autograd.Function):
 
 
 def _gradient(w: Tensor, needed: bool) -> tuple[tuple, Tensor | None]:
-    """((fp32 buffer, beta) for the weight's gradient, what autograd is to be given)."""
+    """Return ((fp32 buffer, beta) for the gradient of w, what backward returns for it)."""
     if not needed:
         return (None, 0.0), None
     if w.is_leaf and w.grad is not None and w.grad.dtype == torch.float32:
@@ -99,7 +99,7 @@ def _gradient(w: Tensor, needed: bool) -> tuple[tuple, Tensor | None]:
 
 
 def unsupported(width: int, n_head: int, mlp_width: int, rotary_dim: int) -> str:
-    """Why the kernels do not take a block of this shape; empty if they do."""
+    """Return why the kernels do not take a block of this shape; empty if they do."""
     if width // n_head not in HEAD_DIMS:
         return f"head dim {width // n_head} (width / n_head) is none of {HEAD_DIMS}"
     if width > MAX_WIDTH:
@@ -121,7 +121,7 @@ def block(
     seeds: tuple[int, int] = (0, 0),
     doc_start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A block's output [B, T, C] from its input x [B, T, C]; differentiable in x and parameters.
+    """Return a block's output [B, T, C] from x [B, T, C]; differentiable in x and parameters.
 
     ln_w, ln_b, b_attn, b_mlp [C]; w_in [3C + M, C], b_in [3C + M]; w_out [C, C + M]
     rope        cos and sin, fp32 [T or more, R/2], contiguous; None for no rotation

@@ -39,6 +39,7 @@ def _cross_entropy_kernel(
     n_cols, stride, ignore_index,
     GRAD: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Compute a row's loss and, if GRAD, write the row's gradient over its logits."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     logits_ptr += row * stride
@@ -82,6 +83,7 @@ def _rescale_kernel(
     g_ptr, expected_ptr,  # [] fp32
     n_cols, stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Rescale a row, unless g equals expected."""
     g, expected = tl.load(g_ptr), tl.load(expected_ptr)
     if g != expected:
         x_ptr += tl.program_id(0).to(tl.int64) * stride
@@ -107,7 +109,7 @@ def cross_entropy_(
 
 
 def _rescale_(x: Tensor, g: Tensor, expected: Tensor) -> Tensor:
-    """x *= g / expected, without touching x where that is 1 and without asking the host."""
+    """Multiply x by g / expected in place; leave it untouched if that is 1. Do not sync."""
     rows = x.view(1, -1) if x.dim() == 1 else x
     cfg = config("rescale", x)
     _rescale_kernel[(rows.shape[0],)](rows, g, expected, rows.shape[1], rows.stride(0), **cfg)
@@ -115,12 +117,12 @@ def _rescale_(x: Tensor, g: Tensor, expected: Tensor) -> Tensor:
 
 
 def _weight(targets: Tensor, ignore_index: int) -> Tensor:
-    """1 / n_valid, [] fp32, without asking the host."""
+    """Return 1 / n_valid, [] fp32, without a sync."""
     return (targets != ignore_index).sum().clamp(min=1).float().reciprocal()
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """`value` as [] fp32 on the device; filled there, for a copy would wait."""
+    """Return `value` as [] fp32 on the device; filled there, as a copy would sync."""
     if isinstance(value, Tensor):
         return value.to(device, torch.float32)
     return torch.full((), value, dtype=torch.float32, device=device)
@@ -139,9 +141,9 @@ def linear_cross_entropy_fwd_bwd(
     expected_grad: float | Tensor = 1.0,
     grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """(loss, dx) of the LM head on x: [N, C]; adds to dweight [V, C] and dbias [V], fp32, if given.
+    """Return (loss, dx) of the LM head on x [N, C]; add to dweight [V, C] and dbias [V], both fp32.
 
-    All gradients are those of expected_grad * loss; without `grad` there is the loss alone.
+    Gradients are those of expected_grad * loss. Without `grad`, dx is None and nothing is added.
     """
     weight_per_row = _weight(targets, ignore_index)
     scale = weight_per_row * _scalar(expected_grad, x.device)
@@ -194,7 +196,7 @@ def linear_cross_entropy(
     ignore_index: int = -1,
     expected_grad: float | Tensor = 1.0,
 ) -> Tensor:
-    """Mean loss ([] fp32) of the LM head x weight^T + bias: x [N, C], weight [V, C], bias [V].
+    """Return the mean loss ([], fp32) of x weight^T + bias, x [N, C], weight [V, C], bias [V].
 
     Weight and bias may be fp32 whatever x is: they are cast, and their gradients are fp32.
     Never holds more than `chunk_rows` rows of logits. Raises ValueError.

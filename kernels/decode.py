@@ -1,7 +1,7 @@
 """One token for each of a few texts: a linear layer with what surrounds it, and attention.
 
     linear      out = LN(x) W^T + b,  out += x W^T + b,  and from a column on  act = gelu(..)
-    attention   q, k turned by the angles of position p; k, v written to the cache at p;
+    attention   q, k rotated by the angles of position p; k, v written to the cache at p;
                 out = softmax(q K^T / sqrt(D)) V over the cache up to p
 
 Memory bound: a launch reads W, or the keys and values, once; a block of the model is three launches
@@ -42,6 +42,7 @@ def _linear_kernel(
     NORM: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Compute a tile of out and act; with NORM, first the statistics of its rows of x."""
     tiles_m = tl.cdiv(n_rows, BLOCK_M)  # neighbours share a tile of W in L2
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -83,13 +84,13 @@ def _linear_kernel(
 
 
 @triton.jit
-def _turned(ptr, d, cos, sin, D: tl.constexpr, R: tl.constexpr):
-    """q or k [DP] at ptr, its pairs (i, i + R/2) turned; cos is 1 and sin 0 beyond R."""
+def _rotated(ptr, d, cos, sin, D: tl.constexpr, R: tl.constexpr):
+    """Load q or k [DP] at ptr and rotate its pairs (i, i + R/2); cos is 1 and sin 0 beyond R."""
     pair = tl.where(d < R // 2, d + R // 2, tl.where(d < R, d - R // 2, d))
     x = tl.load(ptr + d, mask=d < D, other=0.0).to(tl.float32)
     other = tl.load(ptr + pair, mask=d < D, other=0.0).to(tl.float32)
-    turned = x * cos + tl.where(d < R // 2, -other, other) * sin
-    return turned.to(ptr.dtype.element_ty).to(tl.float32)  # rounded as in the model
+    rotated = x * cos + tl.where(d < R // 2, -other, other) * sin
+    return rotated.to(ptr.dtype.element_ty).to(tl.float32)  # rounded as in the model
 
 
 @triton.jit
@@ -104,6 +105,7 @@ def _attention_kernel(
     stride_qkv, stride_b, stride_h, stride_out, scale_log2e,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """Attend to one block of the cache; the last program of a head combines all blocks."""
     h, b, H = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     position = tl.load(position_ptr + b).to(tl.int32)
     first = tl.program_id(0) * BLOCK_S
@@ -114,14 +116,14 @@ def _attention_kernel(
     cos = tl.load(cos_ptr + angle, mask=d < R, other=1.0)
     sin = tl.load(sin_ptr + angle, mask=d < R, other=0.0)
     qkv_ptr += b.to(tl.int64) * stride_qkv + h * D
-    q = _turned(qkv_ptr, d, cos, sin, D, R)
+    q = _rotated(qkv_ptr, d, cos, sin, D, R)
     cache = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
     k_ptr, v_ptr = k_ptr + cache, v_ptr + cache
     old = (s < position)[:, None] & (d < D)[None, :]
     k = tl.load(k_ptr + s[:, None] * D + d[None, :], mask=old, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + s[:, None] * D + d[None, :], mask=old, other=0.0).to(tl.float32)
     if position < first + BLOCK_S:  # the new key and value are in this piece
-        new_k = _turned(qkv_ptr + H * D, d, cos, sin, D, R)
+        new_k = _rotated(qkv_ptr + H * D, d, cos, sin, D, R)
         new_v = tl.load(qkv_ptr + 2 * H * D + d, mask=d < D, other=0.0).to(tl.float32)
         tl.store(k_ptr + position * D + d, new_k, mask=d < D)
         tl.store(v_ptr + position * D + d, new_v, mask=d < D)
@@ -186,7 +188,7 @@ def linear(
 
 
 def scratch(rows: int, n_head: int, positions: int, head_dim: int, device) -> tuple[Tensor, Tensor]:
-    """What `attention` needs between its programs: pieces of sums, and counters of zero."""
+    """Return the scratch of `attention`: part and count, which its programs share."""
     pieces = triton.cdiv(positions, BLOCK_S)
     part = torch.empty(rows * n_head, pieces, triton.next_power_of_2(head_dim) + 16, device=device)
     return part, torch.zeros(rows * n_head, dtype=torch.int32, device=device)

@@ -210,7 +210,7 @@ def in_proj_fwd(h: Tensor, w_in: Tensor, b_in: Tensor, qkvu: Tensor, a: Tensor) 
 def out_proj_fwd(
     y: Tensor, a: Tensor, w_out: Tensor, b1: Tensor, b2: Tensor, x: Tensor, p: float, seed: int
 ) -> Tensor:
-    """x + drop1(y Wa^T + b1) + drop2(a Wm^T + b2), w_out = [Wa | Wm]: [C, C + M]; [N, C]."""
+    """Return x + drop1(y Wa^T + b1) + drop2(a Wm^T + b2) [N, C], w_out = [Wa | Wm] [C, C + M]."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     k1, k2 = y.shape[1], a.shape[1]
     wa, wm = w_out[:, :k1], w_out[:, k1:]
@@ -236,7 +236,7 @@ def gelu_bwd(d: Tensor, wm: Tensor, u: Tensor, du: Tensor, a: Tensor) -> Tensor:
 
 
 def accumulate_(dw: Tensor, dout: Tensor, x: Tensor, beta: float = 1.0) -> None:
-    """dw = beta dw + dout^T x: the weight gradient [R, S], fp32, of dout: [N, R] and x: [N, S].
+    """Write dw = beta dw + dout^T x, the weight gradient [R, S] fp32 of dout [N, R] and x [N, S].
 
     With beta = 0, dw is written without being read. cuBLAS adds in its epilogue, in fp32
     (`out_dtype`: CUDA only). A Triton GEMM could sum dout's columns on the way, but would have to

@@ -97,7 +97,7 @@ def _config(kernel: str, x: Tensor) -> dict:
 
 
 def layernorm_fwd(x: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd) of x: [N, C], rows may be strided; mean and rstd are fp32, [N]."""
+    """Return (y, mean, rstd) of x [N, C], whose rows may be strided; mean and rstd [N] are fp32."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = torch.empty((2, x.shape[0]), dtype=torch.float32, device=x.device)
     _layernorm_fwd_kernel[(x.shape[0],)](
@@ -116,10 +116,10 @@ def layernorm_bwd(
     dresidual: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dx, dw, db, y): dx and y [N, C], dw and db [C] fp32.
+    """Return (dx, dw, db, y): dx and y [N, C], dw and db [C] fp32.
 
-    dx includes `dresidual` if that is given; y is rebuilt if `bias` is, else None. Rows of dy, x
-    and dresidual may be strided; dx and y are new and contiguous.
+    dx includes `dresidual` if that is given; y is rebuilt if `bias` is given, else None. Rows of
+    dy, x and dresidual may be strided; dx and y are new and contiguous.
     """
     n_rows, n_cols = x.shape
     cfg = _config("layernorm_bwd", x)
@@ -160,7 +160,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def layernorm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm of x: [..., C] over its last dimension; w, b: [C], of x's dtype or fp32.
+    """Normalize x [..., C] over its last dimension; w, b [C], of x's dtype or fp32.
 
     Raises ValueError for a dtype, device, shape or stride that the kernels do not take.
     """
@@ -182,5 +182,5 @@ def layernorm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def layernorm_reference(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
-    """The same in plain torch, in the dtype of x."""
+    """Compute `layernorm` in plain torch, in the dtype of x."""
     return torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, eps)

@@ -38,7 +38,7 @@ GEMM = {
 
 
 def choice(op: str, x: Tensor) -> str:
-    """ "triton" or "cublas" for `op` on the device of x. fp32 on a GPU has no Triton GEMM."""
+    """Return "triton" or "cublas" for `op` on the device of x; fp32 on a GPU has no Triton GEMM."""
     if x.is_cuda and x.dtype == torch.float32:
         return "cublas"
     sm = capability(x)
@@ -46,14 +46,14 @@ def choice(op: str, x: Tensor) -> str:
 
 
 def describe(device: torch.device) -> str:
-    """One line for a run's log: which version of each op serves half-precision tensors there."""
+    """Return a line for a run's log: the version of each op for half precision on `device`."""
     x = torch.empty(0, dtype=torch.bfloat16, device=device)
     where = f"measured on {measured(capability(x))['device']}"
     return ", ".join(f"{op} {choice(op, x)}" for op in GEMM[80]) + f" ({where})"
 
 
 def in_proj_fwd(h: Tensor, w_in: Tensor, b_in: Tensor) -> tuple[Tensor, Tensor]:
-    """([qkv | u], a) of h: [N, C]; [N, 3C + M] and [N, M]."""
+    """Return ([qkv | u], a) of h [N, C]; [N, 3C + M] and [N, M]."""
     n_rows, width = h.shape
     a = torch.empty((n_rows, w_in.shape[0] - 3 * width), dtype=h.dtype, device=h.device)
     if choice("in_proj_fwd", h) == "triton":
@@ -75,7 +75,7 @@ def out_proj_fwd(
     p: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """x + drop(y Wa^T + b_attn) + drop(a Wm^T + b_mlp); y, x: [N, C], a: [N, M].
+    """Return x + drop(y Wa^T + b_attn) + drop(a Wm^T + b_mlp); y, x [N, C], a [N, M].
 
     Rows may be strided. The two dropout masks, of probability `p`, depend on `seed` alone.
     """
@@ -97,9 +97,10 @@ def out_proj_bwd(
     p: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dy, db_attn, db_mlp, db_up), the last three fp32; writes `du`; dw_out = beta dw_out + ...
+    """Return (dy, db_attn, db_mlp, db_up), the last three fp32.
 
-    u and du: [N, M] are the last columns of [qkv | u] and of its gradient, so rows are strided.
+    Writes du, and dw_out = beta dw_out + its gradient. u and du [N, M] are the last columns of
+    [qkv | u] and of its gradient, so rows are strided.
     """
     width = y.shape[1]
     d1, d2, db_attn, db_mlp = pointwise.residual_bwd(dout, p, seed)

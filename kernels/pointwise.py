@@ -30,18 +30,20 @@ from kernels.launch import config
 
 @triton.jit
 def gelu(u):
+    """Return the tanh-GELU of u, fp32."""
     return u * tl.sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
 
 
 @triton.jit
 def gelu_grad(u):
+    """Return the derivative of `gelu` at u, fp32."""
     s = tl.sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
     return s + u * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
 
 
 @triton.jit
 def keep_mask(seed, branch, row, col, threshold, BLOCK_N: tl.constexpr):
-    """Dropout mask of rows `row`: [BLOCK_M] and BLOCK_N columns from `col`, a multiple of 8."""
+    """Draw the mask [BLOCK_M, BLOCK_N] for rows `row` and columns from `col`, a multiple of 8."""
     group = col // 8 + tl.arange(0, BLOCK_N // 8)
     zero = row[:, None] * 0 + group[None, :] * 0
     w0, w1, w2, w3 = tl.philox(
@@ -53,7 +55,7 @@ def keep_mask(seed, branch, row, col, threshold, BLOCK_N: tl.constexpr):
 
 
 def dropout_params(p: float) -> tuple[int, float]:
-    """(threshold, scale) for a drop probability: kept elements are scaled by 1 / (1 - p)."""
+    """Return (threshold, scale) for drop probability p; kept elements are multiplied by scale."""
     threshold = round(p * 65536)
     return threshold, 65536 / (65536 - threshold)
 
@@ -63,6 +65,7 @@ def _gelu_fwd_kernel(
     u_ptr, a_ptr,  # [N, M], in and out
     n_rows, n_cols, stride_u, stride_a, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
+    """Compute a tile of a = gelu(u)."""
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     mask = (row < n_rows) & (col < n_cols)
@@ -78,6 +81,7 @@ def _gelu_bwd_kernel(
     n_rows, n_cols, stride_da, stride_u, stride_du, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Compute du and a for BLOCK_N columns of every num_programs-th tile, and sum du over rows."""
     col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first, step = tl.program_id(0) * BLOCK_M, tl.num_programs(0) * BLOCK_M
@@ -101,6 +105,7 @@ def _residual_fwd_kernel(
     n_rows, n_cols, stride_x, stride_z1, stride_z2, stride_out, seed, threshold, scale,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Compute a tile of out = x + drop1(z1 + b1) + drop2(z2 + b2)."""
     row32 = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_col = tl.program_id(1) * BLOCK_N
     row, col = row32[:, None].to(tl.int64), (first_col + tl.arange(0, BLOCK_N))[None, :]
@@ -124,6 +129,7 @@ def _residual_bwd_kernel(
     n_rows, n_cols, stride_dout, seed, threshold, scale,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Compute d1 and d2 for BLOCK_N columns of every num_programs-th tile, and sum over rows."""
     first_col = tl.program_id(1) * BLOCK_N
     col = (first_col + tl.arange(0, BLOCK_N))[None, :]
     total1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -161,7 +167,7 @@ def _launch(kernel: str, x: Tensor, sums: int = 0) -> tuple[tuple[int, int], Ten
 
 
 def gelu_fwd(u: Tensor, a: Tensor) -> None:
-    """a = gelu(u); both [N, M], rows may be strided."""
+    """Write a = gelu(u); both [N, M], rows may be strided."""
     grid, _, cfg = _launch("gelu_fwd", u)
     _gelu_fwd_kernel[grid](u, a, *u.shape, u.stride(0), a.stride(0), **cfg)
 
@@ -177,7 +183,7 @@ def gelu_bwd(da: Tensor, u: Tensor, du: Tensor, a: Tensor) -> Tensor:
 def residual_fwd(
     x: Tensor, z1: Tensor, b1: Tensor, z2: Tensor, b2: Tensor, p: float, seed: int
 ) -> Tensor:
-    """x + drop1(z1 + b1) + drop2(z2 + b2), two independent masks of probability p; [N, C]."""
+    """Return x + drop1(z1 + b1) + drop2(z2 + b2) [N, C]; two independent masks, probability p."""
     grid, _, cfg = _launch("residual_fwd", x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     strides = (t.stride(0) for t in (x, z1, z2, out))
@@ -188,7 +194,7 @@ def residual_fwd(
 
 
 def residual_bwd(dout: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d1, d2, db1, db2) of `residual_fwd`; db fp32. With p = 0 d1 and d2 are `dout` itself."""
+    """Return (d1, d2, db1, db2) of `residual_fwd`; db fp32. At p = 0, d1 and d2 are `dout`."""
     grid, partial, cfg = _launch("residual_bwd", dout, sums=2 if p > 0 else 1)
     d1, d2 = (
         (torch.empty(dout.shape, dtype=dout.dtype, device=dout.device) for _ in "12")
@@ -204,5 +210,5 @@ def residual_bwd(dout: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor, Ten
 
 
 def column_sum(x: Tensor) -> Tensor:
-    """The fp32 column sums of x: [N, C], rows may be strided; bitwise repeatable."""
+    """Return the fp32 column sums [C] of x [N, C], whose rows may be strided."""
     return residual_bwd(x, 0.0, 0)[2]
