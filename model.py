@@ -290,9 +290,14 @@ def parameter_count(c: ModelConfig) -> int:
         return sum(p.numel() for p in Phi(c).parameters())
 
 
-def load_model(path: Path, device: torch.device) -> tuple[Phi, Tokenizer, Path]:
-    """Load a run's or checkpoint's model in eval mode; also its tokenizer and the folder used."""
-    folder = checkpoint.find(path)
+def load_model(path: Path, device: str = "auto") -> tuple[Phi, Tokenizer, Path]:
+    """Load a run's or checkpoint's model in eval mode; also its tokenizer and the folder used.
+
+    `device` is a torch device, or "auto": a GPU if there is one.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, folder = torch.device(device), checkpoint.find(path)
     c = ModelConfig(**checkpoint.read_meta(folder)["model"])
     kernels, _ = select_kernels(replace(c, kernels="auto"), device)  # not what the run asked for
     model = Phi(c, kernels == "triton")

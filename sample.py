@@ -113,10 +113,8 @@ class Generator:
     @classmethod
     def load(cls, path: Path, device: str = "auto") -> "Generator":
         """Load a run or checkpoint folder; in bfloat16 on a GPU, float32 on a CPU."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer, _ = load_model(path, torch.device(device))
-        return cls(model.bfloat16() if device == "cuda" else model, tokenizer)
+        model, tokenizer, _ = load_model(path, device)
+        return cls(model.bfloat16() if model.embed.weight.is_cuda else model, tokenizer)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the prompt's tokens, after the tokenizer's start; at least one in all."""

@@ -23,7 +23,6 @@ from common import checkpoint
 from common.config import UserError, parse, run
 from common.files import read_documents, write_json
 from model import Phi, load_model
-from tokenizer import Tokenizer
 
 BATCH_TOKENS = 1 << 13  # in one forward pass: its logits are 64 MB at a vocabulary of 2,048
 RESAMPLES = 1000  # of documents, for an interval
@@ -38,13 +37,6 @@ class Config:
     out: Path | None = None  # JSON file to write
     limit_mb: float = 0.0  # read no more than this many megabytes of text, 0 = all
     device: str = "auto"  # auto, cpu or cuda
-
-
-def load(path: Path, device: str) -> tuple[Phi, Tokenizer, Path]:
-    """Load the model in eval mode; also its tokenizer and the checkpoint folder used."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(path, torch.device(device))
 
 
 def read(source: Path, limit_mb: float) -> Iterator[dict]:
@@ -112,7 +104,7 @@ def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
 def main() -> None:
     config = parse(Config)
     documents = list(read(config.source, config.limit_mb))
-    model, tokenizer, folder = load(config.checkpoint, config.device)
+    model, tokenizer, folder = load_model(config.checkpoint, config.device)
     ids = [tokenizer.encode(record["text"]) for record in documents]
     found = predict(model, tokenizer.end_of_text, ids)
     bits = np.array([loss.sum(dtype=np.float64) for loss, _ in found]) / math.log(2)

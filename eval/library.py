@@ -32,7 +32,8 @@ from common import checkpoint
 from common.config import UserError, parse, run
 from common.files import read_json, write_json
 from data.base.syntax import parse_python, root_name
-from eval.bits import interval, load, predict, read
+from eval.bits import interval, predict, read
+from model import load_model
 from tokenizer import Pieces, Tokenizer
 
 TOP = 12  # libraries told apart, those used most
@@ -152,7 +153,7 @@ def score(config: Config) -> dict:
         raise UserError(f"--usage {config.usage}: no counts; make it without --checkpoint")
     usual = {module: max(c, key=c.get) for module, c in usage.items()}
     documents = list(read(config.source, config.limit_mb))
-    model, tokenizer, folder = load(config.checkpoint, config.device)
+    model, tokenizer, folder = load_model(config.checkpoint, config.device)
     ids = [tokenizer.encode(record["text"]) for record in documents]
     rows, per_document = [], []
     for record, tokens, (nats, likeliest) in zip(

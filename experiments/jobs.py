@@ -71,7 +71,7 @@ def identity(out: Path) -> str:
     """A hash of what a job wrote, as those see it that read it."""
     if out.is_file():
         return describe(out)["blake2b"]
-    summary = read_json(out / "summary.json") or {}
+    summary = read_json(out / "summary.json", strict=False) or {}
     if "weights" in summary:  # a run of train.py
         return summary["weights"]
     files = sorted(p for p in out.rglob("*") if p.name.endswith(DATA) and p.is_file())
@@ -97,7 +97,7 @@ class Runner:
 
     def known(self, job: Job) -> dict:
         """What OUT/jobs says of a job, {} if its output is no longer what it was then."""
-        known = read_json(record(self.out, job.name)) or {}
+        known = read_json(record(self.out, job.name), strict=False) or {}
         return known if known.get("proof") == self.stamp(job) else {}
 
     def stamp(self, job: Job) -> str | None:

@@ -83,7 +83,7 @@ def main() -> None:
 
 def export(config: Export) -> None:
     """Write `config.checkpoint` to `config.out` as PhiForCausalLM."""
-    model, tokenizer, source = load_model(config.checkpoint, torch.device("cpu"))
+    model, tokenizer, source = load_model(config.checkpoint, "cpu")
     settings = phi_config(model.c, tokenizer)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
     tokens = {

@@ -128,9 +128,7 @@ class Hidden:
 
         from model import load_model
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.tokenizer, self.folder = load_model(path, torch.device(device))
+        self.model, self.tokenizer, self.folder = load_model(path, device)
         self.model.head = torch.nn.Identity()  # so that a forward pass ends at the hidden states
         self.problems = self.vectors(problems)
 

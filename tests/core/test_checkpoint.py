@@ -46,7 +46,7 @@ def test_round_trip(saved, tokenizer):
         "manifest.json", "meta.json", "model.safetensors", "tokenizer.model",
         "training/shard-00001-model-00001-of-00001.safetensors"]  # fmt: skip
     assert checkpoint.damage(folder) == ""
-    loaded, read, where = load_model(run, torch.device("cpu"))
+    loaded, read, where = load_model(run, "cpu")
     assert (where, read.fingerprint) == (folder, tokenizer.fingerprint)
     other, back = Phi(ODD), {k: torch.zeros_like(v) for k, v in state.items()}
     checkpoint.load_training(other, back, folder)
@@ -110,7 +110,7 @@ def test_damaged_weights_are_not_loaded(saved):
     content[-9] ^= 4
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"damaged: model\.safetensors was changed"):
-        load_model(run, torch.device("cpu"))
+        load_model(run, "cpu")
 
 
 def test_newest_good_walks_back(saved, tokenizer):
@@ -175,7 +175,7 @@ def test_nothing_in_a_checkpoint_is_unpickled(saved, monkeypatch):
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
     checkpoint.load_training(model, state, folder)
-    load_model(run, torch.device("cpu"))
+    load_model(run, "cpu")
 
 
 def test_weights_do_not_depend_on_how_they_were_sharded(tiny, tokens, tmp_path):

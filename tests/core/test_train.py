@@ -115,7 +115,7 @@ def test_mixed_precision_learns(tiny, tokens, tmp_path, dtype):
           "--log_interval=1", f"--dtype={dtype}", "--lr=5e-3")  # fmt: skip
     losses = [r["loss"] for r in read_metrics(tmp_path / "run") if "loss" in r]
     assert losses[-1] < losses[0] - 0.05
-    loaded, _, _ = load_model(tmp_path / "run", torch.device("cpu"))
+    loaded, _, _ = load_model(tmp_path / "run", "cpu")
     assert loaded.embed.weight.dtype == torch.float32  # masters stay fp32
 
 

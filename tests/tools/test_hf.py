@@ -77,7 +77,7 @@ def theirs(exported):
 
 def close_logits(run: Path, model) -> None:
     """Asserts that both libraries' logits differ by no more than fp32 rounding."""
-    mine, _, _ = load_model(run, torch.device("cpu"))
+    mine, _, _ = load_model(run, "cpu")
     idx = torch.randint(mine.c.vocab_size, (3, mine.c.seq_len))
     with torch.no_grad():
         want, got = model.float()(idx).logits, mine(idx)
