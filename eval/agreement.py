@@ -5,7 +5,7 @@ evaluate_functional_correctness samples.jsonl --problem_file=HumanEval.jsonl.gz
 python -m eval.humaneval --problems HumanEval.jsonl.gz --samples samples.jsonl --out out/ours
 python -m eval.agreement --ours out/ours/samples.jsonl --official samples.jsonl_results.jsonl
 
-What the two are known to disagree on, and why, is in eval/AGREEMENT.md.
+What the two are known to disagree on, and why, is in docs/agreement.md.
 """
 
 from collections import Counter
