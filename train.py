@@ -196,10 +196,8 @@ def main() -> None:
 
     tokenizer, windows, val = open_data(c)
     end_of_text = tokenizer.end_of_text if c.doc_mask else None
-    loader = Loader(
-        windows, c.seqs_per_step, c.micro_batch, c.seed, ranks.rank, ranks.world_size, device,
-        end_of_text,
-    )  # fmt: skip
+    loader = Loader(windows, c.seqs_per_step, c.micro_batch, c.seed, ranks.rank, ranks.world_size,
+                    device, end_of_text)  # fmt: skip
     tokens_per_step = c.seqs_per_step * c.seq_len
 
     # Model and optimizer.
