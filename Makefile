@@ -68,8 +68,9 @@ $(OUT)/.settings/%:
 	@mkdir -p $(@D) && rm -f $(firstword $(subst @, ,$@))@* && touch $@
 
 # $(call code,X): program X and the files that it imports, directly or through others.
-CODE := $(shell python3 -m common.code data.collect data.filter data.pairs data.exercises \
+CODE := $(shell $(if $(shell command -v $(PYTHON)),$(PYTHON),python3) -m common.code data.collect data.filter data.pairs data.exercises \
           tokenizer.train data.pack train eval.exercises tools.report)
+$(if $(CODE),,$(warning common.code failed: edits of code will not be seen))
 code = $(patsubst $(1):%,%,$(filter $(1):%,$(CODE)))
 
 raw:       $(OUT)/raw/summary.json             ## collect real code from this machine

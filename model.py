@@ -118,6 +118,7 @@ class Block(nn.Module):
         self.b_mlp = nn.Parameter(torch.empty(c.width))
 
     def forward(self, *args):
+        """See compute."""
         if self.recompute and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(self.compute, *args, use_reentrant=False)
         return self.compute(*args)
@@ -197,16 +198,16 @@ class Phi(nn.Module):
 
     def __init__(self, c: ModelConfig, triton: bool = False, recompute: bool = False):
         super().__init__()
-        self.c, block = c, None
-        self.layernorm = self.linear_cross_entropy = None
+        self.c = c
+        fused_block = self.layernorm = self.linear_cross_entropy = None
         if triton:  # imported here: triton is not on every machine
-            from kernels.block import block
+            from kernels.block import block as fused_block
             from kernels.cross_entropy import linear_cross_entropy
             from kernels.layernorm import layernorm
 
             self.layernorm, self.linear_cross_entropy = layernorm, linear_cross_entropy
         self.embed = nn.Embedding(c.vocab_size, c.width)
-        self.blocks = nn.ModuleList(Block(c, block, recompute) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, fused_block, recompute) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size)
         for name, table in zip(("cos", "sin"), self.rope_tables()):
@@ -243,14 +244,14 @@ class Phi(nn.Module):
         assert cache is not None or T <= self.c.seq_len
         where = slice(T) if positions is None else positions
         cos, sin = self.cos[where], self.sin[where]
-        fused = self.linear_cross_entropy is not None and cache is None
+        triton = self.linear_cross_entropy is not None and cache is None
         x = self.embed(idx)  # [B, T, C]
-        if fused and torch.is_autocast_enabled(x.device.type):
+        if triton and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else (cache.k[i], cache.v[i])
             x = block(x, cos, sin, layer, positions, doc_start)
-        if fused and targets is not None:
+        if triton and targets is not None:
             return self.fused_loss(x, targets)
         logits = self.head(self.ln_f(x))  # [B, T, V]
         if targets is None:
@@ -299,7 +300,8 @@ def load_model(path: Path, device: str = "auto") -> tuple[Phi, Tokenizer, Path]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device, folder = torch.device(device), checkpoint.find(path)
     c = ModelConfig(**checkpoint.read_meta(folder)["model"])
-    kernels, _ = select_kernels(replace(c, kernels="auto"), device)  # not what the run asked for
-    model = Phi(c, kernels == "triton")
+    # A run that asked for triton may be read where there is none.
+    asked = replace(c, kernels="auto") if c.kernels == "triton" else c
+    model = Phi(c, select_kernels(asked, device)[0] == "triton")
     checkpoint.load_weights(model, folder)
     return model.to(device).eval(), Tokenizer(folder), folder

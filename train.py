@@ -181,8 +181,8 @@ def load_init(model: Phi, c: TrainConfig, tokenizer: Tokenizer) -> Path | None:
 def banner(c: TrainConfig, resolved: dict, where: str, windows: Windows) -> str:
     """Say what will be trained: the options that are not defaults, size, place, work."""
     r, tokens_per_step = resolved, c.seqs_per_step * c.seq_len
-    return "\n".join(f"  {key} = {value}" for key, value in differences(c).items()) + (
-        f"\n{r['parameters']:,} parameters in {r['compute_dtype']} on {r['world_size']} x {where}; "
+    return "".join(f"  {key} = {value}\n" for key, value in differences(c).items()) + (
+        f"{r['parameters']:,} parameters in {r['compute_dtype']} on {r['world_size']} x {where}; "
         f"{c.max_steps:,} steps x {tokens_per_step:,} tokens = "
         f"{c.max_steps * c.seqs_per_step / len(windows):.2f} epochs of {windows.tokens:,}\n"
         f"{flops_per_token(c.model) / 1e6:,.1f} MFLOP a token, causal; MFU is of {r['roof']}"
@@ -265,7 +265,7 @@ def main() -> None:
                 (loss * guard.scale).backward()
                 step_loss += loss.detach()
             grad_norm = guard.clip(model, optimizer, c.grad_clip)
-            optimizer.step()  # unless grad_norm is not finite
+            optimizer.step()  # its kernel scales as clip said, and skips what is not finite
             optimizer.zero_grad(set_to_none=True)
             taken = guard.update(optimizer)
 
@@ -278,7 +278,7 @@ def main() -> None:
                 dist.all_reduce(state.losses)
             loss_sum, steps_taken = state.losses.tolist()
             state.losses.zero_()
-            seconds, steps = log.lap(step)
+            seconds, steps = log.since_last(step)
             state.trained_s += seconds
             tokens_per_s = steps * tokens_per_step / seconds
             record = {
@@ -299,7 +299,7 @@ def main() -> None:
                 record["loss"] = loss_sum / steps_taken
             if saver.problem:
                 log.warn("save failed", step, saver.finish())
-            log.steps(record, int(guard.most_in_a_row))
+            log.training(record, int(guard.most_in_a_row))
             guard.most_in_a_row.zero_()
             loader.waited_s = 0.0
 

@@ -38,12 +38,13 @@ class RunLog:
     status.json     what the run is doing, or how it ended
     best.json       step and loss of the best evaluation
 
-    It keeps the time too: a lap is of the steps since the last, less what runs in `paused`.
+    It keeps the time too: of the steps since the last log line, less what runs in `paused`.
     """
 
     def __init__(self, c, ranks, resolved: dict):
         """Make the folder c.out, and write `resolved`, the run's configuration, to config.json."""
         self.c, self.out, self.rank, self.ranks = c, c.out, ranks.rank, ranks
+        self.commit = resolved["commit"]
         self.path, self.sinks = c.out / "metrics.jsonl", []
         self.terminal = sys.stdout.isatty()
         self.full = False  # the disk, when it was last written to
@@ -70,30 +71,27 @@ class RunLog:
         self.best = min(vals, default=(math.inf, 0))  # (val loss, step)
         self.skipped = int(state.guard.skipped)
         self.event("start", step, world_size=self.ranks.world_size, restarts=self.ranks.restarts,
-                   commit=environment()["commit"])  # fmt: skip
+                   commit=self.commit)  # fmt: skip
         self.status("running", step)
-        self.lap_step, self.lap_began = step, time.perf_counter()
+        self.last_step, self.began = step, time.perf_counter()
 
     def due(self, step: int) -> bool:
         """Whether a line is due: before each checkpoint too, so that a resumed run has the same."""
         c = self.c
         return not (step % c.log_interval and step % c.eval_interval and step != c.max_steps)
 
-    def lap(self, step: int) -> tuple[float, int]:
-        """Return seconds and steps since the last lap, and begin another."""
-        now = time.perf_counter()
-        seconds, steps = now - self.lap_began, step - self.lap_step
-        self.lap_began, self.lap_step = now, step
-        return seconds, steps
+    def since_last(self, step: int) -> tuple[float, int]:
+        """Return seconds and steps since the last log line."""
+        return time.perf_counter() - self.began, step - self.last_step
 
     @contextlib.contextmanager
     def paused(self):
-        """Leave out of the lap what runs in the block."""
+        """Leave out of the time what runs in the block."""
         paused = time.perf_counter()
         yield
-        self.lap_began += time.perf_counter() - paused
+        self.began += time.perf_counter() - paused
 
-    def steps(self, record: dict, most_in_a_row: int) -> None:
+    def training(self, record: dict, most_in_a_row: int) -> None:
         """Write a line of metrics, show it, and warn of skipped steps and of a loss spike.
 
         Raises UserError if c.max_skips steps in a row were skipped.
@@ -101,7 +99,8 @@ class RunLog:
         step, c = record["step"], self.c
         self.write(record)
         self.status("running", step)
-        left_min = (c.max_steps - step) * record["tokens"] / step / record["tokens_per_s"] / 60
+        left_tokens = (c.max_steps - step) * record["tokens"] / step
+        left_min = left_tokens / max(record["tokens_per_s"], 0.1) / 60
         self.line(
             f"step {step:,}/{c.max_steps:,}  loss {record.get('loss', math.nan):.4f}  "
             f"lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tok/s  "
@@ -123,6 +122,7 @@ class RunLog:
                 self.warn("spike", step, f"the loss rose to {record['loss']:.3f} at step {step:,}, "
                           f"from about {usual:.3f}")  # fmt: skip
             self.losses.append(record["loss"])
+        self.last_step, self.began = step, time.perf_counter()
 
     def validation(self, step: int, tokens: int, val_loss: float) -> None:
         """Write a validation loss, and best.json."""
@@ -291,11 +291,14 @@ def run_identity(c, tokenizer, windows, init_from: Path | None) -> dict:
     how = {"out", "resume", "restart", "micro_batch", "device", "threads", "keep", "log_interval",
            "keep_every", "max_skips", "recompute", "shard", "regather", "timeout_s", "tensorboard",
            "wandb"}  # fmt: skip
+    code = code_hash("train")
+    if "NANOPHI_TUNING" in os.environ:  # read in place of kernels/tuning.json
+        code += f"{zlib.crc32(Path(os.environ['NANOPHI_TUNING']).read_bytes()):08x}"
     return {k: v for k, v in plain(c).items() if k not in how} | {
         "tokenizer": tokenizer.fingerprint,
         "data_checksum": windows.checksum,
         "init_checksum": checkpoint.checksum(init_from) if init_from else None,
-        "code": code_hash("train"),
+        "code": code,
     }
 
 

@@ -8,6 +8,7 @@ A rung is what a model is trained on (RUNGS), a bar is a rung at a model size wi
 is one command of this project; its output is in OUT/logs, and OUT/jobs says what it was made from.
 A job is done again if its command or the content of what it reads has changed, and only then, not
 if code or the installed packages have: kill the ladder at any time, and the same command goes on.
+(But a training run that was cut short begins anew if code that it depends on has changed.)
 What runs side by side is independent and has threads of its own, so that the result does not depend
 on --jobs.
 

@@ -211,5 +211,5 @@ def attention(
     _attention_kernel[grid](
         qkv, k, v, out, position, cos, sin, part, count, qkv.stride(0), k.stride(0), k.stride(1),
         out.stride(0), D**-0.5 / math.log(2), D=D, DP=triton.next_power_of_2(D),
-        R=2 * cos.shape[1], BLOCK_S=BLOCK_S, **config("decode_attention", qkv),
+        R=2 * cos.shape[1], **config("decode_attention", qkv) | {"BLOCK_S": BLOCK_S},
     )  # fmt: skip

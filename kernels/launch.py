@@ -26,9 +26,11 @@ def capability(x: torch.Tensor) -> int:
 
 
 def config(kernel: str, x: torch.Tensor) -> dict:
-    """Return a copy of the launch configuration of `kernel` on the device of x."""
-    LAUNCHED[kernel] = None
-    return dict(TUNING[f"sm_{capability(x)}"][kernel][0])
+    """Return a copy of the launch configuration of `kernel` on the device of x. Raises KeyError."""
+    LAUNCHED[kernel], sm = None, f"sm_{capability(x)}"
+    if not TUNING.get(sm, {}).get(kernel):
+        raise KeyError(f"{TUNING_FILE} has no configuration of {kernel} for {sm}; add one there")
+    return dict(TUNING[sm][kernel][0])
 
 
 def measured(sm: int) -> dict:

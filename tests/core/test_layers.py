@@ -33,6 +33,11 @@ def imports() -> dict[str, list[str]]:
     return {str(f.relative_to(ROOT)): [str(d.relative_to(ROOT)) for d in used[f]] for f in used}
 
 
+def test_every_file_has_a_layer():
+    found = [p for p in ROOT.glob("[a-z]*/**/*.py") if p.relative_to(ROOT).parts[0] != "tests"]
+    assert {p for p in found if p.relative_to(ROOT).parts[0] != "out"} <= set(FILES)
+
+
 def test_the_root_holds_three_programs():
     assert {f.name for f in FILES if f.parent == ROOT} == {"train.py", "model.py", "sample.py"}
 
