@@ -1,7 +1,7 @@
 """Generate text from a checkpoint.
 
     python sample.py --checkpoint out/demo/runs/exercises --prompt "def add(a, b):"
-    cat prompt.py | python sample.py --checkpoint out/demo/runs/exercises --temperature 0.8 --samples 3
+    cat prompt.py | python sample.py --checkpoint out/demo/runs/exercises --temperature 0.8
 
 `Generator` turns prompts into completions, for the evaluators too. It keeps a batch of rows, each
 with a prompt of its own. A finished row takes the next prompt; when none is left, the last row
