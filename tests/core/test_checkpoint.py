@@ -7,7 +7,7 @@ import torch
 from ranks import Run, status
 from safetensors.torch import load_file
 
-from common import checkpoint
+from common import checkpoint, distributed
 from common.config import UserError
 from model import ModelConfig, Phi, load_model
 from tokenizer import Tokenizer
@@ -176,6 +176,17 @@ def test_nothing_in_a_checkpoint_is_unpickled(saved, monkeypatch):
         monkeypatch.setattr(pickle, name, refuse)
     checkpoint.load_training(model, state, folder)
     load_model(run, "cpu")
+
+
+def test_a_run_that_left_out_data_is_refused(tmp_path):
+    """Older versions went back after a loss spike, and on with later data."""
+    (tmp_path / "meta.json").write_text('{"step": 1, "world_size": 1, "data_offset": 5}')
+    model, ranks = Phi(ODD), distributed.Ranks(0, 1, 0, 1, 0, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    guard = distributed.Guard(ranks.device, scaled=False)
+    state = checkpoint.RunState(model, optimizer, guard, ranks, None, None, {})
+    with pytest.raises(UserError, match="start from its weights with --init_from"):
+        state.restore(tmp_path)
 
 
 def test_weights_do_not_depend_on_how_they_were_sharded(tiny, tokens, tmp_path):
