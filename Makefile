@@ -68,8 +68,8 @@ $(OUT)/.settings/%:
 	@mkdir -p $(@D) && rm -f $(firstword $(subst @, ,$@))@* && touch $@
 
 # $(call code,X): program X and the files that it imports, directly or through others.
-CODE := $(shell $(if $(shell command -v $(PYTHON)),$(PYTHON),python3) -m common.code data.collect data.filter data.pairs data.exercises \
-          tokenizer.train data.pack train eval.exercises tools.report)
+CODE := $(shell $(if $(shell command -v $(PYTHON)),$(PYTHON),python3) -m common.code data.collect data.filter data.exercises \
+          experiments.pairs tokenizer.train data.pack train eval.exercises tools.report)
 $(if $(CODE),,$(warning common.code failed: edits of code will not be seen))
 code = $(patsubst $(1):%,%,$(filter $(1):%,$(CODE)))
 
@@ -89,8 +89,8 @@ $(OUT)/raw/summary.json: $(call code,data.collect) $(call set,RAW_MB) | $(VENV)
 $(OUT)/filtered/summary.json: $(OUT)/raw/summary.json $(call code,data.filter)
 	$(PYTHON) -m data.filter --source $(OUT)/raw --out $(@D)
 
-$(OUT)/pairs/summary.json: $(OUT)/raw/summary.json $(call code,data.pairs)
-	$(PYTHON) -m data.pairs --source $(OUT)/raw --out $(@D)
+$(OUT)/pairs/summary.json: $(OUT)/raw/summary.json $(call code,experiments.pairs)
+	$(PYTHON) -m experiments.pairs --source $(OUT)/raw --out $(@D)
 
 $(OUT)/exercises/summary.json $(OUT)/shuffled/summary.json: $(OUT)/%/summary.json: \
     $(call code,data.exercises) $(call set,EXERCISES HELDOUT) | $(VENV)

@@ -159,7 +159,7 @@ class Plan:
         if name in ("raw", "heldout_code"):
             side = ["--keep", "heldout"] if name == "heldout_code" else []
             options = ["--heldout_mb", c.heldout_mb, *side, *write]
-            return self.on(name, "data.holdout", ["collected"], *options)
+            return self.on(name, "experiments.holdout", ["collected"], *options)
         if name == "filtered":
             return self.on(name, "data.filter", ["raw"], *write, work_s=20)
         if name == "labels":
@@ -184,7 +184,7 @@ class Plan:
             options += ["--forms", "varied"] if name == "exercises_varied" else []
             return self.add(name, out, "data.exercises", *options, *write, work_s=40)
         if name == "pairs":
-            return self.on(name, "data.pairs", ["raw"], *write, work_s=20)
+            return self.on(name, "experiments.pairs", ["raw"], *write, work_s=20)
         if name.startswith("decontaminate_"):
             heldout = [data / "exercises" / "heldout.jsonl"] if c.prune_heldout else []
             against = [*self.benchmarks.values(), *heldout]

@@ -366,8 +366,9 @@ def test_help_lists_every_target():
 
 
 @pytest.mark.parametrize("command", [
-    "data.collect", "data.filter", "data.pairs", "data.exercises", "data.pack", "tools.report",
-    "eval.exercises", "eval.humaneval", "eval.mbpp", "tokenizer.train", "train", "sample",
+    "data.collect", "data.filter", "experiments.pairs", "data.exercises", "data.pack",
+    "tools.report", "eval.exercises", "eval.humaneval", "eval.mbpp", "tokenizer.train", "train",
+    "sample",
 ])  # fmt: skip
 def test_every_command_has_help_and_names_typos(command, monkeypatch, capsys):
     main = importlib.import_module(command).main

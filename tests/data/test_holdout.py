@@ -5,7 +5,7 @@ import pytest
 from common.config import UserError
 from common.files import read_documents
 from data.base.documents import ShardWriter, document
-from data.holdout import Config, choose, holdout
+from experiments.holdout import Config, choose, holdout
 
 
 def test_packages_go_to_one_side_as_a_whole(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.config import UserError
 from common.files import read_documents
 from data.base.documents import ShardWriter, document
-from data.pairs import Config, cut_pairs, pairs
+from experiments.pairs import Config, cut_pairs, pairs
 
 SOURCE = '''import functools
 
@@ -191,9 +191,9 @@ def test_max_chars_is_of_prompt_and_solution(tmp_path):
 
 def test_the_command(tmp_path, cli):
     source = write_source(tmp_path / "raw", [SOURCE])
-    done = cli("-m", "data.pairs", "--source", source, "--out", tmp_path / "out")
+    done = cli("-m", "experiments.pairs", "--source", source, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "3 pairs" in done.stdout
-    done = cli("-m", "data.pairs", "--source", tmp_path / "nowhere", "--out", tmp_path / "o")
+    done = cli("-m", "experiments.pairs", "--source", tmp_path / "nowhere", "--out", tmp_path / "o")
     assert done.returncode == 2
     assert "nowhere" in done.stderr

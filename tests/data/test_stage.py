@@ -267,7 +267,7 @@ def scripts(code, tokens, out):
     """What `run` above takes, by the name of the folder in `out` that it writes."""
     commands = {
         "raw": ["data.collect", "--source", code, "--source", code / "shards", "--max_mb=0.03"],
-        "pairs": ["data.pairs", "--source", code / "shards"],
+        "pairs": ["experiments.pairs", "--source", code / "shards"],
         "filtered": ["data.filter", "--source", code / "shards", "--min_chars=1"],
         "tokens": ["data.pack", "--source", out / "pairs", "--source", out / "raw", "--epochs=1",
                    "--epochs=2", "--tokenizer", tokens, "--val_frac=0.2", "--shard_tokens=2000"],

@@ -1,7 +1,8 @@
 """Keep whole packages of raw code apart, for scores on code that no model was trained on.
 
-    python -m data.holdout --source out/collected --heldout_mb 1 --out out/raw
-    python -m data.holdout --source out/collected --heldout_mb 1 --out out/heldout --keep heldout
+    python -m experiments.holdout --source out/collected --heldout_mb 1 --out out/raw
+    python -m experiments.holdout --source out/collected --heldout_mb 1 --out out/heldout \
+        --keep heldout
 
 The two commands share out one folder's documents: a package ("stdlib:json", "site-packages:numpy")
 goes to one side as a whole, as files of one resemble each other. Packages are taken in the order of

@@ -1,6 +1,6 @@
 """Function/docstring pairs cut from raw code: the format of the exercises without their quality.
 
-    python -m data.pairs --source out/raw --out out/pairs
+    python -m experiments.pairs --source out/raw --out out/pairs
 
 A model trained on raw files scores 0 on exercises, but that shows a difference of format as much as
 one of quality. These pairs are the control: every documented function of the raw code, whatever it
