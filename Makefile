@@ -25,7 +25,7 @@ SANDBOX        ?= auto
 GPU_OUT        ?= out/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test resources gpu-check gpu-bench gpu-tune lint clean \
+.PHONY: help train test check resources gpu-check gpu-bench gpu-tune lint clean \
         raw filtered exercises pairs tokenizer tokens pretrain finetune eval
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/tokens/%/summary.json $(OUT)/eval/%/results.json
@@ -37,8 +37,14 @@ help:  ## list the targets
 
 train: $(OUT)/report.html  ## raw code -> evaluated model and report; start here
 
-test: $(VENV)  ## run the tests
-	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist' 2>&- && echo --numprocesses=2 --dist=loadfile)
+PYTEST = $(PYTHON) -m pytest \
+  $$($(PYTHON) -c 'import xdist' 2>&- && echo --numprocesses=2 --dist=loadfile)
+
+test: $(VENV)  ## test the core, the kernels, and one pass of every stage: 3 minutes
+	$(PYTEST) -m 'not slow' tests/core tests/kernels tests/test_stages.py
+
+check: $(VENV)  ## run every test, and every command of README.md: 10 minutes
+	$(PYTEST)
 
 lint: $(VENV)  ## check the style
 	$(PYTHON) -m ruff check .

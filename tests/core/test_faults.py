@@ -235,6 +235,7 @@ def test_resumed_by_another_number_of_ranks(flags, tmp_path_factory, tmp_path, r
         assert a == pytest.approx(b, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_two_torchrun_agents_and_a_restart(flags, tmp_path):
     """Two "machines" on loopback; a rank is killed, both agents start theirs again, and go on."""
     out, flags = tmp_path / "run", [*flags, "--max_steps=80"]

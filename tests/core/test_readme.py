@@ -26,6 +26,8 @@ from conftest import ROOT
 
 from common.config import run
 
+pytestmark = pytest.mark.slow
+
 # Flags are added to every command in which the pattern is found; of a flag the last one counts.
 TINY = ("--seq_len=64 --n_layer=1 --n_head=2 --width=32 --mlp_width=64 --rotary_dim=8 "
         "--seqs_per_step=4 --micro_batch=2 --eval_seqs=4 --max_steps=2")  # fmt: skip
@@ -64,7 +66,7 @@ NEEDS_GPU = r"^make gpu|bench\.(ops|tune)"
 
 # And these do not run; for make, `make -n` does.
 LEFT_OUT = {
-    r"^make test": "the tests that this is one of",
+    r"^make (test|check)": "the tests that this is one of",
     r"^make demo-full": "more of what make train runs",
     r"^make ladder": "takes hours",
     r"^make report": "reads what make ladder has made; test_ladder_page.py draws one",
