@@ -3,17 +3,16 @@
     python -m data.collect --out out/raw --max_mb 30            # what every machine has
     python -m data.collect --out out/raw --source ~/code --source stack/train-00000.parquet
 
-Files come in the order of a hash of their origin, a shuffle that depends neither on the machine nor
-on how a folder is walked. `--max_mb` cuts that order short, so a small sample is the beginning of a
-larger one. It is one cap for all sources together: each gives in proportion to its size. A file of
-many documents counts as one file there, and its documents stay in their order.
+Files come in the order of a hash of their origin, a shuffle that is the same on every machine.
+`--max_mb` cuts that order short: a small sample is the beginning of a larger one, and each source
+gives in proportion to its size. The documents of one file stay in their order.
 
 Only what is certain without parsing is left out here: tests and vendored copies by their path,
-generated files by what their first lines say, exact copies, and text that is no text. Taste is
-data.filter's job. What should be text and is none is named in quarantine/.
+generated files by what their first lines say, exact copies, and text that is no text, which
+quarantine/ names. Taste is data.filter's job.
 
 Files are read in groups of about 16 MB, each by one rank, up to the group that reaches `--max_mb`;
-then the hashes of all groups are compared, and what is left of each becomes a shard.
+then the hashes of all groups are compared, and the rest of each becomes a shard.
 """
 
 import hashlib
@@ -77,10 +76,7 @@ class File:
 
 
 def collect(config: Config) -> dict:
-    """Write `config.out` and return its summary.
-
-    Raises UserError for a source that is missing or has nothing to keep.
-    """
+    """Write `config.out` and return its summary. Raises UserError for a source without files."""
     if not config.max_mb >= 0:
         raise UserError(f"--max_mb: got {config.max_mb:g}, want 0 (all) or more")
     ranks, max_bytes = Ranks(), config.max_mb * 1e6 or math.inf
@@ -158,10 +154,10 @@ def left_out_path(inside: str) -> bool:
 
 
 def read_group(part: Part, max_bytes: float) -> dict:
-    """Write the candidates of a group of files to scratch, with a log of them; count the rest.
+    """Write the candidates of a group of files to scratch; return counts of the rest.
 
-    The log, uint64 [n, 3], holds their keys and bytes. Stops at `max_bytes` of different texts:
-    whatever the groups before it hold, no more is needed.
+    shard-GROUP.npy, uint64 [n, 3], has the key and bytes of each. Stops at `max_bytes` of them:
+    whatever the groups before hold, no more is needed.
     """
     left_out, log, kept_bytes, seen = Counter(), array("Q"), 0, set()
     with DocumentFile(part.scratch / f"{part.name}.jsonl.zst") as candidates:

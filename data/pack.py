@@ -9,11 +9,10 @@ A document is in the validation split if the first bytes of its sha256 say so, s
 fall on the same side in every packing, and no document is in both.
 
 With `--epochs` or `--weight`, given once for each source, the folder is a mixture: every source
-starts train shards of its own, and `mixture.json` says how often a pass over the mixture sees it.
-`--epochs 4` is four times; `--weight` is a share of the tokens that training sees, in proportion to
-the other weights, and the source that this draws on most is seen once a pass. data/loader.py reads
-it. The validation documents of all sources are in the order of their hashes, so that the first ones
-are a fair sample.
+starts train shards of its own, and `mixture.json` tells data/loader.py how often a pass sees it.
+`--epochs 4` is four times; `--weight` is a share of the tokens that training sees, and the source
+that this draws on most is seen once a pass. The validation documents of all sources are in the
+order of their hashes, so that the first ones are a fair sample.
 """
 
 import contextlib
@@ -62,10 +61,9 @@ def pack(config: Config) -> dict:
         count = total(encoded)
         for split in ("train", "val"):
             if not count[f"{split}_documents"]:
-                documents = count["train_documents"] + count["val_documents"]
                 raise UserError(
-                    f"no document in the {split} split ({documents} in all); add documents or "
-                    "change --val_frac"
+                    f"no document in the {split} split ({count['train_documents']} to train on); "
+                    "add documents or change --val_frac"
                 )
         mixed, everything = bool(config.epochs or config.weight), list(range(len(inputs)))
         ends = np.cumsum([0, *map(len, by_source)]).tolist()
@@ -81,7 +79,6 @@ def pack(config: Config) -> dict:
             "bytes_per_token": round(count["bytes"] / tokens, 3),
             "vocab_size": tokenizer.vocab_size,
             "tokenizer": tokenizer.fingerprint,
-            "sources": [str(source) for source in config.source],
         }
         if mixed:
             tokens = [sum(encoded[i]["train_tokens"] for i in group) for group in groups]
@@ -113,15 +110,11 @@ def encode_shard(config: Config, tokenizer: Tokenizer, part: Part) -> dict:
     shard-I.SPLIT.tokens is uint16; .rows is uint64 [documents, 2], hash and length.
     """
     keys = ("train_tokens", "train_documents", "val_tokens", "val_documents", "bytes")
-    count = Counter(dict.fromkeys(keys, 0))
+    count, files = Counter(dict.fromkeys(keys, 0)), {}
     with contextlib.ExitStack() as stack:
-        files = {
-            (split, kind): stack.enter_context(
-                open(part.scratch / f"{part.name}.{split}.{kind}", "wb")
-            )
-            for split in ("train", "val")
-            for kind in ("tokens", "rows")
-        }
+        for of in itertools.product(("train", "val"), ("tokens", "rows")):
+            path = part.scratch / ".".join((part.name, *of))
+            files[of] = stack.enter_context(open(path, "wb"))
         for batch in batched(part.documents(), BATCH_BYTES, weight):
             texts = [document["text"] for document in batch]
             count["bytes"] += sum(len(text.encode()) for text in texts)
@@ -179,9 +172,8 @@ def write_tokens(tokenizer: Tokenizer, part: Part) -> None:
 def mixture(config: Config, tokens: list[int], shards: list[int]) -> list[dict]:
     """Describe each source for mixture.json, by its train tokens and train shards."""
     if 0 in tokens:
-        raise UserError(
-            f"--source {config.source[tokens.index(0)]}: no document in the train split"
-        )
+        source = config.source[tokens.index(0)]
+        raise UserError(f"--source {source}: no document in the train split")
     drawn = [weight / n for weight, n in zip(config.weight, tokens)]
     epochs = config.epochs or [d / max(drawn) for d in drawn]
     seen = sum(e * n for e, n in zip(epochs, tokens))

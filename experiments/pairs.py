@@ -4,11 +4,8 @@
 
 A model trained on raw files scores 0 on exercises, but that shows a difference of format as much as
 one of quality. These pairs are the control: every documented function of the raw code, whatever it
-is worth, in the shape of an exercise. A document has text = prompt + solution and
-
-    prompt       str   signature and docstring, dedented, decorators dropped
-    solution     str   the body after the docstring, indented, newline-terminated
-    entry_point  str   the function's name
+is worth, in the shape of an exercise. A document has text = prompt + solution, prompt (signature
+and docstring, dedented, decorators dropped), solution (the rest of the body) and entry_point.
 """
 
 import ast

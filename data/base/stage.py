@@ -6,16 +6,16 @@ A script is a few maps over numbered items, most often over input shards:
         results = stage.map("filter", stage.shards, filter_shard)
         summary = stage.finish(total(results))
 
-Alone it is one process; under `mpirun -n 8 python -m mpi4py -m data.filter ...` item i belongs to
-rank i mod 8. An item's result depends on the item alone, so the output is the same to the byte for
-any number of ranks. An item's files move into place when its work is done, and a file under state/
-says so: after a kill the same command repeats only unfinished items, with any number of ranks.
+Under `mpirun -n 8 python -m mpi4py -m data.filter ...` item i belongs to rank i mod 8. An item's
+result depends on the item alone, so the output is the same to the byte for any number of ranks. An
+item's files move into place when its work is done, and a file under state/ says so: after a kill
+the same command repeats only unfinished items.
 
     .OUT.work/result/     becomes OUT when all is done; one run at a time holds .OUT.work/lock
     .OUT.work/scratch/    what one map leaves for the next
     .OUT.work/state/      results of finished items
 
-OUT then holds what the items wrote, quarantine/ (what could not be read: file, position, reason),
+OUT then holds the items' files, quarantine/ (file, position and reason of the unreadable),
 lineage.json (script, hash of its code, arguments) and, written last, summary.json.
 """
 
@@ -46,41 +46,41 @@ class Stage:
     """One run of a script, on all its ranks; see the head of this file."""
 
     def __init__(self, config, shards: Iterable[Path], reads: Iterable[Path] = ()):
-        """Take the script's dataclass, which has a field `out`, and the input files.
-
-        `reads` are further files and folders that shape the output, a tokenizer say.
-        """
-        self.ranks = Ranks()
-        self.config, self.shards = config, [Path(p) for p in shards]
+        """Take the script's dataclass, with a field `out`; its inputs; other files it reads."""
+        self.ranks, self.config = Ranks(), config
+        self.shards, self.reads = [Path(p) for p in shards], [Path(p) for p in reads]
         self.out = Path(config.out).resolve()
         self.work = self.out.with_name(f".{self.out.name}.work")
         self.result, self.scratch = self.work / "result", self.work / "scratch"
         self.old = self.work / "old"  # the former OUT, for a moment
-        self.reads = [file for path in reads for file in files_in(Path(path))]
         self.quarantined: dict[str, int] = {}  # unreadable things, by reason
         self.read: set[str] = set()  # files that an earlier map read
 
     def __enter__(self) -> "Stage":
         if self.ranks.rank == 0:
-            check_out(self.config.out, [*self.shards, *self.reads])
-            self.work.mkdir(parents=True, exist_ok=True)
-            (self.work / MARK).touch()
-            self.lock = lock(self.work / "lock", self.config.out)
-            if self.old.exists() and not self.out.exists():  # killed between the two renames
-                self.old.rename(self.out)
-            self.identity = self.identify()
-            known = read_json(self.work / "identity.json", strict=False)
-            if known != self.identity or not self.result.exists():
-                self.forget()
-                write_json(self.work / "identity.json", self.identity)
-            shutil.rmtree(self.work / "tmp", ignore_errors=True)
-            for folder in ("result", "scratch", "state", "tmp"):
-                (self.work / folder).mkdir(exist_ok=True)
-            (self.result / MARK).touch()
-            if any((self.work / "state").iterdir()):
-                print(f"going on with {self.work}", file=sys.stderr)
+            self.prepare()
         self.ranks.gather(None)  # the folders are there before any rank goes on
         return self
+
+    def prepare(self) -> None:
+        """Lock OUT; keep an earlier run's work if it was the same, else start afresh."""
+        check_out(self.config.out, [*self.shards, *self.reads])
+        self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / MARK).touch()
+        self.lock = lock(self.work / "lock", self.config.out)
+        if self.old.exists() and not self.out.exists():  # killed between the two renames
+            self.old.rename(self.out)
+        self.identity = self.identify()
+        known = read_json(self.work / "identity.json", strict=False)
+        if known != self.identity or not self.result.exists():
+            self.forget()
+            write_json(self.work / "identity.json", self.identity)
+        shutil.rmtree(self.work / "tmp", ignore_errors=True)
+        for folder in ("result", "scratch", "state", "tmp"):
+            (self.work / folder).mkdir(exist_ok=True)
+        (self.result / MARK).touch()
+        if any((self.work / "state").iterdir()):
+            print(f"going on with {self.work}", file=sys.stderr)
 
     def __exit__(self, kind, error, trace) -> None:
         if self.ranks.rank == 0:
@@ -96,7 +96,8 @@ class Stage:
         """Return what decides the output: an interrupted run goes on only if all is equal."""
         script = Path(sys.modules[type(self.config).__module__].__file__).resolve()
         arguments = {k: v for k, v in dataclasses.asdict(self.config).items() if k != "out"}
-        inputs = [(str(p), *size_and_time(p)) for p in self.shards + self.reads]
+        reads = [file for path in self.reads for file in files_in(path)]
+        inputs = [(str(p), *size_and_time(p)) for p in self.shards + reads]
         identity = {
             "script": script.relative_to(ROOT).as_posix(),
             "code": code_hash(script),
@@ -117,9 +118,8 @@ class Stage:
     ) -> list[dict]:
         """Return `work(part)` of every item, JSON dicts in the items' order, on every rank.
 
-        Items are dealt over the ranks, so `work` must depend on part.item and part.index alone. An
-        item that an earlier run finished is not repeated. Indices count from `first`, for a map in
-        several calls.
+        `work` must depend on part.item and part.index alone. Items that an earlier run finished are
+        not repeated. Indices count from `first`, for a map in several calls.
         """
         if first + len(items) >= MAX_ITEMS:
             raise UserError(f"{len(items):,} input shards, want below {MAX_ITEMS:,}: join some")
@@ -132,13 +132,12 @@ class Stage:
         with tqdm(desc=name, total=sum(sizes.values()), disable=quiet, **unit) as bar:
             for i, size in sizes.items():
                 path, before = self.work / "state" / f"{name}-{first + i:05d}.json", bar.n
-                state = read_json(path, strict=False)
-                if state is None:
+                done[i] = read_json(path, strict=False)
+                if done[i] is None:
                     progress = bar.update if paths else lambda n: None
                     part = Part(self, name, first + i, items[i], progress)
-                    state = part.close(work(part))
-                    write_json(path, state)
-                done[i] = state
+                    done[i] = part.close(work(part))
+                    write_json(path, done[i])
                 bar.update(before + size - bar.n)  # less what the bar has shown of it
         states = self.ranks.gather_items(done)
         self.quarantined = total([self.quarantined, *(state["quarantined"] for state in states)])
@@ -149,8 +148,8 @@ class Stage:
         """Add quarantined counts to `summary`, write it, and give the folder its name."""
         summary = {**summary, "quarantined": self.quarantined}
         if self.ranks.rank == 0:
-            lineage = {k: v for k, v in self.identity.items() if k != "inputs"}
-            write_json(self.result / "lineage.json", lineage)
+            del self.identity["inputs"]  # times of files, which differ where their content does not
+            write_json(self.result / "lineage.json", self.identity)
             write_json(self.result / "summary.json", summary)
             if self.out.exists():
                 self.out.rename(self.old)

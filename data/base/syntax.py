@@ -101,7 +101,7 @@ def parse_python(text: str) -> ast.Module:
 
 
 def count_syntax(tree: ast.Module) -> Counter:
-    """Count what the rules ask of a syntax tree, in one walk."""
+    """Count what the rules ask of a syntax tree."""
     c = Counter()
     for node in ast.walk(tree):
         c["nodes"] += 1
