@@ -1,17 +1,15 @@
-"""Function/docstring pairs cut from raw code: the format of the exercises without their quality.
+"""Cut function/docstring pairs from raw code: the exercises' format without their quality.
 
     python -m experiments.pairs --source out/raw --out out/pairs
 
 A model trained on raw files scores 0 on exercises, but that shows a difference of format as much as
 one of quality. These pairs are the control: every documented function of the raw code, whatever it
-is worth, in the shape of an exercise. A document has text = prompt + solution and
-
-    prompt       str   signature and docstring, dedented, decorators dropped
-    solution     str   the body after the docstring, indented, newline-terminated
-    entry_point  str   the function's name
+is worth, in the shape of an exercise. A document has text = prompt + solution, prompt (signature
+and docstring, dedented, decorators dropped), solution (the rest of the body) and entry_point.
 """
 
 import ast
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -22,10 +20,18 @@ import numpy as np
 
 from common.config import UserError, parse, run
 from common.files import read_jsonl
-from data.base.documents import DocumentFile, document, source_shards
-from data.base.ranks import digest_key, say
+from data.base.documents import (
+    DocumentFile,
+    digest_key,
+    document,
+    first_of_each,
+    source_shards,
+)
+from data.base.ranks import say
 from data.base.stage import Part, Stage, total
 from data.base.syntax import docstring, is_pair, parse_python
+
+MAX_CHARS = 1200  # of a pair; 256 tokens hold about 750 at a vocabulary of 4k
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,6 @@ class Config:
 
     source: Path  # documents: a file, or a folder of shards
     out: Path  # folder to write
-    max_chars: int = 1200  # of a pair; 256 tokens hold about 750 at a vocabulary of 4k
 
 
 def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
@@ -64,26 +69,19 @@ def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
 def pairs(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError if there is no pair."""
     with Stage(config, source_shards(config.source)) as stage:
-        cut = total(stage.map("pairs", stage.shards, lambda part: cut_shard(config, part)))
-        mine = range(stage.ranks.rank, len(stage.shards), stage.ranks.size)
-        keys = {i: np.load(stage.scratch / f"shard-{i:05d}.npy") for i in mine}
-        for i, keep in stage.ranks.first_seen(keys).items():
-            np.save(stage.scratch / f"keep-{i:05d}.npy", keep)
-        stage.ranks.gather(None)  # all of them are there
+        cut = total(stage.map("pairs", stage.shards, cut_shard))
+        stage.map("choose", [len(stage.shards)], choose)
         written = total(stage.map("write", list(range(len(stage.shards))), write_shard))
-        count = {
-            key: cut[key] for key in ("too_long", "does_not_parse", "documents_in", "bytes_in")
-        }
         if not written["documents"]:
             raise UserError(
-                f"--source {config.source}: no documented function of up to {config.max_chars} "
-                f"characters in {count['documents_in']} documents ({count['too_long']} longer ones)"
+                f"--source {config.source}: no documented function of up to {MAX_CHARS} "
+                f"characters in {cut['documents_in']} documents ({cut['too_long']} longer ones)"
             )
-        return stage.finish({**written, **count, "max_chars": config.max_chars})
+        return stage.finish({**written, **cut})
 
 
-def cut_shard(config: Config, part: Part) -> dict:
-    """Write the pairs of one shard to scratch, copies among them, with the keys of their texts."""
+def cut_shard(part: Part) -> dict:
+    """Write the pairs of one shard to scratch, copies among them, and the keys of their texts."""
     count, keys = Counter(too_long=0, does_not_parse=0, documents_in=0, bytes_in=0), array("Q")
     with DocumentFile(part.scratch / f"{part.name}.jsonl.zst") as found:
         for source in part.documents():
@@ -91,33 +89,33 @@ def cut_shard(config: Config, part: Part) -> dict:
             count["bytes_in"] += len(source["text"].encode())
             try:
                 for line, name, prompt, solution in cut_pairs(source["text"]):
-                    record = document(
-                        prompt + solution,
-                        f"{source['origin']}:{line}",
-                        prompt=prompt,
-                        solution=solution,
-                        entry_point=name,
-                    )
-                    if len(record["text"]) > config.max_chars:
+                    if len(prompt + solution) > MAX_CHARS:
                         count["too_long"] += 1
-                    else:
-                        keys.extend(digest_key(record["sha256"]))
-                        found.write(record)
+                        continue
+                    fields = {"prompt": prompt, "solution": solution, "entry_point": name}
+                    record = document(prompt + solution, f"{source['origin']}:{line}", **fields)
+                    keys.extend(digest_key(record["sha256"]))
+                    found.write(record)
             except SyntaxError:
                 count["does_not_parse"] += 1
     np.save(part.scratch / f"{part.name}.npy", np.array(keys, np.uint64).reshape(-1, 2))
     return count
 
 
+def choose(part: Part) -> None:
+    """Leave in keep-SHARD.npy which pairs no earlier shard or line has."""
+    keys = [np.load(part.stage.scratch / f"shard-{i:05d}.npy") for i in range(part.item)]
+    for i, keep in enumerate(first_of_each(keys)):
+        np.save(part.scratch / f"keep-{i:05d}.npy", keep)
+
+
 def write_shard(part: Part) -> dict:
-    """Write the pairs of one shard that no earlier shard or line has."""
+    """Write the chosen pairs of one shard."""
     keep = np.load(part.stage.scratch / f"keep-{part.index:05d}.npy")
+    found = read_jsonl(part.stage.scratch / f"{part.name}.jsonl.zst")
     with part.writer() as out:
-        if len(keep):
-            found = read_jsonl(part.stage.scratch / f"{part.name}.jsonl.zst")
-            for record, kept in zip(found, keep, strict=True):
-                if kept:
-                    out.write(record)
+        for record in itertools.compress(found, keep) if len(keep) else ():
+            out.write(record)
     return {"documents": out.documents, "bytes": out.bytes, "duplicates": int((~keep).sum())}
 
 
