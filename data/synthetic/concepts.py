@@ -1,53 +1,16 @@
-"""More families of exercises, read from concepts.txt: the breadth of what short functions do.
+"""More families of exercises, from concepts.txt: the breadth of what short functions do.
 
-The families of families.py compose filters, changes and gathers. These have one idea each, or
+The families of families.txt compose filters, changes and gathers. These have one idea each, or
 two in a row, told in several wordings. Importing this module adds them to FAMILIES.
-
-A family in concepts.txt is a block of lines, as this one:
-
-    digit_powers = <digit_power_sum|sum_of_digit_powers>(nat)
-    K: 2..5
-    "Return the sum of the digits of $a, each raised to the power K."
-    "Raise each digit of $a to the power K and add up the results."
-    return sum(int(d) ** K for d in str($a))
-    = reduce(lambda total, c: total + (ord(c) - 48) ** K, str(a), 0)
-
-that is: its label, its function's name and the kinds of its arguments; parameters, values apart by
-";" (which may begin a line), those that belong together as "OP WORD: + ~ sum; * ~ product"; an
-optional "where" with a condition on them and "limit" to the number of tasks; wordings, of which one
-is chosen; the body, where $f is the function itself; and "=", the oracle over a, b and c. A
-parameter is replaced wherever it stands as a word, or part of a name between "_".
 """
 
-import bisect  # noqa: F401, as the other imports here, for oracles
-import calendar  # noqa: F401
 import datetime
-import fractions  # noqa: F401
 import itertools
-import math  # noqa: F401
-import operator  # noqa: F401
 import random
-import re
-import statistics  # noqa: F401
-from collections import Counter, deque  # noqa: F401
-from functools import reduce  # noqa: F401
 from pathlib import Path
 
 from data.synthetic import families
-from data.synthetic.families import (
-    FAMILIES,
-    KINDS,
-    LETTERS,
-    LISTS,
-    WORDS,
-    Kind,
-    Task,
-    family,
-    up_to,
-)
-
-LIMIT = 60  # tasks of a family
-
+from data.synthetic.families import KINDS, LETTERS, LISTS, WORDS, Kind, read_families, up_to
 
 # ---- Kinds of arguments
 
@@ -283,79 +246,4 @@ def unite(pairs: list) -> list[tuple[int, int]]:
     return [(x // 2, y // 2) for x, y in zip(starts, ends)]
 
 
-# ---- Reading concepts.txt
-
-
-def values_of(text: str) -> list:
-    """Return the values of an axis: "2..4" is 2, 3, 4; "a ~ b" is a tuple."""
-    values = []
-    for value in text.split("; "):
-        if m := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", value):
-            values += range(int(m[1]), int(m[2]) + 1)
-        else:
-            columns = tuple(number(column) for column in re.split(" +~ +", value.strip()))
-            values.append(columns if len(columns) > 1 else columns[0])
-    return values
-
-
-def number(text: str):
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def singular(text: str) -> str:
-    """ "1 place" where a wording has "K places"."""
-    nouns = "bit|character|decimal|decimal place|digit|element|letter|place|step|time"
-    return re.sub(rf"\b1 ({nouns})s\b", r"1 \1", text)
-
-
-def read_family(block: str) -> None:
-    """Add the family in a block of concepts.txt to FAMILIES."""
-    head, *lines = block.split("\n")
-    label, name, args = re.fullmatch(r"(\w+) = (.+)\((.*)\)", head).groups()
-    lines = "\n".join(lines).replace("\n; ", "; ").split("\n")
-    names, axes, wordings, body, where, limit = [], [], [], [], "True", LIMIT
-    for line in lines:
-        if m := re.fullmatch("([A-Z]+(?: [A-Z]+)*): (.+)", line):
-            names += m[1].split()
-            axes.append(values_of(m[2]))
-        elif line.startswith("where "):
-            where = line.removeprefix("where ")
-        elif line.startswith("limit "):
-            limit = int(line.removeprefix("limit "))
-        elif line.startswith('"'):
-            wordings.append(line[1:-1])
-        elif line.startswith("= "):
-            oracle = f"lambda {', '.join('abc'[: len(args.split())])}: {line[2:]}"
-        else:
-            body.append(line)
-
-    def make(*values) -> Task | None:
-        assert len(names) == len(values), (label, names, values)
-        chosen = dict(zip(names, values))
-        if not eval(where, {}, chosen):
-            return None
-
-        def put(text: str, clean=str) -> str:
-            """Return `text` with the parameters' values."""
-            pattern = f"(?<![A-Za-z])({'|'.join(names) or 'NONE'})(?![A-Za-z])"
-            for _ in range(2):  # a value may have parameters in it
-                text = re.sub(pattern, lambda m: clean(str(chosen[m[0]])), text)
-            return text
-
-        return Task(
-            put(args),
-            put(name, lambda value: re.sub(r"\W+", "_", value)),
-            singular(put(f"<{'|'.join(wordings)}>")),
-            put("\n".join(body)),
-            eval(put(oracle), globals()),
-        )
-
-    assert label not in FAMILIES, label
-    family(*axes, limit=limit, name=label)(make)
-    CONCEPTS[label] = FAMILIES[label]
-
-
-CONCEPTS: dict[str, list[Task]] = {}
-text = Path(__file__).with_suffix(".txt").read_text()
-for block in re.split(r"\n\n+", re.sub("^# .*\n", "", text, flags=re.M).strip()):
-    read_family(block)
+CONCEPTS = read_families(Path(__file__).with_suffix(".txt"), vars(families) | globals(), limit=60)

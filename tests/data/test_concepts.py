@@ -13,8 +13,8 @@ import pytest
 
 from data import exercises
 from data.exercises import Benchmarks, tell
-from data.synthetic.concepts import CONCEPTS, unite, values_of
-from data.synthetic.families import FAMILIES, KINDS
+from data.synthetic.concepts import CONCEPTS, unite
+from data.synthetic.families import FAMILIES, KINDS, values_of
 
 EVAL = Path(__file__).parents[3] / "shared/eval"
 TASKS = [task for tasks in CONCEPTS.values() for task in tasks]

@@ -15,7 +15,7 @@ from data import exercises
 from data.base.benchmarks import Mbpp
 from data.synthetic import forms
 from data.synthetic.families import FAMILIES, KINDS
-from data.synthetic.forms import results, type_of, vary
+from data.synthetic.forms import results, vary
 from eval import mbpp, perturb
 from eval.harness import BODY, Protocol
 
@@ -149,28 +149,6 @@ def test_type_hints_are_right(varied):
                 assert all(holds(v, hints[name]) for v in values), (e.task, hints)
                 checked["argument"] += 1
     assert min(checked["return"], checked["argument"]) > 250
-
-
-@pytest.mark.parametrize(
-    ("values", "hint"),
-    [
-        ([1, 2], "int"),
-        ([1, 2.5], "float"),
-        ([True, 1], ""),
-        (["a", None], "str | None"),
-        ([None], "None"),
-        ([[], [1]], "list[int]"),
-        ([[], []], "list"),
-        ([[1, "a"]], "list"),
-        ([[[1], []], []], "list[list[int]]"),
-        ([{"a": 1}, {}], "dict[str, int]"),
-        ([([1], "a"), ([], "b")], "tuple[list[int], str]"),
-        ([(1,), (1, 2)], "tuple"),
-        ([[(1, 2)], []], "list[tuple[int, int]]"),
-    ],
-)
-def test_type_of(values, hint):
-    assert type_of(values) == hint
 
 
 def test_a_varied_docstring_determines_the_answer():
