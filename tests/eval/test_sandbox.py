@@ -41,7 +41,7 @@ def judge(machine: str, number: int, *arguments: int, arch: int | None = None) -
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_filter_allows_what_is_listed_and_nothing_else(machine):
     column = ["x86_64", "aarch64"].index(machine)
-    listed = {numbers[column] for numbers in isolate.CALLS.values()} - {None}
+    listed = {numbers[column] for numbers in isolate.CALLS.values()} - {-1}
     assert {n for n in range(600) if judge(machine, n) == ALLOW} == listed | {
         isolate.ARGUMENTS[name][0][column] for name in ("fcntl", "prlimit64")
     }  # whose first value is 0
@@ -67,7 +67,7 @@ def test_numbers_are_the_kernels(machine):
     for name, numbers in isolate.CALLS.items() | {
         (name, numbers) for name, (numbers, *_) in isolate.ARGUMENTS.items()
     }:
-        assert numbers[column] == known.get(name), name
+        assert numbers[column] == known.get(name, -1), name
 
 
 def test_readable_holds_no_installed_packages():

@@ -66,13 +66,6 @@ def test_another_machine_checks_for_itself(ask, monkeypatch, tmp_path, target, n
     assert ask(PROBLEMS)[1]
 
 
-def test_where_machines_cannot_be_told_apart_nothing_is_remembered(ask, monkeypatch, tmp_path):
-    monkeypatch.setattr(sandbox.self_check, "BOOT", tmp_path / "absent")
-    assert ask(PROBLEMS)[1]
-    assert ask(PROBLEMS)[1]
-    assert not ask.file.exists()
-
-
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"self-check": 3}', '{"self-check": {}}'])
 def test_a_damaged_file_is_no_check(ask, damage):
     found, _ = ask(PROBLEMS)
