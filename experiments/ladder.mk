@@ -1,15 +1,147 @@
-# The same model on better and better data.
+# The paper's Figure 2.1 in miniature: the same model on better and better data, bar by bar.
+#
+#   make -j2 ladder HUMANEVAL=... MBPP=...           make the data, train and score every bar
+#   make ladder-list HUMANEVAL=... MBPP=...          list the commands that are left
+#   make ladder BAR=raw-small-s0 LADDER=out/again    one bar, from nothing
+#
+# A bar is RUNG-SIZE-sSEED. The folder LADDER_SET has the list of bars, the settings, and a
+# SIZE.toml for train.py. A file is made again if one that it is made from is newer, or if its
+# command, and so a setting, is another than in $(LADDER)/commands; edits of code redo nothing.
+# Interrupt or kill it at any time: the same command goes on where it stopped, even inside a stage
+# or a training run. With make -k, a failure costs only what needs the file.
 
-LADDER    ?= out/ladder
-HUMANEVAL ?=  # your files of the benchmarks; best.mk wants both
-MBPP      ?=
+LADDER     ?= out/ladder
+LADDER_SET ?= experiments/ladder_cpu
+# Your files of the benchmarks; without either, the pruned rungs are left out.
+HUMANEVAL  ?=
+MBPP       ?=
+FIGURES    ?= records/$(notdir $(LADDER_SET))
 
-.PHONY: ladder report
+sources ?= stdlib site-packages
+include $(LADDER_SET)/ladder.mk
 
-ladder: $(VENV)  ## the same model on better and better data, and its report (80 minutes)
-	$(PYTHON) -m experiments.ladder experiments/ladder_cpu --out $(LADDER) --sandbox $(SANDBOX) \
-	  $(if $(HUMANEVAL),--humaneval $(HUMANEVAL)) $(if $(MBPP),--mbpp $(MBPP))
-	$(MAKE) report
+# A rung is trained on data/tokens/RUNG for base_steps + finetune_steps, or, written RUNG:TOKENS, on
+# textbooks for base_steps (this is run base, and a bar too) and then on TOKENS for finetune_steps.
+direct    := raw filtered classified textbooks
+finetuned := exercises:exercises varied:exercises_varied damaged:exercises_damaged pairs:pairs \
+  pruned95:pruned_95 pruned90:pruned_90 pruned85:pruned_85 pruned80:pruned_80
 
-report: $(VENV)  ## the ladder's report again: a page, and figures under records/
-	$(PYTHON) -m tools.report --ladder $(LADDER) --png records/ladder_cpu
+# $(call job,FILE,NEEDS,COMMAND): the rule of FILE, which COMMAND makes from the files NEEDS.
+record = $(LADDER)/commands/$(subst /,.,$(1:$(LADDER)/%=%))
+define job
+$(1): $(2) $(if $(subst x$(strip $(3))x,,x$(file <$(record))x),again) | $(VENV)
+	@mkdir -p $(LADDER)/commands $(LADDER)/rungs/$(bar)
+	OMP_NUM_THREADS=$(threads) $(PYTHON) -m $(strip $(3))
+	@echo '$(strip $(3))' >$(record)
+
+endef
+again:  # never there, so a file that needs it is made again
+
+# ---- Data: $(call data,NAME,NEEDS,COMMAND) is the rule of data/NAME, made from data/NEEDS
+
+D := $(LADDER)/data
+data = $(eval $(call job,$D/$(1)/summary.json,$(2:%=$D/%/summary.json),$(3) --out $D/$(1)))
+
+$(call data,collected,,data.collect $(sources:%=--source %) --max_mb $(raw_mb))
+$(call data,raw,collected,data.holdout --source $D/collected --heldout_mb $(heldout_mb))
+$(call data,heldout_code,collected,data.holdout --source $D/collected --heldout_mb $(heldout_mb) \
+  --keep heldout)
+$(call data,filtered,raw,data.filter --source $D/raw)
+$(call data,labels,raw,data.annotate --source $D/raw --labeller rules --sample $(labels))
+# On syntax trees: hidden states of a model of 2.6M parameters were no better (LOG.md).
+$(call data,forest,labels,data.classify train --source $D/labels)
+$(call data,scored,raw forest,data.classify score --source $D/raw --forest $D/forest)
+# The classifier decides alone, as in the paper.
+$(call data,classified,scored,data.filter --source $D/scored --keep_frac 0.2 --rules=false)
+$(call data,textbooks,,data.synthesize textbooks --count $(textbooks))
+$(call data,pairs,raw,data.pairs --source $D/raw)
+
+exercise = data.exercises --count $(exercises) --heldout $(heldout) --unseen $(unseen) \
+  $(exercise_options)
+$(call data,exercises,,$(exercise))
+$(call data,exercises_varied,,$(exercise) --forms varied)
+$(call data,exercises_damaged,,$(exercise) --damage_frac 0.5)
+
+# Exercises without those that resemble a benchmark's problem or a held-out exercise.
+taus := 95 90 85 80
+problem_files = $(HUMANEVAL) $(MBPP) $D/exercises/heldout.jsonl
+$(foreach tau,$(taus),$(call data,decontaminate_$(tau),exercises,data.decontaminate --source \
+  $D/exercises/train $(patsubst %,--benchmarks %,$(problem_files)) --tau 0.$(tau)))
+$(taus:%=$D/decontaminate_%/summary.json): $(HUMANEVAL) $(MBPP)
+
+$(call data,tokenizer,raw textbooks exercises,tokenizer.train --source $D/raw \
+  --source $D/textbooks --source $D/exercises/train --vocab_size $(vocab_size) \
+  --max_mb $(tokenizer_mb) --threads $(threads))
+
+# $(call pack,TOKENS,FOLDERS,OPTIONS): the rule of data/tokens/TOKENS, packed from data/FOLDERS.
+pack = $(call data,tokens/$(1),tokenizer $(2:%/train=%),data.pack $(2:%=--source $D/%) \
+  --tokenizer $D/tokenizer --val_frac $(val_frac) $(3) --threads $(threads))
+$(foreach x,raw filtered classified pairs,$(call pack,$(x),$(x)))
+$(foreach x,exercises exercises_varied exercises_damaged,$(call pack,$(x),$(x)/train))
+$(foreach tau,$(taus),$(call pack,pruned_$(tau),decontaminate_$(tau)))
+$(call pack,textbooks,classified textbooks,--weight 0.5 --weight 0.5)
+
+# ---- Runs
+
+made := $(or $(BAR),$(bars))
+ifeq ($(strip $(HUMANEVAL)$(MBPP)),)  # then there is nothing to prune of
+made := $(filter-out pruned%,$(made))
+endif
+# $(call part,BAR,1, 2 or 3): its RUNG, SIZE or sSEED.
+part   = $(word $(2),$(subst -, ,$(1)))
+config = $(LADDER_SET)/$(call part,$(1),2).toml
+first  = $(firstword $(subst :, ,$(1)))
+known := $(direct) base $(foreach x,$(finetuned),$(call first,$(x)))
+$(foreach bar,$(made),$(if $(and $(filter $(call part,$(bar),1),$(known)),$(call part,$(bar),3),\
+  $(wildcard $(call config,$(bar)))),,$(error $(bar) is no bar: want RUNG-SIZE-sSEED, RUNG one of \
+  $(known), SIZE.toml in $(LADDER_SET))))
+
+# $(call train,RUN,TOKENS,STEPS,INIT): the rule of runs/RUN, from the weights of runs/INIT if named.
+R := $(LADDER)/runs
+train = $(eval $(call job,$R/$(1)/summary.json,$(call config,$(1)) $D/tokens/$(2)/summary.json \
+  $(4:%=$R/%/summary.json),train $(call config,$(1)) --out $R/$(1) --data $D/tokens/$(2) \
+  --max_steps $(3) --seed $(patsubst s%,%,$(call part,$(1),3)) --threads $(threads) \
+  $(4:%=--init_from $R/%) --resume --restart))
+base  = base-$(call part,$(1),2)-$(call part,$(1),3)
+both := $(shell echo $$(($(base_steps) + $(finetune_steps))))
+
+$(foreach rung,$(direct),$(foreach run,$(filter $(rung)-%,$(made)),$(call \
+  train,$(run),$(rung),$(both))))
+$(foreach rung,$(finetuned),$(foreach run,$(filter $(call first,$(rung))-%,$(made)),$(call \
+  train,$(run),$(lastword $(subst :, ,$(rung))),$(finetune_steps),$(call base,$(run)))))
+bases := $(foreach run,$(filter-out $(direct:%=%-%),$(made)),$(call base,$(run)))
+$(foreach run,$(sort $(bases)),$(call train,$(run),textbooks,$(base_steps)))
+
+# ---- Scores: $(call score,FILE,NEEDS,COMMAND) is the rule of rungs/$(bar)/FILE
+
+scores :=
+S = $(LADDER)/rungs/$(bar)
+score = $(eval scores += $S/$(1))$(eval $(call job,$S/$(1),$R/$(bar)/summary.json $(2),eval.$(3) \
+  --checkpoint $R/$(bar) --out $S/$(1:%/results.json=%)))
+# $(call ask,NAME,MODULE,NEEDS,PROBLEMS): the rule of the evaluation rungs/$(bar)/NAME.
+ask = $(call score,$(1)/results.json,$(3),$(2) --problems $(4) --max_new_tokens $(max_new_tokens) \
+  --workers $(threads) --sandbox $(SANDBOX) --self_check $(LADDER)/self_check/$(1).json)
+define score_bar
+$(call ask,heldout,exercises,$D/exercises/summary.json,$D/exercises/heldout.jsonl)
+$(call ask,unseen,exercises,$D/exercises/summary.json,$D/exercises/unseen.jsonl)
+$(if $(HUMANEVAL),$(call ask,humaneval,humaneval,$(HUMANEVAL),$(HUMANEVAL)))
+$(if $(MBPP),$(call ask,mbpp,mbpp,$(MBPP),$(MBPP)))
+$(if $(filter exercises-% varied-% damaged-%,$(bar)),$(call ask,robustness,robustness,\
+  $D/exercises/summary.json,$D/exercises/heldout.jsonl --limit $(robustness_limit)))
+$(call score,bits.json,$D/heldout_code/summary.json,bits --source $D/heldout_code)
+$(call score,library.json,$D/heldout_code/summary.json $D/usage.json,library \
+  --source $D/heldout_code --usage $D/usage.json)
+endef
+$(eval $(foreach bar,$(made),$(score_bar)))
+$(eval $(call job,$D/usage.json,$D/raw/summary.json,eval.library --source $D/raw --out $D/usage.json))
+
+# ---- Targets
+
+.PHONY: ladder ladder-list report
+ladder: $(scores)  ## the same model on better and better data, and its report (80 minutes with -j2)
+report:  ## the ladder's report again: a page, and figures under records/
+ladder report: | $(VENV)
+	$(PYTHON) -m tools.report --ladder $(LADDER) $(if $(BAR),,--png $(FIGURES))
+
+ladder-list:  ## the ladder's commands that are left to run
+	@$(MAKE) --no-print-directory -n ladder | sed -n 's/^OMP_NUM_THREADS.* -m //p'

@@ -1,315 +1,441 @@
-"""One self-contained HTML page about a demo: results, curves, data, samples, lineage.
+"""Write one self-contained HTML page about training runs, the demo or the ladder.
 
-    python -m tools.report --demo out/demo
-    python -m tools.report out/a out/b       instead: the curves of training runs, beside each other
-    python -m tools.report --ladder out/ladder --png records/ladder_cpu
-                                         instead: the ladder's evidence (ladder_page.py)
+    python -m tools.report out/a out/b           runs beside each other: how they went and differ
+    python -m tools.report --demo out/demo       does better data make a better model?
+    python -m tools.report --ladder out/ladder --png records/ladder_cpu      the same, rung by rung
 
-Reads what the stages left in the folder: eval/ARM/results.json, runs/*/metrics.jsonl and
-config.json, and the summaries of the data stages. Needs no network to write or to look at.
+--png FOLDER also writes the figures as PNG there, and all numbers as ladder.json. Figures are
+inline SVG: the page needs no network.
 """
 
+import html
+import io
 import itertools
 import json
-import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from textwrap import fill
 
-from common.config import UserError, parse, run
-from common.files import read_json, read_jsonl
-from common.pages import COLORS, escape, figure, page, table
-from tools import curves, ladder_page
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
 
-# What each arm's last data set is, by its folder's name.
-ARMS = {
-    "exercises": "filtered code, then exercises",
-    "pairs": "filtered code, then docstring/function pairs cut from raw code",
-    "shuffled": "filtered code, then exercises with their docstrings exchanged",
-    "raw": "raw code only",
-    "filtered": "filtered code only",
-    "raw_exercises": "raw code, then exercises",
+from common.config import UserError, run
+from common.files import read_json, read_jsonl, write_json
+from eval.scores import parse_folders
+
+LABELS = {  # of what a model is trained on, in the order of the figures
+    "raw": "raw code", "filtered": "filtered by rules", "classified": "filtered by classifier",
+    "textbooks": "+ textbooks", "base": "before finetuning", "exercises": "then exercises",
+    "varied": "in many forms", "damaged": "half damaged", "shuffled": "docstrings exchanged",
+    "raw_exercises": "raw, then exercises", "pairs": "pairs cut from raw",
+    "pruned95": "pruned at .95", "pruned90": "pruned at .90", "pruned85": "pruned at .85",
+    "pruned80": "pruned at .80",
+}  # fmt: skip
+PRUNED = [rung for rung in LABELS if rung.startswith("pruned")]
+# A model's scores: file, key in it, factor and title.
+MEASURES = {
+    "heldout": ("results.json", "pass@1", 100, "held-out exercises: pass@1, %"),
+    "unseen": ("unseen/results.json", "pass@1", 100, "exercises of unseen families: pass@1, %"),
+    "humaneval": ("humaneval/results.json", "pass@1", 100, "HumanEval: pass@1, %"),
+    "mbpp": ("mbpp/results.json", "pass@1", 100, "MBPP: pass@1, %"),
+    "bits": ("bits.json", "bits_per_byte", 1, "bits per byte of held-out real code"),
+    "library": ("library.json", "right_frac", 100, "library attributes guessed right in it, %"),
 }
-CAVEATS = """
-<p>What this does <b>not</b> show:</p><ul>
-<li>One seed an arm. The interval is over problems, not over training runs.</li>
-<li>The held-out problems come from the same generator as the exercises: tasks with parameters that
-training never showed, but from families that it did. A high score says that the model learned to
-compose what it saw, not that it can program. It is no HumanEval score.</li>
+SETS = ["heldout", "unseen", "humaneval", "mbpp"]
+# Textbooks Are All You Need, arXiv 2306.11644, Figure 2.1 and Table 1: pass@1, %.
+PAPER = [("The Stack, 350M", "12", "-"), ("CodeTextbook, 350M", "20", "-"),
+         ("then CodeExercises (phi-1-small), 350M", "45", "-"), ("The Stack, 1.3B", "17", "-"),
+         ("CodeTextbook (phi-1-base), 1.3B", "29", "-"),
+         ("then CodeExercises (phi-1), 1.3B", "50.6", "55.5"), ("StarCoder", "33.6", "52.7"),
+         ("GPT-3.5", "47", "-"), ("WizardCoder", "57.3", "51.8")]  # fmt: skip
+TAUS = ["unpruned", "0.95", "0.90", "0.85", "0.80"]
+PAPER_PRUNED = [50.6, 50.6, 45.1, 46.3, 45.1]  # section 5
+CAVEATS = """<p>What this does <b>not</b> show:</p><ul>
+<li>Intervals are over problems, not over training runs; most rows are of one seed.</li>
+<li>The held-out problems come from the generator that made the exercises: tasks with parameters
+that training never showed, but from families that it did. A high score says that the model learned
+to compose what it saw, not that it can program. It is no HumanEval score.</li>
 <li>Code alone scores near zero mostly because it never has the <i>format</i> of a problem. The fair
-control is the one in the same format: docstring/function pairs, cut from raw code, uncurated. But
-those pairs are also about other things than the held-out problems, so a part of the gap is that the
-exercises resemble the test, and not that they are better.</li>
-<li>The exercises are made by a program and are all correct; the paper's came from an LLM, with
-errors, and far more varied.</li></ul>
+control has it: docstring/function pairs, cut from raw code, uncurated. But those pairs are also
+about other things than the problems: part of the gap is that the exercises resemble the test.</li>
+<li>A program makes the exercises, all correct; the paper's came from an LLM, with errors, and far
+more varied. Small models solve few of HumanEval and MBPP or none.</li></ul>"""
+
+COLORS = ["#1f6feb", "#d9730d", "#2da44e", "#8250df", "#bf3989", "#6e7781"]
+HATCHES, DASHES, MARKERS = ["////", "", "xx"], ["-", "--", ":", "-."], "osD^vPX"
+INK, GREY = "#1f2328", "#6e7781"
+CURVES = {"loss": "loss, nats (dots: validation)", "lr": "learning rate",
+          "grad_norm": "gradient norm", "tokens_per_s": "tokens/s", "mfu": "MFU",
+          "loader_wait_frac": "waiting for data, share", "memory_gib": "peak memory, GiB"}
+MARKS = {"spike": "#cf222e", "rewind": "#cf222e", "skipped": "#d9730d", "start": GREY}
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #d1d9e0 }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 14px }
+th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #d1d9e0 }
+td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+pre { background: #f6f8fa; padding: .7rem 1rem; overflow-x: auto; font-size: 13px }
+pre b { color: #1f6feb; font-weight: normal } .wide { overflow-x: auto } .pass { color: #1a7f37 }
+svg { max-width: 100%; height: auto } figure { margin: 1.5rem 0 } .fail { color: #cf222e }
+figcaption, .note { color: #59636e; font-size: 14px }
 """
+escape = html.escape
 
 
 @dataclass(frozen=True)
 class Config:
-    """Write the report of a demo and print its table; or of a ladder; or, with RUN..., of runs."""
+    """Write the page about a demo or a ladder and print its scores; or, with RUN..., about runs."""
 
     run: tuple[Path, ...] = ()  # folders of runs to draw; they may stand without --run, first
     demo: Path = Path("out/demo")  # folder of the demo
     ladder: Path | None = None  # folder of a ladder, instead of a demo
-    png: Path | None = None  # of a ladder: folder for its figures as PNG, and for its numbers
-    out: Path | None = None  # file to write; DEMO/report.html, LADDER/report.html or, of runs,
-    # RUN/curves.html
-
-
-@dataclass
-class Arm:
-    """One way of training, and its score."""
-
-    name: str
-    result: dict  # of the evaluation
-    stages: list[dict]  # the runs' config.json | summary.json, first to last
-    records: list[list[dict]]  # the runs' metrics.jsonl
-
-    @property
-    def tokens(self) -> int:
-        return sum(stage["tokens"] for stage in self.stages)
-
-    @property
-    def label(self) -> str:
-        return ARMS.get(self.name, self.name)
+    png: Path | None = None  # folder for the figures as PNG, and for the numbers
+    out: Path | None = None  # file to write, default DEMO or LADDER/report.html, RUN/curves.html
 
 
 def main() -> None:
-    folders = list(itertools.takewhile(lambda a: not a.startswith("-"), sys.argv[1:]))
-    argv = [f"--run={folder}" for folder in folders] + sys.argv[1 + len(folders) :]
-    config = parse(Config, argv)
-    if config.run:
-        out = config.out or config.run[0] / "curves.html"
-        out.write_text(curves.runs_page(list(config.run)), encoding="utf-8")
-        return print(f"report: {out}")
-    if config.ladder:
-        out = config.out or config.ladder / "report.html"
-        print(ladder_page.write(config.ladder, out, config.png))
-        return print(f"\nreport: {out}")
-    demo = config.demo
-    arms = [read_arm(demo, p.parent.name) for p in sorted(demo.glob("eval/*/results.json"))]
-    if not arms:
-        raise UserError(f"no eval/*/results.json in {demo}; run `make train` first")
-    arms.sort(key=lambda arm: list(ARMS).index(arm.name) if arm.name in ARMS else len(ARMS))
-    out = config.out or demo / "report.html"
-    out.write_text(demo_page(demo, arms), encoding="utf-8")
-    print(text_table(arms))
-    print(f"\nreport: {out}")
+    c = parse_folders(Config, "run")
+    if c.run:
+        out, text, said = c.out or c.run[0] / "curves.html", runs_page(c.run), ""
+    else:
+        found = Scores(c.ladder or c.demo, c.png)
+        out, text, said = c.out or found.folder / "report.html", found.page(), found.text()
+        if c.png:
+            write_json(c.png / "ladder.json", [m.numbers() for m in found.models])
+    out.write_text(text, encoding="utf-8")
+    print(f"{said}report: {out}")
 
 
-def read_arm(demo: Path, name: str) -> Arm:
-    """The arm whose evaluation is eval/`name`: its run, and the runs that this one started from."""
-    result = read(demo / "eval" / name / "results.json")
-    stages, records, folder = [], [], Path(result["config"]["checkpoint"])
-    while folder:
-        stage = {**read(folder / "config.json"), **read(folder / "summary.json")}
-        stages.insert(0, stage)
-        records.insert(0, list(read_jsonl(folder / "metrics.jsonl")))
-        folder = Path(stage["init_from"]) if stage["init_from"] else None
-    return Arm(name, result, stages, records)
+# ---- HTML and figures
 
 
-def read(path: Path) -> dict:
-    """Return the JSON in `path`. Raises UserError if the file is missing."""
-    if (value := read_json(path)) is None:
-        raise UserError(f"{path} is missing: that stage has not finished; run `make train`")
-    return value
+def page(title: str, body: str) -> str:
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    body = f"<h1>{title}</h1>{body}"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
 
 
-def text_table(arms: list[Arm]) -> str:
-    width = max(len(arm.label) for arm in arms)
-    lines = [
-        f"{'trained on':{width}}  {'tokens':>9}  {'pass@1':>7}  {'95% interval':>12}  problems"
-    ]
-    for arm in arms:
-        low, high = (100 * x for x in arm.result["ci95"])
-        lines.append(
-            f"{arm.label:{width}}  {arm.tokens / 1e6:8.2f}M  {100 * arm.result['pass@1']:6.1f}%"
-            f"  {low:4.1f} - {high:4.1f}%  {arm.result['problems']:8}"
-        )
-    return "\n".join(lines)
+def table(head: list[str], rows: list[list], words: int = 1) -> str:
+    """Return an HTML table; the columns after the first `words` are set to the right."""
+
+    def line(cells: list, tag: str) -> str:
+        kinds = [f"{tag} class=n" if i >= words else tag for i in range(len(cells))]
+        cells = [f"<{kind}>{escape(str(c))}</{tag}>" for kind, c in zip(kinds, cells)]
+        return f"<tr>{''.join(cells)}</tr>"
+
+    lines = [line(head, "th"), *(line(row, "td") for row in rows)]
+    return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 
-def demo_page(demo: Path, arms: list[Arm]) -> str:
-    run = arms[0].stages[-1]
-    body = f"""
-<h1>nanophi: phi-1 in miniature</h1>
-<p class="note">{run["parameters"]:,} parameters, vocabulary {run["vocab_size"]:,}, context
-{run["seq_len"]}; trained from nothing on this machine; commit {escape(run["commit"])}, torch
-{escape(run["torch"])}, {escape(run["device"])}</p>
+def figure(draw: Callable, panels, *args, says: str, height=2.8, png: Path | None = None) -> str:
+    """Return what draw(axes, panels, *args) draws as inline SVG with a caption; write `png` too."""
+    style = {"svg.fonttype": "none", "font.size": 11, "svg.hashsalt": "nanophi",
+             "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+    with matplotlib.rc_context(style):
+        fig = Figure(figsize=(9, height * len(panels)))
+        draw(fig.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, *args)
+        svg, raw = io.StringIO(), io.BytesIO()
+        fig.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
+        if png:  # with a palette, a third of the bytes
+            png.parent.mkdir(parents=True, exist_ok=True)
+            fig.savefig(raw, dpi=130, bbox_inches="tight")
+            Image.open(raw).convert("RGB").quantize(48).save(png, optimize=True)
+    text = svg.getvalue()
+    return f"<figure>{text[text.index('<svg'):]}<figcaption>{escape(says)}</figcaption></figure>"
+
+
+def draw_lines(axes, panels: dict[str, dict[str, list]], x_label: str, markers="") -> None:
+    """Draw in each panel {title: {label: [(x, y), ...]}} a line for each label."""
+    for ax, (title, lines) in zip(axes, panels.items()):
+        for i, (name, points) in enumerate(lines.items()):
+            ax.plot(*zip(*points), color=COLORS[i % 6], ls=DASHES[i % 4], lw=1.2, label=name,
+                    marker=markers[i % 7 : i % 7 + 1])  # fmt: skip
+        ax.set_title(title, loc="left", fontsize=11)
+        if ax is axes[0] or lines.keys() != next(iter(panels.values())).keys():
+            ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes[-1].set_xlabel(x_label)
+
+
+def draw_bars(axes, panels: dict[str, dict], labels: dict[str, str], sizes: dict[str, str]) -> None:
+    """Draw in each panel {title: {(rung, size): [(value, low, high) of each seed]}} a group of bars
+    for each rung, a bar for each size: the mean, its interval in black, the seeds as white dots."""
+    width = 0.8 / len(sizes)
+    for ax, (title, values) in zip(axes, panels.items()):
+        top = max(np.max(seeds) for seeds in values.values()) or 1
+        if not any(np.mean(seeds, 0)[0] for seeds in values.values()):
+            top *= 4  # an interval around nothing shall not fill the panel
+        for j, (size, size_label) in enumerate(sizes.items()):
+            look = {"color": COLORS[j % 6], "hatch": HATCHES[j % 3] if len(sizes) > 1 else "",
+                    "edgecolor": "white"}  # fmt: skip
+            ax.bar(0, 0, label=size_label, **look)  # for the legend
+            for i, rung in enumerate(labels):
+                x = i + (j - (len(sizes) - 1) / 2) * width
+                if (rung, size) not in values:
+                    ax.text(x, 0.02 * top, "not run", rotation=90, ha="center", fontsize=8,
+                            color=GREY)  # fmt: skip
+                    continue
+                value, low, high = np.mean(values[rung, size], 0)
+                spread = np.maximum(0, [[value - low], [high - value]])
+                ax.bar(x, value, 0.92 * width, **look)
+                ax.errorbar(x, value, spread, color=INK, capsize=3, linewidth=1)
+                if len(seeds := [seed[0] for seed in values[rung, size]]) > 1:
+                    at = x + np.linspace(-0.25, 0.25, len(seeds)) * width
+                    ax.plot(at, seeds, "o", color="white", markeredgecolor=INK, markersize=4)
+                ax.text(x, max(high, *seeds) + 0.02 * top, short(value), ha="center", fontsize=9)
+        ax.set_ylim(0, 1.18 * top)
+        ax.set_xlim(-0.6, len(labels) - 0.4)
+        ax.set_title(title, loc="left", fontsize=11)
+        ax.set_xticks(range(len(labels)), [fill(x, 12) for x in labels.values()], fontsize=9)
+    if len(sizes) > 1:
+        axes[0].legend(frameon=False, fontsize=9, ncols=len(sizes), loc="lower left",
+                       bbox_to_anchor=(0, 1), borderaxespad=2)  # fmt: skip
+
+
+# ---- Runs
+
+
+def read_run(folder: Path) -> dict:
+    """Read a run's files. Raises UserError if `folder` holds no run."""
+    if (config := read_json(folder / "config.json")) is None:
+        raise UserError(f"{folder} is no run: it has no config.json")
+    found = {"name": str(folder), "data": Path(config.get("data", "")).name, "config": config}
+    for name in ("summary", "status"):
+        found[name] = read_json(folder / f"{name}.json") or {}
+    for name in ("events", "metrics"):  # their last line may be cut short
+        path = folder / f"{name}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        found[name] = [json.loads(line) for line in lines if line.endswith("}")]
+    return found
+
+
+def runs_page(folders: tuple[Path, ...]) -> str:
+    runs, rows, said = [read_run(folder) for folder in folders], [], []
+    for r in runs:
+        last = ([x for x in r["metrics"] if "loss" in x] or [{}])[-1]
+        vals = [x["val_loss"] for x in r["metrics"] if "val_loss" in x]
+        rows.append([r["name"], f"{r['status'].get('status')}, step {r['status'].get('step', 0):,}",
+                     f"{last.get('tokens', 0):,}", f"{last.get('loss', np.nan):.4f}",
+                     f"{min(vals, default=np.nan):.4f}", f"{last.get('tokens_per_s', 0):,.0f}",
+                     f"{last.get('mfu', 0):.1%}", f"{last.get('seconds', 0):,.0f}"])  # fmt: skip
+        said += [f"{e['time']} {r['name']} step {e['step']:,} {e['event']} {e.get('message', '')}"
+                 for e in r["events"]]  # fmt: skip
+    head = ["run", "status", "tokens", "loss", "best val loss", "tokens/s", "MFU", "seconds"]
+    settings = [[key, *(str(r["config"].get(key)) for r in runs)] for key in runs[0]["config"]]
+    differ = [row for row in settings if len(set(row[1:])) > 1]
+    panels = {title: {r["name"]: [(x["step"], x[key]) for x in r["metrics"] if key in x]
+                      for r in runs} for key, title in CURVES.items()}  # fmt: skip
+    says = "Vertical lines: red a loss spike or a rewind, orange skipped steps, grey a start."
+    drawn = figure(draw_curves, panels, runs, says=says, height=2)
+    return page("nanophi: training runs", f"""{table(head, rows, 2)}{drawn}
+<h2>What happened</h2><pre>{escape(chr(10).join(said))}</pre>
+<h2>Settings that differ</h2>{table(["setting", *(r["name"] for r in runs)], differ)}""")
+
+
+def draw_curves(axes, panels: dict, runs: list[dict]) -> None:
+    draw_lines(axes, panels, "step")
+    for i, r in enumerate(runs):
+        vals = [(x["step"], x["val_loss"]) for x in r["metrics"] if "val_loss" in x]
+        axes[0].plot(*zip(*vals), "o", color=COLORS[i % 6], markersize=3)
+        for e in r["events"]:
+            for ax in axes if e["event"] in MARKS else []:
+                ax.axvline(e["step"], color=MARKS[e["event"]], linewidth=0.6, zorder=0)
+    axes[2].set_yscale("log")
+
+
+# ---- Models: the arms of the demo, the bars of the ladder
+
+
+class Model:
+    """A trained and scored model: its runs, first to last, and its scores."""
+
+    def __init__(self, name: str, rung: str, size: str, seed: int, folder: Path, runs: list[dict]):
+        from model import ModelConfig, flops_per_token
+
+        self.name, self.rung, self.size, self.seed, self.runs = name, rung, size, seed, runs
+        self.config, self.folder, self.label = runs[-1]["config"], folder, LABELS.get(rung, rung)
+        self.heldout = folder / "heldout" if size else folder  # the demo has no other problems
+        self.tokens = {r["data"]: r["summary"]["tokens"] for r in runs}
+        self.train_s = sum(r["summary"]["trained_s"] for r in runs)
+        shape = ModelConfig(**{f.name: self.config[f.name] for f in fields(ModelConfig)})
+        self.flops = flops_per_token(shape) * sum(self.tokens.values())
+        self.scores = {}  # {name: (value, low, high)} of MEASURES
+        for name, (file, key, factor, _) in MEASURES.items():
+            if told := read_json(self.heldout / file if name == "heldout" else folder / file):
+                self.scores[name] = tuple(factor * x for x in (told[key], *told["ci95"]))
+
+    def numbers(self) -> dict:
+        """Return a row of ladder.json."""
+        keys = ("name", "rung", "size", "seed", "tokens", "flops", "train_s")
+        return {key: getattr(self, key) for key in keys} | {
+            "parameters": self.config["parameters"],
+            "weights": self.runs[-1]["summary"]["weights"],
+            "commit": self.config["commit"],
+            "scores": {k: [float(f"{x:.5g}") for x in v] for k, v in self.scores.items()},
+        }
+
+
+def read_models(folder: Path) -> list[Model]:
+    """Read the models of a demo or a ladder, in the order of figures. Raises UserError if none."""
+    found = []
+    for path in [*folder.glob("eval/*"), *folder.glob("rungs/*-*-s*")]:
+        if not (folder / "runs" / path.name / "summary.json").exists():
+            continue
+        runs = [read_run(folder / "runs" / path.name)]
+        while init := runs[0]["config"]["init_from"]:
+            runs.insert(0, read_run(folder / "runs" / Path(init).name))
+        demo = path.parent.name == "eval"
+        rung, size, seed = (path.name, "", "s0") if demo else path.name.split("-")
+        found.append(Model(path.name, rung, size, int(seed[1:]), path, runs))
+    if not any(m.scores for m in found):
+        raise UserError(f"{folder}: no finished run with a score; see make train, make ladder")
+    order = [*LABELS, *sorted(m.rung for m in found)]
+    return sorted(found, key=lambda m: (order.index(m.rung), m.config["parameters"], m.seed))
+
+
+def percent(score: tuple | None) -> str:
+    return "{} ({} - {})".format(*map(short, score)) if score else "-"
+
+
+def short(x: float) -> str:
+    return f"{x:.{1 if abs(x) >= 10 else 2}f}"
+
+
+class Scores:
+    """The page about a demo or a ladder; what was not run is left out."""
+
+    def __init__(self, folder: Path, png: Path | None):
+        self.folder, self.png, self.models = folder, png, read_models(folder)
+        self.unpruned = [m for m in self.models if m.rung not in PRUNED]
+        self.sizes = {m.size: f"{m.size} {m.config['parameters'] / 1e6:.3g}M parameters".strip()
+                      for m in sorted(self.models, key=lambda m: m.config["parameters"])}
+        self.seeds = {}  # {measure: {(rung, size): [(value, low, high), ...]}}
+        for name, m in itertools.product(MEASURES, self.models):
+            if name in m.scores:
+                groups = self.seeds.setdefault(name, {})
+                groups.setdefault((m.rung, m.size), []).append(m.scores[name])
+
+    def mean(self, name: str, rung: str, size: str) -> float:
+        return np.mean(self.seeds[name][rung, size], 0)[0]
+
+    def figure(self, name: str, says: str, *args) -> str:
+        return figure(*args, says=says, png=self.png and self.png / f"{name}.png")
+
+    def bars(self, name: str, measures: list[str], says: str) -> str:
+        panels = {MEASURES[n][-1]: self.seeds[n] for n in measures if n in self.seeds}
+        labels = {m.rung: m.label for m in self.unpruned}
+        return self.figure(name, says, draw_bars, panels, labels, self.sizes) if panels else ""
+
+    def rows(self) -> list[list[str]]:
+        """Return the table of scores, its head first."""
+        found = [["model", "tokens", *self.seeds, "FLOP", "seconds"]]
+        for m in self.models:
+            tokens = " + ".join(f"{n / 1e6:.2f}M {data}" for data, n in m.tokens.items())
+            cells = [percent(m.scores.get(name)) for name in self.seeds]
+            found.append([m.name, tokens, *cells, f"{m.flops:.2g}", f"{m.train_s:,.0f}"])
+        return found
+
+    def loss(self) -> str:
+        panels = {}
+        for size, title in self.sizes.items():
+            models = [m for m in self.unpruned if m.size == size and not m.seed]
+            last = {m.runs[-1]["name"]: m.label for m in models}
+            lines = panels[title] = {}
+            for m in models:
+                start = 0
+                for r in m.runs:  # draw a run that several start from once
+                    points = [(start + x["tokens"] / 1e6, x["loss"])
+                              for x in r["metrics"] if "loss" in x]  # fmt: skip
+                    lines[last.get(r["name"], f"first, on {r['data']}")] = points
+                    start += r["summary"]["tokens"] / 1e6
+        says = ("Training loss, nats, each line on its own data: exercises are easier to predict "
+                "than code, so a lower line is not a better model.")  # fmt: skip
+        return self.figure("loss", says, draw_lines, panels, "million tokens seen, in all runs")
+
+    def compute(self) -> str:
+        if len(self.sizes) == 1 or "heldout" not in self.seeds:
+            return ""
+        lines = {}
+        for m in self.unpruned:
+            if "heldout" in m.scores and not m.seed:
+                point = (m.flops, self.mean("heldout", m.rung, m.size))
+                lines.setdefault(m.label, []).append(point)
+        says = ("Where the left end of a line is above the right end of another, better data did "
+                "more than a larger model.")  # fmt: skip
+        return self.figure("compute", says, draw_lines, {MEASURES["heldout"][-1]: lines},
+                           "training FLOP", MARKERS)  # fmt: skip
+
+    def pruning(self) -> str:
+        if len(self.models) == len(self.unpruned):
+            return ""
+        lines = {"the paper's phi-1 on HumanEval": list(zip(TAUS, PAPER_PRUNED))}
+        for name, size in itertools.product(SETS, self.sizes):
+            found = [(x, self.mean(name, rung, size))
+                     for rung, x in zip(["exercises", *PRUNED], TAUS)
+                     if (rung, size) in self.seeds.get(name, {})]  # fmt: skip
+            lines |= {f"ours on {name}, {size}": found} if len(found) > 1 else {}
+        says = ("A model that had only memorised would lose its whole score. A pruned rung sees "
+                "its fewer exercises more often, which may cost something too. eval.similarity "
+                "splits a score into problems like the exercises and others.")  # fmt: skip
+        return "<h2>Exercises pruned of what resembles the test</h2>" + self.figure(
+            "pruning", says, draw_lines, {"pass@1, %": lines}, "exercises pruned at tau", MARKERS)
+
+    def perturbed(self) -> str:
+        told = {m.name: read_json(m.folder / "robustness" / "results.json") for m in self.models}
+        drops = {name: t["perturbations"] for name, t in told.items() if t}
+        rows = [[kind, *(f"{100 * d[kind]['drop']:.0f}" if "drop" in d[kind] else "-"
+                         for d in drops.values())] for d in [*drops.values()][:1] for kind in d]
+        title = "<h2>Prompts written in another way: points of pass@1 lost</h2>"
+        return title + table(["", *drops], rows) if rows else ""
+
+    def paper(self) -> str:
+        if self.seeds.keys().isdisjoint(SETS[2:]):
+            return ""
+        rows = [[f"ours: {m.name}", *(percent(m.scores.get(name)) for name in SETS[2:])]
+                for m in self.models if m.rung == "exercises"]  # fmt: skip
+        title = "<h2>Beside the paper</h2>pass@1, %, of other data, prompts and harnesses"
+        return title + table(["model", "HumanEval", "MBPP"], [*rows, *PAPER])
+
+    def samples(self, each: int = 3) -> str:
+        """Return some held-out problems, solved and not, as the best model answered them."""
+        best = max(self.models, key=lambda m: m.scores.get("heldout", (-1,)))
+        exercises = self.folder / ("data/exercises" if best.size else "exercises")
+        if not (exercises / "heldout.jsonl").exists() or "heldout" not in best.scores:
+            return ""
+        prompts = {p["task_id"]: p["prompt"] for p in read_jsonl(exercises / "heldout.jsonl")}
+        text = f"<h2>What {escape(best.name)} writes</h2><p>The completion is blue.</p>"
+        for passed, kind in ((True, "pass"), (False, "fail")):
+            some = list(read_jsonl(best.heldout / "samples.jsonl"))
+            some = [s for s in some if s["passed"] == passed]
+            for s in some[:: max(1, len(some) // each)][:each]:
+                said = "solved" if passed else f"not solved: {escape(s['detail'][:200])}"
+                text += (f"<p class={kind}>{said}</p><pre>{escape(prompts[s['task_id']])}"
+                         f"<b>{escape(s['completion'])}</b></pre>")  # fmt: skip
+        return text
+
+    def page(self) -> str:
+        c, (head, *rows) = self.models[0].config, self.rows()
+        black = "Black: 95% intervals over problems. White dots: seeds, where there are several."
+        sizes = "; ".join(self.sizes.values())
+        return page("nanophi: phi-1 in miniature", f"""<p class=note>{sizes}; vocabulary
+{c["vocab_size"]:,}, context {c["seq_len"]}; trained from nothing; commit {escape(c["commit"])},
+torch {escape(c["torch"])}, {escape(c["device"])}</p>
 <h2>Does better data make a better model?</h2>
 <p>The same model, trained on different data for nearly the same number of tokens, then asked to
-write {arms[0].result["problems"]} functions that it has never seen, greedily, once each. A problem
-counts as solved if its {tests_each(demo)} tests pass.</p>
-{figure(score_bars, arms, height=0.8 + 0.6 * len(arms))}
-{score_table(arms)}
-{CAVEATS}
-<h2>Training</h2>
-{figure(loss_curves, arms)}
-{run_table(arms)}
-<h2>What the model writes</h2>
-{completions(demo, arms[0])}
-<h2>Data</h2>
-{data_section(demo)}
-<h2>Lineage</h2>
-<p class="note">Each run: the data's checksum, the tokenizer's fingerprint, the weights it started
-from and ended with.</p>
-{lineage_table(arms)}
-<details><summary>Every setting of the last run of the first arm</summary>
-<pre>{escape(json.dumps(arms[0].stages[-1], indent=2))}</pre></details>
-"""
-    return page("nanophi demo report", body)
+write functions that it has never seen, greedily, once each. A problem counts as solved if all its
+tests pass.</p>{self.bars("exercises", SETS[:2], black)}{self.bars("benchmarks", SETS[2:], black)}
+<p>Scores with 95% intervals. A bar of a ladder again: make ladder BAR=MODEL LADDER=out/again</p>
+{table(head, rows, 2)}{CAVEATS}
+{self.bars("code", ["bits", "library"], "What exercises cost. Black: intervals over documents.")}
+<h2>Training</h2>{self.loss()}{self.compute()}{self.pruning()}{self.perturbed()}{self.paper()}
+{self.samples()}""")
 
-
-def score_bars(axes, arms: list[Arm]) -> None:
-    for i, arm in enumerate(arms):
-        score, (low, high) = 100 * arm.result["pass@1"], (100 * x for x in arm.result["ci95"])
-        axes.barh(
-            i,
-            score,
-            color=COLORS[i % len(COLORS)],
-            height=0.6,
-            xerr=[[max(0, score - low)], [max(0, high - score)]],
-            capsize=3,
-            ecolor="#59636e",
-        )
-        axes.text(max(score, high) + 1.5, i, f"{score:.1f}%", va="center")
-    axes.set_yticks(range(len(arms)), [wrap(arm.label) for arm in arms])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 109)
-    axes.set_xlabel("pass@1 on held-out exercises, %, with a 95% interval over problems")
-
-
-def wrap(label: str, width: int = 34) -> str:
-    if len(label) <= width:
-        return label
-    cut = label.rindex(" ", 0, width)
-    return label[:cut] + "\n" + label[cut + 1 :]
-
-
-def loss_curves(axes, arms: list[Arm]) -> None:
-    drawn = set()
-    for i, arm in enumerate(arms):
-        start = 0
-        for stage, records in zip(arm.stages, arm.records):
-            points = [(start + r["tokens"], r["loss"]) for r in records if "loss" in r]
-            shared = stage["out"] in drawn  # the arms may start from the same run
-            if points and not shared:
-                first = stage is arm.stages[0] and len(arm.stages) > 1
-                axes.plot(
-                    *zip(*points),
-                    color="#6e7781" if first else COLORS[i % len(COLORS)],
-                    label=f"on {Path(stage['data']).name}",
-                    linewidth=1.2,
-                )
-                drawn.add(stage["out"])
-            start += stage["tokens"]
-    axes.set_xlabel("tokens seen")
-    axes.set_ylabel("training loss")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M")
-    axes.legend(frameon=False)
-
-
-def tests_each(demo: Path) -> int:
-    """The test inputs of a held-out problem."""
-    return next(read_jsonl(demo / "exercises" / "heldout.jsonl"))["test"].count("assert ")
-
-
-def score_table(arms: list[Arm]) -> str:
-    rows = []
-    for arm in arms:
-        low, high = (100 * x for x in arm.result["ci95"])
-        seen = " + ".join(f"{s['tokens'] / 1e6:.2f}M {Path(s['data']).name}" for s in arm.stages)
-        rows.append(
-            [
-                arm.label,
-                seen,
-                f"{arm.tokens / 1e6:.2f}M",
-                f"{100 * arm.result['pass@1']:.1f}%",
-                f"{low:.1f} - {high:.1f}%",
-                f"{arm.result['problems']}",
-                f"{sum(s['trained_s'] for s in arm.stages):,.0f} s",
-            ]
-        )
-    return table(
-        ["trained on", "tokens", "in all", "pass@1", "95% interval", "problems", "time"],
-        rows,
-        numbers=range(2, 7),
-    )
-
-
-def runs(arms: list[Arm]) -> list[dict]:
-    """The runs of all arms, once each: arms may start from the same one."""
-    return list({stage["out"]: stage for arm in arms for stage in arm.stages}.values())
-
-
-def run_table(arms: list[Arm]) -> str:
-    rows = [
-        [
-            r["out"],
-            f"{r['steps']:,}",
-            f"{r['tokens']:,}",
-            f"{r['best_val_loss']:.3f}",
-            f"{r['tokens_per_s']:,.0f}",
-            f"{r['trained_s']:,.0f} s",
-        ]
-        for r in runs(arms)
-    ]
-    return table(["run", "steps", "tokens", "best val loss", "tokens/s", "time"], rows, range(1, 6))
-
-
-def lineage_table(arms: list[Arm]) -> str:
-    keys = ["out", "data_checksum", "tokenizer", "init_checksum", "weights"]
-    rows = [[str(r[k] or "random") for k in keys] for r in runs(arms)]
-    return table(["run", "data", "tokenizer", "from weights", "weights"], rows)
-
-
-def completions(demo: Path, arm: Arm, each: int = 3) -> str:
-    """Some solved and some unsolved problems of an arm, as the model answered them."""
-    problems = {p["task_id"]: p for p in read_jsonl(demo / "exercises" / "heldout.jsonl")}
-    samples = list(read_jsonl(demo / "eval" / arm.name / "samples.jsonl"))
-    parts = [f"<p>Arm: {escape(arm.label)}. The prompt in black, the completion in blue.</p>"]
-    for passed, word in ((True, "solved"), (False, "not solved")):
-        some = [s for s in samples if s["passed"] == passed]
-        for s in some[:: max(1, len(some) // each)][:each]:
-            prompt = problems[s["task_id"]]["prompt"]
-            mark = "pass" if passed else "fail"
-            detail = "" if passed else f": {escape(s['detail'][:200])}"
-            parts.append(
-                f'<p class="{mark}">{word}{detail}</p><pre>{escape(prompt)}'
-                f"<b>{escape(s['completion'])}</b></pre>"
-            )
-    return "\n".join(parts)
-
-
-def data_section(demo: Path) -> str:
-    raw, kept = read(demo / "raw" / "summary.json"), read(demo / "filtered" / "summary.json")
-    exercises = read(demo / "exercises" / "summary.json")
-    rows = [
-        ["raw code", f"{raw['documents']:,}", f"{raw['bytes'] / 1e6:.1f} MB"],
-        ["kept by the filter", f"{kept['documents']:,}", f"{kept['bytes'] / 1e6:.1f} MB"],
-    ]
-    for name in ("pairs", "exercises"):
-        if (demo / name / "summary.json").exists():
-            summary = read(demo / name / "summary.json")
-            rows.append([name, f"{summary['documents']:,}", f"{summary['bytes'] / 1e6:.1f} MB"])
-    parts = [table(["set", "documents", "text"], rows, range(1, 3))]
-    parts.append(
-        f"<p>Exercises: {len(exercises['train_by_family'])} families, {exercises['tasks']:,} tasks "
-        f"in training; {exercises['heldout']:,} other tasks of the same families held out.</p>"
-    )
-    parts.append("<p>Why the filter rejected what it rejected, first reason only:</p>")
-    rejected = [[reason, f"{n:,}"] for reason, n in kept["rejected"].items()]
-    parts.append(table(["rule", "documents"], rejected, [1]))
-    for name in ("rejected", "kept"):
-        parts.append(f"<details><summary>A sample of what was {name}</summary>")
-        for s in read_jsonl(demo / "filtered" / "samples" / f"{name}.jsonl"):
-            parts.append(
-                f"<p><b>{escape(s['reason'])}</b> {escape(s['origin'])}</p>"
-                f"<pre>{escape(s['text'][:800])}</pre>"
-            )
-        parts.append("</details>")
-    return "\n".join(parts)
+    def text(self) -> str:
+        rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) + "\n"
 
 
 if __name__ == "__main__":

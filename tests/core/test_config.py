@@ -104,11 +104,10 @@ def test_help_comes_from_the_comments(capsys):
 
 
 CONFIGS = sorted([*(ROOT / "configs").glob("*.toml"), *(ROOT / "experiments").rglob("*.toml")])
-CONFIGS = [p for p in CONFIGS if p.name != "ladder.toml"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: "/".join(p.parts[-2:]))
-def test_every_config_file_loads(path):  # ladder.toml is experiments/ladder.py's: test_ladder.py
+def test_every_config_file_loads(path):
     c = parse(train.TrainConfig, [str(path)], toml=True)
     assert c.seqs_per_step % c.micro_batch == 0
 
