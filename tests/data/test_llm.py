@@ -120,7 +120,7 @@ def test_an_error_that_concerns_all_ends_the_command_and_hides_the_key(
 
 def test_no_endpoint_there_is_not_paid_for(tmp_path):
     with Client(options(), tmp_path / "c") as client:
-        with pytest.raises(UserError, match="tries failed.*ConnectError"):
+        with pytest.raises(UserError, match=r"tries failed.*ConnectError"):
             ask(client, "x")
         assert not client.ledger.committed()
 
