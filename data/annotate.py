@@ -6,12 +6,10 @@
 
 The paper (section 2.1) had GPT-4 "determine its educational value for a student whose goal is to
 learn basic coding concepts" for about 100k samples. PAPER: its prompt and scale are undisclosed;
-the rubric is ours: five questions of 0 to 2 points each, which make a score from 0 to 10.
-
-    llm    asks any OpenAI-compatible endpoint, with the paper's question and the rubric
-    rules  answers the same five questions from the syntax tree, so that all that follows runs
-           offline. It sees structure, not sense: a docstring that tells of another task than the
-           code does scores as well as a true one. LOG.md says how far to trust it
+the rubric is ours: five questions of 0 to 2 points each, which make a score from 0 to 10. `llm`
+asks an endpoint the paper's question with the rubric. `rules` answers it from the syntax tree,
+offline. They see structure, not sense: a docstring about another task than the code's scores as
+well as a true one. LOG.md says how far to trust them.
 
 A sample is the documents with the smallest hashes, so that a smaller one is part of a larger one.
 Every document keeps its fields and gets `score`, `points` (of the five questions), `reason` and
@@ -32,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from common.files import read_jsonl, write_json
+from common.files import read_documents, read_jsonl, write_json
 from data.base.documents import DocumentFile, source_shards
 from data.base.features import measured
 from data.base.llm import Client, Options, Refused, mark
@@ -201,14 +199,13 @@ def annotate(config: Config) -> dict:
         wanted = chooser(config, truth, map(np.load, sorted(stage.scratch.glob("shard-*.npy"))))
         # The endpoint's is one item, so that one rank asks and holds the budget.
         items = ["all"] if config.labeller == "llm" else shards
-        results = stage.map("write", items, lambda part: write(config, part, wanted, truth))
-        pairs = [pair for result in results for pair in result.pop("pairs")]
-        count = total(results)
+        count = total(stage.map("write", items, lambda part: write(config, part, wanted)))
         if not count["documents"]:
             raise UserError(f"--source {config.source}: nothing was labelled ({count})")
         count["labeller"] = config.model if config.labeller == "llm" else "rules"
-        if pairs:
-            count["agreement"] = agreement(*zip(*pairs))
+        if truth:
+            records = read_documents([stage.result])
+            count["agreement"] = agreement([(r["score"], truth[r["sha256"]]) for r in records])
         return stage.finish(count)
 
 
@@ -267,9 +264,9 @@ def labelled(config: Config, part: Part, wanted: Callable[[dict], bool]) -> Iter
         write_json(part.stage.result / "endpoint.json", client.summary())
 
 
-def write(config: Config, part: Part, wanted: Callable[[dict], bool], truth: dict) -> dict:
-    """Write the labelled documents of each shard; return counts, and pairs to compare."""
-    count, scores, pairs = Counter(documents=0, bytes=0), Counter(), []
+def write(config: Config, part: Part, wanted: Callable[[dict], bool]) -> dict:
+    """Write the labelled documents of each shard and return counts."""
+    count, scores = Counter(documents=0), Counter()
     for shard, rows in itertools.groupby(labelled(config, part, wanted), key=lambda row: row[0]):
         with DocumentFile(part.result / f"shard-{shard:05d}.jsonl.zst") as out:
             for _, record, found in rows:
@@ -279,10 +276,8 @@ def write(config: Config, part: Part, wanted: Callable[[dict], bool], truth: dic
                     continue
                 out.write(record | found)
                 scores[str(int(found["score"]))] += 1
-                if record["sha256"] in truth:
-                    pairs.append((found["score"], truth[record["sha256"]]))
         count.update(documents=out.documents, bytes=out.bytes)
-    return {**count, "scores": dict(sorted(scores.items())), "pairs": pairs}
+    return {**count, "scores": dict(sorted(scores.items()))}
 
 
 def read_labels(path: Path) -> dict[str, float]:
@@ -302,12 +297,14 @@ def read_labels(path: Path) -> dict[str, float]:
 # ---- Agreement of two rankings
 
 
-def agreement(scores: tuple, truth: tuple) -> dict:
-    """Compare `scores` with `truth`: Spearman, and AUC for a truth of at least GOOD."""
+def agreement(pairs: list[tuple[float, float]]) -> dict:
+    """Compare pairs of score and truth: Spearman, and AUC for a truth of at least GOOD."""
     from scipy.stats import rankdata
 
-    good = np.array(truth) >= GOOD
-    spearman = np.corrcoef(rankdata(scores), rankdata(truth))[0, 1]
+    scores, truth = np.array(pairs).T
+    good = truth >= GOOD
+    with np.errstate(invalid="ignore", divide="ignore"):  # nan where one side is constant
+        spearman = np.corrcoef(rankdata(scores), rankdata(truth))[0, 1]
     return {"documents": len(scores), "good": int(good.sum()),
             "spearman": round(float(spearman), 3), "auc": round(auc(scores, good), 3)}  # fmt: skip
 

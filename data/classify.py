@@ -11,13 +11,12 @@ to predict GPT-4's labels. PAPER: pooling, model size and threshold are undisclo
 of a checkpoint's hidden states or, without --checkpoint, the syntax tree; see base/features.py.
 
 `train` learns the labels' scores, which ranks better than learning whether they reach --good
-(LOG.md); its AUC, its precision and the calibration (Platt 1999) from a vote to a probability are
-about reaching it. All of these come from cross-validation in which no package is on both sides:
-files of one resemble each other. What an AUC means depends on the labels: where the rules of
-data/annotate.py made them it shows that the plumbing works, and nothing about quality.
+(LOG.md). AUC, precision and the calibration of votes to probabilities are about reaching it, by
+cross-validation with no package on both sides: files of one resemble each other. Where the rules of
+data/annotate.py made the labels, an AUC shows that the plumbing works, and nothing about quality.
 
-`score` adds `quality`, the calibrated probability from 0 to 1, to each document, and data/filter.py
-cuts by it. Read samples.txt in the output before you trust a threshold.
+`score` adds `quality`, the probability from 0 to 1 that a document is good, by which data/filter.py
+cuts. Read samples/*.jsonl in the output before you trust a threshold.
 """
 
 import json
@@ -42,8 +41,9 @@ from data.filter import share_cut
 
 BATCH = 64  # documents whose features are made at once
 SCALE = 10  # the largest score of a label: votes are from 0 to 1
-MIN_LEAF = 3  # documents in a leaf of a tree
+MIN_LEAF = 2  # documents in a leaf of a tree
 RESAMPLES = 500  # of the bootstrap behind the interval of the AUC
+KEEP_FRAC = 0.2  # share to report and sample as kept; the paper kept 6 of 35 billion tokens
 SAMPLES, SAMPLE_CHARS = 20, 3000  # kept and rejected documents for a person to read
 CALIBRATION_C = 100.0  # how little the calibration is regularised
 FIELDS = {"feature": "feature", "threshold": "threshold", "left": "children_left",
@@ -65,8 +65,6 @@ class TrainConfig:
     good: float = GOOD  # a label from here on is good
     trees: int = 200  # trees of the forest
     folds: int = 5  # of the cross-validation
-    keep_frac: float = 0.2  # share at which the precision is reported; the paper kept 6 of 35
-    # billion tokens
     seed: int = 0  # of the trees
 
 
@@ -78,7 +76,6 @@ class ScoreConfig:
     forest: Path  # folder that `train` wrote
     out: Path  # folder to write
     checkpoint: Path | None = None  # where the forest's model is now, if it was moved
-    keep_frac: float = 0.2  # share that samples.txt shows as kept
 
 
 COMMANDS = {"train": TrainConfig, "score": ScoreConfig}
@@ -134,8 +131,8 @@ def platt(vote: np.ndarray, good: np.ndarray) -> tuple[float, float]:
 
 def train(config: TrainConfig) -> dict:
     """Write `config.out` and return its summary. Raises UserError if the labels are too few."""
-    if config.trees < 1 or config.folds < 2 or not 0 < config.keep_frac < 1:
-        raise UserError("want --trees of 1 or more, --folds of 2 or more, 0 < --keep_frac < 1")
+    if config.trees < 1 or config.folds < 2:
+        raise UserError("want --trees of 1 or more, --folds of 2 or more")
     labels = read_labels(config.labels) if config.labels else None
     reads = [p for p in (config.labels, config.checkpoint) if p]
     with Stage(config, source_shards(*config.source), reads) as stage:
@@ -180,41 +177,36 @@ def fit(config: TrainConfig, part: Part, rows: list[dict], kind: dict) -> dict:
     target = np.array([row["score"] / SCALE for row in rows])
     good = target * SCALE >= config.good
     groups = np.array([group(row["origin"]) for row in rows])
-    n_groups = len(set(groups))
-    if min(good.sum(), (~good).sum(), n_groups) < config.folds:
+    if min(good.sum(), (~good).sum(), len(set(groups))) < config.folds:
         raise UserError(
-            f"--source: {len(rows)} labelled documents, {good.sum()} of them good, of {n_groups} "
-            f"packages: too few for {config.folds} folds"
+            f"--source: {len(rows)} labelled documents, {good.sum()} of them good, of "
+            f"{len(set(groups))} packages: too few for {config.folds} folds"
         )
-    fold, vote, quality = np.empty(len(rows), int), np.empty(len(rows)), np.empty(len(rows))
-    for side, (_, held) in enumerate(StratifiedGroupKFold(config.folds).split(x, good, groups)):
-        fold[held] = side
-    for side in range(config.folds):
-        here = fold == side
-        vote[here] = predict(grow(x[~here], target[~here], config.trees, config.seed), x[here])
-    for side in range(config.folds):  # each fold by the calibration on the others
-        here = fold == side
-        quality[here] = sigmoid(vote[here], *platt(vote[~here], good[~here]))
+    vote, quality = np.empty(len(rows)), np.empty(len(rows))
+    folds = list(StratifiedGroupKFold(config.folds).split(x, good, groups))
+    for others, held in folds:
+        vote[held] = predict(grow(x[others], target[others], config.trees, config.seed), x[held])
+    for others, held in folds:
+        quality[held] = sigmoid(vote[held], *platt(vote[others], good[others]))
+    about = {**kind, "checkpoint": str(config.checkpoint or ""), "good": config.good,
+             "calibration": platt(vote, good)}  # fmt: skip
     np.savez(part.result / "forest.npz", **grow(x, target, config.trees, config.seed))
-    write_json(part.result / "forest.json", {**kind, "checkpoint": str(config.checkpoint or ""),
-               "good": config.good, "calibration": platt(vote, good)})  # fmt: skip
+    write_json(part.result / "forest.json", about)
     lines = ({**{k: row[k] for k in ("sha256", "origin", "score")}, "quality": round(float(q), 4)}
              for row, q in zip(rows, quality))  # fmt: skip
     write_jsonl(part.result / "heldout.jsonl", lines, ensure_ascii=True)
-    kept = np.argsort(-vote, kind="stable")[: max(1, round(config.keep_frac * len(rows)))]
-    precision = {"keep_frac": config.keep_frac, "precision": round(float(good[kept].mean()), 3),
-                 "share_of_good": round(float(good.mean()), 3)}  # fmt: skip
+    kept = np.argsort(-vote, kind="stable")[: max(1, round(KEEP_FRAC * len(rows)))]
     return {
         "documents": len(rows),
         "good": int(good.sum()),
-        "groups": n_groups,
+        "groups": len(set(groups)),
         "labellers": dict(sorted(Counter(row["labeller"] for row in rows).items())),
         "auc": round(auc(vote, good), 3),
         "auc_ci95": interval(groups, vote, good),
         "auc_of_rules": round(auc([row["rules"] for row in rows], good), 3),
-        "precision_at_kept": precision,
+        "precision_at_kept": round(float(good[kept].mean()), 3),
+        "share_of_good": round(float(good.mean()), 3),
         "brier": round(float(np.mean((quality - good) ** 2)), 4),
-        "brier_of_share": round(float(good.mean() * (1 - good.mean())), 4),
     }
 
 
@@ -263,8 +255,6 @@ class Classifier:
 
 def score(config: ScoreConfig) -> dict:
     """Write `config.out` and return its summary. Raises UserError if there is nothing to score."""
-    if not 0 < config.keep_frac < 1:
-        raise UserError(f"--keep_frac {config.keep_frac:g}: want above 0 and below 1")
     classifier = Classifier(config.forest, config.checkpoint, Ranks().rank)
     reads = [config.forest, *([classifier.features.path] if classifier.features.path else [])]
     with Stage(config, source_shards(*config.source), reads) as stage:
@@ -272,12 +262,11 @@ def score(config: ScoreConfig) -> dict:
         if not count.get("documents"):
             raise UserError(f"--source {config.source[0]}: no document there")
         quality = np.concatenate([np.load(f) for f in sorted(stage.scratch.glob("shard-*.npy"))])
-        cut = share_cut(quality, config.keep_frac)
+        cut = share_cut(quality, KEEP_FRAC)
         if stage.ranks.rank == 0:
             write_samples(stage, cut)
         deciles = [round(float(q), 4) for q in np.quantile(quality, np.linspace(0, 1, 11))]
-        kept = {"keep_frac": config.keep_frac, "min_quality": cut}
-        return stage.finish({**count, "deciles": deciles, "threshold": kept})
+        return stage.finish({**count, "deciles": deciles, "min_quality": cut})
 
 
 def score_shard(part: Part, classifier: Classifier) -> dict:
@@ -297,13 +286,15 @@ def score_shard(part: Part, classifier: Classifier) -> dict:
 
 
 def write_samples(stage: Stage, cut: float) -> None:
-    """Write samples.txt: some documents that the threshold keeps, and some that it rejects."""
+    """Write samples/: some documents that the threshold keeps, and some that it rejects."""
     files = stage.scratch.glob("*.sample.json")
     sample = sorted(row for f in files for row in json.loads(f.read_text()))[: SAMPLES * 20]
-    with open(stage.result / "samples.txt", "w", encoding="utf-8") as f:
-        for name, kept in (("KEPT", True), ("REJECTED", False)):
-            for _, q, origin, text in [row for row in sample if (row[1] >= cut) == kept][:SAMPLES]:
-                f.write(f"{'=' * 20} {name} {q:.3f} {origin}\n{text}\n")
+    folder = stage.result / "samples"  # a folder of its own: the next stage reads *.jsonl beside
+    folder.mkdir(exist_ok=True)
+    for name, kept in (("kept", True), ("rejected", False)):
+        rows = [row for row in sample if (row[1] >= cut) == kept][:SAMPLES]
+        lines = ({"quality": q, "origin": origin, "text": text} for _, q, origin, text in rows)
+        write_jsonl(folder / f"{name}.jsonl", lines)
 
 
 def main() -> None:
@@ -313,15 +304,14 @@ def main() -> None:
     config = parse(COMMANDS[name], sys.argv[2:])
     if name == "score":
         s = score(config)
-        say(f"{config.out}: {s['documents']:,} documents; a quality from "
-            f"{s['threshold']['min_quality']:g} keeps {config.keep_frac:g} of them")  # fmt: skip
+        say(f"{config.out}: {s['documents']:,} documents; a quality from {s['min_quality']:g} "
+            f"keeps {KEEP_FRAC:.0%} of them")  # fmt: skip
         return
     s = train(config)
-    at = s["precision_at_kept"]
     say(f"{config.out}: AUC {s['auc']} ({s['auc_ci95'][0]} - {s['auc_ci95'][1]}) on "
         f"{s['documents']:,} held-out labels, {s['good']:,} of them good; the rules have "
-        f"{s['auc_of_rules']}; of the best {at['keep_frac']:g}, {at['precision']:.0%} are good, of "
-        f"all {at['share_of_good']:.0%}")  # fmt: skip
+        f"{s['auc_of_rules']}; of the best {KEEP_FRAC:.0%}, {s['precision_at_kept']:.0%} are good, "
+        f"of all {s['share_of_good']:.0%}")  # fmt: skip
     if s["labellers"].keys() == {"rules"}:
         say("the labels are the rules' own: this AUC shows that the plumbing works, nothing more")
 

@@ -96,7 +96,7 @@ def test_a_stored_forest_votes_as_scikit_learns_does_to_the_bit(tmp_path):
     np.savez(tmp_path / "forest.npz", **classify.grow(x, y, 30, seed=5))
     with np.load(tmp_path / "forest.npz", allow_pickle=False) as forest:
         votes = classify.predict(dict(forest), held)
-    theirs = RandomForestRegressor(30, max_features="sqrt", min_samples_leaf=3, random_state=5)
+    theirs = RandomForestRegressor(30, max_features="sqrt", min_samples_leaf=2, random_state=5)
     assert (votes == theirs.fit(x, y).predict(held)).all()
     assert auc(votes, truth) > 0.8  # 0.9 is what the noise leaves
 
@@ -168,7 +168,7 @@ def test_labels_by_rules_are_learned_and_said_to_be_the_rules_own(
     assert summary["good"] == 30
     assert summary["labellers"] == {"rules": 60}
     assert summary["auc"] > 0.95
-    assert summary["brier"] < summary["brier_of_share"] / 2
+    assert summary["brier"] < 0.125  # 0.25 is what knowing the share of good ones gives
     held = list(read_jsonl(out / "heldout.jsonl"))
     good = [h["quality"] for h in held if h["score"] >= 6]
     assert min(good) > max(h["quality"] for h in held if h["score"] < 6)
@@ -203,15 +203,16 @@ def test_labels_of_a_file_decide_where_it_is_given(labelled, tmp_path):
 
 def test_scores_then_the_filters_cut(trained, labelled, tmp_path):
     summary = score(ScoreConfig(source=(labelled.parent / "raw",), forest=trained[0],
-                                out=tmp_path / "scored", keep_frac=0.5))  # fmt: skip
+                                out=tmp_path / "scored"))  # fmt: skip
     records = list(read_documents([tmp_path / "scored"]))
     assert summary["documents"] == len(records) == 60
     good = [r["quality"] for r in records if r["text"].startswith("def")]
     bad = [r["quality"] for r in records if not r["text"].startswith("def")]
     assert min(good) > 0.5 > max(bad)
-    kept, _, rejected = (tmp_path / "scored" / "samples.txt").read_text().partition("REJECTED")
-    assert kept.count("def") == kept.count("KEPT") == 20
-    assert rejected.count("class") == 1 + rejected.count("REJECTED") == 20
+    for name, begins in (("kept", "def"), ("rejected", "from")):
+        sample = list(read_jsonl(tmp_path / "scored" / "samples" / f"{name}.jsonl"))
+        assert len(sample) == 20
+        assert all(s["text"].startswith(begins) for s in sample)
     config = data.filter.Config(
         source=tmp_path / "scored", out=tmp_path / "kept", keep_frac=0.5, rules=False
     )
