@@ -224,14 +224,14 @@ def key(record: dict) -> int:
     return int.from_bytes(hashlib.sha256(f"0:{record['sha256']}".encode()).digest()[:8])
 
 
+def save_keys(config: Config, part: Part) -> None:
+    np.save(part.scratch / f"{part.name}.npy", shard_keys(config, part.item))
+
+
 def shard_keys(config: Config, shard: Path) -> np.ndarray:
     """Return the smallest keys of a shard, uint64: as many as the sample may take."""
     keys = np.array([key(record) for record in read_documents_of(shard)], np.uint64)
     return np.unique(keys)[: config.sample]
-
-
-def save_keys(config: Config, part: Part) -> None:
-    np.save(part.scratch / f"{part.name}.npy", shard_keys(config, part.item))
 
 
 def chooser(config: Config, truth: dict, keys: Iterable[np.ndarray]) -> Callable[[dict], bool]:
@@ -257,8 +257,8 @@ def labelled(config: Config, part: Part, wanted: Callable[[dict], bool]) -> Iter
     with Client(config, config.replies()) as client:
         labels = client.in_order(lambda at: (*at, by_endpoint(client, at[1]["text"])), found)
         with tqdm(labels, "labels", unit=" documents", disable=None) as bar:
-            for label in bar:
-                yield label
+            for row in bar:
+                yield row
                 bar.set_postfix_str(client.ledger.describe())
         # Apart from the summary: it differs where a run was killed and went on.
         write_json(part.stage.result / "endpoint.json", client.summary())

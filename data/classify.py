@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from common.config import UserError, parse, run
 from common.files import write_json, write_jsonl
@@ -174,8 +175,8 @@ def fit(config: TrainConfig, part: Part, rows: list[dict], kind: dict) -> dict:
     # A document that is in two shards would be on both sides of the cross-validation.
     first = sorted({row["sha256"]: i for i, row in reversed([*enumerate(rows)])}.values())
     x, rows = x[first], [rows[i] for i in first]
-    target = np.array([row["score"] / SCALE for row in rows])
-    good = target * SCALE >= config.good
+    score = np.array([row["score"] for row in rows], float)
+    target, good = score / SCALE, score >= config.good
     groups = np.array([group(row["origin"]) for row in rows])
     if min(good.sum(), (~good).sum(), len(set(groups))) < config.folds:
         raise UserError(
@@ -184,7 +185,7 @@ def fit(config: TrainConfig, part: Part, rows: list[dict], kind: dict) -> dict:
         )
     vote, quality = np.empty(len(rows)), np.empty(len(rows))
     folds = list(StratifiedGroupKFold(config.folds).split(x, good, groups))
-    for others, held in folds:
+    for others, held in tqdm(folds, "forests", disable=None):
         vote[held] = predict(grow(x[others], target[others], config.trees, config.seed), x[held])
     for others, held in folds:
         quality[held] = sigmoid(vote[held], *platt(vote[others], good[others]))

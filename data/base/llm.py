@@ -143,7 +143,8 @@ class Ledger:
 
     def committed(self) -> Counter:
         """Return the tokens spent and in flight, the latter at their worst."""
-        return sum((worst for _, worst in self.open.values()), self.spent)
+        with self.changed:
+            return sum((worst for _, worst in self.open.values()), self.spent)
 
     def usd(self, tokens: Counter) -> float:
         o = self.options
