@@ -16,11 +16,12 @@ lost, damaged or without `usage` costs its worst case.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import random
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -142,7 +143,8 @@ class Ledger:
 
     def committed(self) -> Counter:
         """Return the tokens spent and in flight, the latter at their worst."""
-        return sum((worst for _, worst in self.open.values()), self.spent)
+        with self.changed:
+            return sum((worst for _, worst in self.open.values()), self.spent)
 
     def usd(self, tokens: Counter) -> float:
         o = self.options
@@ -250,18 +252,13 @@ class Client(AbstractContextManager):
 
         After an error nothing new is sent, and what is in flight is waited for and kept.
         """
+        items = iter(items)
         with ThreadPoolExecutor(self.options.concurrency) as pool:
-            ahead = deque()
             try:
-                for item in items:
-                    ahead.append(pool.submit(ask, item))
-                    if len(ahead) >= 4 * self.options.concurrency:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
+                while batch := list(itertools.islice(items, 32 * self.options.concurrency)):
+                    yield from pool.map(ask, batch)
             except BaseException:
                 self.stop.set()
-                pool.shutdown(cancel_futures=True)
                 raise
 
     def price(self, requests: Iterable[tuple[list[dict], int]]) -> dict:
