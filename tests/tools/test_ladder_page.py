@@ -146,7 +146,7 @@ def write_data(out, problems: dict) -> None:
         decontaminate.decontaminate(decontaminate.Config(
             source=(train,), out=out / "data" / f"decontaminate_{tau}", benchmarks=tuple(files),
             tau=tau / 100))  # fmt: skip
-    diversity.diversity(diversity.Config(source=(train, files[0]), out=out / "data" / "diversity"))
+    diversity.diversity(diversity.Config(source=(train,), out=out / "data" / "diversity"))
     filtered = out / "data" / "filtered"
     write_lines(
         filtered / "samples" / "kept.jsonl", [{"reason": "", "origin": "a.py", "text": "kept <1>"}]
