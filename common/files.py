@@ -142,16 +142,20 @@ def lines(path: Path, progress: Progress = lambda n: None) -> Iterator[bytes | N
 
     Raises UserError if there is no such file, and one of DAMAGED where it cannot be read further.
     """
-    begun, too_long = b"", False  # the line that is not yet whole
+    begun, too_long = bytearray(), False  # the line that is not yet whole
     for chunk in chunks(path, progress):
-        *whole, begun = (begun + chunk).split(b"\n")
-        for line in whole:
-            yield None if too_long or len(line) > MAX_LINE_BYTES else line
+        *whole, rest = chunk.split(b"\n")
+        for part in whole:
+            begun += part
+            yield None if too_long or len(begun) > MAX_LINE_BYTES else bytes(begun)
+            begun.clear()
             too_long = False
+        begun += rest
         if len(begun) > MAX_LINE_BYTES:
-            begun, too_long = b"", True
+            begun.clear()
+            too_long = True
     if begun or too_long:
-        yield None if too_long else begun
+        yield None if too_long else bytes(begun)
 
 
 def chunks(path: Path, progress: Progress = lambda n: None) -> Iterator[bytes]:

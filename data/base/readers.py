@@ -143,7 +143,7 @@ def _posts(path: Path, bad: Bad, progress: Progress) -> Iterator[tuple[int, dict
             if fed_bytes > MAX_BETWEEN_ROWS_BYTES:
                 raise ValueError(f"no row in {fed_bytes:,} bytes")
         parser.close()
-    except (*DAMAGED, ParseError, ValueError) as e:
+    except (*DAMAGED, ParseError, ValueError, LookupError) as e:  # LookupError: of the encoding
         bad("damaged file", number + 1, f"cannot be read past row {number}: {e}")
 
 

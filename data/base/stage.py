@@ -254,6 +254,7 @@ def files_in(path: Path) -> list[Path]:
 def size_and_time(path: Path) -> tuple[int, int]:
     """Return the size and modification time (ns) of a file, zeros for a broken link."""
     try:
-        return path.stat().st_size, path.stat().st_mtime_ns
+        stat = path.stat()
     except OSError:
         return 0, 0
+    return stat.st_size, stat.st_mtime_ns

@@ -16,7 +16,7 @@ def tokenizer(tokens):
     return Tokenizer(tokens)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=st.lists(st.sampled_from(AWKWARD) | st.text(max_size=20)).map("".join))
 def test_round_trip_is_exact(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -27,7 +27,7 @@ def test_round_trip_is_exact(tokenizer, text):
 
 def test_round_trip_of_every_plane(tokenizer):
     r = random.Random(0)
-    for _ in range(2000):
+    for _ in range(300):
         text = "".join(chr(r.randrange(0x110000)) for _ in range(20))
         text = text.encode("utf-8", "ignore").decode()
         assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -177,18 +177,18 @@ def test_a_mixture_of_one_source_is_that_source(folder):
 
 
 @pytest.mark.parametrize(
-    ("sources", "message"),
+    "sources",
     [
-        ([{"shards": BOTH[:1], "epochs": 1}], "names other shards"),
-        ([{"shards": BOTH, "epochs": float("nan")}], "damaged"),
-        ([{"shards": BOTH, "epochs": -1}], "damaged"),
-        ([{"shards": BOTH}], "damaged"),
-        (3, "damaged"),
+        [{"shards": BOTH[:1], "epochs": 1}],
+        [{"shards": BOTH, "epochs": float("nan")}],
+        [{"shards": BOTH, "epochs": -1}],
+        [{"shards": BOTH}],
+        3,
     ],
 )
-def test_a_mixture_that_is_wrong(folder, sources, message):
+def test_a_mixture_that_is_wrong(folder, sources):
     (folder / "mixture.json").write_text(json.dumps({"sources": sources}))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="does not describe"):
         windows(folder)
 
 
