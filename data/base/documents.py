@@ -17,8 +17,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from common.config import UserError
 from common.files import SUFFIXES, shard_files
 
@@ -36,15 +34,6 @@ def document(text: str, origin: str, **fields) -> dict:
 def digest_key(sha256: str) -> tuple[int, int]:
     """Return the first 128 bits of a hash in hex as two 64-bit numbers."""
     return int(sha256[:16], 16), int(sha256[16:32], 16)
-
-
-def first_of_each(keys: list[np.ndarray]) -> list[np.ndarray]:
-    """Mark the first row of each kind, through all of `keys`, each uint64 [n, 2]; return bools."""
-    rows = np.concatenate(keys)
-    order = np.lexsort((rows[:, 1], rows[:, 0]))  # stable: equal rows stay in their order
-    first = np.ones(len(rows), bool)
-    first[order[1:]] = (rows[order[1:]] != rows[order[:-1]]).any(1)
-    return np.split(first, np.cumsum([len(some) for some in keys])[:-1])
 
 
 def source_shards(*sources: Path) -> list[Path]:

@@ -10,7 +10,8 @@ import zstandard
 from common import files
 from common.config import UserError
 from common.files import lines, new_folder, read_documents, read_jsonl, shard_files, write_json
-from data.base.documents import DocumentFile, ShardWriter, batched, document, first_of_each
+from data.base.documents import DocumentFile, ShardWriter, batched, document
+from data.base.unique import first_of_each
 
 RECORDS = [{"text": f"número {i}\n", "n": i} for i in range(20)]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encode()

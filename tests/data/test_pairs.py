@@ -167,12 +167,12 @@ def test_a_run(tmp_path):
         assert {k: d[k] for k in again} == again
     counts = {
         "documents": 3,
-        "duplicates": 5,
         "too_long": 1,
         "does_not_parse": 1,
         "documents_in": 4,
     }
     assert {k: summary[k] for k in counts} == counts
+    assert summary["left_out"] == {"duplicate": 5}
     assert summary["bytes"] == sum(len(d["text"]) for d in found)
 
 
