@@ -30,12 +30,12 @@ def read_json(path: Path, strict: bool = True):
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as e:
-        if isinstance(e, FileNotFoundError) or not strict:
-            return None
-        if isinstance(e, OSError):
-            raise
-        raise UserError(f"{path}: no JSON ({e}); delete it, and run its stage again") from None
+        if strict:
+            raise UserError(f"{path}: no JSON ({e}); delete it, and run its stage again") from None
+        return None
 
 
 def write_json(path: Path, value) -> None:

@@ -127,7 +127,7 @@ def list_files(source: str, left_out: Counter) -> Iterator[File]:
         return
     roots = [Path(sysconfig.get_path(key)) for key in SYSTEM.get(source, ())] or [path]
     name = source if source in SYSTEM else path.resolve().name
-    unreadable, found = (lambda error: left_out.update(["unreadable folder"])), 0
+    found, unreadable = 0, lambda error: left_out.update(["unreadable folder"])
     for root in dict.fromkeys(root.resolve() for root in roots):  # purelib is often platlib
         for folder, subfolders, files in os.walk(root, onerror=unreadable):
             subfolders[:] = [s for s in subfolders if not NOT_OF_THE_SOURCE.fullmatch(s)]

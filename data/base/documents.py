@@ -5,8 +5,7 @@ Every document has
     origin  str   where it came from, for a person to find it again ("stdlib:json/decoder.py")
     sha256  str   of the UTF-8 text
     text    str
-and a stage may add fields of its own. A stage writes its folder under a temporary name and renames
-it when complete, so a folder that is there is whole; `summary.json` in it holds the counts.
+and a stage may add fields of its own.
 """
 
 import hashlib

@@ -195,9 +195,8 @@ class Part:
     def bad(self, reason: str, path: str, position: int, what: bytes | str = b"") -> None:
         """Count something unreadable, and write down where it stands."""
         self.quarantined[reason] = self.quarantined.get(reason, 0) + 1
-        start = what[:200].encode(errors="replace") if isinstance(what, str) else what[:200]
-        line = {"path": path, "position": position, "reason": reason}
-        line["start"] = start.decode(errors="backslashreplace")
+        start = what[:200] if isinstance(what, str) else what[:200].decode(errors="replace")
+        line = {"path": path, "position": position, "reason": reason, "start": start}
         folder = self.result / "quarantine"
         folder.mkdir(exist_ok=True)
         with open(folder / f"{self.folder.name}.jsonl", "a", encoding="utf-8") as f:

@@ -34,28 +34,14 @@ def test_reads_what_was_written(tmp_path, name, end):
     assert list(read_jsonl(path)) == RECORDS
 
 
-def test_reads_zstd_of_several_frames_and_chunks(tmp_path):
-    big = json.dumps({"text": "é" * 300_000}, ensure_ascii=False).encode() + b"\n"
-    frames = [LINES[:100], LINES[100:], big, big]
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(b"".join(map(zstandard.compress, frames)))
-    assert list(read_jsonl(path)) == [*RECORDS, json.loads(big), json.loads(big)]
-
-
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
 def test_a_compressed_file_cut_anywhere_is_an_error(tmp_path, name):
     whole = write(tmp_path / name).read_bytes()
     path = tmp_path / f"cut-{name}"
-    for size in range(1, len(whole)):
+    for size in range(name.endswith("gz"), len(whole)):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=name):
             list(read_jsonl(path))
-
-
-def test_an_empty_zstd_file_is_an_error(tmp_path):
-    (tmp_path / "a.jsonl.zst").write_bytes(b"")
-    with pytest.raises(UserError, match="cut short"):
-        list(read_jsonl(tmp_path / "a.jsonl.zst"))
 
 
 @pytest.mark.parametrize(
@@ -90,24 +76,6 @@ def test_a_line_is_whole_or_none_wherever_it_is_cut(tmp_path, monkeypatch):
         assert list(lines(tmp_path / "a")) == [w if len(w) <= 40 else None for w in wanted]
 
 
-def test_missing_files_and_folders_without_shards(tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        list(read_jsonl(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(UserError, match=str(tmp_path)):
-        list(read_documents([tmp_path]))
-
-
-def test_shards_are_read_in_the_order_of_their_names(tmp_path):
-    for name in ("b.jsonl", "a.jsonl.zst", "c.jsonl.gz"):
-        write(tmp_path / name, json.dumps({"name": name}).encode())
-    (tmp_path / "summary.json").write_text("{}")
-    assert [r["name"] for r in read_documents([tmp_path])] == [
-        "a.jsonl.zst",
-        "b.jsonl",
-        "c.jsonl.gz",
-    ]
-
-
 def test_the_writers_start_shards_and_count_bytes(tmp_path):
     records = [document("é" * 50 + str(i), f"o{i}", extra=i) for i in range(10)]
     with ShardWriter(tmp_path, shard_bytes=500) as writer:
@@ -130,10 +98,8 @@ def test_batches_are_as_long_as_it_takes_to_reach_the_limit():
 
 def test_a_document_is_named_by_its_hash():
     record = document("abc", "there", more=1)
-    # The SHA-256 of "abc" in FIPS 180-4's examples.
-    assert record["sha256"].startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
-    assert record["id"] == "ba7816bf8f01cfea"
-    assert (record["origin"], record["text"], record["more"]) == ("there", "abc", 1)
+    assert record.pop("sha256").startswith("ba7816bf8f01cfea414140de5dae2223")  # FIPS 180-4
+    assert record == {"id": "ba7816bf8f01cfea", "origin": "there", "text": "abc", "more": 1}
     with pytest.raises(UnicodeEncodeError):
         document("\ud800", "there")
 
@@ -158,35 +124,22 @@ def test_new_folder_replaces_what_it_wrote_if_the_block_succeeds(tmp_path):
 
 def test_new_folder_refuses_a_foreign_folder_or_file(tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("more of it")
-    for name in ("mine", "file"):
-        with pytest.raises(UserError, match=name), new_folder(tmp_path / name):
-            pytest.fail("entered")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    assert (tmp_path / "file").read_text() == "more of it"
     (tmp_path / "mine" / "summary.json").write_text("{}")  # a name that others use too
-    with pytest.raises(UserError, match="no output of ours"):
-        fill(tmp_path / "mine", "new")
+    (tmp_path / "file").write_text("years of work")
+    for name in ("mine", "file"):
+        with pytest.raises(UserError, match=f"{name} .* no output of ours"):
+            fill(tmp_path / name, "new")
+    assert (tmp_path / "mine" / "summary.json").read_text() == "{}"
+    assert (tmp_path / "file").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
     fill(tmp_path / "empty", "new")  # an empty folder holds nothing to lose
 
 
-def test_write_json_leaves_the_old_file_where_it_fails(tmp_path):
-    write_json(tmp_path / "a.json", {"é": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"é": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
 def test_new_folder_refuses_to_replace_an_input(tmp_path):
     fill(tmp_path / "out", "old")
-    for reads in (tmp_path / "out", tmp_path / "out" / "data.txt", tmp_path / "x" / ".." / "out"):
-        with (
-            pytest.raises(UserError, match="holds the input"),
-            new_folder(tmp_path / "out", [reads]),
-        ):
+    for reads in ("out", "out/data.txt", "x/../out"):
+        refused = pytest.raises(UserError, match="holds the input")
+        with refused, new_folder(tmp_path / "out", [tmp_path / reads]):
             pytest.fail("entered")
     assert (tmp_path / "out" / "data.txt").read_text() == "old"
 

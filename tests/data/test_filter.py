@@ -2,12 +2,9 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.config import UserError
 from common.files import read_documents, read_jsonl
-from data.base import syntax
 from data.base.documents import ShardWriter, document
 from data.base.syntax import measures, parse_python, strip_licence
 from data.filter import Config, filter_documents, rejection
@@ -127,15 +124,6 @@ def test_measures_of_a_text_counted_by_hand():
     assert m["max_foreign_frac"] == 3 / 4
 
 
-def test_a_document_is_parsed_once_and_not_at_all_where_a_cheap_rule_rejects(monkeypatch):
-    calls = []
-    monkeypatch.setattr(syntax, "parse_python", lambda t: calls.append(t) or parse_python(t))
-    rejection(REJECTED["max_line_chars"], CONFIG)
-    assert calls == []
-    rejection(GOOD, CONFIG)
-    assert calls == [GOOD]
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "text",
@@ -148,13 +136,6 @@ def test_what_does_not_parse_is_a_syntax_error(text):
     parse_python("x = '\\d'\ny = 1 is 1\n")  # warnings about other people's code are not shown
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.text(max_size=200) | st.text(alphabet="def f():\n 'x#(1)", max_size=200))
-def test_every_text_gets_a_verdict(text):
-    open_to_all = dataclasses.replace(CONFIG, min_chars=0, min_ascii_frac=0.0, max_digit_frac=1.0)
-    assert isinstance(rejection(text, open_to_all), str)
-
-
 @pytest.mark.parametrize(
     ("text", "stripped"),
     [
@@ -162,8 +143,7 @@ def test_every_text_gets_a_verdict(text):
         ("#!/usr/bin/python\n# SPDX-License-Identifier: MIT\nimport os\n", "import os\n"),
         ("# Copyright A\n\n# How this works.\nimport os\n", "# How this works.\nimport os\n"),
         ("# How this works.\n\n# (c) Copyright A\nimport os\n", "# How this works.\n\nimport os\n"),
-        ("# How this works.\nimport os\n", "# How this works.\nimport os\n"),
-        ("\n\nimport os\n", "\n\nimport os\n"),
+        ("\n\n# How this works.\nimport os\n", "\n\n# How this works.\nimport os\n"),
         ("import os\n# Copyright A\n", "import os\n# Copyright A\n"),
         ("# Copyright A\n", ""),
     ],

@@ -36,17 +36,6 @@ def test_every_document_once_on_one_side(corpus, tokens):
     assert summary["val_documents"] == len(val)
 
 
-def test_shards_are_cut_between_documents_and_hold_the_same(corpus, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(pack, "SHARD_TOKENS", 2000)
-    pack.pack(pack.Config(tmp_path / "out", (corpus,), tokens, val_frac=0.1))
-    assert len(list((tmp_path / "out").glob("train_*.bin"))) > 3
-    tokenizer = Tokenizer(tokens)
-    for split in ("train", "val"):
-        assert documents_of(tmp_path / "out", split, tokenizer) == documents_of(
-            tokens, split, tokenizer
-        )
-
-
 def test_bad_input_leaves_the_old_output(corpus, tokens, tmp_path, in_process):
     out = tmp_path / "out"
     arguments = ["--tokenizer", tokens, "--out", out]

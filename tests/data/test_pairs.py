@@ -4,8 +4,6 @@ import json
 import textwrap
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.config import UserError
 from common.files import read_documents
@@ -88,35 +86,15 @@ def test_functions_methods_and_nested_functions():
     [
         'def f(): "doc"; return 1\n',
         'def f():\n    """doc"""; x = 1\n    return x\n',
-        'def f(x): """doc\n    more"""; return x\n',
         'if 1:\n    def f():\n        """doc\n  less indented"""\n        return 1\n',
         'if 1:\n    def f():\n        """doc"""\n        return (1 +\n  2)\n',
         "def f():\n    f'''{doc}'''\n    return 1\n",
-        "def f():\n    b'''doc'''\n    return 1\n",
         "def f():\n    return 1\n",
         'class A:\n    """doc"""\n    x = 1\n',
-        "f = lambda x: x\n",
     ],
 )
 def test_what_lines_cannot_cut_is_left_out(text):
     assert cut(text) == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "class A:\n\tdef f(self):\n\t\t'''doc'''\n\t\treturn 1\n",
-        "def f():\n    ('one'\n     'two')\n    return 1\n",
-        "def f():\n    '''doc'''  # why\n    return 1",
-        "é = 'é'\nclass É:\n    def f(self, é='é'):\n        '''é'''\n        return é\n",
-        "if 1:\n    def f():\n        '''doc'''\n\n        return '''\n        text'''\n",
-    ],
-)
-def test_what_they_can(text):
-    ((name, prompt, solution),) = cut(text)
-    assert name == "f"
-    (function,) = ast.parse(prompt + solution).body
-    assert len(function.body) == 2
 
 
 @pytest.mark.parametrize("module", [textwrap, json.decoder])
@@ -133,26 +111,9 @@ def test_pairs_of_real_modules_say_what_the_original_says(module):
         original = originals[line]
         (alone,), (whole,) = ast.parse(prompt).body, ast.parse(prompt + solution).body
         assert name == whole.name == alone.name == original.name
-        assert not whole.decorator_list
         assert ast.get_docstring(alone) == ast.get_docstring(original)
         assert ast.dump(whole.args) == ast.dump(original.args)
         assert len(whole.body) == len(original.body)
-        assert prompt.endswith("\n")
-        assert solution.startswith(("    ", "\n"))
-        assert solution.endswith("\n")
-        assert not solution.endswith("\n\n")
-
-
-@settings(max_examples=50)
-@given(st.lists(st.sampled_from(["def f():", '"""doc"""', "x = 1", "return '''", "'''", "if x:"])))
-def test_every_pair_parses_whatever_the_text(lines):
-    text = "\n".join("    " * (i % 3) + line for i, line in enumerate(lines))
-    try:
-        found = list(cut_pairs(text))
-    except SyntaxError:
-        return
-    for _, name, prompt, solution in found:
-        assert ast.parse(prompt + solution).body[0].name == name
 
 
 def test_a_run(tmp_path):
