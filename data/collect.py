@@ -7,12 +7,9 @@ Files come in the order of a hash of their origin, a shuffle that is the same on
 `--max_mb` cuts that order short: a small sample is the beginning of a larger one, and each source
 gives in proportion to its size. The documents of one file stay in their order.
 
-Only what is certain without parsing is left out here: tests and vendored copies by their path,
-generated files by what their first lines say, exact copies, and text that is no text, which
-quarantine/ names. Taste is data.filter's job.
-
-Files are read in groups of about 16 MB, each by one rank, up to the group that reaches `--max_mb`;
-then the hashes of all groups are compared, and the rest of each becomes a shard.
+Only what is certain without parsing is left out: tests and vendored copies by their path, generated
+files by what their first lines say, exact copies, and text that is no text. Files are read in
+groups of about 16 MB, each by one rank, and what is left of a group becomes a shard.
 """
 
 import hashlib
@@ -161,18 +158,14 @@ def read_group(part: Part, max_bytes: float) -> dict:
     with Candidates(part) as candidates:
         for text, origin in (text for file in part.item for text in read_texts(part, file)):
             text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads source
-            if reason := why_not(text):
-                if reason in UNREADABLE:
-                    part.bad(reason, origin, 1, text)
-                else:
-                    left_out[reason] += 1
-                continue
-            record = document(text, origin)
-            if record["id"] in seen:
-                left_out["duplicate"] += 1
-                continue
-            seen.add(record["id"])
-            candidates.write(record)
+            record, reason = document(text, origin), why_not(text)
+            if reason in UNREADABLE:
+                part.bad(reason, origin, 1, text)
+            elif reason or record["id"] in seen:
+                left_out[reason or "duplicate"] += 1
+            else:
+                seen.add(record["id"])
+                candidates.write(record)
             if candidates.bytes >= max_bytes:
                 break
     return left_out
@@ -184,17 +177,15 @@ def read_texts(part: Part, file: File) -> Iterator[tuple[str, str]]:
         for record in part.documents(file.path, file.origin):
             yield record["text"], record["origin"]
         return
+    if file.bytes > MAX_DOCUMENT_BYTES:
+        part.bad("too large", file.origin, 1)
+        return
     try:
         if not file.path.is_file():  # a dangling link, or a named pipe, which would block
-            part.bad("unreadable", file.origin, 1)
-        elif file.bytes > MAX_DOCUMENT_BYTES:
-            part.bad("too large", file.origin, 1)
-        else:
-            yield file.path.read_bytes().decode("utf-8-sig"), file.origin
-    except UnicodeDecodeError:
-        part.bad("not UTF-8", file.origin, 1)
-    except OSError:
-        part.bad("unreadable", file.origin, 1)
+            raise OSError
+        yield file.path.read_bytes().decode("utf-8-sig"), file.origin
+    except (OSError, UnicodeDecodeError) as e:
+        part.bad("unreadable" if isinstance(e, OSError) else "not UTF-8", file.origin, 1)
 
 
 def why_not(text: str) -> str:

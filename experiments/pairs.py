@@ -35,9 +35,8 @@ class Config:
 def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
     """Yield the (line, name, prompt, solution) of the documented functions and methods in `text`.
 
-    Left out are functions with nothing but a docstring, and those that lines cannot cut: a
-    docstring that shares a line with other code, or a string that is indented less than the code.
-    Raises SyntaxError.
+    Leaves out functions with nothing but a docstring, and those that lines cannot cut, as where a
+    docstring shares a line with other code. Raises SyntaxError.
     """
     lines = text.split("\n")
     functions = [n for n in ast.walk(parse_python(text)) if isinstance(n, ast.FunctionDef)]
