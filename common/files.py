@@ -30,12 +30,12 @@ def read_json(path: Path, strict: bool = True):
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as e:
-        if isinstance(e, FileNotFoundError) or not strict:
-            return None
-        if isinstance(e, OSError):
-            raise
-        raise UserError(f"{path}: no JSON ({e}); delete it, and run its stage again") from None
+        if strict:
+            raise UserError(f"{path}: no JSON ({e}); delete it, and run its stage again") from None
+        return None
 
 
 def write_json(path: Path, value) -> None:
@@ -142,16 +142,20 @@ def lines(path: Path, progress: Progress = lambda n: None) -> Iterator[bytes | N
 
     Raises UserError if there is no such file, and one of DAMAGED where it cannot be read further.
     """
-    begun, too_long = b"", False  # the line that is not yet whole
+    begun, too_long = bytearray(), False  # the line that is not yet whole
     for chunk in chunks(path, progress):
-        *whole, begun = (begun + chunk).split(b"\n")
-        for line in whole:
-            yield None if too_long or len(line) > MAX_LINE_BYTES else line
+        *whole, rest = chunk.split(b"\n")
+        for part in whole:
+            begun += part
+            yield None if too_long or len(begun) > MAX_LINE_BYTES else bytes(begun)
+            begun.clear()
             too_long = False
+        begun += rest
         if len(begun) > MAX_LINE_BYTES:
-            begun, too_long = b"", True
+            begun.clear()
+            too_long = True
     if begun or too_long:
-        yield None if too_long else begun
+        yield None if too_long else bytes(begun)
 
 
 def chunks(path: Path, progress: Progress = lambda n: None) -> Iterator[bytes]:

@@ -7,21 +7,16 @@ Files come in the order of a hash of their origin, a shuffle that is the same on
 `--max_mb` cuts that order short: a small sample is the beginning of a larger one, and each source
 gives in proportion to its size. The documents of one file stay in their order.
 
-Only what is certain without parsing is left out here: tests and vendored copies by their path,
-generated files by what their first lines say, exact copies, and text that is no text, which
-quarantine/ names. Taste is data.filter's job.
-
-Files are read in groups of about 16 MB, each by one rank, up to the group that reaches `--max_mb`;
-then the hashes of all groups are compared, and the rest of each becomes a shard.
+Only what is certain without parsing is left out: tests and vendored copies by their path, generated
+files by what their first lines say, exact copies, and text that is no text. Files are read in
+groups of about 16 MB, each by one rank, and what is left of a group becomes a shard.
 """
 
 import hashlib
-import itertools
 import math
 import os
 import re
 import sysconfig
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,10 +25,11 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import read_jsonl, shard_files
-from data.base.documents import FORMATS, DocumentFile, digest_key, document, first_of_each
+from common.files import shard_files
+from data.base.documents import FORMATS, document
 from data.base.ranks import Ranks, say
 from data.base.stage import Part, Stage, size_and_time, total
+from data.base.unique import Candidates, choose, write_chosen
 
 SYSTEM = {"stdlib": ("stdlib",), "site-packages": ("purelib", "platlib")}  # names of sysconfig
 MAX_DOCUMENT_BYTES = 1 << 20  # a larger source file is a table or a bundle; also bounds memory
@@ -82,7 +78,7 @@ def collect(config: Config) -> dict:
     ranks, max_bytes = Ranks(), config.max_mb * 1e6 or math.inf
     groups, by_path = ranks.gather(list_groups(config) if ranks.rank == 0 else None)[0]
     with Stage(config, [file.path for group in groups for file in group]) as stage:
-        read, chosen = [], {"documents": 0, "bytes": 0, "left_out": {}, "groups": []}
+        read, chosen = [], {"documents": 0, "bytes": 0, "left_out": {}, "items": []}
         while len(read) < len(groups) and chosen["bytes"] < max_bytes:
             # As many groups as should suffice: a matter of their sizes, not of the number of ranks.
             first = len(read)
@@ -93,7 +89,7 @@ def collect(config: Config) -> dict:
         left_out = total([by_path, *read, chosen.pop("left_out")])
         if not chosen["documents"]:
             raise UserError(f"no document in {', '.join(config.source)}; left out: {left_out}")
-        stage.map("write", chosen.pop("groups"), write_group)
+        stage.map("write", chosen.pop("items"), write_chosen)
         return stage.finish({**chosen, "left_out": left_out})
 
 
@@ -128,7 +124,7 @@ def list_files(source: str, left_out: Counter) -> Iterator[File]:
         return
     roots = [Path(sysconfig.get_path(key)) for key in SYSTEM.get(source, ())] or [path]
     name = source if source in SYSTEM else path.resolve().name
-    unreadable, found = (lambda error: left_out.update(["unreadable folder"])), 0
+    found, unreadable = 0, lambda error: left_out.update(["unreadable folder"])
     for root in dict.fromkeys(root.resolve() for root in roots):  # purelib is often platlib
         for folder, subfolders, files in os.walk(root, onerror=unreadable):
             subfolders[:] = [s for s in subfolders if not NOT_OF_THE_SOURCE.fullmatch(s)]
@@ -156,30 +152,22 @@ def left_out_path(inside: str) -> bool:
 def read_group(part: Part, max_bytes: float) -> dict:
     """Write the candidates of a group of files to scratch; return counts of the rest.
 
-    shard-GROUP.npy, uint64 [n, 3], has the key and bytes of each. Stops at `max_bytes` of them:
-    whatever the groups before hold, no more is needed.
+    Stops at `max_bytes` of them: whatever the groups before hold, no more is needed.
     """
-    left_out, log, kept_bytes, seen = Counter(), array("Q"), 0, set()
-    with DocumentFile(part.scratch / f"{part.name}.jsonl.zst") as candidates:
+    left_out, seen = Counter(), set()
+    with Candidates(part) as candidates:
         for text, origin in (text for file in part.item for text in read_texts(part, file)):
-            if reason := why_not(text):
-                if reason in UNREADABLE:
-                    part.bad(reason, origin, 1, text)
-                else:
-                    left_out[reason] += 1
-                continue
-            record, size = document(text, origin), len(text.encode())
-            key = digest_key(record["sha256"])
-            if key in seen:
-                left_out["duplicate"] += 1
-                continue
-            seen.add(key)
-            candidates.write(record)
-            log.extend((*key, size))
-            kept_bytes += size
-            if kept_bytes >= max_bytes:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads source
+            record, reason = document(text, origin), why_not(text)
+            if reason in UNREADABLE:
+                part.bad(reason, origin, 1, text)
+            elif reason or record["id"] in seen:
+                left_out[reason or "duplicate"] += 1
+            else:
+                seen.add(record["id"])
+                candidates.write(record)
+            if candidates.bytes >= max_bytes:
                 break
-    np.save(part.scratch / f"{part.name}.npy", np.array(log, np.uint64).reshape(-1, 3))
     return left_out
 
 
@@ -187,24 +175,17 @@ def read_texts(part: Part, file: File) -> Iterator[tuple[str, str]]:
     """Yield the (text, origin) of a file's documents; quarantine what cannot be read."""
     if file.path.suffix != ".py":
         for record in part.documents(file.path, file.origin):
-            yield newlines(record["text"]), record["origin"]
+            yield record["text"], record["origin"]
+        return
+    if file.bytes > MAX_DOCUMENT_BYTES:
+        part.bad("too large", file.origin, 1)
         return
     try:
         if not file.path.is_file():  # a dangling link, or a named pipe, which would block
-            part.bad("unreadable", file.origin, 1)
-        elif file.bytes > MAX_DOCUMENT_BYTES:
-            part.bad("too large", file.origin, 1)
-        else:
-            yield newlines(file.path.read_bytes().decode("utf-8-sig")), file.origin
-    except UnicodeDecodeError:
-        part.bad("not UTF-8", file.origin, 1)
-    except OSError:
-        part.bad("unreadable", file.origin, 1)
-
-
-def newlines(text: str) -> str:
-    """Return `text` with the line ends of other systems as `\\n`, as Python itself reads source."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+            raise OSError
+        yield file.path.read_bytes().decode("utf-8-sig"), file.origin
+    except (OSError, UnicodeDecodeError) as e:
+        part.bad("unreadable" if isinstance(e, OSError) else "not UTF-8", file.origin, 1)
 
 
 def why_not(text: str) -> str:
@@ -216,31 +197,6 @@ def why_not(text: str) -> str:
     if len(text.encode()) > MAX_DOCUMENT_BYTES:
         return "too large"
     return "generated" if GENERATED.search(text[:GENERATED_CHARS]) else ""
-
-
-def choose(part: Part, max_bytes: float) -> dict:
-    """Leave in keep-GROUP.npy which candidates to write: no copies, and up to `max_bytes`."""
-    logs = [np.load(part.stage.scratch / f"shard-{i:05d}.npy") for i in range(part.item)]
-    chosen = {"documents": 0, "bytes": 0, "left_out": {"duplicate": 0}, "groups": []}
-    for i, (log, first) in enumerate(zip(logs, first_of_each([log[:, :2] for log in logs]))):
-        size = log[:, 2].astype(np.int64)
-        before = chosen["bytes"] + np.cumsum(size * first) - size * first
-        keep = first & (before < max_bytes)  # the document that reaches it is the last
-        np.save(part.scratch / f"keep-{i:05d}.npy", keep)
-        chosen["documents"] += int(keep.sum())
-        chosen["bytes"] += int(size[keep].sum())
-        chosen["left_out"]["duplicate"] += int((~first & (before < max_bytes)).sum())
-        chosen["groups"] += [i] * bool(keep.any())
-    return chosen
-
-
-def write_group(part: Part) -> None:
-    """Write the chosen candidates of a group as a shard of the output."""
-    keep = np.load(part.stage.scratch / f"keep-{part.item:05d}.npy")
-    candidates = read_jsonl(part.stage.scratch / f"shard-{part.item:05d}.jsonl.zst")
-    with part.writer() as out:
-        for record in itertools.compress(candidates, keep):
-            out.write(record)
 
 
 def main() -> None:

@@ -88,7 +88,8 @@ def filter_documents(config: Config) -> dict:
             )
         if stage.ranks.rank == 0:
             merge_samples(stage)
-        return stage.finish({**count, "rejected": dict(reasons.most_common()), "min_quality": cut})
+        rejected = dict(reasons.most_common())
+        return stage.finish({**count, "rejected": rejected, "options": {"min_quality": cut}})
 
 
 def quality_cut(config: Config, stage: Stage) -> float:

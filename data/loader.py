@@ -1,17 +1,15 @@
 """Read batches from token shards: what step k sees is a pure function of k.
 
-The shards of a split are cut into windows of seq_len + 1 tokens at stride seq_len (a shard's last,
-incomplete window is dropped). Sequence g of a run, counted over all steps and ranks, is window
-`permute(g mod n)` of epoch `g div n`: every window is seen once an epoch, in an order that depends
-on (seed, epoch) alone. Resuming at step k, or with another number of ranks, needs no state: the
-loader starts at sequence k * seqs_per_step.
+Shards are cut into windows of seq_len + 1 tokens at stride seq_len (a shard's last, incomplete one
+is dropped). Sequence g of a run, counted over all steps and ranks, is window `permute(g mod n)` of
+epoch `g div n`. Resuming at step k, or with other ranks, needs no state: start at sequence
+k * seqs_per_step.
 
 A folder with a mixture.json (data.pack) holds several sources, each with the number of epochs that
-a pass over the whole sees of it. A pass is then as many sequences, in an order as random; each
-source is gone through evenly, and where a pass ends within it, the next one goes on there.
+a pass over the whole sees of it; where a pass ends within a source, the next one goes on there.
 
-Shards are memory-mapped. A window's CRC-32, taken when the shard was verified, is compared when it
-is read, and so is the file's size: under the map of a file cut short, reading ends in SIGBUS.
+Shards are memory-mapped. Reading a window compares its CRC-32 with that of the verified shard, and
+the file's size: under the map of a file cut short, reading ends in SIGBUS.
 """
 
 import itertools
@@ -46,11 +44,9 @@ class Windows:
         self.shards = [open_shard(file, vocab_size, fingerprint) for file in files]
         windows = [(len(shard) - 1) // seq_len for shard in self.shards]
         self.first = np.cumsum([0, *windows])  # window of each shard
-        self.crcs = [
-            zlib.crc32(shard[i * seq_len : (i + 1) * seq_len + 1].data)
-            for shard, n in zip(self.shards, windows)
-            for i in range(n)
-        ]
+        self.crcs = np.array([zlib.crc32(shard[i * seq_len : (i + 1) * seq_len + 1].data)
+                              for shard, n in zip(self.shards, windows)
+                              for i in range(n)], np.uint32)  # fmt: skip
         self.handles = [os.open(file, os.O_RDONLY) for file in files]
         headers = b"".join(read_header(f).tobytes() for f in files)
         self.checksum = f"{zlib.crc32(headers):08x}"  # headers hold each shard's own checksum

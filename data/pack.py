@@ -27,14 +27,14 @@ import numpy as np
 
 from common.config import UserError, parse, run
 from common.files import write_json
-from data.base.documents import batched, source_shards
+from data.base.documents import batched, chars, source_shards
 from data.base.ranks import say
 from data.base.stage import Part, Stage, total
 from data.shards import MIXTURE, write_shard
 from tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000  # tokens in a shard
-BATCH_DOCUMENTS, BATCH_BYTES = 512, 4 << 20  # encoded at once: threads have work, memory stays flat
+BATCH_CHARS = 4 << 20  # encoded at once, so that threads have work and memory stays flat
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def encode_shard(config: Config, tokenizer: Tokenizer, part: Part) -> dict:
         for of in itertools.product(("train", "val"), ("tokens", "rows")):
             path = part.scratch / ".".join((part.name, *of))
             files[of] = stack.enter_context(open(path, "wb"))
-        for batch in batched(part.documents(), BATCH_BYTES, weight):
+        for batch in batched(part.documents(), BATCH_CHARS, chars):
             texts = [document["text"] for document in batch]
             count["bytes"] += sum(len(text.encode()) for text in texts)
             for document, ids in zip(batch, tokenizer.encode_batch(texts, config.threads)):
@@ -128,11 +128,6 @@ def encode_shard(config: Config, tokenizer: Tokenizer, part: Part) -> dict:
                 count[f"{split}_tokens"] += len(tokens)
                 count[f"{split}_documents"] += 1
     return count
-
-
-def weight(document: dict) -> int:
-    """Return a document's share of BATCH_BYTES: its size, or what lets BATCH_DOCUMENTS fit."""
-    return max(len(document["text"].encode()), BATCH_BYTES // BATCH_DOCUMENTS)
 
 
 def cut(

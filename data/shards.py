@@ -7,7 +7,7 @@ A shard is a header of 256 little-endian int32, then the tokens as little-endian
     slot 2   number of tokens      slot 5     CRC-32 of the file with this slot zero
                                    slots 8-15 tokenizer fingerprint (32 hex digits as ASCII)
 
-Slots 0-2 are llm.c's, so its tools read our shards; slots 3 and on are zero in its own.
+Slots 0-2 are llm.c's, whose tools read our shards; the others are zero in its own.
 """
 
 import zlib
@@ -59,8 +59,7 @@ def read_header(path: Path) -> np.ndarray:
 def open_shard(path: Path, vocab_size: int, fingerprint: str) -> np.ndarray:
     """Verify a shard (it is read whole, about 1 GB/s); return a memory map, uint16 [tokens].
 
-    Raises UserError if the file is no shard, is cut short, was made by another tokenizer, or if its
-    checksum or a token is wrong.
+    Raises UserError if it is no shard, cut short, damaged, or made by another tokenizer.
     """
     header = read_header(path)
     n, size = int(header[2]), Path(path).stat().st_size

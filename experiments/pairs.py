@@ -9,27 +9,17 @@ and docstring, dedented, decorators dropped), solution (the rest of the body) an
 """
 
 import ast
-import itertools
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from common.config import UserError, parse, run
-from common.files import read_jsonl
-from data.base.documents import (
-    DocumentFile,
-    digest_key,
-    document,
-    first_of_each,
-    source_shards,
-)
+from data.base.documents import document, source_shards
 from data.base.ranks import say
 from data.base.stage import Part, Stage, total
 from data.base.syntax import docstring, is_pair, parse_python
+from data.base.unique import Candidates, choose, write_chosen
 
 MAX_CHARS = 1200  # of a pair; 256 tokens hold about 750 at a vocabulary of 4k
 
@@ -45,9 +35,8 @@ class Config:
 def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
     """Yield the (line, name, prompt, solution) of the documented functions and methods in `text`.
 
-    Left out are functions with nothing but a docstring, and those that lines cannot cut: a
-    docstring that shares a line with other code, or a string that is indented less than the code.
-    Raises SyntaxError.
+    Leaves out functions with nothing but a docstring, and those that lines cannot cut, as where a
+    docstring shares a line with other code. Raises SyntaxError.
     """
     lines = text.split("\n")
     functions = [n for n in ast.walk(parse_python(text)) if isinstance(n, ast.FunctionDef)]
@@ -70,20 +59,20 @@ def pairs(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError if there is no pair."""
     with Stage(config, source_shards(config.source)) as stage:
         cut = total(stage.map("pairs", stage.shards, cut_shard))
-        stage.map("choose", [len(stage.shards)], choose)
-        written = total(stage.map("write", list(range(len(stage.shards))), write_shard))
-        if not written["documents"]:
+        [chosen] = stage.map("choose", [len(stage.shards)], choose)
+        if not chosen["documents"]:
             raise UserError(
                 f"--source {config.source}: no documented function of up to {MAX_CHARS} "
                 f"characters in {cut['documents_in']} documents ({cut['too_long']} longer ones)"
             )
-        return stage.finish({**written, **cut})
+        stage.map("write", chosen.pop("items"), write_chosen)
+        return stage.finish({**chosen, **cut})
 
 
 def cut_shard(part: Part) -> dict:
-    """Write the pairs of one shard to scratch, copies among them, and the keys of their texts."""
-    count, keys = Counter(too_long=0, does_not_parse=0, documents_in=0, bytes_in=0), array("Q")
-    with DocumentFile(part.scratch / f"{part.name}.jsonl.zst") as found:
+    """Write the pairs of one shard to scratch, copies among them; return counts of the rest."""
+    count = Counter(too_long=0, does_not_parse=0, documents_in=0, bytes_in=0)
+    with Candidates(part) as candidates:
         for source in part.documents():
             count["documents_in"] += 1
             count["bytes_in"] += len(source["text"].encode())
@@ -93,30 +82,11 @@ def cut_shard(part: Part) -> dict:
                         count["too_long"] += 1
                         continue
                     fields = {"prompt": prompt, "solution": solution, "entry_point": name}
-                    record = document(prompt + solution, f"{source['origin']}:{line}", **fields)
-                    keys.extend(digest_key(record["sha256"]))
-                    found.write(record)
+                    origin = f"{source['origin']}:{line}"
+                    candidates.write(document(prompt + solution, origin, **fields))
             except SyntaxError:
                 count["does_not_parse"] += 1
-    np.save(part.scratch / f"{part.name}.npy", np.array(keys, np.uint64).reshape(-1, 2))
     return count
-
-
-def choose(part: Part) -> None:
-    """Leave in keep-SHARD.npy which pairs no earlier shard or line has."""
-    keys = [np.load(part.stage.scratch / f"shard-{i:05d}.npy") for i in range(part.item)]
-    for i, keep in enumerate(first_of_each(keys)):
-        np.save(part.scratch / f"keep-{i:05d}.npy", keep)
-
-
-def write_shard(part: Part) -> dict:
-    """Write the chosen pairs of one shard."""
-    keep = np.load(part.stage.scratch / f"keep-{part.index:05d}.npy")
-    found = read_jsonl(part.stage.scratch / f"{part.name}.jsonl.zst")
-    with part.writer() as out:
-        for record in itertools.compress(found, keep) if len(keep) else ():
-            out.write(record)
-    return {"documents": out.documents, "bytes": out.bytes, "duplicates": int((~keep).sum())}
 
 
 def main() -> None:
@@ -125,7 +95,7 @@ def main() -> None:
     say(
         f"{config.out}: {s['documents']:,} pairs, {s['bytes'] / 1e6:.1f} MB, from "
         f"{s['documents_in']:,} documents, {s['bytes_in'] / 1e6:.1f} MB; left out: "
-        f"{s['too_long']:,} too long, {s['duplicates']:,} duplicates"
+        f"{s['too_long']:,} too long, {s['left_out']['duplicate']:,} duplicates"
     )
 
 

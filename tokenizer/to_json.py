@@ -1,17 +1,11 @@
 """Write our SentencePiece BPE as a tokenizer.json of Hugging Face's `tokenizers`, the same ids.
 
-Both merge neighbouring pieces until none can be merged. They differ in what ranks a merge:
+SentencePiece ranks a merge by the score of the piece that it makes, `tokenizers` by the rank of the
+pair that it joins. Several pairs make one piece ("ab" + "a" and "a" + "ba"), yet only one of them
+ever occurs: until a piece is made, no merge reaches across its ends, so its text is merged as it
+would be alone. Any ranks will do, then, that keep the order of the pieces' scores.
 
-    SentencePiece  the score of the piece it makes; of equal ones, the leftmost
-    tokenizers     the rank of the pair of pieces it joins; of equal ones, the leftmost
-
-so a piece that several pairs make ("ab" + "a" and "a" + "ba" both make "aba") has one score there
-and several ranks here. Yet only one of those pairs ever occurs: until a piece is made, no merge
-reaches across its ends, so its text is merged as it would be alone, and that ends with one certain
-pair. Any ranks will do, then, that keep the order of the pieces' scores.
-
-U+2581, which SentencePiece puts for a space and our Tokenizer keeps from it, is no piece in the
-JSON: spaces stay spaces, and U+2581 falls back to its bytes like any unknown character.
+Spaces stay spaces in the JSON, and U+2581 falls back to its bytes like any unknown character.
 """
 
 from common.config import UserError
@@ -24,9 +18,8 @@ UNKNOWN_TEXT = " \u2047 "  # what SentencePiece decodes its unknown piece to
 def to_json(tokenizer: Tokenizer) -> str:
     """Return the tokenizer.json that encodes and decodes as `tokenizer` does.
 
-    Broken UTF-8 is the one difference: both decode it to U+FFFD, but tokenizers also gives up the
-    whole characters written in bytes next to it. Raises UserError if the ids are not the same,
-    which is so for SentencePiece models that tokenizer.train does not make.
+    (But for broken UTF-8, where tokenizers also gives up whole characters next to it.) Raises
+    UserError if ids differ, as for SentencePiece models that tokenizer.train does not make.
     """
     if isinstance(tokenizer.backend, ByteLevelBPE):
         return tokenizer.path.read_text(encoding="utf-8")

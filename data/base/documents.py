@@ -5,8 +5,7 @@ Every document has
     origin  str   where it came from, for a person to find it again ("stdlib:json/decoder.py")
     sha256  str   of the UTF-8 text
     text    str
-and a stage may add fields of its own. A stage writes its folder under a temporary name and renames
-it when complete, so a folder that is there is whole; `summary.json` in it holds the counts.
+and a stage may add fields of its own.
 """
 
 import hashlib
@@ -16,8 +15,6 @@ from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
-
-import numpy as np
 
 from common.config import UserError
 from common.files import SUFFIXES, shard_files
@@ -36,15 +33,6 @@ def document(text: str, origin: str, **fields) -> dict:
 def digest_key(sha256: str) -> tuple[int, int]:
     """Return the first 128 bits of a hash in hex as two 64-bit numbers."""
     return int(sha256[:16], 16), int(sha256[16:32], 16)
-
-
-def first_of_each(keys: list[np.ndarray]) -> list[np.ndarray]:
-    """Mark the first row of each kind, through all of `keys`, each uint64 [n, 2]; return bools."""
-    rows = np.concatenate(keys)
-    order = np.lexsort((rows[:, 1], rows[:, 0]))  # stable: equal rows stay in their order
-    first = np.ones(len(rows), bool)
-    first[order[1:]] = (rows[order[1:]] != rows[order[:-1]]).any(1)
-    return np.split(first, np.cumsum([len(some) for some in keys])[:-1])
 
 
 def source_shards(*sources: Path) -> list[Path]:

@@ -40,40 +40,34 @@ def read_documents_of(
     Raises UserError for a file that is not there, of an unknown format, or that needs an extra.
     """
     for position, record in read_records(path, bad, progress):
-        text = record.get("text", record.get("content"))
-        ours = isinstance(record.get("sha256"), str) and isinstance(record.get("origin"), str)
-        if not isinstance(text, str):
-            bad("no text or content", position, repr(record)[:200])
-            continue
-        if "\0" in text:
-            bad("NUL", position, text)
-            continue
         try:
-            made = document(
-                text, record["origin"] if ours else origin(name or path.name, position, record)
-            )
-            if ours:
-                json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
-        except UnicodeEncodeError:
-            bad("lone surrogate", position, text)
-            continue
-        except ValueError:  # NaN or 1e999, which cannot be written again
-            bad("not JSON", position, text)
-            continue
-        if not ours:
-            yield made
-        elif record["sha256"] != made["sha256"] or record.get("id", made["id"]) != made["id"]:
-            bad("wrong sha256", position, text)
-        else:
-            yield record | made
+            yield _document(record, f"{name or path.name}:{position}")
+        except _NoDocument as e:
+            bad(str(e), position, repr(record)[:200])
+        except (ValueError, RecursionError) as e:
+            reason = "lone surrogate" if isinstance(e, UnicodeEncodeError) else "not JSON"
+            bad(reason, position, repr(record)[:200])
 
 
-def origin(name: str, position: int, record: dict) -> str:
-    """Return where another's document came from, for a person to find it again."""
-    where = [record.get(key) for key in THE_STACK_ORIGIN]
-    path = "/".join(where) if all(isinstance(w, str) for w in where) else f"{name}:{position}"
-    path.encode()
-    return path
+class _NoDocument(Exception):
+    """Why a record is no document."""
+
+
+def _document(record: dict, origin: str) -> dict:
+    """Return the document of a record. Raises _NoDocument, or ValueError for bad values."""
+    text = record.get("text", record.get("content"))
+    if not isinstance(text, str):
+        raise _NoDocument("no text or content")
+    if "\0" in text:
+        raise _NoDocument("NUL")
+    json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # it must be written again
+    if not (isinstance(record.get("sha256"), str) and isinstance(record.get("origin"), str)):
+        where = [record.get(key) for key in THE_STACK_ORIGIN]
+        return document(text, "/".join(where) if all(isinstance(w, str) for w in where) else origin)
+    made = document(text, record["origin"])
+    if record["sha256"] != made["sha256"] or record.get("id", made["id"]) != made["id"]:
+        raise _NoDocument("wrong sha256")
+    return record | made
 
 
 def read_records(
@@ -143,7 +137,7 @@ def _posts(path: Path, bad: Bad, progress: Progress) -> Iterator[tuple[int, dict
             if fed_bytes > MAX_BETWEEN_ROWS_BYTES:
                 raise ValueError(f"no row in {fed_bytes:,} bytes")
         parser.close()
-    except (*DAMAGED, ParseError, ValueError) as e:
+    except (*DAMAGED, ParseError, ValueError, LookupError) as e:  # LookupError: of the encoding
         bad("damaged file", number + 1, f"cannot be read past row {number}: {e}")
 
 

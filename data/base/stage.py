@@ -11,12 +11,9 @@ result depends on the item alone, so the output is the same to the byte for any 
 item's files move into place when its work is done, and a file under state/ says so: after a kill
 the same command repeats only unfinished items.
 
-    .OUT.work/result/     becomes OUT when all is done; one run at a time holds .OUT.work/lock
-    .OUT.work/scratch/    what one map leaves for the next
-    .OUT.work/state/      results of finished items
-
-OUT then holds the items' files, quarantine/ (file, position and reason of the unreadable),
-lineage.json (script, hash of its code, arguments) and, written last, summary.json.
+.OUT.work/ holds result/ (OUT when all is done), scratch/ (what one map leaves for the next), state/
+and a lock. OUT then holds the items' files, quarantine/ (file, position and reason of the
+unreadable), lineage.json (script, hash of its code, arguments) and, written last, summary.json.
 """
 
 import dataclasses
@@ -43,7 +40,7 @@ MAX_ITEMS = 100_000  # names are five digits wide, so that sorted names are the 
 
 
 class Stage:
-    """One run of a script, on all its ranks; see the head of this file."""
+    """One run of a script, on all its ranks."""
 
     def __init__(self, config, shards: Iterable[Path], reads: Iterable[Path] = ()):
         """Take the script's dataclass, with a field `out`; its inputs; other files it reads."""
@@ -174,9 +171,9 @@ class Part:
         self.quarantined: dict[str, int] = {}
 
     def documents(self, path: Path | None = None, name: str = "") -> Iterator[dict]:
-        """Yield the documents of `path` (default: the item); quarantine the unreadable ones.
+        """Yield the documents of `path` (default: the item), for origins named `name`.
 
-        `name` stands for the file in the origins of documents that have none.
+        The unreadable go to quarantine.
         """
         path = str(path or self.item)
         again = path in self.stage.read  # an earlier map has counted the bad ones
@@ -195,9 +192,8 @@ class Part:
     def bad(self, reason: str, path: str, position: int, what: bytes | str = b"") -> None:
         """Count something unreadable, and write down where it stands."""
         self.quarantined[reason] = self.quarantined.get(reason, 0) + 1
-        start = what[:200].encode(errors="replace") if isinstance(what, str) else what[:200]
-        line = {"path": path, "position": position, "reason": reason}
-        line["start"] = start.decode(errors="backslashreplace")
+        start = what[:200] if isinstance(what, str) else what[:200].decode(errors="replace")
+        line = {"path": path, "position": position, "reason": reason, "start": start}
         folder = self.result / "quarantine"
         folder.mkdir(exist_ok=True)
         with open(folder / f"{self.folder.name}.jsonl", "a", encoding="utf-8") as f:
@@ -254,6 +250,7 @@ def files_in(path: Path) -> list[Path]:
 def size_and_time(path: Path) -> tuple[int, int]:
     """Return the size and modification time (ns) of a file, zeros for a broken link."""
     try:
-        return path.stat().st_size, path.stat().st_mtime_ns
+        stat = path.stat()
     except OSError:
         return 0, 0
+    return stat.st_size, stat.st_mtime_ns

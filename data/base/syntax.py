@@ -106,16 +106,12 @@ def count_syntax(tree: ast.Module) -> Counter:
     for node in ast.walk(tree):
         c["nodes"] += 1
         c["statements"] += isinstance(node, ast.stmt)
-        if isinstance(node, COMPUTES):
-            c["computes"] += 1
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            c["assigns"] += 1
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            c["imports"] += 1
-        elif isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-            c["data"] += sum(isinstance(e, ast.Constant) for e in node.elts)
-        elif isinstance(node, ast.Dict):
-            c["data"] += sum(isinstance(e, ast.Constant) for e in node.values)
+        c["computes"] += isinstance(node, COMPUTES)
+        c["assigns"] += isinstance(node, (ast.Assign, ast.AnnAssign))
+        c["imports"] += isinstance(node, (ast.Import, ast.ImportFrom))
+        if isinstance(node, (ast.List, ast.Tuple, ast.Set, ast.Dict)):
+            values = node.values if isinstance(node, ast.Dict) else node.elts
+            c["data"] += sum(isinstance(e, ast.Constant) for e in values)
         elif isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)):
             doc = docstring(node)
             c["docstring_chars"] += len(doc.value) if doc else 0
@@ -137,17 +133,15 @@ def docstring(node) -> ast.Constant | None:
 
 def foreign_names(tree: ast.Module) -> set[str]:
     """Return names bound by imports from outside the standard library, relative ones too."""
-    names = set()
+    names, ours = set(), sys.stdlib_module_names
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                package = alias.name.split(".")[0]
-                if package not in sys.stdlib_module_names:
-                    names.add(alias.asname or package)
+            packages = [(alias.name.split(".")[0], alias.asname) for alias in node.names]
+            names |= {as_name or package for package, as_name in packages if package not in ours}
         elif isinstance(node, ast.ImportFrom) and (
-            node.level or node.module.split(".")[0] not in sys.stdlib_module_names
+            node.level or node.module.split(".")[0] not in ours
         ):
-            names.update(alias.asname or alias.name for alias in node.names)
+            names |= {alias.asname or alias.name for alias in node.names}
     return names
 
 

@@ -65,7 +65,7 @@ def back_to(run, step, copy):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_moment(flags, whole, tmp_path, ranks):
-    """Three SIGKILLs of one rank; `python tests/kill_points.py` has more of them."""
+    """Three SIGKILLs of one rank."""
     out, draw, kills = tmp_path / "run", random.Random(ranks), 0
     for kill in range(3):
         run = Run(out, [*flags, "--resume"], ranks)
