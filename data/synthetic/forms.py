@@ -14,7 +14,8 @@ import textwrap
 from dataclasses import dataclass
 
 from data.synthetic import texts
-from data.synthetic.families import KINDS, Task
+from data.synthetic.families import Task
+from data.synthetic.kinds import KINDS
 from data.synthetic.worked import from_typing, type_of
 
 POOL = 90  # inputs for each signature, from which the tests of a held-out problem are chosen
@@ -218,6 +219,7 @@ def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exerci
 
 # ---- Names
 
+
 @functools.cache
 def taken(task: Task) -> frozenset[str]:
     """Return what neither an argument nor the function may be called."""
@@ -297,6 +299,7 @@ def with_article(word: str) -> str:
 
 
 # ---- Wording
+
 
 def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str]:
     """The task in other words, `$a` for an argument; and the same in a frame, maybe with more."""
@@ -406,6 +409,7 @@ def typo(text: str, rng: random.Random) -> str:
 
 
 # ---- Examples and sections
+
 
 def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tuple[str, ...]:
     """Return up to `wanted` examples in one of the manners, each of one or two lines."""
