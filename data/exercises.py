@@ -1,8 +1,7 @@
 """Write short programming exercises, signature + docstring -> body, with a held-out split.
 
-An offline stand-in for the language model that wrote phi-1's CodeExercises (arXiv 2306.11644): the
-families in families.txt give the tasks, and a task is told in many wordings and names. Every
-solution is executed and compared with an oracle.
+An offline stand-in for the language model that wrote phi-1's CodeExercises (arXiv 2306.11644):
+families.txt gives the tasks, in many wordings and names. Every solution is compared with an oracle.
 
     python -m data.exercises --out data/exercises --benchmarks ../shared/eval/HumanEval.jsonl.gz
 
@@ -457,13 +456,12 @@ class Benchmarks:
     def overlap(self, exercise: Exercise) -> str:
         """Return why this exercise must be dropped, or ""."""
         known = exercise.name in self.names
+        texts = [fill(exercise.doc, exercise.arguments)]  # without the form's dressing ...
         if exercise.form:  # in any case and spelling; a generic name tells nothing of the problem
             known = fold(exercise.name) in map(fold, self.names) and exercise.name not in GENERIC
+            texts.append(exercise.form.prose)  # ... and with it
         if known:
             return "exercise: function name of a benchmark problem"
-        texts = [fill(exercise.doc, exercise.arguments)]  # without the form's dressing ...
-        if exercise.form:
-            texts.append(exercise.form.prose)  # ... and with it
         for text in texts:
             words = normalize(text)
             if tuple(words) in self.texts or not self.ngrams.isdisjoint(ngrams(words)):

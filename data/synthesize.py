@@ -5,19 +5,16 @@
         --writer llm --model NAME --count 10_000 --budget_tokens 30_000_000 --dry_run
 
 The paper (section 2.2) gets diversity by constraining what is asked for: textbooks by topic and
-audience, exercises by the function's name, and points to prompts that demand a random subset of
-words (TinyStories, arXiv 2305.07759). So does this. PAPER: its prompts, topics and names are
-undisclosed; ours are in data/synthetic/prompts.txt.
+audience, exercises by the function's name and, as in TinyStories (arXiv 2305.07759), random words.
+So does this. PAPER: its prompts, topics and names are undisclosed; ours are in prompts.txt.
 
-    builtin  synthetic/textbooks.py: offline, correct by construction, and as diverse as its
-             templates, which ends somewhere: the command says where (its exercises:
-             data.exercises)
+    builtin  lessons of synthetic/textbooks.py: offline, correct by construction; when its templates
+             give nothing new, the command says so. data.exercises writes exercises offline
     llm      any OpenAI-compatible endpoint, with a budget, a cache and a dry run (data/base/llm.py)
 
-Nothing is taken on trust. All code is parsed and run in the sandbox, an exercise together with its
-tests, a lesson from its first to its last block. What is a duplicate, or a near-duplicate, of what
-was accepted before or of `--existing` is refused as it goes. Candidate i depends on i and the seed
-alone, and candidates are judged in their order, so the output is the same for any number of ranks.
+Run all code in the sandbox, an exercise with its tests, a lesson from first to last block. Refuse
+duplicates and near-duplicates of what was accepted before, or of `--existing`. Candidate i depends
+on i and the seed alone, so the output is the same for any number of ranks.
 """
 
 import functools

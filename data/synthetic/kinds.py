@@ -1,6 +1,6 @@
 """The kinds of arguments that exercises take, from kinds.txt: their names, and values of them."""
 
-import datetime
+import datetime  # noqa: F401, for kinds.txt
 import random
 import re
 from collections.abc import Callable
@@ -49,17 +49,9 @@ def some_text(rng: random.Random) -> str:
     return "".join(rng.choice("0123456789aeiou.!? ") if rng.random() < 0.2 else c for c in text)
 
 
-def some_brackets(rng: random.Random) -> str:
-    return "".join(rng.choices(rng.choice(["()", "[]", "{}"]) + "x", k=rng.randint(1, 8)))
-
-
 def some_ints(rng: random.Random, length: int = 0) -> list[int]:
     low, high = rng.choice([(-30, 30), (0, 9), (-4, 4), (0, 40)])
     return [rng.randint(low, high) for _ in range(length or rng.randint(1, 8))]
-
-
-def some_scores(rng: random.Random) -> dict[str, int]:
-    return {word.lower(): rng.randint(-9, 30) for word in some_words(rng)}
 
 
 def some_grid(rng: random.Random) -> list[list[int]]:
@@ -69,18 +61,6 @@ def some_grid(rng: random.Random) -> list[list[int]]:
 
 def up_to(*limits: int, low: int = 0) -> Callable:
     return lambda rng: rng.randint(low, rng.choice(limits))
-
-
-def some_pairs(rng: random.Random) -> list[tuple[int, int]]:
-    return [(rng.randint(-9, 20), rng.randint(-9, 20)) for _ in range(rng.randint(1, 6))]
-
-
-def some_items(rng: random.Random) -> list[tuple[str, int]]:
-    return [(rng.choice(WORDS), rng.randint(0, 12)) for _ in range(rng.randint(1, 6))]
-
-
-def some_lists(rng: random.Random) -> list[list[int]]:
-    return [some_ints(rng)[: rng.randint(0, 5)] for _ in range(rng.randint(1, 5))]
 
 
 def some_square(rng: random.Random) -> list[list[int]]:
@@ -97,19 +77,9 @@ def some_numbered(rng: random.Random) -> str:
     return rng.choice([" ", " ", ", ", "-"]).join(words)
 
 
-def some_settings(rng: random.Random) -> str:
-    return ";".join(f"{rng.choice(WORDS)}={rng.randint(0, 40)}" for _ in range(rng.randint(1, 5)))
-
-
 def some_mixed(rng: random.Random) -> list:
-    values = [
-        rng.choice(WORDS),
-        rng.randint(-9, 30),
-        "",
-        None,
-        rng.randint(0, 9),
-        str(rng.randint(0, 99)),
-    ]
+    values = [rng.choice(WORDS), rng.randint(-9, 30), "", None, rng.randint(0, 9)]
+    values.append(str(rng.randint(0, 99)))
     return [rng.choice(values) for _ in range(rng.randint(1, 7))]
 
 
@@ -118,19 +88,6 @@ def some_nested(rng: random.Random, depth: int = 0) -> list:
         some_nested(rng, depth + 1) if rng.random() < 0.35 and depth < 3 else rng.randint(-5, 20)
         for _ in range(rng.randint(0 if depth else 1, 4))
     ]
-
-
-def some_floats(rng: random.Random) -> list[float]:
-    return [rng.randint(-80, 400) / rng.choice([2, 4, 8, 10]) for _ in range(rng.randint(1, 7))]
-
-
-def some_date(rng: random.Random) -> str:
-    day = datetime.date(1999, 1, 1) + datetime.timedelta(rng.randint(0, 12_000))
-    return day.isoformat()
-
-
-def some_line(rng: random.Random) -> str:
-    return " ".join(some_words(rng)) + rng.choice(["", "", ".", "!", "?"])
 
 
 def some_framed(rng: random.Random) -> str:
@@ -154,10 +111,6 @@ def some_stock(rng: random.Random) -> dict[str, int]:
     return {name: rng.randint(-3, 9) for name in names}
 
 
-def times(pattern: str, *limits: int):
-    return lambda rng: pattern.format(*(rng.randint(0, limit) for limit in limits))
-
-
 def letters_of(alphabet: str, low: int, high: int):
     return lambda rng: "".join(rng.choices(alphabet, k=rng.randint(low, high)))
 
@@ -168,12 +121,8 @@ def blocks_of(path: Path) -> list[str]:
     return re.split(r"\n\n+", text.strip())
 
 
-def read_kind(names: str, sample: str, edges: str, bounds: str = "") -> Kind:
-    return eval(f"Kind({names!r}, {sample}, ({edges},), {bounds})")
-
-
 LISTS = ([], [0], [1], [-3], [2, 2, 2], [1, 2, 3, 4], [5, 3, 8, 3], [-1, -2, -6], [10, 21, 7, 4])
 KINDS: dict[str, Kind] = {}
 for line in blocks_of(Path(__file__).with_suffix(".txt"))[0].split("\n"):
-    label, *columns = re.split("  +", line)
-    KINDS[label] = read_kind(*columns)
+    label, names, sample, edges, *bounds = re.split("  +", line)
+    KINDS[label] = eval(f"Kind({names!r}, {sample}, ({edges},), {''.join(bounds)})")
