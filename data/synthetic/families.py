@@ -11,7 +11,7 @@ A family is a block of lines, as this one:
 
 It holds, in this order:
 
-    label = name(kinds)   the family, its function's name, and the kinds of the arguments (KINDS)
+    label = name(kinds)   the family, its function's name, and the arguments' kinds (kinds.txt)
     label = as OTHER      take name, wordings, body and oracle of another family
     K: 2..5; 9            a parameter and its values; there is a task for each combination
     OP WORD: + ~ sum; * ~ product      parameters that change together
@@ -49,19 +49,9 @@ from functools import reduce  # noqa: F401
 from itertools import islice  # noqa: F401
 from pathlib import Path
 
+from data.synthetic.kinds import LETTERS, blocks_of
+
 HERE = Path(__file__).parent
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of argument."""
-
-    names: str  # no builtin, and no local name of a body that takes this kind
-    sample: Callable[[random.Random], object]
-    edges: tuple  # values that are always tried; all of one type
-    low: int = -1000  # outside low..high an int may make a loop long or endless
-    high: int = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,83 +132,7 @@ class Source:
         return self.name
 
 
-# ---- Kinds of arguments
-
-WORDS = re.findall(
-    "[a-z]+",
-    """apple banana cherry kiwi lemon mango olive fig pear plum quince grape dog cat fox owl zebra
-    yak wolf eel iguana newt rabbit tiger urchin viper jackal hen level noon radar civic kayak pop
-    tent trumpet drum harp jazz oboe quiz box vex hello world sun sky sea red blue green yellow it
-    ink up go a i be tea egg zoo python code loop list stack queue graph tree byte orange""",
-)
-
-
-def some_word(rng: random.Random) -> str:
-    random_word = "".join(rng.choices(LETTERS, k=rng.randint(1, 9)))
-    word = rng.choice(WORDS) if rng.random() < 0.6 else random_word
-    return rng.choice([str.lower, str.lower, str.lower, str.title, str.upper])(word)
-
-
-def some_words(rng: random.Random) -> list[str]:
-    return [some_word(rng) for _ in range(rng.randint(1, 6))]
-
-
-def some_letters(rng: random.Random) -> str:
-    return "".join(rng.choices(LETTERS[: rng.choice([2, 26])], k=rng.randint(1, 9)))
-
-
-def some_text(rng: random.Random) -> str:
-    text = rng.choice([" ", " ", "-", ",", "_"]).join(some_words(rng)[:3])
-    return "".join(rng.choice("0123456789aeiou.!? ") if rng.random() < 0.2 else c for c in text)
-
-
-def some_brackets(rng: random.Random) -> str:
-    return "".join(rng.choices(rng.choice(["()", "[]", "{}"]) + "x", k=rng.randint(1, 8)))
-
-
-def some_ints(rng: random.Random, length: int = 0) -> list[int]:
-    low, high = rng.choice([(-30, 30), (0, 9), (-4, 4), (0, 40)])
-    return [rng.randint(low, high) for _ in range(length or rng.randint(1, 8))]
-
-
-def some_scores(rng: random.Random) -> dict[str, int]:
-    return {word.lower(): rng.randint(-9, 30) for word in some_words(rng)}
-
-
-def some_grid(rng: random.Random) -> list[list[int]]:
-    width = rng.randint(3, 4)
-    return [some_ints(rng, width) for _ in range(rng.randint(1, 4))]
-
-
-def up_to(*limits: int, low: int = 0) -> Callable:
-    return lambda rng: rng.randint(low, rng.choice(limits))
-
-
-LISTS = ([], [0], [1], [-3], [2, 2, 2], [1, 2, 3, 4], [5, 3, 8, 3], [-1, -2, -6], [10, 21, 7, 4])
-KINDS = {
-    "int": Kind("n num number", up_to(30, 120, low=-40), (0, 1, -1, 2, -2, 5, 7, 10, 12, 100)),
-    "nat": Kind("n num number", up_to(9, 99, 999), (0, 1, 2, 3, 10, 12), low=0),
-    "pos": Kind("n num number", up_to(9, 60, 200, low=1), (1, 2, 3, 10, 12), low=1),
-    "few": Kind("n k steps", up_to(9), (0, 1, 2, 3, 4), low=0, high=12),
-    "ints": Kind("numbers nums values xs", some_ints, LISTS),
-    "others": Kind("others ys", some_ints, LISTS[::-1]),
-    "sorted": Kind("numbers nums values", lambda r: sorted(some_ints(r)), ([], [4], [1, 5, 9])),
-    "text": Kind("text s string", some_text, ("", "a", "B", "7", "ab ba", "Hi, World!", "a1b22")),
-    "word": Kind("word s text", some_word, ("a", "noon", "Zebra", "eel", "TEA")),
-    "letters": Kind("word s text", some_letters, ("", "a", "z", "xyz", "aabbb")),
-    "line": Kind("sentence line text", lambda r: " ".join(some_words(r)), ("", "a", "go up Up")),
-    "words": Kind("words strings items", some_words, ([], ["a"], ["Tea"], ["egg", "up", "egg"])),
-    "scores": Kind("scores prices data", some_scores, ({}, {"a": 1}, {"kiwi": 4, "fig": -2})),
-    "grid": Kind("grid matrix rows", some_grid, ([[0, 0, 0]], [[1, 2, 3], [4, 5, 6]])),
-    "brackets": Kind("text s string", some_brackets, ("", "()", "(())", "[[]]", "{}{}", "][", "{")),
-}
-
 # ---- Reading tables.txt
-
-
-def blocks_of(path: Path) -> list[str]:
-    text = re.sub("^# .*\n", "", path.read_text(encoding="utf-8"), flags=re.M)
-    return re.split(r"\n\n+", text.strip())
 
 
 def rows_of(name: str, line: str) -> list:
@@ -267,27 +181,25 @@ for block in blocks_of(HERE / "tables.txt"):
 
 # ---- Reading families
 
-FAMILIES: dict[str, list[Task]] = {}
-SHARED: dict[str, tuple] = {}  # name, wordings, body, oracle and condition, by family
-
 
 def read_families(
     path: Path, scope: dict, limit: int = 0, braces: bool = False
 ) -> dict[str, list[Task]]:
-    """Add the families in a file to FAMILIES, and return them.
+    """Return the families in a file.
 
     Oracles and what is in braces are evaluated in `scope`; a family has `limit` tasks at most.
     """
-    found = {}
+    found, shared = {}, {}
     for block in blocks_of(path):
         label, head = block.split("\n")[0].split(" = ", 1)
-        assert label not in FAMILIES, label
-        found[label] = read_family(label, head, block, scope, limit, braces)
-        FAMILIES[label] = found[label]
+        assert label not in found, f"two families {label}"
+        found[label] = read_family(label, head, block, shared, scope, limit, braces)
     return found
 
 
-def read_family(label: str, head: str, block: str, scope: dict, limit: int, braces: bool):
+def read_family(
+    label: str, head: str, block: str, shared: dict, scope: dict, limit: int, braces: bool
+) -> list[Task]:
     names, axes, hidden, never = [], [], set(), set()
     wordings, body, where, oracle = [], [], "True", ""
     for line in block.replace("\n; ", "; ").split("\n")[1:]:
@@ -309,11 +221,11 @@ def read_family(label: str, head: str, block: str, scope: dict, limit: int, brac
         else:
             body.append(line)
     if head.startswith("as "):
-        head, doc, code, oracle, where = SHARED[head.removeprefix("as ")]
+        head, doc, code, oracle, where = shared[head.removeprefix("as ")]
     else:
         doc = f"<{'|'.join(wordings)}>" if len(wordings) > 1 else wordings[0]
         code = "\n".join(body)
-    SHARED[label] = head, doc, code, oracle, where
+    shared[label] = head, doc, code, oracle, where
     name, args = re.fullmatch(r"(.+)\((.*)\)", head).groups()
     evaluate = functools.cache(lambda source: eval(source, scope))
 
@@ -323,7 +235,7 @@ def read_family(label: str, head: str, block: str, scope: dict, limit: int, brac
         if not evaluate(f"lambda {every}: {where}")(*values):
             return None
         words = {k: str(v) for k, v in chosen.items() if isinstance(v, (int, str))}
-        pattern = re.compile(f"(?<![A-Za-z])({'|'.join(words) or 'NONE'})(?![A-Za-z])")
+        pattern = re.compile(f"(?<![A-Za-z])({'|'.join(words)})(?![A-Za-z])")
 
         def put(text: str, clean: Callable = str) -> str:
             """Return `text` with the parameters' values."""
@@ -332,7 +244,7 @@ def read_family(label: str, head: str, block: str, scope: dict, limit: int, brac
             return fill(text, clean)
 
         def fill(text: str, clean: Callable = str) -> str:
-            for _ in range(2):  # a value may have parameters in it
+            for _ in range(2 if words else 0):  # a value may have parameters in it
                 text = pattern.sub(lambda m: clean(words[m[0]]), text)
             return text
 
@@ -365,4 +277,4 @@ def singular(text: str) -> str:
 
 
 ONE_ROW = {name: rows[0] for name, rows in TABLES.items() if len(rows) == 1}
-read_families(HERE / "families.txt", globals() | ONE_ROW, braces=True)
+FAMILIES = read_families(HERE / "families.txt", globals() | ONE_ROW, braces=True)

@@ -14,7 +14,8 @@ import textwrap
 from dataclasses import dataclass
 
 from data.synthetic import texts
-from data.synthetic.families import KINDS, Task
+from data.synthetic.families import Task
+from data.synthetic.kinds import KINDS
 from data.synthetic.worked import from_typing, type_of
 
 POOL = 90  # inputs for each signature, from which the tests of a held-out problem are chosen
@@ -76,7 +77,9 @@ class Exercise:
 
     def prompt(self) -> str:
         if self.form:
-            return self.form.lead + (self._docstring() if self.form.mbpp else self._head())
+            if self.form.mbpp:
+                return "\n".join(['"""', self.form.prose, *self.form.lines, '"""\n'])
+            return self.form.lead + self._head()
         doc = fill(self.doc, self.arguments)
         lines = textwrap.wrap(doc, 88) if len(doc) > 88 else [doc]  # 100 with indent and quotes
         if self.example:
@@ -110,9 +113,6 @@ class Exercise:
         doc = re.sub(r"\n[ \t]+(?=\n)", "\n", doc)
         return f"{self._signature()}{form.indent}{form.quote}{doc}{form.quote}\n"
 
-    def _docstring(self) -> str:
-        return "\n".join(['"""', self.form.prose, *self.form.lines, '"""\n'])
-
 
 def choose(text: str, rng: random.Random) -> str:
     """Return `text` with one of the choices for each `<this|that>`, inner ones first."""
@@ -129,7 +129,7 @@ def fill(text: str, arguments: tuple[str, ...]) -> str:
 
 @functools.cache
 def pool(args: str) -> list[tuple]:
-    """POOL inputs for these kinds of arguments: every edge value, then random ones."""
+    """Return POOL inputs for these kinds of arguments: every edge value, then random ones."""
     rng, kinds = random.Random(args), [KINDS[kind] for kind in args.split()]
     edges = max(len(kind.edges) for kind in kinds)
     inputs = [tuple(kind.edges[i % len(kind.edges)] for kind in kinds) for i in range(edges)]
@@ -152,7 +152,7 @@ def results(task: Task) -> list:
 
 
 def tell(task: Task, rng: random.Random) -> Exercise:
-    """An exercise for `task`: wording, names, and whether there is an example, chosen by `rng`."""
+    """Return an exercise for `task`; `rng` chooses wording, names, and whether to show a call."""
     name = re.sub("_+", "_", choose(task.name, rng)).strip("_")
     doc = choose(task.doc, rng)
     arguments = tuple(rng.choice(KINDS[kind].names.split()) for kind in task.args.split())
@@ -218,6 +218,7 @@ def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exerci
 
 # ---- Names
 
+
 @functools.cache
 def taken(task: Task) -> frozenset[str]:
     """Return what neither an argument nor the function may be called."""
@@ -225,7 +226,7 @@ def taken(task: Task) -> frozenset[str]:
 
 
 def argument_names(task: Task, rng: random.Random) -> tuple[str, ...]:
-    """Names that no builtin and nothing in the body has, each different."""
+    """Choose names that differ and that no builtin and nothing in the body has."""
     kinds, types = task.args.split(), argument_types(task.args)
     while True:
         names = []
@@ -248,7 +249,7 @@ def argument_names(task: Task, rng: random.Random) -> tuple[str, ...]:
 
 
 def function_name(task: Task, arguments: tuple[str, ...], rng: random.Random) -> str:
-    """The task's name, whole or its first words, in snake or camel case, or one without meaning."""
+    """Choose the task's name, whole or shortened, in snake or camel case, or a generic one."""
     while True:
         name = re.sub("_+", "_", choose(task.name, rng)).strip("_")
         words, r = name.split("_"), rng.random()
@@ -298,8 +299,9 @@ def with_article(word: str) -> str:
 
 # ---- Wording
 
+
 def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str]:
-    """The task in other words, `$a` for an argument; and the same in a frame, maybe with more."""
+    """Return the task in other words, `$a` for an argument; and the same in a frame, with more."""
     core = choose(task.doc, rng)
     core = core[0].upper() + core[1:]
     for old, new in SYNONYMS:
@@ -329,7 +331,7 @@ def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str
 
 
 def given_arguments(types: tuple[str, ...], tick: str, rng: random.Random) -> str:
-    """ "a list of integers $a and a string $b", "two strings $a and $b", or "a list"."""
+    """Name the arguments: "a list of integers $a and a string $b", "two strings $a and $b"."""
     names = [f"{tick}${letter}{tick}" for letter in "abc"[: len(types)]]
     if len(types) > 1 and len({*types}) == 1 and rng.random() < 0.7:
         word, of, rest = noun(types[0], rng).partition(" of ")
@@ -351,7 +353,7 @@ def third_person(match: re.Match) -> str:
 
 
 def other_elements(core: str, task: Task, rng: random.Random) -> str:
-    """Return what a list holds, called otherwise."""
+    """Call the elements of a list by another noun."""
     if rng.random() < 0.35 and re.search(r"\bin \$a", core):
         if "words" in task.args.split():
             core = re.sub(r"\bword(?=s?\b)", rng.choice(["string", "element", "item"]), core)
@@ -377,7 +379,7 @@ def mention(core: str, task, types, mbpp: bool, named: bool, rng: random.Random)
 
 
 def more(task: Task, types: tuple[str, ...], rng: random.Random) -> str:
-    """One more sentence, of what holds for every input of the task."""
+    """Return one more sentence, which holds for every input of the task."""
     said = [f"The result is {with_article(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
     said += [f"Return {with_article(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
     for kind, type_, letter in zip(task.args.split(), types, "abc"):
@@ -397,7 +399,7 @@ def more(task: Task, types: tuple[str, ...], rng: random.Random) -> str:
 
 
 def typo(text: str, rng: random.Random) -> str:
-    """Two letters of a word exchanged; quoted words and names are left alone."""
+    """Exchange two letters of a word; leave quoted words and names alone."""
     places = [*re.finditer(r"(?<![\w'`\"$])[a-z]{5,}(?![\w'`\"(])", text)]
     if not places:
         return text
@@ -406,6 +408,7 @@ def typo(text: str, rng: random.Random) -> str:
 
 
 # ---- Examples and sections
+
 
 def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tuple[str, ...]:
     """Return up to `wanted` examples in one of the manners, each of one or two lines."""

@@ -61,12 +61,12 @@ def read_exercise(reply: str, name: str) -> tuple[dict, str]:
     signature = "\n".join(lines[function.lineno - 1 : doc.end_lineno]) + "\n"
     if not is_pair(signature, solution):
         return {}, "no solution below the docstring"
-    tests_it = [isinstance(node, ast.Assert) and _names(node, name) for node in asserts]
+    tests_it = [
+        isinstance(node, ast.Assert)
+        and any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
+        for node in asserts
+    ]
     if len(asserts) < MIN_ASSERTS or not all(tests_it):
         return {}, "no tests"
     fields = {"prompt": prompt + "\n", "solution": solution, "entry_point": name, "tests": tests}
     return fields, ""
-
-
-def _names(node: ast.AST, name: str) -> bool:
-    return any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))

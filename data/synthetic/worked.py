@@ -27,7 +27,7 @@ def outcome(call: str, namespace: dict) -> str:
 
 
 def plain(call: str) -> str:
-    """`call` with arguments such as `[1, 2] + [3]` worked out, where that loses no digits."""
+    """Work out arguments of `call` such as `[1, 2] + [3]`, where that loses no digits."""
     changes = []
     for node in ast.walk(ast.parse(call, mode="eval")):
         for arg in node.args if isinstance(node, ast.Call) else []:
@@ -116,10 +116,9 @@ def hints(function: ast.FunctionDef, calls: list[str], namespace: dict) -> list[
 def documented(
     code: str, name: str, says: str, calls: list[str], namespace: dict, typed: str, told: int
 ) -> str:
-    """`code` with a docstring in its function `name`: what it does, and `told` calls as doctests.
+    """Return `code` with a docstring in its function `name`: `says`, and `told` calls as doctests.
 
-    Type hints join them where the calls make the types plain, and `typed` is "new", or "old" (those
-    of the module typing), not "".
+    With `typed` "new" or "old" (from the module typing) add type hints where calls make them plain.
     """
     function = function_in(code, name)
     assert function, f"no function {name}"
@@ -146,7 +145,7 @@ def documented(
 
 
 def imperative(task: str) -> str:
-    """A docstring out of "Write `f`, which gives the ...", or "" where it is put otherwise."""
+    """Make a docstring of "Write `f`, which gives the ..."; "" where it is put otherwise."""
     found = re.match(r"Write (?:a [\w ]+ )?`\w+`,? (?:which|that) (\w+) (.*)", task)
     if not found:
         return ""
@@ -156,7 +155,7 @@ def imperative(task: str) -> str:
 
 
 def comment(text: str) -> str:
-    """Prose as comment lines."""
+    """Return prose as comment lines."""
     plain = " ".join(text.replace("`", "").split())
     return "\n".join(f"# {line}" for line in textwrap.wrap(plain, WIDTH - 2))
 
