@@ -4,7 +4,7 @@ import sys
 import types
 
 import pytest
-from tiers import best
+from test_eval import TIER, write
 
 from data.base.benchmarks import read_problems
 from eval import robustness
@@ -13,7 +13,6 @@ from eval.robustness import paired
 from sandbox.execute import run_checks
 from sandbox.self_check import check
 
-TIER = best()
 PROMPT = '''from typing import List
 
 
@@ -52,19 +51,18 @@ def head_and_doc(prompt: str) -> tuple[str, str]:
     return prompt[: prompt.index("def count_near")], ast.get_docstring(tree.body[-1])
 
 
-@pytest.mark.parametrize("name", PERTURBATIONS)
-def test_the_reference_still_passes_and_only_the_prompt_changes(name):
-    before = json.dumps(PROBLEM)
-    p = PERTURBATIONS[name](PROBLEM)
-    assert json.dumps(PROBLEM) == before
-    assert p["prompt"] != PROMPT
-    assert p == PERTURBATIONS[name](PROBLEM), "not the same twice"
-    checks = [check(p, body, 20) for body in (p["canonical_solution"], "    return -1\n")]
-    assert [v.status for v in run_checks(checks, tier=TIER)] == ["passed", "failed"]
-    if name not in ("rename_function", "rename_arguments", "two_spaces"):
-        assert {k: v for k, v in p.items() if k != "prompt"} == {
-            k: v for k, v in PROBLEM.items() if k != "prompt"
-        }
+def test_the_reference_still_passes_and_only_the_prompt_changes():
+    before, checks = json.dumps(PROBLEM), []
+    for name, perturb in PERTURBATIONS.items():
+        p = perturb(PROBLEM)
+        assert json.dumps(PROBLEM) == before
+        assert p["prompt"] != PROMPT
+        assert p == perturb(PROBLEM), "not the same twice"
+        if name not in ("rename_function", "rename_arguments", "two_spaces"):
+            assert p == {**PROBLEM, "prompt": p["prompt"]}
+        checks += [check(p, body, 20) for body in (p["canonical_solution"], "    return -1\n")]
+    statuses = [v.status for v in run_checks(checks, tier=TIER)]
+    assert statuses == ["passed", "failed"] * len(PERTURBATIONS)
 
 
 def test_rename_function():
@@ -97,7 +95,7 @@ def test_rename_arguments():
 
 def test_typos_spare_names_examples_and_quotes():
     changed = 0
-    for i in range(30):  # the prompt is the seed
+    for i in range(20):  # the prompt is the seed
         prompt = PROMPT.replace("matter", "matter" * (i + 1))
         doc = PERTURBATIONS["typos"]({**PROBLEM, "prompt": prompt})["prompt"]
         assert sorted(doc) == sorted(prompt)
@@ -108,7 +106,7 @@ def test_typos_spare_names_examples_and_quotes():
             assert right.strip(",.") not in ("numbers", "limit", '"given"', "List", "return")
         assert doc[: doc.index('"""')] == prompt[: prompt.index('"""')]
         assert ">>> count_near([1, 5])\n    1\n" in doc
-    assert changed >= 30
+    assert changed >= 20
 
 
 def test_reworded():
@@ -170,10 +168,9 @@ def test_humaneval_keeps_its_meaning(shared_eval):
         assert len(applied) >= 155, name
         for p in applied:
             compile(p["prompt"] + p["canonical_solution"], p["task_id"], "exec")
-        some = applied[::4]  # all pass, in 14 s
-        checks += [check(p, p["canonical_solution"], 60) for p in some]
-        names += [(name, p["task_id"]) for p in some]
-    verdicts = run_checks(checks, tier=TIER, workers=2)
+        checks += [check(p, p["canonical_solution"], 60) for p in applied[::16]]  # all pass
+        names += [(name, p["task_id"]) for p in applied[::16]]
+    verdicts = run_checks(checks, tier=TIER)
     assert [n for n, v in zip(names, verdicts) if v.status != "passed"] == []
 
 
@@ -191,28 +188,18 @@ def test_paired_interval():
 
 @pytest.fixture
 def command(monkeypatch, in_process):
-    """Run eval.robustness with a model that knows `known`, by what the prompt has in it."""
-
-    class Generator:
-        known = ()
-
-        @classmethod
-        def load(cls, checkpoint, device="auto"):
-            return cls()
-
-        def fits(self, prompt, new_tokens=1):
-            return True
-
-        def generate(self, prompts, **options):
-            good, bad = PROBLEM["canonical_solution"], "    return -1\n"
-            return [good if any(k in p for k in self.known) else bad for p in prompts]
-
-    monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=Generator))
+    """Run eval.robustness with a model that knows the prompts that have one of `known`."""
     for module in ("eval.harness", "eval.robustness"):
         monkeypatch.setattr(f"{module}.slowdown", lambda **limits: 1.0)
 
     def call(known, *arguments):
-        Generator.known = known
+        def generate(prompts, **options):
+            good, bad = PROBLEM["canonical_solution"], "    return -1\n"
+            return [good if any(k in p for k in known) else bad for p in prompts]
+
+        model = types.SimpleNamespace(fits=lambda prompt: True, generate=generate)
+        generator = types.SimpleNamespace(load=lambda checkpoint, device: model)
+        monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=generator))
         return in_process(robustness.main, *arguments, "--sandbox", TIER)
 
     return call
@@ -227,9 +214,7 @@ def problems(tmp_path):
         "canonical_solution": '    return len("""\n        """) == 9 and '
         "sum(n < limit for n in numbers)\n",
     }
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(p) + "\n" for p in (PROBLEM, second)))
-    return path
+    return write(tmp_path / "problems.jsonl", [PROBLEM, second])
 
 
 def test_command(command, problems, tmp_path):
@@ -249,8 +234,7 @@ def test_command(command, problems, tmp_path):
     assert list(table) == names
     assert table["other_quotes"]["drop"] == 1  # ''' is not known
     assert table["other_quotes"]["lost"] == 2
-    assert table["two_spaces"]["reference_fails"] == 1
-    assert table["two_spaces"]["problems"] == 1
+    assert (table["two_spaces"]["reference_fails"], table["two_spaces"]["problems"]) == (1, 1)
     asked = [json.loads(line) for line in (out / "problems.jsonl").read_text().splitlines()]
     assert [p["task_id"] for p in asked][:3] == ["T/0", "T/1", "T/0@other_quotes"]
     assert len(asked) == 2 + 2 + 1 + 2
