@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -45,14 +46,13 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """An attribute in a file: bytes [start, end) of its UTF-8 text."""
 
-    module: str  # "os.path"
-    name: str  # "join"
     start: int
     end: int
+    module: str  # "os.path"
+    name: str  # "join"
 
 
 def places(text: str) -> list[Place]:
@@ -82,8 +82,8 @@ def places(text: str) -> list[Place]:
             end = lines[node.end_lineno - 1] + node.end_col_offset
             start = end - len(node.attr.encode())
             if encoded[start:end] == node.attr.encode():  # but for names that Python normalises
-                found.append(Place(module, node.attr, start, end))
-    return sorted(found, key=lambda p: p.start)
+                found.append(Place(start, end, module, node.attr))
+    return sorted(found)
 
 
 def names(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str]]:
@@ -103,15 +103,14 @@ def dotted(node: ast.expr, imported: dict[str, str]) -> str:
     return imported.get(node.id, "") if isinstance(node, ast.Name) else ""
 
 
-def count(config: Config) -> dict:
-    """Return {"places", "modules": {module: {attribute: how often}}}, the most frequent ones."""
+def count(config: Config) -> dict[str, dict[str, int]]:
+    """Return {module: {attribute: how often}}, the most frequent ones."""
     found = defaultdict(Counter)
     documents = read_documents([config.source])
     for document in tqdm(documents, "count", unit="file", disable=None):
         for place in places(document["text"]):
             found[place.module][place.name] += 1
-    modules = {m: dict(c.most_common(OPTIONS)) for m, c in sorted(found.items())}
-    return {"places": sum(c.total() for c in found.values()), "modules": modules}
+    return {m: dict(c.most_common(OPTIONS)) for m, c in sorted(found.items())}
 
 
 def piece_ends(tokenizer: Tokenizer, ids: list[int], text: str) -> np.ndarray:
@@ -131,24 +130,23 @@ def piece_ends(tokenizer: Tokenizer, ids: list[int], text: str) -> np.ndarray:
 
 def score(config: Config) -> dict:
     """Score the checkpoint; shares are from 0 to 1. Raises UserError."""
-    usage = read_json(config.usage)
-    if usage is None:
-        raise UserError(f"--usage {config.usage}: no counts; make it without --checkpoint")
-    usual = {module: max(c, key=c.get) for module, c in usage["modules"].items()}
+    if (usage := config.usage and read_json(config.usage)) is None:
+        raise UserError("--checkpoint wants --usage, a file that this makes without --checkpoint")
+    usual = {module: max(c, key=c.get) for module, c in usage.items()}
     texts = read(config.source)
     model, tokenizer, folder = load_model(config.checkpoint, config.device)
     ids = [tokenizer.encode(text) for text in texts]
+    found = predict(model, tokenizer.end_of_text, ids)
     counts = []  # of each text: places, those that the model has right, and the baseline
-    for text, tokens, (_, likeliest) in zip(texts, ids, predict(model, tokenizer.end_of_text, ids)):
-        ends, found, right = piece_ends(tokenizer, tokens, text), places(text), 0
-        for place in found:
+    for text, tokens, (_, likeliest) in zip(texts, ids, found):
+        ends, here, right = piece_ends(tokenizer, tokens, text), places(text), 0
+        for place in here:
             first = np.searchsorted(ends, place.start, side="right")  # the token that it begins in
             last = np.searchsorted(ends, place.end, side="left") + 1
             after = tokenizer.decode([int(likeliest[last])])[:1]
             longer = ends[last - 1] == place.end and (after == "_" or after.isalnum())
             right += not longer and list(likeliest[first:last]) == tokens[first:last]
-        easy = sum(usual.get(place.module) == place.name for place in found)
-        counts.append((len(found), right, easy))
+        counts.append((len(here), right, sum(usual.get(p.module) == p.name for p in here)))
     n, right, easy = np.array(counts, float).T
     if not n.sum():
         raise UserError(f"--source {config.source}: no attribute of an imported name there")
@@ -163,15 +161,9 @@ def score(config: Config) -> dict:
 
 def main() -> None:
     config = parse(Config)
-    if config.checkpoint and not config.usage:
-        raise UserError("--checkpoint wants --usage, a file that this makes without --checkpoint")
-    if config.checkpoint is None:
-        result = count(config)
-        print(f"{result['places']:,} attributes of {len(result['modules']):,} modules")
-    else:
-        result = score(config)
-        print(json.dumps(result))
+    result = score(config) if config.checkpoint else count(config)
     write_json(config.out, result)
+    print(json.dumps(result) if config.checkpoint else f"attributes of {len(result):,} modules")
 
 
 if __name__ == "__main__":
