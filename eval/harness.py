@@ -39,8 +39,8 @@ class Evaluation:
     top_p: float = 1.0  # sample from the most likely tokens that have this probability together
     seed: int = 0  # of the sampling
     max_new_tokens: int = 256  # the longest completion
-    strip_prompt: bool = False  # drop the white space that ends a prompt, for tokenizers that
-    # join a newline to the indent behind it; ours joins it to what stands before
+    strip_prompt: bool = False  # drop the white space that ends a prompt, for tokenizers (not
+    # ours) that join a newline to the indent behind it
     device: str = "auto"  # to generate on
     sandbox: str = "auto"  # tier: A (bubblewrap), B (Landlock), auto = the first of these that
     # works here, or C (limits alone: only for programs that you would run yourself)

@@ -4,15 +4,11 @@
     OPENAI_BASE_URL=http://host:8000/v1 python -m eval.judge --checkpoint out/run --out out/judge \\
         --model NAME --budget_tokens 500_000 --dry_run
 
-After section 4 of the phi-1 paper (arXiv 2306.11644): new problems by people who do not build the
-model, and an LLM that writes a short evaluation first and then a grade. PAPER: its 50 problems and
-its prompt are undisclosed, so its scores are no peers of ours. Ours, in eval/judge.jsonl, are rules
-that somebody made up for this project, as the problems should be in no training set.
-The grade is a judgement of what the code tries to do; the tests, which the paper did without, say
-whether it does it. The LLM sees neither tests nor reference. Without --model only the tests run.
-
-The folder --out has what eval.humaneval writes, and
-    grades.jsonl   task_id, passed, grade (0 to 10, or null and why), assessment
+After section 4 of the phi-1 paper (arXiv 2306.11644): the LLM writes a short evaluation first and
+then a grade from 0 to 10, and sees neither tests nor reference. PAPER: its 50 problems and prompt
+are undisclosed; ours, in eval/judge.jsonl, were made up for this project, as they should be in no
+training set. Without --model only the tests run, which the paper did without. The folder --out has
+what eval.humaneval writes, and grades.jsonl.
 """
 
 import contextlib
@@ -57,11 +53,7 @@ ANY_GRADE = re.compile(r"^[\W_]*grade\b[\W_]*[0-9]", re.IGNORECASE | re.MULTILIN
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Options):
-    """Score a checkpoint, or samples made elsewhere, on 50 problems that look like no benchmark.
-
-    Without --model the unit tests alone run; with it, that model of an endpoint also grades each
-    answer from 0 to 10.
-    """
+    """Score a checkpoint, or samples made elsewhere, on 50 problems that look like no benchmark."""
 
     out: Path  # folder to write
     checkpoint: Path | None = None  # folder of the model to score
@@ -135,10 +127,8 @@ def judge(config: Config, client: Client | None) -> dict:
         if client:
             replies = client.in_order(lambda pair: grade(client, *pair), asked)
             replies = tqdm(replies, "grading", len(asked), disable=None)
-            files["grades"] = [
-                {"task_id": s["task_id"], "passed": s["passed"], **reply}
-                for s, reply in zip(samples, replies)
-            ]
+            known = [{k: s[k] for k in ("task_id", "passed")} for s in samples]
+            files["grades"] = [sample | reply for sample, reply in zip(known, replies)]
             result["judge"] = {**summary(files["grades"]), "endpoint": client.summary()}
         write(result, **files)
     return result

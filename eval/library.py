@@ -3,13 +3,12 @@
     python -m eval.library --source out/raw --out usage.json
     python -m eval.library --checkpoint out/run --source out/heldout --usage usage.json --out L.json
 
-phi-1's section 3 finds that finetuning on exercises, which import nothing but a few standard
-modules, makes a model better at using libraries. Its evidence is a few programs; this is a count.
-In real files that no model was trained on, at each attribute of something imported (the `join` of
-`os.path.join`, after `import os`), is the likeliest continuation, greedily, that attribute? The
-model sees the file before it, as far as its context goes, and has to end the name where it ends.
-Names that the file binds in any other way, and relative imports, do not count. The baseline is the
-most frequent attribute of that module in other code, which the first command counts.
+phi-1's section 3 finds, in a few programs, that finetuning on exercises makes a model better at
+using libraries; this is a count. At each attribute of something imported (the `join` of
+`os.path.join`) in files that no model was trained on, is that attribute the likeliest continuation?
+The model sees the file before it, as far as its context goes, and has to end the name where it
+ends. Names that the file binds in any other way, and relative imports, do not count. The baseline
+is the most frequent attribute of that module in other code, which the first command counts.
 """
 
 import ast

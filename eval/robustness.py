@@ -3,14 +3,10 @@
     python -m eval.robustness --problems HumanEval.jsonl.gz --checkpoint out/run --out out/robust
 
 The authors of phi-1 name as a limit that it is sensitive to style and to errors in a prompt. Each
-perturbation of eval/perturb.py keeps what is asked for. Where it touches code, that is checked: a
-problem whose reference fails under the perturbed prompt and test is left out, and counted. What it
-does to prose cannot be run: read problems.jsonl.
-
-The drop is over the problems that a perturbation applies to, each paired with itself, with the
-interval for paired proportions of Bonett and Price (2012).
-
-The folder --out has results.json, problems.jsonl (all prompts as asked) and samples.jsonl.
+perturbation of eval/perturb.py keeps what is asked for; a problem whose reference fails under the
+perturbed prompt and test is left out, and counted. What becomes of prose cannot be run: read
+problems.jsonl. The drop is over the problems that a perturbation applies to, each paired with
+itself. The folder --out has results.json, problems.jsonl (all prompts as asked) and samples.jsonl.
 """
 
 import json

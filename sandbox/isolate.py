@@ -4,10 +4,9 @@
     B  Landlock, seccomp, rlimits, unprivileged uid: where bubblewrap or namespaces are missing
     C  rlimits and unprivileged uid alone: by explicit flag only
 
-All system calls but those that computing takes are refused (`CALLS`): no processes, threads,
-signals, sockets or devices. No file can be written and none read but Python's library. `confine`
-takes all this on, for good; `bwrap` is what tier A is started with. Sources: seccomp(2),
-landlock(7), bwrap(1), linux/filter.h. Standard library only, as it runs in the sandbox.
+All system calls but `CALLS` are refused: no processes, threads, signals, sockets, devices. No file
+can be written and none read but Python's library. Sources: seccomp(2), landlock(7), bwrap(1),
+linux/filter.h. Standard library only, as it runs in the sandbox.
 """
 
 import ctypes
