@@ -1,9 +1,8 @@
 """Other ways to write a problem's prompt, each with the same task in it; for eval/robustness.py.
 
-A perturbation takes a problem and returns the problem with another prompt, and reference, test and
-entry point to match; or None where it does not apply. Code is changed token by token, a docstring
+A perturbation returns the problem with another prompt, and reference, test and entry point to
+match, always the same; or None where it does not apply. Code is changed token by token, a docstring
 as the text that stands in the source, so that all that is not meant to change stays as it was.
-The same problem is always perturbed in the same way.
 """
 
 import ast
@@ -23,8 +22,7 @@ TYPO_FRAC = 1 / 6  # of the words that may get a typo
 LITERAL = re.compile(r"([a-zA-Z]*)(\"\"\"|'''|\"|')(.*)\2", re.DOTALL)
 QUOTED = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|`[^`\n]*`|\S*[_(\[{<>=]\S*")  # no prose inside
 HEADER = re.compile(r"(for )?(an )?(examples?|instances?)\W*\d*\W*", re.IGNORECASE)
-# Words, as patterns, and others that say the same wherever a docstring has them. No new word is an
-# old one.
+# Words, as patterns, and others that say the same in any docstring. No new word is an old one.
 SYNONYMS = {
     r"return(?! it\b| them\b)": "give back", r"returns(?! it\b| them\b)": "gives back",
     "compute|calculate": "work out", r"count(?! of\b)": "tally", "create": "construct",

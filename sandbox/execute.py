@@ -1,10 +1,8 @@
 """Run untrusted programs in the sandbox and check what they answer.
 
-`run_checks` is the whole interface, `run_programs` its form for programs that hold their own tests.
 Each worker is a trusted process (supervise.py) with a sandbox of its own (candidate.py under the
 limits of isolate.py). The candidate alone is inside. The test runs outside and sees the plain data
-that the candidate sends, so that nothing inside can decide the verdict. `describe` says which tier
-of sandbox is used and what it does not protect.
+that the candidate sends, so that nothing inside can decide the verdict.
 """
 
 import contextlib

@@ -4,10 +4,9 @@
     B  Landlock, seccomp, rlimits, unprivileged uid: where bubblewrap or namespaces are missing
     C  rlimits and unprivileged uid alone: by explicit flag only
 
-All system calls but those that computing takes are refused (`CALLS`): no processes, threads,
-signals, sockets or devices. No file can be written and none read but Python's library. `confine`
-takes all this on, for good; `bwrap` is what tier A is started with. Sources: seccomp(2),
-landlock(7), bwrap(1), linux/filter.h. Standard library only, as it runs in the sandbox.
+All system calls but `CALLS` are refused: no processes, threads, signals, sockets, devices. No file
+can be written and none read but Python's library. Sources: seccomp(2), landlock(7), bwrap(1),
+linux/filter.h. Standard library only, as it runs in the sandbox.
 """
 
 import ctypes
@@ -25,14 +24,12 @@ MEANS = {
     "B": "Landlock, seccomp, rlimits and an unprivileged uid",
     "C": "rlimits and an unprivileged uid alone",
 }
+BURN = "; a candidate sees the arguments of the tests, and may burn its CPU time and memory"
 LACKS = {
-    "A": "the kernel itself; a candidate sees the arguments of the tests, and may burn its CPU time"
-    " and memory",
-    "B": "the kernel itself, and the names, sizes and dates of files, which can be asked for by "
-    "path; a candidate sees the arguments of the tests, and may burn its CPU time and memory",
-    "C": "files that all can read or write, the network, other processes of the same uid (ours if "
-    "not started as root), running other programs, the kernel; the references, if a program finds "
-    "them",
+    "A": f"the kernel itself{BURN}",
+    "B": f"the kernel itself, and names, sizes and dates of files, asked for by path{BURN}",
+    "C": "files that all can read or write, the references among them, the network, other "
+    "processes of the same uid (ours if not started as root), running programs, the kernel",
 }
 FILE_MB, OPEN_FILES = 16, 64
 PACKAGES = ("site-packages", "dist-packages")
@@ -76,14 +73,10 @@ def confine(tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid: int) 
 
     Raises OSError if one cannot be taken on; then nothing may be run.
     """
-    for name, most in (
-        ("CPU", cpu_s),
-        ("AS", memory_mb << 20),
-        ("FSIZE", FILE_MB << 20),
-        ("NOFILE", OPEN_FILES),
-        ("CORE", 0),
-        ("NPROC", 0),  # no new processes or threads; does not bind root
-    ):
+    # NPROC: no new processes or threads; does not bind root.
+    limits = {"CPU": cpu_s, "AS": memory_mb << 20, "FSIZE": FILE_MB << 20, "NOFILE": OPEN_FILES,
+              "CORE": 0, "NPROC": 0}  # fmt: skip
+    for name, most in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     if uid:
         os.setgroups([])
@@ -180,14 +173,15 @@ def bwrap(command: list[str], folder: str) -> list[str]:
 
 
 def prctl(option: int, value, argument=0) -> None:
-    """Make the system call. Raises OSError."""
-    if _libc.prctl(option, value, argument, 0, 0):
-        raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
+    _checked(_libc.prctl(option, value, argument, 0, 0), f"prctl {option}")
 
 
 def _syscall(number: int, *arguments) -> int:
-    result = _libc.syscall(number, *arguments)
+    return _checked(_libc.syscall(number, *arguments), f"system call {number}")
+
+
+def _checked(result: int, what: str) -> int:
     if result < 0:
         error = ctypes.get_errno()
-        raise OSError(error, f"system call {number}: {os.strerror(error)}")
+        raise OSError(error, f"{what}: {os.strerror(error)}")
     return result

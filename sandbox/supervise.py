@@ -3,8 +3,7 @@
 `python -m sandbox.supervise TIER UID MEMORY_MB` starts candidate.py in the sandbox, reads a job, a
 JSON object, from each line of stdin, and answers with a JSON line [status, detail, seconds]. For
 each job it forks a child that runs the job's test; the names that the test calls are proxies, which
-ask the candidate. Children of both processes last for one job. Forking a warm interpreter takes
-3 ms, starting a bare one 15 (measured). Standard library only.
+ask the candidate. Forking a warm interpreter takes 3 ms, starting a bare one 15 (measured).
 """
 
 import ast
