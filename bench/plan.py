@@ -11,7 +11,7 @@ memory  is counted; tests/bench/test_plan.py compares it with what torch and FSD
 speed   is cost.py's floors at the rates of published kernels, times the fraction of it that
         published runs reach. With this code nothing of it was measured on a GPU: `--fraction` takes
         what `--score` prints after a run of yours
-step    is simulated: compute, and the collectives of each kind, are streams that run side by side.
+step    is a pipeline: compute, and the collectives of each kind, are streams side by side.
         Left out: stragglers, congestion, what NCCL's kernels take from compute, and launches
 """
 
@@ -141,10 +141,7 @@ def micro_batches(c: Job) -> tuple[int, int]:
 
 
 def simulate(c: Job, micro_batch: int, fraction: float, gpu: Gpu) -> dict:
-    """Simulate a step; return its seconds, those that wait for communication, and what is moved.
-
-    gathers, scatters, reduces: (bytes, seconds) that each GPU moves.
-    """
+    """Return a step's micro-steps, seconds, seconds that wait for communication, and tokens/s."""
     S, R, L, units = c.shards, c.gpus // c.shards, c.n_layer, parameters_by_unit(c.model)
     micro_steps = c.seqs_per_step // (micro_batch * c.gpus)
     ops, ends = training_ops(c.model, micro_batch), ("embedding", "ln_f", "head", "cross_entropy")
@@ -177,18 +174,9 @@ def simulate(c: Job, micro_batch: int, fraction: float, gpu: Gpu) -> dict:
     # The root holds embedding and head, so that it is through last.
     root_ready = pipeline_s(*backward, scatter) + root_scatter
     step_s += max(pipeline_s(*backward, scatter, reduce), root_ready) + root_reduce
-    blocks, roots = (2 * L * micro_steps, micro_steps) if c.regather else (L, 1)  # gathered
-    gathered_bytes = c.compute_bytes * (blocks * units[0] + roots * units[1]) * (S - 1) / S
-    P = L * units[0] + units[1]
-    return {
-        "micro_steps": micro_steps,
-        "step_s": step_s,
-        "exposed_s": max(0.0, step_s - busy_s),
-        "tokens_per_s": c.seqs_per_step * c.seq_len / step_s,
-        "gathers": (gathered_bytes, blocks * gather + roots * root_gather),
-        "scatters": (4 * P * (S - 1) / S, L * scatter + root_scatter),
-        "reduces": (8 * P / S * (R - 1) / R, L * reduce + root_reduce),
-    }
+    rate = c.seqs_per_step * c.seq_len / step_s
+    return {"micro_steps": micro_steps, "step_s": step_s, "exposed_s": max(0.0, step_s - busy_s),
+            "tokens_per_s": rate}  # fmt: skip
 
 
 def speeds(c: Job, micro_batch: int, fraction: float = 0.0) -> dict[str, tuple[float, float]]:
@@ -251,16 +239,12 @@ def report(c: Job, price: float = 0.0, fraction: float = 0.0) -> None:
         row |= {"tokens_per_s": rate, "each": rate / c.gpus, "hours": hours}
         table(**row, gpu_hours=hours * c.gpus, cost=hours * c.gpus * price)
 
-    like, (share, _) = list(reached.items())[len(reached) // 2]
-    step = simulate(c, micro_batch, share, gpu)
-    print(f"\nA step like {like}'s takes {step['step_s'] * 1e3:,.0f} ms, of which "
-          f"{step['exposed_s'] * 1e3:.1f} wait for communication; each GPU moves")  # fmt: skip
-    for name in ("gathers", "scatters", "reduces"):
-        table(collective=name, GB=step[name][0] / 1e9, ms=step[name][1] * 1e3)
     print(f"\ncheckpoint {12 * P / 1e9:.2f} GB (a third weights), {c.keep + 1} kept: "
           f"{(c.keep + 1) * 12 * P / 1e9:,.0f} GB")  # fmt: skip
-    print("\nThe same steps on more GPUs; efficiency of each against 8, states sharded in a node, "
-          "over all\nGPUs, and in a node with one 100 Gb/s card")  # fmt: skip
+    like, (share, _) = list(reached.items())[len(reached) // 2]
+    print(f"\nThe same steps on more GPUs, like {like}; exposed: waiting for communication; "
+          "efficiency\nagainst 8, states sharded in a node, over all GPUs, and in a node with one "
+          "100 Gb/s card")  # fmt: skip
     for row in scaling(c, micro_batch, share):
         table(**row)
 

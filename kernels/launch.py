@@ -30,7 +30,7 @@ def check(name: str, t: torch.Tensor, x: torch.Tensor, shape: tuple, dtype=None)
     dtypes = (dtype,) if dtype else (x.dtype, torch.float32)
     if t.shape != shape or not t.is_contiguous() or t.dtype not in dtypes or t.device != x.device:
         got = f"{t.dtype} {tuple(t.shape)}, strides {t.stride()}, on {t.device}"
-        raise ValueError(f"{name} is {got}, want contiguous {dtypes} {shape} on {x.device}")
+        raise ValueError(f"{name} is {got}, want contiguous {dtypes} {tuple(shape)} on {x.device}")
 
 
 def config(kernel: str, x: torch.Tensor) -> dict:

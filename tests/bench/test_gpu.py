@@ -80,14 +80,14 @@ def test_one_that_hangs_or_fails_costs_no_other_its_turn(tmp_path, capsys):
     fails = Part("fails", ["-c", "print('{\"a\": 1}'); raise SystemExit('a reason')"])
     works = Part("works", ["-c", "print('x')"])
     saved = []
-    gpu.run_plan([(1, [hangs, fails]), (5, [works])], tmp_path, lambda p: saved.append(p.name))
+    gpu.run_plan([(5, [hangs, fails]), (60, [works])], tmp_path, lambda p: saved.append(p.name))
     assert saved == ["hangs", "fails", "works"]
     assert [p.exit for p in (hangs, fails, works)] == [None, 1, 0]
     assert not running(hangs.said)
     assert (fails.rows, fails.said) == ([{"a": 1}], "a reason")
     said = " ".join(capsys.readouterr().out.split())
-    assert "hangs ended by force after 1 s" in said
-    assert "fails exit 1 after 1 s: a reason" in said
+    assert re.search(r"hangs ended by force after \d+ s", said)
+    assert re.search(r"fails exit 1 after \d+ s: a reason", said)
     assert (tmp_path / "works.log").read_text() == "x\n"
 
 

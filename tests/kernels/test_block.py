@@ -209,8 +209,8 @@ def test_wrong_arguments(name, value, says):
 
 def test_these_arguments_are_right():
     """Or the test above proves nothing. A block of zeros is the identity."""
-    x = torch.randn(2, 8, 64, device=DEVICE)
-    doc_start = torch.zeros(2, 8, dtype=torch.int32, device=DEVICE)
+    x = torch.randn(1, 8, 64, device=DEVICE)
+    doc_start = torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)
     out = block(**arguments() | {"x": x, "doc_start": doc_start, "dropout_p": 0.5})
     assert torch.equal(out, x)
 

@@ -99,7 +99,7 @@ W = torch.ones(10, device=DEVICE)
         ((torch.ones(2, 8193, device=DEVICE), W, W), "x has shape .2, 8193.,.* C <= 8192"),
         ((X[:0], W, W), "x has shape .0, 10."),
         ((rand(10, 4).t(), W, W), "strides .1, 20., want .* contiguous in C"),
-        ((X, W[:9], W), "w is torch.float32 .9,., .*want contiguous .* .10."),
+        ((X, W[:9], W), "w is torch.float32 .9,., .*want contiguous .*.10."),
         ((X, W, W.half()), "b is torch.float16 "),
     ],
 )
