@@ -80,11 +80,11 @@ def test_same_logits(ours, theirs):
 
 
 def same_greedy_text(checkpoint: Path, model, tokenizer, prompts: list[str]) -> None:
-    want = Generator.load(checkpoint, "cpu").generate(prompts, 12)
+    want = Generator.load(checkpoint, "cpu").generate(prompts, 20)
     assert len(set(want)) == len(want)
     for prompt, text in zip(prompts, want):
         inputs = tokenizer(prompt, return_tensors="pt")
-        new = model.generate(**inputs, max_new_tokens=12, do_sample=False,
+        new = model.generate(**inputs, max_new_tokens=20, do_sample=False,
                              eos_token_id=tokenizer.eos_token_id)[0]  # fmt: skip
         new = new[inputs["input_ids"].shape[1] :]
         assert tokenizer.decode(new, skip_special_tokens=True) == text
