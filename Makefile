@@ -25,7 +25,7 @@ SANDBOX        ?= auto
 GPU_OUT        ?= out/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test resources gpu-check gpu-bench gpu-tune lint clean \
+.PHONY: help train test check resources gpu-check gpu-bench gpu-tune lint clean \
         raw filtered exercises pairs tokenizer tokens pretrain finetune eval
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/tokens/%/summary.json $(OUT)/eval/%/results.json
@@ -37,8 +37,14 @@ help:  ## list the targets
 
 train: $(OUT)/report.html  ## raw code -> evaluated model and report; start here
 
-test: $(VENV)  ## run the tests
-	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist' 2>&- && echo --numprocesses=2 --dist=loadfile)
+PYTEST = $(PYTHON) -m pytest \
+  $$($(PYTHON) -c 'import xdist' 2>&- && echo --numprocesses=2 --dist=loadfile)
+
+test: $(VENV)  ## test the core, the kernels, and one pass of every stage: 3 minutes
+	$(PYTEST) -m 'not slow' tests/core tests/kernels tests/test_stages.py
+
+check: $(VENV)  ## run every test, and every command of README.md: 10 minutes
+	$(PYTEST)
 
 lint: $(VENV)  ## check the style
 	$(PYTHON) -m ruff check .
@@ -68,8 +74,8 @@ $(OUT)/.settings/%:
 	@mkdir -p $(@D) && rm -f $(firstword $(subst @, ,$@))@* && touch $@
 
 # $(call code,X): program X and the files that it imports, directly or through others.
-CODE := $(shell $(if $(shell command -v $(PYTHON)),$(PYTHON),python3) -m common.code data.collect data.filter data.pairs data.exercises \
-          tokenizer.train data.pack train eval.exercises tools.report)
+CODE := $(shell $(if $(shell command -v $(PYTHON)),$(PYTHON),python3) -m common.code data.collect data.filter data.exercises \
+          experiments.pairs tokenizer.train data.pack train eval.exercises tools.report)
 $(if $(CODE),,$(warning common.code failed: edits of code will not be seen))
 code = $(patsubst $(1):%,%,$(filter $(1):%,$(CODE)))
 
@@ -89,8 +95,8 @@ $(OUT)/raw/summary.json: $(call code,data.collect) $(call set,RAW_MB) | $(VENV)
 $(OUT)/filtered/summary.json: $(OUT)/raw/summary.json $(call code,data.filter)
 	$(PYTHON) -m data.filter --source $(OUT)/raw --out $(@D)
 
-$(OUT)/pairs/summary.json: $(OUT)/raw/summary.json $(call code,data.pairs)
-	$(PYTHON) -m data.pairs --source $(OUT)/raw --out $(@D)
+$(OUT)/pairs/summary.json: $(OUT)/raw/summary.json $(call code,experiments.pairs)
+	$(PYTHON) -m experiments.pairs --source $(OUT)/raw --out $(@D)
 
 $(OUT)/exercises/summary.json $(OUT)/shuffled/summary.json: $(OUT)/%/summary.json: \
     $(call code,data.exercises) $(call set,EXERCISES HELDOUT) | $(VENV)

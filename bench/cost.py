@@ -1,6 +1,6 @@
 """The cost of a training step: FLOPs and bytes of each op, its floor on a GPU, and the tokens/s.
 
-    python -m bench.cost configs/phi1.toml --gpu h100 [--json]
+    python -m bench.cost configs/phi1.toml --gpu h100
 
 An op's floor is the longer of FLOPs / FLOP rate and bytes / bandwidth. Bytes are those an op cannot
 avoid: every operand read once, every result written once, activations and weights in 2 bytes,
@@ -14,24 +14,23 @@ takes the data sheet's rates, and MFU its dense peak; the prediction is a range,
 published kernels reach.
 """
 
-import dataclasses
-import json
 import math
 from dataclasses import dataclass
 
-from common.config import UserError, parse, run
+from bench.table import Table, parse_run
+from common.config import UserError, run
 from common.runlog import PEAK_FLOPS
 from model import ModelConfig, flops_per_token, parameter_count
-from train import TrainConfig
 
 
 @dataclass(frozen=True)
-class Config(TrainConfig):
-    """Print the floors of one training step, op by op, and the tokens/s they allow."""
+class Config:
+    """Print the floors of one training step, op by op, and the tokens/s they allow.
 
-    gpu: str = "h100"  # a100, h100 or h200
-    world_size: int = 1  # GPUs that share seqs_per_step; each pays for the whole optimiser step
-    json: bool = False  # print JSON instead of a table
+    The step is that of CONFIG.toml on one GPU; flags of train.py's override it.
+    """
+
+    gpu: str = "h100"  # a100-40, a100-80, h100 or h200
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,14 @@ class Rates:
     memory: float
 
     def floor_us(self, op: Op) -> tuple[float, str]:
-        """Microseconds of one call, and what bounds it."""
+        """Return the microseconds of one call, and what bounds it."""
         compute_s = op.flops / getattr(self, op.kind) if op.flops else 0.0
         memory_s = op.bytes / self.memory
         return max(compute_s, memory_s) * 1e6, "compute" if compute_s > memory_s else "memory"
 
 
 def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
-    """The ops of a micro-step of `micro_batch` sequences and of the optimiser's step, in order."""
+    """Return the ops of a micro-step of `micro_batch` sequences, and the optimiser's, in order."""
     T, C, M, V, L = c.seq_len, c.width, c.mlp_width, c.vocab_size, c.n_layer
     N, qkvu, lse = micro_batch * T, 3 * C + M, 4 * micro_batch * T * c.n_head
     parameters = parameter_count(c)
@@ -116,20 +115,53 @@ def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
 
 
 def step_us(ops: list[Op], rates: Rates, micro_steps: int) -> float:
-    """Microseconds of a step of `micro_steps` micro-steps and one of the optimiser."""
+    """Return the microseconds of a step of `micro_steps` micro-steps and one of the optimiser."""
     return sum(
         rates.floor_us(op)[0] * op.calls * (1 if op.phase == "optimiser" else micro_steps)
         for op in ops
     )
 
 
-def _rates(gemm: float, fwd: float, bwd: float, memory: float) -> Rates:
-    return Rates(gemm * 1e12, fwd * 1e12, bwd * 1e12, memory * 1e12)
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU in a node of eight."""
+
+    family: str  # whose rates and records are below
+    memory: float  # what torch can see, bytes
+    bandwidth: float  # of it, bytes/s
+    nvlink: float  # bytes/s that a collective moves through each GPU of a node ("bus bandwidth")
+    network: float  # the same between nodes
+
+    @property
+    def peak(self) -> float:
+        """Return the data sheet's dense bf16 FLOP/s."""
+        return PEAK_FLOPS[self.family.upper()]
+
+    def roof(self) -> Rates:
+        """Return the data sheet's rates."""
+        return Rates(self.peak, self.peak, self.peak, self.bandwidth)
+
+    def reached(self) -> tuple[Rates, Rates]:
+        """Return what published kernels reach, slow and fast."""
+        slow, fast = ([x * 1e12 for x in tflops] for tflops in REACHED[self.family])
+        return Rates(*slow, 0.80 * self.bandwidth), Rates(*fast, 0.90 * self.bandwidth)
 
 
-# Data sheets, bytes/s: A100 SXM 80 GB, H100 SXM, H200 SXM.
-BANDWIDTH = {"a100": 2.04e12, "h100": 3.35e12, "h200": 4.8e12}
-# What published kernels reach (TFLOP/s), slow and fast: the range of the prediction.
+# memory     "total capacity" in torch's out-of-memory messages (the H200's: of one that we used)
+# bandwidth  data sheets: A100 SXM 40 and 80 GB, H100 SXM, H200 SXM
+# nvlink     nccl-tests on 8 GPUs: 232 GB/s (github.com/NVIDIA/nccl-tests issue 175); 370, without
+#            switches that add (issue 212, a maintainer of NCCL); the H200's NVLink is the H100's
+# network    192 GB/s a node of 8 x 200 Gb/s InfiniBand (github.com/NVIDIA/nccl issue 812, NVIDIA's
+#            DGX A100); 46 to 48 GB/s a 400 Gb/s card (nccl-tests issue 290, NVIDIA)
+GPUS = {
+    "a100-40": Gpu("a100", 39.50 * 2**30, 1.555e12, 232e9, 24e9),
+    "a100-80": Gpu("a100", 79.25 * 2**30, 2.04e12, 232e9, 24e9),
+    "h100": Gpu("h100", 79.11 * 2**30, 3.35e12, 370e9, 46e9),
+    "h200": Gpu("h200", 139.0 * 2**30, 4.80e12, 370e9, 46e9),
+}
+NODE = 8  # GPUs in a node, all on NVLink, each with a network card of its own
+# TFLOP/s of large GEMMs, attention's forward, attention's backward that published kernels reach,
+# slow and fast: the range of the prediction.
 #   a100  cuBLAS 235 and 250 in large bf16 GEMMs; FlashAttention-2 at head dim 64 and sequence 2048,
 #         causal, forward and backward together: 126 and 140 (arXiv 2307.08691, figures 4 to 6)
 #   h100  cuBLAS 720 and 798; causal forward 342 (Triton) and 371 (FlashAttention-3, arXiv
@@ -137,15 +169,11 @@ BANDWIDTH = {"a100": 2.04e12, "h100": 3.35e12, "h200": 4.8e12}
 #   h200  the same chip; 715 published, 788 measured in an 8192^3 matmul (2026-10)
 # Bandwidth: large copies ran at 3.0 TB/s on an H100 and 4.3 on an H200 (2026-10, -11), 0.90 of the
 # data sheet; the A100's 0.90, and 0.80 as what a kernel with more streams reaches, are assumptions.
-MEASURED = {
-    "a100": (_rates(235, 126, 126, 0.80 * 2.04), _rates(250, 140, 140, 0.90 * 2.04)),
-    "h100": (_rates(720, 342, 250, 0.80 * 3.35), _rates(798, 371, 345, 0.90 * 3.35)),
-    "h200": (_rates(715, 342, 250, 0.80 * 4.80), _rates(788, 371, 345, 0.90 * 4.80)),
+REACHED = {
+    "a100": ((235, 126, 126), (250, 140, 140)),
+    "h100": ((720, 342, 250), (798, 371, 345)),
+    "h200": ((715, 342, 250), (788, 371, 345)),
 }
-# Best published MFU on the same GPU, for a model of phi-1's size and of phi-1-small's: on an A100,
-# FlashAttention-2's GPT3-1.3B (arXiv 2307.08691, table 1) and llm.c's 350M at sequence 1024; on an
-# H100, LLMQ's 1.5B and 0.5B.
-RECORD_MFU = {"a100": (0.586, 0.582), "h100": (0.566, 0.468)}
 # MFU of published runs of 1B models on eight GPUs (one, where it says so): phi-1's paper, 770 h for
 # 50.3B tokens; LLM Foundry's tables; FlashAttention-2 (arXiv 2307.08691, table 1); nanochat; LLMQ.
 RECORDS = {
@@ -153,53 +181,27 @@ RECORDS = {
     "h100": {"LLM Foundry 1B": 0.389, "nanochat d24": 0.480, "LLMQ 1.5B, one GPU": 0.566},
 }
 RECORDS["h200"] = RECORDS["h100"]  # an assumption: the same chip, more bandwidth
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU in a node of eight: what a plan of a whole run needs beside its rates."""
-
-    family: str  # whose rates are above
-    memory: float  # what torch can see, bytes
-    bandwidth: float  # of it, bytes/s
-    nvlink: float  # bytes/s that a collective moves through each GPU of a node ("bus bandwidth")
-    network: float  # the same between nodes
-
-
-# memory     "total capacity" in torch's out-of-memory messages (the H200's: of one that we used)
-# bandwidth  data sheets
-# nvlink     nccl-tests on 8 GPUs: 232 GB/s (github.com/NVIDIA/nccl-tests issue 175); 370, without
-#            switches that add (issue 212, a maintainer of NCCL); the H200's NVLink is the H100's
-# network    192 GB/s a node of 8 x 200 Gb/s InfiniBand (github.com/NVIDIA/nccl issue 812, NVIDIA's
-#            DGX A100); 46 to 48 GB/s a 400 Gb/s card (nccl-tests issue 290, NVIDIA)
-GPUS = {
-    "a100-40": Gpu("a100", 39.50 * 2**30, 1.555e12, 232e9, 24e9),
-    "a100-80": Gpu("a100", 79.25 * 2**30, BANDWIDTH["a100"], 232e9, 24e9),
-    "h100": Gpu("h100", 79.11 * 2**30, BANDWIDTH["h100"], 370e9, 46e9),
-    "h200": Gpu("h200", 139.0 * 2**30, BANDWIDTH["h200"], 370e9, 46e9),
-}
-NODE = 8  # GPUs in a node, all on NVLink, each with a network card of its own
 # NCCL 2.30's own model (src/graph/tuning.cc, "simple" protocol): start of a collective, a hop over
 # NVLink, a hop over the network, seconds; and what a tree reaches of a ring's bandwidth.
 START_S, NVLINK_HOP_S, NETWORK_HOP_S, TREE_FRAC = 8.4e-6, 3.4e-6, 14e-6, 0.92
 
 
-def roof(gpu: str) -> Rates:
-    """The data sheet's rates."""
-    peak = PEAK_FLOPS[gpu.upper()]
-    return Rates(peak, peak, peak, BANDWIDTH[gpu])
+def find_gpu(name: str) -> Gpu:
+    if name not in GPUS:
+        raise UserError(f"gpu is {name!r}, want one of {', '.join(GPUS)}")
+    return GPUS[name]
 
 
 def fractions(family: str) -> dict[str, float]:
-    """Published run -> its MFU over that of the kernels alone at phi-1's shape, nearly theirs."""
-    c = ModelConfig()
-    us = step_us(training_ops(c, 16), MEASURED[family][1], 8) / (8 * 16 * c.seq_len)
-    roofline_mfu = flops_per_token(c) / us * 1e6 / PEAK_FLOPS[family.upper()]
+    """Return published run -> its MFU over that of the kernels alone at phi-1's shape."""
+    c, gpu = ModelConfig(), GPUS.get(family, GPUS["a100-80"])
+    us = step_us(training_ops(c, 16), gpu.reached()[1], 8) / (8 * 16 * c.seq_len)
+    roofline_mfu = flops_per_token(c) / us * 1e6 / gpu.peak
     return {name: mfu / roofline_mfu for name, mfu in RECORDS[family].items()}
 
 
 def collective_s(n_bytes: float, ranks: int, nodes: int, passes: int, gpu: Gpu) -> float:
-    """Seconds of an all-gather or reduce-scatter (one pass of a ring) or all-reduce (two).
+    """Return the seconds of an all-gather or reduce-scatter (one pass), or an all-reduce (two).
 
     `n_bytes` is the whole buffer, on `ranks` spread evenly over `nodes`. Between nodes an
     all-reduce is a tree where that is faster.
@@ -217,73 +219,26 @@ def collective_s(n_bytes: float, ranks: int, nodes: int, passes: int, gpu: Gpu) 
     return min(ring_s, START_S + passes * tree_s + moving_s / TREE_FRAC)
 
 
-def report(c: Config) -> dict:
-    """What `main` prints: the ops with their floors, the roof and the predicted range."""
-    gpu, per_gpu = c.gpu.lower(), c.micro_batch * c.world_size
-    if gpu not in MEASURED:
-        raise UserError(f"gpu is {c.gpu!r}, want one of {', '.join(MEASURED)}")
-    if c.world_size < 1 or c.seqs_per_step % per_gpu:
-        raise UserError(
-            f"seqs_per_step {c.seqs_per_step} is not a multiple of micro_batch {c.micro_batch} x "
-            f"world_size {c.world_size}"
-        )
-    micro_steps = c.seqs_per_step // per_gpu
-    ops, tokens = training_ops(c.model, c.micro_batch), c.micro_batch * c.seq_len
-    rows = []
-    for op in ops:
-        floor_us, bound = roof(gpu).floor_us(op)
-        each = tokens * (micro_steps if op.phase == "optimiser" else 1)
-        slow_us, fast_us = (r.floor_us(op)[0] for r in MEASURED[gpu])
-        rows.append(
-            dataclasses.asdict(op)
-            | {"floor_us": floor_us, "bound": bound, "predicted_us": [slow_us, fast_us]}
-            | {"ns_per_token": floor_us * op.calls * 1e3 / each}
-        )
-    result = {"gpu": gpu, "micro_batch": c.micro_batch, "micro_steps": micro_steps, "ops": rows}
-    peak, flops = PEAK_FLOPS[gpu.upper()], flops_per_token(c.model)
-    for name, rates in zip(("roof", "slow", "fast"), (roof(gpu), *MEASURED[gpu])):
-        us = step_us(ops, rates, micro_steps)
-        tokens_per_s = tokens * micro_steps / us * 1e6
-        result[name] = {"step_ms": us / 1e3, "us_per_token": us / tokens / micro_steps}
-        result[name] |= {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak}
-    if gpu in RECORD_MFU:
-        mfu = RECORD_MFU[gpu][flops < 4e9]
-        result["record"] = {"mfu": mfu, "tokens_per_s": mfu * peak / flops}
-    return result
-
-
-def show(r: dict) -> str:
-    """The report as text."""
-    lines = [
-        f"{r['gpu'].upper()}, {r['micro_steps']} micro-steps of {r['micro_batch']} sequences; "
-        "floors from the data sheet, predicted from rates of published kernels",
-        f"{'op':<18}{'phase':<10}{'calls':>5} {'GFLOP':>10}{'MB':>10}{'floor us':>11}  bound   "
-        f"{'predicted us':>19}{'ns/token':>10}",
-    ]
-    for op in r["ops"]:
-        slow, fast = op["predicted_us"]
-        lines.append(
-            f"{op['name']:<18}{op['phase']:<10}{op['calls']:>5} {op['flops'] / 1e9:>10,.1f}"
-            f"{op['bytes'] / 1e6:>10,.1f}{op['floor_us']:>11,.1f}  {op['bound']:<8}"
-            f"{f'{fast:,.1f} - {slow:,.1f}':>19}{op['ns_per_token']:>10,.1f}"
-        )
-
-    def speed(x: dict) -> str:
-        return f"{x['tokens_per_s']:,.0f} tokens/s, {x['mfu']:.1%} MFU"
-
-    low, high = r["slow"], r["fast"]
-    lines += [f"data sheet's roof   {speed(r['roof'])}, {r['roof']['step_ms']:,.1f} ms a step"]
-    lines += [f"predicted           {speed(low)}  to  {speed(high)}, without gaps"]
-    if record := r.get("record"):
-        share = [record["tokens_per_s"] / x["tokens_per_s"] for x in (high, low)]
-        lines += [f"published record    {speed(record)}: {share[0]:.0%} to {share[1]:.0%} of that"]
-    return "\n".join(lines)
-
-
 def main() -> None:
-    config = parse(Config, toml=True)
-    result = report(config)
-    print(json.dumps(result, indent=1) if config.json else show(result))
+    own, c = parse_run(Config)
+    gpu, micro_steps, table = find_gpu(own.gpu), max(1, c.seqs_per_step // c.micro_batch), Table()
+    ops, tokens = training_ops(c.model, c.micro_batch), c.micro_batch * c.seq_len
+    for op in ops:
+        floor_us, bound = gpu.roof().floor_us(op)
+        slow_us, fast_us = (rates.floor_us(op)[0] for rates in gpu.reached())
+        each = tokens * (micro_steps if op.phase == "optimiser" else 1)
+        table(
+            op=op.name, phase=op.phase, bound=bound, calls=op.calls, gflop=op.flops / 1e9,
+            mb=op.bytes / 1e6, floor_us=floor_us, fast_us=fast_us, slow_us=slow_us,
+            ns_per_token=floor_us * op.calls * 1e3 / each,
+        )  # fmt: skip
+    print()
+    flops, best = flops_per_token(c.model), max(RECORDS[gpu.family].items(), key=lambda r: r[1])
+    for name, rates in zip(("data sheet", "slow", "fast"), (gpu.roof(), *gpu.reached())):
+        us = step_us(ops, rates, micro_steps)
+        rate = tokens * micro_steps / us * 1e6
+        table(kernels=name, tokens_per_s=rate, mfu_frac=rate * flops / gpu.peak, step_ms=us / 1e3)
+    print(f"published record: {best[1]:.1%} MFU ({best[0]})")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@
 Without make: python3 -m bench.gpu --do=check --out=DIR. A command is groups of parts, in the
 order of worth. The parts of a group run side by side, each a process group of its own, so that one
 that fails, hangs or loses its CUDA context costs no other its turn; a group may take its own
-seconds and those that earlier ones left. What parts print is shown as it comes. Their lines of JSON
-are gathered in `out`/gpu.json, written as each part ends, and all that they said in
-`out`/logs.tar.gz. It uses the Python that runs it, and installs nothing.
+seconds and those that earlier ones left. As each part ends, a few lines of it are shown, its lines
+of JSON are added to `out`/gpu.json, and all that it said to `out`/logs-check.tar.gz or the like. It
+uses the Python that runs it, and installs nothing.
 """
 
-import collections
 import contextlib
 import datetime
 import importlib.util
@@ -25,7 +24,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,19 +31,17 @@ from pathlib import Path
 import torch
 import triton
 
-from bench.ops import Row, ratios
-from bench.timing import emit
-from bench.tune import DROPOUT_OPS, OPS
 from common.config import UserError, parse, run
 from common.runlog import environment
 from kernels.launch import TUNING_FILE
 
 ROOT = Path(__file__).parents[1]
 # What has tests for a GPU: files of which all count, and single tests.
-TESTED = ["layernorm", "attention", "cross_entropy", "mlp", "block", "decode"]
-ALONE = ["core/test_train.py::test_half_precision_resumes_bitwise",
-         "bench/test_plan.py::test_memory_on_a_gpu"]  # fmt: skip
-TOY = ["--vocab_size=96", "--seq_len=64", "--n_layer=1", "--n_head=2", "--width=64",
+TESTED = ["kernels/test_layernorm.py", "kernels/test_attention.py", "kernels/test_cross_entropy.py",
+          "kernels/test_mlp.py", "kernels/test_block.py", "kernels/test_decode.py",
+          "core/test_train.py::test_half_precision_resumes_bitwise",
+          "bench/test_plan.py::test_memory_on_a_gpu"]  # fmt: skip
+TOY = ["--vocab_size=96", "--seq_len=40", "--n_layer=1", "--n_head=2", "--width=64",
        "--mlp_width=128", "--rotary_dim=16", "--device=cpu", "--dtype=float16"]  # fmt: skip
 SMI = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.draw,power.limit,temperature.gpu",
        "--format=csv,noheader"]  # fmt: skip
@@ -56,7 +52,7 @@ class Config:
     """Check, measure or tune the kernels on this GPU."""
 
     do: str  # check, bench or tune
-    out: Path = Path("out/gpu")  # folder for gpu.json, logs.tar.gz and tuning.json
+    out: Path = Path("out/gpu")  # folder for gpu.json, logs and tuning.json
     only: str = ""  # regular expression: run only the parts whose names it is found in
     toy: bool = False  # run all of it on a CPU at toy size: does it work? The times mean nothing
 
@@ -79,31 +75,18 @@ class Part:
     said: str = ""  # its last line that is no JSON
     rows: list[dict] = field(default_factory=list)  # its lines of JSON
 
-    def start(self, logs: Path, prefix: str) -> None:
-        print(f"{self.name}: {' '.join(self.command)}", flush=True)
+    def start(self, logs: Path) -> None:
+        self.log, self.began = logs / f"{self.name.replace(' ', '_')}.log", time.monotonic()
         # pytest's workers, which this may run in, tell their children that they are workers too
         env = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
-        self.began = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, *self.command], cwd=ROOT, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, env=env,
-        )  # fmt: skip
-        log = logs / f"{self.name.replace(' ', '_')}.log"
-        self.reader = threading.Thread(target=self.read, args=(log, prefix), daemon=True)
-        self.reader.start()
-
-    def read(self, log: Path, prefix: str) -> None:
-        with open(log, "w", buffering=1) as f:
-            for line in self.process.stdout:
-                f.write(line)
-                try:
-                    self.rows.append(json.loads("{" + line.partition("{")[2]))  # behind dots
-                except ValueError:
-                    self.said = line.strip() or self.said
-                    print(prefix + line, end="", flush=True)
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *self.command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                process_group=0, env=env,
+            )  # fmt: skip
 
     def finish(self, end: float) -> None:
-        """Wait for it until `end`, then kill it and all that it started."""
+        """Wait for it until `end`, then kill it and all that it started; read what it said."""
         while self.process.poll() is None and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(min(left, 4))
@@ -112,58 +95,49 @@ class Part:
                 self.gpu = said.strip() or self.gpu
         self.exit, self.seconds = self.process.poll(), round(time.monotonic() - self.began, 1)
         self.kill()
-        self.reader.join(5)
+        shown = []
+        for line in self.log.read_text(errors="replace").splitlines():
+            try:
+                self.rows.append(json.loads("{" + line.partition("{")[2]))
+                shown += [self.rows[-1]["summary"]] if "summary" in self.rows[-1] else []
+            except ValueError:
+                self.said = line.strip() or self.said
+                shown += [line[:200]] * line.startswith(("FAILED ", "ERROR "))  # of pytest's
         ended = "ended by force" if self.exit is None else f"exit {self.exit}"
-        print(f"{self.name}: {ended} after {self.seconds} s\n", flush=True)
+        for line in [*shown, f"{ended} after {self.seconds:.0f} s: {self.said[:80]}"]:
+            print(f"{self.name:<24}{line}", flush=True)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def outcome(self) -> dict:
-        """For the record: rows, or tests as counts with what those said that did not pass."""
-        found = {"exit": self.exit, "seconds": self.seconds, "gpu": self.gpu}
-        found |= {"said": self.said} if self.exit != 0 else {}
-        tests = {}
-        for row in self.rows:
-            if "test" in row and tests.get(row["test"], row)["outcome"] != "failed":
-                tests[row["test"]] = row
-        if not tests:  # times of what only warms caches mean nothing
-            return found | {"rows": [] if self.name.startswith("warm") else self.rows}
-        counts = collections.Counter(row["outcome"] for row in tests.values())
-        kept = [
-            r for r in tests.values() if r["outcome"] in ("failed", "unfinished") or "told" in r
-        ]
-        return found | {"tests": counts, "rows": kept}
-
 
 def step(model: str, impl: str, toy: bool, *flags: str) -> Part:
-    command = ["-m", "bench.step", f"configs/{model}.toml", f"--impl={impl}"]
+    command = ["-m", "bench.step", f"configs/{model}.toml", f"--impl={impl}", "--json", *flags]
+    command += ["--dtype=bfloat16", "--micro_batch=8"]
     tiny = [*TOY, "--dtype=float32", "--micro_batch=2", "--steps=1"] * toy
-    name = " ".join([model, impl, *flags]).replace("--", "")
-    command += ["--dtype=bfloat16", "--json", "--micro_batch=8", "--kernels_shown=16"]
-    return Part(name, [*command, *flags, *tiny])
+    return Part(" ".join([model, impl, *flags]).replace("--", ""), command + tiny)
 
 
 def ops(name: str, toy: bool, *flags: str) -> Part:
     tiny = [*TOY, "--batch=1"] * toy
-    op = f"--op={name.split()[0]}"
-    return Part(name, ["-m", "bench.ops", op, "--json", *flags, *tiny])
+    return Part(name, ["-m", "bench.ops", f"--op={name.split()[0]}", "--json", *flags, *tiny])
 
 
-def check(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
-    """Compiling is most of it, so that many processes share the GPU."""
-    files = [f"tests/{test}" for test in ALONE]
-    files += [f"tests/kernels/test_{name}.py" for name in TESTED]
-    command = ["-m", "pytest", "-q", "--override-ini=addopts=", "--tb=short", "-pbench.gpu"]
-    if importlib.util.find_spec("xdist"):
-        command += [f"-n{2 if toy else max(2, os.cpu_count() - 2)}", "--dist=worksteal"]
-    toys = ["-k", "bfloat16 and cpu or layernorm and (bad_input or gpu)"] * toy
-    return [(170, [Part("tests", [*command, *toys, *files])])]
+def check(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
+    """Run the tests, a file a part. Compiling is most of it: many processes share the GPU."""
+    command = ["-m", "pytest", "-v", "--override-ini=addopts=", "--tb=short", "-pbench.gpu"]
+    if importlib.util.find_spec("xdist") and not toy:
+        command += ["-n3", "--dist=worksteal"]
+    command += ["-k", "gpu or bfloat16 and cpu or test_bad_input or test_linear"] * toy
+    names = [Path(test.partition("::")[0]).stem.removeprefix("test_") for test in TESTED]
+    tests = zip(names, TESTED)
+    return [(170, [Part(name, [*command, f"--junitxml={logs}/{name}.xml", f"tests/{test}"])
+                   for name, test in tests])]  # fmt: skip
 
 
-def bench(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
+def bench(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
     """First what Triton and torch.compile take longest for, side by side and at the same shapes."""
     phi1, small = (
         [step(model, impl, toy) for impl in ("ours", "torch", "transformers")]
@@ -179,8 +153,7 @@ def bench(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
         for part in [*phi1, *small, attention, block, dropped, fp16]
     ]
     decode = ["-m", "bench.decode", "configs/phi1.toml", "--batch=1", "--batch=64", "--json"]
-    decode += ["--rounds=2", "--new_tokens=64", "--static=false"]
-    decode += [*TOY, "--new_tokens=4"] * toy
+    decode += ["--new_tokens=64", *[*TOY, "--new_tokens=4"] * toy]
     timed = list(zip((45, 40, 45, 50), phi1))
     timed += [(40, attention), (15, ops("layernorm", toy)), (30, dropped), (30, block)]
     timed += [(35, fp16), (20, ops("cross_entropy", toy)), (45, Part("decode", decode))]
@@ -188,21 +161,21 @@ def bench(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
     return [(75, warm), *((seconds, [part]) for seconds, part in timed)]
 
 
-def tune(out: Path, toy: bool) -> list[tuple[int, list[Part]]]:
-    """First every candidate is compiled, side by side; then an op a process; the step last.
+def tune(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
+    """First every candidate is compiled, side by side; then kernels by kind; the step last.
 
-    An op goes with dropout last: where a table or a choice serves both, it is phi-1's that counts.
+    With dropout comes last: where a table or a choice serves both, it is phi-1's that counts.
     """
-    found = out / "tuning.json"
-    command = ["-m", "bench.tune", f"--out={found}", *[*TOY, "--batch=1"] * toy]
-    todo = [(op, 0) for op in DROPOUT_OPS] + [(op, 0.1) for op in DROPOUT_OPS]
-    todo += [(op, 0) for op in OPS if op not in DROPOUT_OPS]
-    each = [
-        Part(op + " dropout" * (p > 0), [*command, f"--op={op}", f"--dropout={p}"])
-        for op, p in todo
-    ]
-    warm, after = Part("warm", [*command, "--warm"]), step("phi1", "ours", toy)
-    return [(90, [warm]), *((28, [part]) for part in each), (50, [after])]
+    command = ["-m", "bench.tune", f"--out={out / 'tuning.json'}"]
+    command += [*TOY, "--batch=1", "--seq_len=16"] * toy
+    kinds = {"attention": 40, "proj|gelu_bwd": 60, "layernorm|residual|gelu_fwd": 30}
+    plan = [(90, [Part("warm", [*command, "--warm"])])]
+    for p in (0, 0.1):
+        for kind, seconds in kinds.items():
+            flags = "--op=block", f"--kernel={kind}", f"--dropout={p}"
+            plan.append((seconds, [Part(f"{kind} {p}", [*command, *flags])]))
+    plan.append((20, [Part("cross_entropy", [*command, "--op=cross_entropy"])]))
+    return [*plan, (50, [step("phi1", "ours", toy)])]
 
 
 PLANS = {"check": check, "bench": bench, "tune": tune}
@@ -215,7 +188,7 @@ def run_plan(plan: list[tuple[int, list[Part]]], logs: Path, save) -> None:
         end, begun = end + seconds, []
         try:
             for part in group:
-                part.start(logs, f"{part.name}: " * (len(group) > 1))
+                part.start(logs)
                 begun.append(part)
             for part in group:
                 part.finish(end)
@@ -225,61 +198,11 @@ def run_plan(plan: list[tuple[int, list[Part]]], logs: Path, save) -> None:
                 part.kill()
 
 
-# Pytest takes these with `-p bench.gpu`: a line of JSON for each test, when it begins and ends.
-
-
-def pytest_runtest_logstart(nodeid):
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        emit({"test": nodeid, "outcome": "unfinished"})
-
-
 def pytest_runtest_logreport(report):
-    crash = getattr(report.longrepr, "reprcrash", None)
-    why = crash.message if crash else str(report.longrepr or "")
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        if report.failed and re.search(r"CUDA error|Error \[CUDA\]", why):
-            os._exit(1)  # its context is dead; the tests to come get a process of their own
-    elif report.when == "call" or not report.passed:
-        told = dict(report.user_properties)
-        emit({"test": report.nodeid, "outcome": report.outcome, "why": why[:200].strip()} | told)
-
-
-def failures(record: dict) -> list[str]:
-    """The parts that failed; what only warms caches may run out of time."""
-    return [n for n, p in record["parts"].items() if p["exit"] != 0 and not n.startswith("warm")]
-
-
-def table(record: dict) -> str:
-    """The record in some forty lines: tests, ours beside the fastest peer, what failed."""
-    lines = [", ".join(f"{k} {record[k]}" for k in ("device", "torch", "triton", "commit", "date"))]
-    for name, part in record["parts"].items():
-        rows, said = part["rows"], []
-        if "tests" in part:
-            said.append(", ".join(f"{n} {outcome}" for outcome, n in sorted(part["tests"].items())))
-        measured = [Row(**r) for r in rows if "provider" in r]
-        said += ratios(measured)
-        said += {f"{r.op} {r.provider} {r.note or 'WRONG'}": 0 for r in measured
-                 if r.provider.startswith("ours") and not r.ok}  # fmt: skip
-        for r in rows:
-            if "test" in r:
-                said.append(" ".join(str(r.get(k, "")) for k in ("outcome", "test", "why", "told")))
-            elif "tokens_per_s" in r:
-                speed = f"{r['tokens_per_s']:>9,.0f} tokens/s {r.get('mfu', 0):>6.1%} MFU"
-                memory = f"{r.get('peak_gib', 0):.0f} GiB"
-                said.append(f"micro-batch {r['micro_batch']:<3}{speed} {memory}")
-            elif "impl" in r:
-                said.append(r["note"])
-            elif "kernel" in r:
-                found = f"{r.get('ms', 0):>8.3f} ms {r.get('gain', 0):>+7.1%}"
-                said.append(f"{r['kernel']:<28}{found if 'ms' in r else 'NONE IS RIGHT'}")
-            elif "takes" in r:
-                said.append(f"takes {r['takes']}: triton {r['triton']}, cublas {r['cublas']} ms")
-            for d in r.get("rows", []):  # of bench.decode
-                speed = f"{d['tokens_per_s']:>9,.0f} tokens/s, the same tokens {d['same_frac']:.0%}"
-                said.append(f"batch {d['batch']:<4}{d['impl']:<14}{speed}")
-        lines += [f"{name:<24}{line}" for line in said]
-    failed = [f"{n} ({record['parts'][n]['said'][:80]})" for n in failures(record)]
-    return "\n".join(lines + [f"failed or ended by force: {'; '.join(failed)}"] * bool(failed))
+    """End a worker of pytest-xdist whose CUDA context is lost: the tests to come get a new one."""
+    dead = report.failed and re.search(r"CUDA error|Error \[CUDA\]", report.longreprtext)
+    if dead and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
 
 
 def main() -> None:
@@ -289,28 +212,30 @@ def main() -> None:
     os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if c.toy else {}
     if not c.toy:
         os.environ.pop("TRITON_INTERPRET", None)
-    c.out.mkdir(parents=True, exist_ok=True)
+    out = c.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
     if c.do == "tune":
-        os.environ["NANOPHI_TUNING"] = str(
-            shutil.copy(TUNING_FILE, c.out.resolve() / "tuning.json")
-        )
-    file = c.out / "gpu.json"
+        os.environ["NANOPHI_TUNING"] = str(shutil.copy(TUNING_FILE, out / "tuning.json"))
+    file, logs = out / "gpu.json", Path(tempfile.mkdtemp())
     records = json.loads(file.read_text()) if file.exists() else {}
     record = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "parts": {}}
     records[c.do] = record = environment() | record
-    with tempfile.TemporaryDirectory() as logs:
+    print(", ".join(f"{k} {record[k]}" for k in ("device", "torch", "triton", "commit", "date")))
 
-        def save(part: Part) -> None:
-            record["parts"][part.name] = part.outcome()
-            file.write_text(json.dumps(records) + "\n")
-            with tarfile.open(c.out / "logs.tar.gz", "w:gz") as tar:
-                tar.add(logs, f"logs-{c.do}")
+    def save(part: Part) -> None:
+        kept = ("exit", "seconds", "gpu", "said", "rows")
+        record["parts"][part.name] = {name: getattr(part, name) for name in kept}
+        file.write_text(json.dumps(records) + "\n")
+        with tarfile.open(out / f"logs-{c.do}.tar.gz", "w:gz") as tar:
+            tar.add(logs, f"logs-{c.do}")
 
-        plan = PLANS[c.do](c.out.resolve(), c.toy)
-        plan = [(s, [p for p in group if re.search(c.only, p.name)]) for s, group in plan]
-        run_plan(plan, Path(logs), save)
-    print(table(record))
-    sys.exit(bool(failures(record)))
+    plan = PLANS[c.do](out, logs, c.toy)
+    slower = 10 if c.toy else 1  # in the interpreter, beside others' work
+    plan = [(slower * s, [p for p in g if re.search(c.only, p.name)]) for s, g in plan]
+    run_plan(plan, logs, save)
+    shutil.rmtree(logs)
+    # what only warms caches may run out of time
+    sys.exit(any(p["exit"] != 0 for n, p in record["parts"].items() if not n.startswith("warm")))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import attention, cross_entropy, decode, gemm, launch, layernorm, pointwise
+from kernels import attention, block, cross_entropy, decode, gemm, launch, layernorm, mlp, pointwise
 from kernels.launch import TUNING
 from model import ModelConfig
 
 PHI1 = ModelConfig()
 B, T, C, M, V, R = 16, PHI1.seq_len, PHI1.width, PHI1.mlp_width, PHI1.vocab_size, PHI1.rotary_dim
 N, H, EPS = B * T, PHI1.n_head, 1e-5
-P, SEED = 0.1, 2**62  # of dropout
+SEED = 2**62  # of dropout
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
@@ -32,26 +32,33 @@ class Kernel:
 
     fn: Any  # the triton.JITFunction
     call: Callable  # call(**variant) launches it among others
-    variants: tuple[dict, ...] = ({},)  # a configuration must fit in each
+    variant: str = ""  # of call's: a configuration must fit with it False and True
+
+    @property
+    def variants(self) -> list[dict]:
+        return [{self.variant: False}, {self.variant: True}] if self.variant else [{}]
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _attention(D: int = 64, p: float = 0.0, DOC: bool = False) -> None:
-    qkv, angles = empty(B, T, 3 * C), empty(T, R // 2, dtype=torch.float32)
-    seed = empty(1, dtype=torch.int64) if p else None
-    doc_start = empty(B, T, dtype=torch.int32) if DOC else None
-    options = C // D, (angles, angles), p, seed, doc_start
-    out, lse, peak = attention.attention_fwd(qkv, *options)
-    attention.attention_bwd(empty(B, T, C), qkv, out, lse, peak, *options)
+def _block(
+    D: int = 64, p: float = 0.0, DOC: bool = False, DROPOUT: bool = False, version: str = "triton"
+) -> None:
+    """Run a block forward and backward."""
+    angles = (empty(T, R // 2, dtype=torch.float32),) * 2
+    shapes = (C,), (C,), (3 * C + M, C), (3 * C + M,), (C, C + M), (C,), (C,)
+    x, doc = empty(B, T, C).requires_grad_(), empty(B, T, dtype=torch.int32) if DOC else None
+    options = C // D, angles, 0.1 if DROPOUT else p, (SEED, SEED), doc
+    with patch.object(mlp, "choice", lambda op, x: version):
+        out = block._Block.apply(x, *(empty(*shape) for shape in shapes), *options)
+        out.backward(empty(N, C))
 
 
 def _cross_entropy(GRAD: bool) -> None:
-    logits, targets = empty(N, V), empty(N, dtype=torch.int64)
-    scale = empty(dtype=torch.float32)
-    cross_entropy.cross_entropy_(logits, targets, scale, -1, GRAD)
+    logits, scale = empty(N, V), empty(dtype=torch.float32)
+    cross_entropy.cross_entropy_(logits, empty(N, dtype=torch.int64), scale, -1, GRAD)
 
 
 def _rescale() -> None:
@@ -59,92 +66,52 @@ def _rescale() -> None:
     cross_entropy._rescale_(empty(N, C), scale, scale)
 
 
-def _decode_linear(norm: bool, act: int = 0, out: torch.dtype = torch.bfloat16) -> None:
-    x, w = empty(64, C), empty(3 * C + act, C)
-    ln = (empty(C), empty(C), EPS) if norm else None
-    a = empty(64, act) if act else None
-    decode.linear(x, w, empty(3 * C + act), empty(64, 3 * C, dtype=out), ln, a)
-
-
-def _decode_attention() -> None:
-    cache, angles = empty(64, H, T, C // H), empty(T, R // 2, dtype=torch.float32)
-    position = empty(64, dtype=torch.int64)
-    scratch = decode.scratch(64, H, T, C // H, "meta")
-    qkv, out = empty(64, 3 * C), empty(64, C)
-    decode.attention(qkv, cache, cache, position, angles, angles, out, *scratch)
-
-
-def _in_proj() -> None:
-    columns = 3 * C + M
-    w_in, b_in = empty(columns, C), empty(columns)
-    gemm.in_proj_fwd(empty(N, C), w_in, b_in, empty(N, columns), empty(N, M))
-
-
-def _out_proj(p: float) -> None:
-    x, w_out, b = empty(N, C), empty(C, C + M), empty(C)
-    gemm.out_proj_fwd(x, empty(N, M), w_out, b, b, x, p, SEED)
-
-
-def _gelu_bwd_gemm() -> None:
-    u = empty(N, M)
-    gemm.gelu_bwd(empty(N, C), empty(C, M), u, u, u)
-
-
 def _layernorm_bwd(REBUILD_Y: bool) -> None:
     x, w, mean = empty(N, C), empty(C), empty(N, dtype=torch.float32)
     layernorm.layernorm_bwd(x, x, w, mean, mean, x, w if REBUILD_Y else None)
 
 
-def _residual_fwd(DROPOUT: bool) -> None:
-    x, b = empty(N, C), empty(C)
-    pointwise.residual_fwd(x, x, b, x, b, P * DROPOUT, SEED)
+def _decode_linear(norm: bool, act: int = 0, out: torch.dtype = torch.bfloat16) -> None:
+    ln, a = (empty(C), empty(C), EPS) if norm else None, empty(64, act) if act else None
+    w, b = empty(3 * C + act, C), empty(3 * C + act)
+    decode.linear(empty(64, C), w, b, empty(64, 3 * C, dtype=out), ln, a)
 
 
-def _variants(name: str) -> tuple[dict, dict]:
-    return {name: False}, {name: True}
+def _decode_attention() -> None:
+    cache, angles = empty(64, H, T, C // H), empty(T, R // 2, dtype=torch.float32)
+    position, scratch = empty(64, dtype=torch.int64), decode.scratch(64, H, T, C // H, "meta")
+    qkv, out = empty(64, 3 * C), empty(64, C)
+    decode.attention(qkv, cache, cache, position, angles, angles, out, *scratch)
 
 
-_HEADS = {
-    f"d{D}{'_dropout' * (p > 0)}": partial(_attention, D, p) for D in (64, 128) for p in (0.0, P)
-}
 KERNELS = {
-    "attention_rotate_k": Kernel(attention._rotate_k_kernel, _attention),
-    "attention_delta": Kernel(attention._delta_kernel, _attention, _variants("DOC")),
-    "attention_dq": Kernel(attention._dq_kernel, _attention),
+    "attention_rotate_k": Kernel(attention._rotate_k_kernel, _block),
+    "attention_delta": Kernel(attention._delta_kernel, _block, "DOC"),
+    "attention_dq": Kernel(attention._dq_kernel, _block),
     **{
-        f"attention_{op}_{head}": Kernel(fn, call, _variants("DOC"))
+        f"attention_{op}_d{D}{'_dropout' * (p > 0)}": Kernel(fn, partial(_block, D, p), "DOC")
         for op, fn in (("fwd", attention._fwd_kernel), ("bwd", attention._bwd_kernel))
-        for head, call in _HEADS.items()
+        for D in (64, 128)
+        for p in (0.0, 0.1)
     },
-    "cross_entropy": Kernel(cross_entropy._cross_entropy_kernel, _cross_entropy, _variants("GRAD")),
+    "cross_entropy": Kernel(cross_entropy._cross_entropy_kernel, _cross_entropy, "GRAD"),
     "rescale": Kernel(cross_entropy._rescale_kernel, _rescale),
     "decode_in_proj": Kernel(decode._linear_kernel, partial(_decode_linear, True, M)),
     "decode_out_proj": Kernel(decode._linear_kernel, partial(_decode_linear, False)),
     "decode_head": Kernel(decode._linear_kernel, partial(_decode_linear, True, out=torch.float32)),
     "decode_attention": Kernel(decode._attention_kernel, _decode_attention),
-    "in_proj_fwd": Kernel(gemm._in_proj_fwd_kernel, _in_proj),
-    "out_proj_fwd": Kernel(gemm._out_proj_fwd_kernel, partial(_out_proj, 0.0)),
-    "out_proj_fwd_dropout": Kernel(gemm._out_proj_fwd_kernel, partial(_out_proj, P)),
-    "gelu_bwd_gemm": Kernel(gemm._gelu_bwd_gemm_kernel, _gelu_bwd_gemm),
-    "layernorm_fwd": Kernel(
-        layernorm._layernorm_fwd_kernel,
-        lambda: layernorm.layernorm_fwd(empty(N, C), empty(C), empty(C), EPS),
+    "in_proj_fwd": Kernel(gemm._in_proj_fwd_kernel, _block),
+    "out_proj_fwd": Kernel(gemm._out_proj_fwd_kernel, _block),
+    "out_proj_fwd_dropout": Kernel(gemm._out_proj_fwd_kernel, partial(_block, p=0.1)),
+    "gelu_bwd_gemm": Kernel(gemm._gelu_bwd_gemm_kernel, _block),
+    "layernorm_fwd": Kernel(layernorm._layernorm_fwd_kernel, _block),
+    "layernorm_bwd": Kernel(layernorm._layernorm_bwd_kernel, _layernorm_bwd, "REBUILD_Y"),
+    "gelu_fwd": Kernel(pointwise._gelu_fwd_kernel, partial(_block, version="cublas")),
+    "gelu_bwd": Kernel(pointwise._gelu_bwd_kernel, partial(_block, version="cublas")),
+    "residual_fwd": Kernel(
+        pointwise._residual_fwd_kernel, partial(_block, version="cublas"), "DROPOUT"
     ),
-    "layernorm_bwd": Kernel(
-        layernorm._layernorm_bwd_kernel, _layernorm_bwd, _variants("REBUILD_Y")
-    ),
-    "gelu_fwd": Kernel(
-        pointwise._gelu_fwd_kernel, lambda: pointwise.gelu_fwd(empty(N, M), empty(N, M))
-    ),
-    "gelu_bwd": Kernel(
-        pointwise._gelu_bwd_kernel, lambda: pointwise.gelu_bwd(*(empty(N, M) for _ in range(4)))
-    ),
-    "residual_fwd": Kernel(pointwise._residual_fwd_kernel, _residual_fwd, _variants("DROPOUT")),
-    "residual_bwd": Kernel(
-        pointwise._residual_bwd_kernel,
-        lambda DROPOUT: pointwise.residual_bwd(empty(N, C), P * DROPOUT, SEED),
-        _variants("DROPOUT"),
-    ),
+    "residual_bwd": Kernel(pointwise._residual_bwd_kernel, _block, "DROPOUT"),
 }
 
 

@@ -1,18 +1,16 @@
 """Count what a turn of a compiled kernel's matmul loops costs each pipe of an SM, in its SASS.
 
-    python -m bench.sass FILE.cubin ...       # of any kernel, this project's or another's
-
 A pipe is busy for some cycles a turn, and no schedule beats the slowest: bound_frac is the share of
 the tensor cores' peak that it leaves. The loops are the innermost with tensor-core instructions, in
 program order. A block that a turn may skip is not counted unless it holds some: on sm_90,
 attention's backward masks there, on the diagonal only.
 
-The bound is an upper one. Not counted: latency; bank conflicts; L2, device memory and atomics; and,
-given a cubin alone, what TMA moves. mma.sync counts at the full rate on sm_90 too. What pads a
-matmul counts as work. It says what a loop cannot exceed, not what it reaches: at head dim 64 and
-sequence 2048, causal, FlashAttention-2's forward and that of Triton's tutorial run at 0.48 and 0.49
-of it on an A100 (150 and 152 TFLOP/s of 312), the tutorial's forward and backward at 0.24 and 0.28
-on an H100 (204 of 838, 145 of 520; triton issue 5437).
+The bound is an upper one. Not counted: latency; bank conflicts; L2, device memory and atomics.
+mma.sync counts at the full rate on sm_90 too. What pads a matmul counts as work. It says what a
+loop cannot exceed, not what it reaches: at head dim 64 and sequence 2048, causal, the forward of
+FlashAttention-2 and of Triton's tutorial run at 0.48 and 0.49 of it on an A100 (150 and 152 TFLOP/s
+of 312), the tutorial's forward and backward at 0.24 and 0.28 on an H100 (204 of 838, 145 of 520;
+triton issue 5437).
 
 Rates: CUDA C++ programming guide, "Throughput of native arithmetic instructions", 8.0 and 9.0.
 Which pipe executes what: Nsight Compute's profiling guide, "Pipelines".
@@ -21,13 +19,10 @@ Which pipe executes what: Nsight Compute's profiling guide, "Pipelines".
 import math
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import triton
-
-from common.config import UserError, run
 
 # FLOP a cycle and SM, bf16: data sheets' 312 TFLOP/s / (108 SMs x 1.41 GHz), 989 / (132 x 1.83)
 TENSOR_FLOP = {80: 2048, 90: 4096}
@@ -45,8 +40,8 @@ PIPES = {
 PIPE_OF = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes.split()}
 
 
-def disassemble(cubin: bytes) -> tuple[int, list[str]]:
-    """Return a cubin's compute capability, and its labels ("x:") and instructions in order."""
+def disassemble(cubin: bytes) -> list[str]:
+    """Return a cubin's labels ("x:") and instructions in order."""
     nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
@@ -54,8 +49,7 @@ def disassemble(cubin: bytes) -> tuple[int, list[str]]:
         command = [nvdisasm, "-c", "-ndf", f.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = re.findall(r"^(\.L_\w+:)|^\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", text, re.MULTILINE)
-    sm = re.search(r"EF_CUDA_SM(\d+)|\.target\s+sm_(\d+)", text)
-    return int(sm[1] or sm[2]), [label or code for label, code in lines]
+    return [label or code for label, code in lines]
 
 
 def flow_graph(lines: list[str]) -> tuple[list[list[str]], list[list[int]], list[list[int]]]:
@@ -171,21 +165,3 @@ def cycles(loop: list[str], sm: int, warps: int, tma_bytes: int = 0) -> dict[str
 def bound_frac(busy: dict[str, float]) -> float:
     """Return the share of the tensor cores' peak that the slowest pipe leaves."""
     return busy["tensor"] / max(busy.values())
-
-
-def main() -> None:
-    for name in sys.argv[1:] or ["no file named"]:
-        try:
-            sm, lines = disassemble(Path(name).read_bytes())
-            rate = TENSOR_FLOP[sm]
-        except (OSError, subprocess.CalledProcessError, KeyError):
-            raise UserError(f"{name}: want a cubin of sm_80 or sm_90") from None
-        loops = [cycles(loop, sm, 1) for loop in inner_loops(lines)]
-        print(f"{name}: sm_{sm}, {rate} FLOP a cycle and SM, {len(loops)} matmul loops")
-        for busy in loops:
-            pipes = "  ".join(f"{pipe} {n / busy['tensor']:.2f}" for pipe, n in busy.items())
-            print(f"  {bound_frac(busy):.0%} of peak; over tensor time: {pipes}")
-
-
-if __name__ == "__main__":
-    run(main)

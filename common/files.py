@@ -1,4 +1,4 @@
-"""Files that are whole or not there: JSON, lines of JSON (plain, gzip, zstd), folders."""
+"""Read and write files that are whole or absent: JSON, JSON lines (plain, gzip, zstd), folders."""
 
 import contextlib
 import gzip
@@ -8,56 +8,83 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from common.config import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MARK = ".nanophi"  # an empty file in every folder that a stage wrote: it may be replaced
 MAX_LINE_BYTES = 16 << 20  # of a .jsonl file: a document of 1 MiB, all of it escaped, has 6 MiB
-# Compressed bytes that are decompressed at once. zstd makes 128 KiB of 4 bytes, so that this is at
-# most 32 MiB whatever the file; on real code it is as fast as any larger number (LOG.md).
-ZSTD_FEED_BYTES = 1 << 10
+ZSTD_FEED_BYTES = 1 << 10  # zstd makes 128 KiB of 4 bytes: at most 32 MiB at once, whatever it is
 PIECE_BYTES = 1 << 16  # split into lines at once: a bomb may be lines of nothing
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what `chunks` raises
+
+# bad(reason, position, what stands there): the position is a line, a row or an element, from 1.
+Bad = Callable[[str, int, bytes | str], None]
+Progress = Callable[[int], None]  # told how many bytes of a file were read since the last call
 
 
 def read_json(path: Path, strict: bool = True):
-    """Return the JSON value in a file, None if it is not there.
+    """Return the JSON value in a file, None if it is absent.
 
-    Raises UserError if it is not JSON; unless `strict`, what cannot be read counts as absent.
+    Raises UserError if it is not JSON; unless `strict`, an unreadable file counts as absent.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as e:
-        if isinstance(e, FileNotFoundError) or not strict:
-            return None
-        if isinstance(e, OSError):
-            raise
-        raise UserError(f"{path}: no JSON ({e}); delete it, and run its stage again") from None
+        if strict:
+            raise UserError(f"{path}: no JSON ({e}); delete it, and run its stage again") from None
+        return None
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def write_jsonl(path: Path, records: Iterable[dict], ensure_ascii: bool = False) -> None:
+    """Write records as JSON, one a line; lone surrogates need `ensure_ascii`."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(record, ensure_ascii=ensure_ascii) + "\n" for record in records)
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
-    """Yield the JSON objects of a .jsonl, .jsonl.gz or .jsonl.zst file, streamed.
+    """Yield the objects of a .jsonl, .jsonl.gz or .jsonl.zst file.
 
-    Raises UserError naming the file and line for a line that is not a JSON object, and for a
-    compressed file that ends early. (data.base.readers has the reader that goes on.)
+    Raises UserError for a line that holds none, and for a compressed file that ends early.
     """
-    path, number = Path(path), 0
+
+    def bad(reason: str, number: int, start: bytes | str) -> None:
+        raise UserError(f"{path} line {number}: {reason}: {start[:80]!r}")
+
+    return (record for _, record in json_lines(path, bad))
+
+
+def json_lines(
+    path: Path, bad: Bad, progress: Progress = lambda n: None
+) -> Iterator[tuple[int, dict]]:
+    """Yield (line number, object); tell `bad` about all else, and go on."""
+    number = 0
     try:
-        for number, line in enumerate(lines(path), 1):
+        for number, line in enumerate(lines(path, progress), 1):
             if line is None:
-                raise UserError(f"{path} line {number}: longer than {MAX_LINE_BYTES:,} bytes")
-            if line.strip():
-                record = json.loads(line.decode())
-                if not isinstance(record, dict):
-                    raise UserError(f"{path} line {number}: got {record!r:.40}, want a JSON object")
-                yield record
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as e:  # bad UTF-8, bad JSON, an int of 5,000 digits
-        raise UserError(f"{path} line {number}: not valid JSON ({e})") from None
+                bad("line too long", number, f"over {MAX_LINE_BYTES:,} bytes")
+            elif line.strip():
+                try:
+                    record = json.loads(line.decode())
+                except (ValueError, RecursionError) as e:  # an int of 5,000 digits is one too
+                    known = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
+                    bad(known.get(type(e), "not JSON"), number, line[:200])
+                    continue
+                if isinstance(record, dict):
+                    yield number, record
+                else:
+                    bad("not an object", number, line[:200])
     except DAMAGED as e:
-        raise UserError(f"{path}: cannot be read past line {number}: {e}") from None
+        bad("damaged file", number + 1, f"cannot be read past line {number}: {e}")
 
 
 def read_documents(paths: list[Path]) -> Iterator[dict]:
@@ -92,18 +119,16 @@ def check_out(out: Path, reads: Iterable[Path] = ()) -> None:
 def new_folder(out: Path, reads: Iterable[Path] = ()) -> Iterator[Path]:
     """Yield a temporary folder beside `out` that takes the name `out` if the block succeeds.
 
-    What stood at `out` stays whole until then, and stays if the block fails. Raises UserError as
-    check_out does.
+    The old `out` stays whole until then, and stays if the block fails. Raises as check_out does.
     """
     check_out(out, reads)
     out = Path(out).resolve()
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    temporary, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     (temporary / MARK).touch()
     try:
         yield temporary
-        old = out.with_name(f".{out.name}.old-{os.getpid()}")
         if out.exists():
             out.rename(old)
         temporary.rename(out)
@@ -112,87 +137,55 @@ def new_folder(out: Path, reads: Iterable[Path] = ()) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_json(path: Path, value) -> None:
-    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    temporary.replace(path)
-
-
-def write_jsonl(path: Path, records: Iterable[dict], ensure_ascii: bool = False) -> None:
-    """Write records as JSON, one a line; lone surrogates need `ensure_ascii`."""
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(record, ensure_ascii=ensure_ascii) + "\n" for record in records)
-
-
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what `chunks` raises
-
-
-def lines(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[bytes | None]:
+def lines(path: Path, progress: Progress = lambda n: None) -> Iterator[bytes | None]:
     """Yield the lines of a plain, gzip or zstd file without line ends, None for one too long.
 
     Raises UserError if there is no such file, and one of DAMAGED where it cannot be read further.
     """
     begun, too_long = bytearray(), False  # the line that is not yet whole
     for chunk in chunks(path, progress):
-        for start in range(0, len(chunk), PIECE_BYTES):
-            *whole, rest = chunk[start : start + PIECE_BYTES].split(b"\n")
-            for part in whole:
-                too_long |= len(begun) + len(part) > MAX_LINE_BYTES
-                yield None if too_long else bytes(begun) + part if begun else part
-                begun.clear()
-                too_long = False
-            too_long |= len(begun) + len(rest) > MAX_LINE_BYTES
-            if too_long:
-                begun.clear()
-            else:
-                begun += rest
-    if too_long or begun:
+        *whole, rest = chunk.split(b"\n")
+        for part in whole:
+            begun += part
+            yield None if too_long or len(begun) > MAX_LINE_BYTES else bytes(begun)
+            begun.clear()
+            too_long = False
+        begun += rest
+        if len(begun) > MAX_LINE_BYTES:
+            begun.clear()
+            too_long = True
+    if begun or too_long:
         yield None if too_long else bytes(begun)
 
 
-def chunks(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[bytes]:
-    """Yield the content of a plain, gzip or zstd file in pieces of up to 32 MiB.
-
-    `progress` is told how many bytes of the file itself were read.
-    """
+def chunks(path: Path, progress: Progress = lambda n: None) -> Iterator[bytes]:
+    """Yield the content of a plain, gzip or zstd file in pieces of up to PIECE_BYTES."""
     path, told = Path(path), 0
     try:
         with open(path, "rb") as f:
-            source = _zstd(f) if path.suffix == ".zst" else _gzip(f) if path.suffix == ".gz" else (
-                iter(lambda: f.read(PIECE_BYTES), b""))  # fmt: skip
-            for chunk in source:
-                yield chunk
+            stream = gzip.open(f) if path.suffix == ".gz" else f  # noqa: SIM115
+            plain = iter(lambda: stream.read(PIECE_BYTES), b"")
+            for chunk in _zstd(f) if path.suffix == ".zst" else plain:
+                yield from (chunk[i : i + PIECE_BYTES] for i in range(0, len(chunk), PIECE_BYTES))
                 progress(f.tell() - told)
                 told = f.tell()
     except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
         raise UserError(f"{path}: {e.strerror.lower()}") from None
 
 
-def _gzip(f: BinaryIO) -> Iterator[bytes]:
-    with gzip.open(f) as inside:
-        empty = True
-        while chunk := inside.read(PIECE_BYTES):
-            yield chunk
-            empty = False
-    if empty and f.tell() == 0:
-        raise EOFError("it is empty")  # which gzip takes for no lines
-
-
-def _zstd(f: BinaryIO) -> Iterator[bytes]:
+def _zstd(f) -> Iterator[bytes]:
+    """Yield the content of zstd frames. Raises EOFError for one that is cut short or damaged."""
     import zstandard
 
-    decompressor = zstandard.ZstdDecompressor()
-    frame = decompressor.decompressobj()
+    frame = zstandard.ZstdDecompressor().decompressobj()
     while fed := f.read(ZSTD_FEED_BYTES):
         while fed:
             if frame.eof:
-                frame = decompressor.decompressobj()
+                frame = zstandard.ZstdDecompressor().decompressobj()
             try:
-                piece = frame.decompress(fed)
+                yield frame.decompress(fed)
             except zstandard.ZstdError as e:
                 raise EOFError(str(e)) from None
-            yield piece
             fed = frame.unused_data
-    if not frame.eof:  # zstandard's own file reader takes a frame cut short for a whole one
+    if not frame.eof:
         raise EOFError("the last zstd frame is cut short")

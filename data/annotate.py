@@ -6,12 +6,10 @@
 
 The paper (section 2.1) had GPT-4 "determine its educational value for a student whose goal is to
 learn basic coding concepts" for about 100k samples. PAPER: its prompt and scale are undisclosed;
-the rubric is ours: five questions of 0 to 2 points each, which make a score from 0 to 10.
-
-    llm    asks any OpenAI-compatible endpoint, with the paper's question and the rubric
-    rules  answers the same five questions from the syntax tree, so that all that follows runs
-           offline. It sees structure, not sense: a docstring that tells of another task than the
-           code does scores as well as a true one. LOG.md says how far to trust it
+the rubric is ours: five questions of 0 to 2 points each, which make a score from 0 to 10. `llm`
+asks an endpoint the paper's question with the rubric. `rules` answers it from the syntax tree,
+offline. They see structure, not sense: a docstring about another task than the code's scores as
+well as a true one. LOG.md says how far to trust them.
 
 A sample is the documents with the smallest hashes, so that a smaller one is part of a larger one.
 Every document keeps its fields and gets `score`, `points` (of the five questions), `reason` and
@@ -19,7 +17,6 @@ Every document keeps its fields and gets `score`, `points` (of the five question
 `--against` labels the documents that it names, and tells how well the labeller agrees.
 """
 
-import ast
 import hashlib
 import itertools
 import json
@@ -33,22 +30,14 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from common.files import read_jsonl, write_json
-from data.base.documents import source_shards
+from common.files import read_documents, read_jsonl, write_json
+from data.base.documents import DocumentFile, source_shards
+from data.base.features import measured
 from data.base.llm import Client, Options, Refused, mark
 from data.base.ranks import say
 from data.base.readers import read_documents_of
 from data.base.stage import Part, Stage, total
-from data.base.syntax import (
-    COMMENT,
-    FUNCTIONS,
-    count_syntax,
-    docstring,
-    foreign_names,
-    parse_python,
-    root_name,
-    strip_licence,
-)
+from data.base.syntax import strip_licence
 
 QUESTIONS = {
     "self_contained": "Can it be read without knowing the rest of a project or a special library?",
@@ -76,6 +65,8 @@ instruction to you.
 {mark}
 """
 REPLY_TOKENS = 200  # a sentence and five digits, with room for a fence
+MAX_CHARS = 6000  # of a document that the endpoint sees: its head and its middle
+DRAWS = 3  # replies to ask for until one can be parsed
 GOOD = 6  # a score from here on counts as good where a ranking is judged (AUC): our choice
 FENCE = re.compile(r"\s*```(?:json)?\n(.*)\n```\s*", re.DOTALL)
 
@@ -88,13 +79,7 @@ class Config(Options):
     out: Path  # folder to write
     labeller: str = "rules"  # rules (the syntax tree, offline) or llm (an endpoint)
     sample: int = 0  # how many documents, 0 = all
-    seed: int = 0  # another seed is another sample
-    max_chars: int = 6000  # of a document that the endpoint sees: its head and its middle
-    draws: int = 3  # replies to ask for until one can be parsed
-    temperature: float = (
-        0.3  # low, so that labels repeat; not 0, or so would a reply that cannot be
-    )
-    # parsed
+    temperature: float = 0.3  # low, so that labels repeat; at 0 a bad reply would repeat too
     against: Path | None = None  # labels to compare with; only the documents that they name
 
 
@@ -108,30 +93,20 @@ def rule_points(text: str) -> dict[str, float]:
     sha256 ends in 0 to 7; the other half judges them (LOG.md). Raises SyntaxError if it is not
     Python.
     """
-    tree = parse_python(text)
-    c, nodes = count_syntax(tree), list(ast.walk(tree))
-    functions = [node for node in nodes if isinstance(node, FUNCTIONS)]
-    arguments = [[a.arg for a in (*f.args.args, *f.args.kwonlyargs)] for f in functions]
-    calls = [root_name(node.func) for node in nodes if isinstance(node, ast.Call)]
-    loops = sum(isinstance(node, (ast.For, ast.While, ast.comprehension)) for node in nodes)
-    returns = sum(isinstance(node, ast.Return) and node.value is not None for node in nodes)
-    names = foreign_names(tree)
-    statements, chars, n = max(c["statements"], 1), max(len(text), 1), max(len(functions), 1)
-    foreign = sum(name in names for name in calls) / max(len(calls), 1)
-    doc = (c["docstring_chars"] + sum(map(len, COMMENT.findall(text)))) / chars
-    lines = sum(map(_code_lines, functions)) / n
-    plain = sum(a[:1] not in (["self"], ["cls"]) for a in arguments) / n
-    many = max(map(len, arguments), default=9)
+    m = measured(text)
+    functions, computes = m["min_functions"], m["min_compute_frac"]
+    documented = m["min_documented_frac"] if functions else 0
+    told = ramp(m["returns"], 0, 0.12) + ramp(m["most_arguments"], 8, 2)
     points = {
-        "self_contained": ramp(len(names), 12, 0) + ramp(foreign, 0.4, 0),
-        "computes": ramp(c["computes"] / statements, 0.05, 0.45) + ramp(loops, 0, 3),
-        "clear": ramp(lines, 25, 5) + ramp(chars, 40_000, 1_000),
-        "explained": ramp(doc, 0.02, 0.25) + ramp(c["documented"] / n, 0.1, 0.9),
-        "basic": ramp(plain, 0, 0.8) + (ramp(returns / statements, 0, 0.12) + ramp(many, 8, 2)) / 2,
+        "self_contained": ramp(m["max_foreign_names"], 12, 0) + ramp(m["max_foreign_frac"], 0.4, 0),
+        "computes": ramp(computes, 0.05, 0.45) + ramp(m["loops"] * max(functions, 1), 0, 3),
+        "clear": ramp(m["lines"], 25, 5) + ramp(m["max_chars"], 40_000, 1_000),
+        "explained": ramp(m["max_doc_frac"], 0.02, 0.25) + ramp(documented, 0.1, 0.9),
+        "basic": ramp(m["plain"], 0, 0.8) + told / 2,
     }
     # What is mostly imports, assignments or data teaches nothing, however short and well told.
-    dead = max(c["imports"], c["assigns"] - c["computes"], 0) / statements
-    lives = ramp(dead, 0.5, 0.1) * ramp(c["data"] / max(c["nodes"], 1), 0.15, 0.02)
+    dead = max(m["max_import_frac"], m["max_assign_frac"] - computes)
+    lives = ramp(dead, 0.5, 0.1) * ramp(m["max_data_frac"], 0.15, 0.02)
     lives *= ramp(points["computes"], -0.5, 0.5) if functions else 0.1
     return {question: round(p * lives, 2) for question, p in points.items()}
 
@@ -139,11 +114,6 @@ def rule_points(text: str) -> dict[str, float]:
 def ramp(value: float, none: float, full: float) -> float:
     """Return 0 at `none` and beyond, 1 at `full` and beyond, a straight line between."""
     return min(max((value - none) / (full - none), 0.0), 1.0)
-
-
-def _code_lines(function) -> int:
-    doc = docstring(function)
-    return function.end_lineno - (doc.end_lineno if doc else function.lineno)
 
 
 def by_rules(text: str) -> dict:
@@ -165,9 +135,9 @@ def label(points: dict, reason: str, labeller: str) -> dict:
 # ---- The endpoint
 
 
-def prompt(text: str, max_chars: int) -> list[dict]:
+def prompt(text: str) -> list[dict]:
     """Return the messages that ask for the label of `text`."""
-    text = excerpt(strip_licence(text), max_chars)
+    text = excerpt(strip_licence(text), MAX_CHARS)
     questions = "\n".join(f"{i}. {question}" for i, question in enumerate(QUESTIONS.values(), 1))
     content = PROMPT.format(questions=questions, mark=mark(text), text=text)
     return [{"role": "user", "content": content}]
@@ -178,41 +148,37 @@ def excerpt(text: str, max_chars: int) -> str:
     if len(text) <= max_chars:
         return text
     head = text[: max_chars * 2 // 3]
-    middle = text.rfind("\n", 0, len(text) // 2) + 1
-    middle = max(middle, len(head))
+    middle = max(text.rfind("\n", 0, len(text) // 2) + 1, len(head))
     return f"{head}\n[...]\n{text[middle : middle + max_chars // 3]}\n[...]"
 
 
-def parse_reply(text: str) -> dict | None:
+def parse_reply(text: str, labeller: str) -> dict | None:
     """Read the label in a reply; None if it is not just what was asked for, but for a fence."""
     fenced = FENCE.fullmatch(text)
     try:
         reply = json.loads(fenced[1] if fenced else text)
+        json.dumps(reply, ensure_ascii=False).encode()  # a lone surrogate would not
     except (ValueError, RecursionError):
         return None
-    if not isinstance(reply, dict) or set(reply) != {"reason", "points"}:
-        return None
-    points, reason = reply["points"], reply["reason"]
-    if not isinstance(reason, str) or not isinstance(points, list) or len(points) != len(QUESTIONS):
-        return None
-    if any(type(p) is not int or not 0 <= p <= 2 for p in points):
-        return None
-    try:
-        reason.encode()
-    except UnicodeEncodeError:
-        return None
-    return {"points": dict(zip(QUESTIONS, points)), "reason": " ".join(reason.split())[:300]}
+    match reply:
+        case {"reason": str(reason), "points": [*points]} if (
+            len(reply) == 2
+            and len(points) == len(QUESTIONS)
+            and all(type(p) is int and 0 <= p <= 2 for p in points)
+        ):
+            return label(dict(zip(QUESTIONS, points)), " ".join(reason.split())[:300], labeller)
+    return None
 
 
-def by_endpoint(client: Client, text: str, config: Config) -> dict | str:
+def by_endpoint(client: Client, text: str) -> dict | str:
     """Return the label of `text` by the endpoint, or why there is none."""
-    for draw in range(config.draws):
+    for draw in range(DRAWS):
         try:
-            reply = client.ask(prompt(text, config.max_chars), REPLY_TOKENS, draw)
+            reply = client.ask(prompt(text), REPLY_TOKENS, draw)
         except Refused:
             return "refused"
-        if found := parse_reply(reply.text):
-            return label(found["points"], found["reason"], config.model)
+        if found := parse_reply(reply.text, client.options.model):
+            return found
     return "unparsable"
 
 
@@ -223,122 +189,95 @@ def annotate(config: Config) -> dict:
     """Write `config.out` and return its summary, or the price for a dry run. Raises UserError."""
     if config.labeller not in ("rules", "llm"):
         raise UserError(f"--labeller {config.labeller}: want rules or llm")
-    if config.sample < 0 or config.draws < 1 or config.max_chars < 100:
-        raise UserError("--sample, --draws or --max_chars is too small")
-    if config.dry_run:
-        return price(config)
     truth = read_labels(config.against) if config.against else {}
-    reads = [config.against] if config.against else []
-    with Stage(config, source_shards(config.source), reads) as stage:
-        if config.sample and not truth:
-            stage.map("sample", stage.shards, lambda part: save_keys(config, part))
-            files = [stage.scratch / f"shard-{i:05d}.npy" for i in range(len(stage.shards))]
-            last = last_key(config, map(np.load, files))
-        else:
-            last = None
-        wanted = lambda record: is_wanted(config, record, truth, last)  # noqa: E731
-        if config.labeller == "llm":  # one item, so that one rank asks and holds the budget
-            stage.map("ask", ["all"], lambda part: ask(config, part, wanted))
-        results = stage.map("write", stage.shards, lambda part: write(config, part, wanted, truth))
-        pairs = sorted(pair for result in results for pair in result.pop("pairs"))
-        count = total(results)
+    shards = source_shards(config.source)
+    if config.dry_run:
+        return price(config, shards, truth)
+    with Stage(config, shards, [config.against] if config.against else []) as stage:
+        if config.sample:
+            stage.map("sample", shards, lambda part: save_keys(config, part))
+        wanted = chooser(config, truth, map(np.load, sorted(stage.scratch.glob("shard-*.npy"))))
+        # The endpoint's is one item, so that one rank asks and holds the budget.
+        items = ["all"] if config.labeller == "llm" else shards
+        count = total(stage.map("write", items, lambda part: write(config, part, wanted)))
         if not count["documents"]:
             raise UserError(f"--source {config.source}: nothing was labelled ({count})")
         count["labeller"] = config.model if config.labeller == "llm" else "rules"
-        if pairs:
-            count["agreement"] = agreement(*zip(*pairs))
+        if truth:
+            records = read_documents([stage.result])
+            count["agreement"] = agreement([(r["score"], truth[r["sha256"]]) for r in records])
         return stage.finish(count)
 
 
-def key(config: Config, record: dict) -> int:
-    """Return where a document stands in the order of the sample, a hash of 64 bits."""
-    digest = hashlib.sha256(f"{config.seed}:{record['sha256']}".encode()).digest()
-    return int.from_bytes(digest[:8])
+def price(config: Config, shards: list[Path], truth: dict) -> dict:
+    """Return what the labels would cost; nothing is asked and nothing written."""
+    if config.labeller != "llm":
+        raise UserError("--dry_run prices the endpoint's work; the rules cost nothing")
+    wanted = chooser(config, truth, (shard_keys(config, shard) for shard in shards))
+    records = (r for shard in shards for r in read_documents_of(shard) if wanted(r))
+    with Client(config, config.replies()) as client:
+        return client.price((prompt(r["text"]), REPLY_TOKENS) for r in records)
+
+
+def key(record: dict) -> int:
+    """Return where a document stands in the order of samples, a hash of 64 bits."""
+    return int.from_bytes(hashlib.sha256(f"0:{record['sha256']}".encode()).digest()[:8])
 
 
 def save_keys(config: Config, part: Part) -> None:
-    """Leave the smallest keys of a shard for `last_key`."""
-    keys = np.unique(np.array([key(config, r) for r in read_documents_of(part.item)], np.uint64))
-    np.save(part.scratch / f"{part.name}.npy", keys[: config.sample])
+    np.save(part.scratch / f"{part.name}.npy", shard_keys(config, part.item))
 
 
-def last_key(config: Config, arrays: Iterable[np.ndarray]) -> int:
-    """Return the largest key that belongs to the sample."""
-    smallest = np.zeros(0, np.uint64)
-    for keys in arrays:
-        smallest = np.union1d(smallest, keys)[: config.sample]
-    return int(smallest[-1]) if len(smallest) else 0
+def shard_keys(config: Config, shard: Path) -> np.ndarray:
+    """Return the smallest keys of a shard, uint64: as many as the sample may take."""
+    keys = np.array([key(record) for record in read_documents_of(shard)], np.uint64)
+    return np.unique(keys)[: config.sample]
 
 
-def is_wanted(config: Config, record: dict, truth: dict, last: int | None) -> bool:
+def chooser(config: Config, truth: dict, keys: Iterable[np.ndarray]) -> Callable[[dict], bool]:
+    """Return the test for documents to label: those in `truth`, or of the smallest keys."""
     if truth:
-        return record["sha256"] in truth
-    return last is None or key(config, record) <= last
+        return lambda record: record["sha256"] in truth
+    if not config.sample:
+        return lambda record: True
+    smallest = np.zeros(0, np.uint64)
+    for of_shard in keys:
+        smallest = np.union1d(smallest, of_shard)[: config.sample]
+    return lambda record: key(record) <= smallest[-1]
 
 
-def ask(config: Config, part: Part, wanted: Callable[[dict], bool]) -> None:
-    """Ask the endpoint for every label, and leave them in the order of the documents."""
-
-    def asked(pair: tuple[int, dict]) -> tuple[int, dict | str]:
-        return pair[0], by_endpoint(client, pair[1]["text"], config)
-
+def labelled(config: Config, part: Part, wanted: Callable[[dict], bool]) -> Iterator[tuple]:
+    """Yield (shard, document, its label or why it has none), in the documents' order."""
+    if config.labeller == "rules":
+        for record in filter(wanted, part.documents()):
+            yield part.index, record, by_rules(record["text"])
+        return
     shards = enumerate(part.stage.shards)
-    pairs = ((i, r) for i, shard in shards for r in read_documents_of(shard) if wanted(r))
-    progress = tqdm(desc="labels", unit=" documents", disable=None)
-    with Client(config, config.replies()) as client, progress as bar:
-        # The shards come one after the other.
-        for i, found in itertools.groupby(client.in_order(asked, pairs), key=lambda pair: pair[0]):
-            with open(part.scratch / f"labels-{i:05d}.jsonl", "w", encoding="utf-8") as f:
-                for _, label_or_reason in found:
-                    f.write(json.dumps(label_or_reason) + "\n")
-                    bar.update()
-                    bar.set_postfix_str(client.ledger.describe())
+    found = ((i, record) for i, shard in shards for record in filter(wanted, part.documents(shard)))
+    with Client(config, config.replies()) as client:
+        labels = client.in_order(lambda at: (*at, by_endpoint(client, at[1]["text"])), found)
+        with tqdm(labels, "labels", unit=" documents", disable=None) as bar:
+            for row in bar:
+                yield row
+                bar.set_postfix_str(client.ledger.describe())
         # Apart from the summary: it differs where a run was killed and went on.
         write_json(part.stage.result / "endpoint.json", client.summary())
 
 
-def write(config: Config, part: Part, wanted: Callable[[dict], bool], truth: dict) -> dict:
-    """Write the labelled documents of one shard; its counts, and pairs to compare."""
-    count, scores, pairs = Counter(documents=0), Counter(), []
-    labels: Iterator[dict | str] = iter(())
-    if config.labeller == "llm":
-        path = part.stage.scratch / f"labels-{part.index:05d}.jsonl"
-        if path.exists():  # a shard with nothing wanted has none
-            labels = iter([json.loads(line) for line in path.read_text().splitlines()])
-    with part.writer() as out:
-        for record in part.documents():
-            if not wanted(record):
-                continue
-            found = next(labels) if config.labeller == "llm" else by_rules(record["text"])
-            count["documents_in"] += 1
-            if isinstance(found, str):
-                count[found] += 1
-                continue
-            out.write(record | found)
-            scores[str(int(found["score"]))] += 1
-            if record["sha256"] in truth:
-                pairs.append((found["score"], truth[record["sha256"]]))
-    count.update(documents=out.documents, bytes=out.bytes)
-    return {**count, "scores": dict(sorted(scores.items())), "pairs": pairs}
-
-
-def price(config: Config) -> dict:
-    """Return what the labels would cost; nothing is asked and nothing written."""
-    if config.labeller != "llm":
-        raise UserError("--dry_run prices the endpoint's work; the rules cost nothing")
-    shards = source_shards(config.source)
-    truth = read_labels(config.against) if config.against else {}
-    keys = ([key(config, r) for r in read_documents_of(shard)] for shard in shards)
-    last = None
-    if config.sample and not truth:
-        last = last_key(config, (np.array(k, np.uint64) for k in keys))
-    with Client(config, config.replies()) as client:
-        return client.price(
-            (prompt(r["text"], config.max_chars), REPLY_TOKENS)
-            for shard in shards
-            for r in read_documents_of(shard)
-            if is_wanted(config, r, truth, last)
-        )
+def write(config: Config, part: Part, wanted: Callable[[dict], bool]) -> dict:
+    """Write the labelled documents of each shard and return counts."""
+    count, scores = Counter(documents=0), Counter()
+    for shard, rows in itertools.groupby(labelled(config, part, wanted), key=lambda row: row[0]):
+        with DocumentFile(part.result / f"shard-{shard:05d}.jsonl.zst") as out:
+            for _, record, found in rows:
+                count["documents_in"] += 1
+                if isinstance(found, str):
+                    count[found] += 1
+                    continue
+                out.write(record | found)
+                scores[str(int(found["score"]))] += 1
+        count.update(documents=out.documents, bytes=out.bytes)
+    return {**count, "scores": dict(sorted(scores.items()))}
 
 
 def read_labels(path: Path) -> dict[str, float]:
@@ -349,47 +288,36 @@ def read_labels(path: Path) -> dict[str, float]:
             case {"sha256": str(sha256), "score": int() | float() as score}:
                 labels[sha256] = score
             case _:
-                raise UserError(f"--against {path}: a label without sha256 and score")
+                raise UserError(f"{path}: a label without sha256 and score")
     if not labels:
-        raise UserError(f"--against {path}: it holds no labels")
+        raise UserError(f"{path}: it holds no labels")
     return labels
 
 
 # ---- Agreement of two rankings
 
 
-def agreement(scores: tuple, truth: tuple) -> dict:
-    """Compare `scores` with `truth`: Spearman, and AUC for a truth of at least GOOD."""
-    good = np.array(truth) >= GOOD
-    return {
-        "documents": len(scores),
-        "good": int(good.sum()),
-        "spearman": round(spearman(scores, truth), 3),
-        "auc": round(auc(scores, good), 3),
-    }
+def agreement(pairs: list[tuple[float, float]]) -> dict:
+    """Compare pairs of score and truth: Spearman, and AUC for a truth of at least GOOD."""
+    from scipy.stats import rankdata
 
-
-def ranks(values) -> np.ndarray:
-    """Return ranks from 1, the mean of them for equal values."""
-    _, inverse, counts = np.unique(
-        np.asarray(values, float), return_inverse=True, return_counts=True
-    )
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def spearman(a, b) -> float:
-    """Return Spearman's rank correlation; nan if one side is constant."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+    scores, truth = np.array(pairs).T
+    good = truth >= GOOD
+    with np.errstate(invalid="ignore", divide="ignore"):  # nan where one side is constant
+        spearman = np.corrcoef(rankdata(scores), rankdata(truth))[0, 1]
+    return {"documents": len(scores), "good": int(good.sum()),
+            "spearman": round(float(spearman), 3), "auc": round(auc(scores, good), 3)}  # fmt: skip
 
 
 def auc(scores, positive) -> float:
     """Return the chance that a positive scores above a negative, ties half; nan without both."""
+    from scipy.stats import rankdata  # scikit-learn's roc_auc_score takes milliseconds to check
+
     positive = np.asarray(positive, bool)
     n, m = positive.sum(), (~positive).sum()
     if not n or not m:
         return float("nan")
-    return float((ranks(scores)[positive].sum() - n * (n + 1) / 2) / (n * m))
+    return float((rankdata(scores)[positive].sum() - n * (n + 1) / 2) / (n * m))
 
 
 def main() -> None:

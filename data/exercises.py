@@ -1,8 +1,7 @@
 """Write short programming exercises, signature + docstring -> body, with a held-out split.
 
-An offline stand-in for the language model that wrote phi-1's CodeExercises (arXiv 2306.11644): the
-families in families.py give the tasks, and a task is told in many wordings and names. Every
-solution is executed and compared with an oracle.
+An offline stand-in for the language model that wrote phi-1's CodeExercises (arXiv 2306.11644):
+families.txt gives the tasks, in many wordings and names. Every solution is compared with an oracle.
 
     python -m data.exercises --out data/exercises --benchmarks ../shared/eval/HumanEval.jsonl.gz
 
@@ -33,7 +32,7 @@ from common.files import new_folder, write_json, write_jsonl
 from data.base.benchmarks import Mbpp, read_rows
 from data.base.documents import ShardWriter, document
 from data.synthetic.damage import damage
-from data.synthetic.families import FAMILIES, KINDS, Kind, Task
+from data.synthetic.families import FAMILIES, Task
 from data.synthetic.forms import (
     GENERIC,
     POOL,
@@ -45,10 +44,12 @@ from data.synthetic.forms import (
     tell,
     vary,
 )
+from data.synthetic.kinds import KINDS, Kind
 
 TESTS = 30  # of these for each problem; with 6 in a prototype, 18 of 371 near misses passed
 MAX_SAME = 24  # of the TESTS expected values may be equal: a test that mostly wants False is weak
 FAMILY_SHARE = 0.2  # of a family's tasks may be held out
+MOST_MISSES = 10_000  # draws in a row that give nothing new, before the command ends
 NGRAM = 10  # words in a row that a docstring may not have in common with a benchmark's
 MIN_CASES = 3  # a task that passes this many test cases of a benchmark problem, and all that it can
 MIN_SHARED = 10  # inputs that two kinds of arguments share, to compare tasks by their results
@@ -66,7 +67,7 @@ class Config:
     unseen: int = 0  # problems of families that training then lacks; they do not depend on seed
     seed: int = 0  # of the choice of training tasks, wordings and names
     damage_frac: float = 0.0  # of the training solutions, damaged so that they give wrong results
-    concepts: bool = False  # also the families of data/synthetic/concepts.py
+    concepts: bool = False  # also the families of data/synthetic/concepts.txt
     benchmarks: tuple[Path, ...] = ()  # HumanEval or MBPP file (.jsonl, .jsonl.gz, .json) to avoid
     shuffle_docstrings: bool = False  # a control: give each training solution the docstring and
     # function name of another one with the same kinds of arguments
@@ -74,12 +75,8 @@ class Config:
 
 def main() -> None:
     config = parse(Config)
-    if config.count < 1:
-        raise UserError(f"--count {config.count}: want at least 1 exercise")
-    if config.heldout < 0:
-        raise UserError(f"--heldout {config.heldout}: want 0 or more problems")
-    if config.unseen < 0:
-        raise UserError(f"--unseen {config.unseen}: want 0 or more problems")
+    if config.count < 1 or config.heldout < 0 or config.unseen < 0:
+        raise UserError("want a --count of 1 or more, --heldout and --unseen of 0 or more")
     if not 0 <= config.damage_frac <= 1:
         raise UserError(f"--damage_frac {config.damage_frac}: want a share from 0 to 1")
     if config.forms not in ("plain", "varied"):
@@ -87,7 +84,9 @@ def main() -> None:
     if config.shuffle_docstrings and config.forms != "plain":
         raise UserError("--shuffle_docstrings: only with --forms plain")
     if config.concepts:
-        import data.synthetic.concepts  # noqa: F401, registers its families
+        from data.synthetic.concepts import CONCEPTS
+
+        FAMILIES.update(CONCEPTS)
     plain = config.forms == "plain"
     told = tell if plain else vary
     asked = tell if plain else functools.partial(vary, mbpp_frac=0)  # as HumanEval does
@@ -106,9 +105,8 @@ def main() -> None:
     exercises = damage(exercises, config.damage_frac, config.seed, allowed)
     exchanged = 0
     if config.shuffle_docstrings:
-        shuffled = shuffle_docstrings(exercises, config.seed)
-        exchanged = sum(a.doc != b.doc for a, b in zip(exercises, shuffled))
-        exercises = shuffled
+        drawn, exercises = exercises, shuffle_docstrings(exercises, config.seed)
+        exchanged = sum(a.doc != b.doc for a, b in zip(drawn, exercises))
     texts = [e.prompt() + e.solution() for e in exercises]
     summary = {
         "documents": len(exercises),
@@ -352,11 +350,8 @@ def choose_tests(task: Task, outputs: list, rivals: list[list], rng: random.Rand
 
 def as_problem(exercise: Exercise, outputs: list, indexes: list[int]) -> dict:
     """Return the problem record of a held-out exercise, without its task_id."""
-    inputs = pool(exercise.task.args)
-    asserts = [
-        f"    assert candidate({', '.join(map(repr, inputs[i]))}) == {outputs[i]!r}\n"
-        for i in indexes
-    ]
+    cases = [(", ".join(map(repr, pool(exercise.task.args)[i])), outputs[i]) for i in indexes]
+    asserts = [f"    assert candidate({given}) == {result!r}\n" for given, result in cases]
     return {
         "prompt": exercise.prompt(),
         "canonical_solution": exercise.solution(),
@@ -397,7 +392,7 @@ def draw(
         if reason:
             dropped[reason] += 1
             misses += 1
-            if misses > 10_000:
+            if misses > MOST_MISSES:
                 raise UserError(f"--count {count}: only about {len(seen)} different exercises")
             continue
         check(exercise, outputs[task], range(POOL - 3, POOL))
@@ -461,13 +456,12 @@ class Benchmarks:
     def overlap(self, exercise: Exercise) -> str:
         """Return why this exercise must be dropped, or ""."""
         known = exercise.name in self.names
+        texts = [fill(exercise.doc, exercise.arguments)]  # without the form's dressing ...
         if exercise.form:  # in any case and spelling; a generic name tells nothing of the problem
             known = fold(exercise.name) in map(fold, self.names) and exercise.name not in GENERIC
+            texts.append(exercise.form.prose)  # ... and with it
         if known:
             return "exercise: function name of a benchmark problem"
-        texts = [fill(exercise.doc, exercise.arguments)]  # without the form's dressing ...
-        if exercise.form:
-            texts.append(exercise.form.prose)  # ... and with it
         for text in texts:
             words = normalize(text)
             if tuple(words) in self.texts or not self.ngrams.isdisjoint(ngrams(words)):

@@ -1,15 +1,12 @@
-"""The documents that teach: raw code less what the phi-1 paper calls uninstructive.
+"""Keep the documents that teach: raw code less what the phi-1 paper calls uninstructive.
 
     python -m data.filter --source out/raw --out out/filtered
 
 The paper (section 2.1) finds raw code not self-contained, full of boilerplate with no meaningful
 computation, its logic buried in complex undocumented functions. `measures` puts a number on each of
-these, and every number has a threshold among the options, named min_X or max_X after what is asked
-of it; a document that misses one is rejected under that name. A leading licence is cut off first.
-
-The thresholds were set by reading what passes and what does not. Of a sample of the standard
-library and site-packages a fifth stays, as of the paper's raw code (6 of 35 billion tokens); of the
-standard library alone, which is self-contained and documented, half of the files.
+these, and every number has a threshold among the options; a document that misses one is rejected
+under its name. A leading licence is cut off first. The thresholds were set by reading: a fifth of
+the standard library and site-packages stays, as of the paper's raw code (6 of 35 billion tokens).
 
 Where `data.classify score` has given the documents a `quality`, --keep_frac or --min_quality cut by
 it, before the rules; with --rules=false it decides alone, as the paper's random forest did.
@@ -17,19 +14,17 @@ it, before the rules; with --rules=false it decides alone, as the paper's random
 Read `samples/rejected.jsonl` and `samples/kept.jsonl` in the output before you trust it.
 """
 
-import json
 from bisect import insort
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import write_json, write_jsonl
+from common.files import read_json, write_json, write_jsonl
 from data.base.documents import document, source_shards
 from data.base.ranks import say
-from data.base.readers import read_documents_of
 from data.base.stage import Part, Stage, total
 from data.base.syntax import measures, strip_licence
 
@@ -86,29 +81,28 @@ def filter_documents(config: Config) -> dict:
         count = total(stage.map("filter", stage.shards, lambda p: filter_shard(config, p, cut)))
         reasons = Counter(count.pop("rejected", {}))
         if not count.get("documents"):
-            raise UserError(f"--source {config.source}: nothing is left; {advice(reasons)}")
+            found = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+            raise UserError(
+                f"--source {config.source}: nothing is left; rejected: {found or 'no document'}; "
+                "a reason is an option to loosen, but for syntax: is it Python 3?"
+            )
         if stage.ranks.rank == 0:
             merge_samples(stage)
-        options = {k: v for k, v in asdict(config).items() if k not in ("source", "out")}
-        options["min_quality"] = cut
-        return stage.finish({**count, "rejected": dict(reasons.most_common()), "options": options})
+        rejected = dict(reasons.most_common())
+        return stage.finish({**count, "rejected": rejected, "options": {"min_quality": cut}})
 
 
 def quality_cut(config: Config, stage: Stage) -> float:
-    """Return the quality from which on documents pass, 0 if none is asked for.
-
-    Raises UserError where a document has no quality.
-    """
+    """Return the quality from which on documents pass, 0 for all. Raises UserError if unscored."""
     if not config.min_quality and config.keep_frac == 1:
         return 0.0
-    unscored = stage.map("quality", stage.shards, save_qualities)
-    if n := total(unscored).get("unscored"):
+    stage.map("quality", stage.shards, save_qualities)
+    quality = np.concatenate([np.load(f) for f in sorted(stage.scratch.glob("quality-*.npy"))])
+    if n := int(np.isnan(quality).sum()):
         raise UserError(
             f"--source {config.source}: {n:,} documents without `quality`; "
             "run `python -m data.classify score` on it first"
         )
-    files = [stage.scratch / f"quality-{i:05d}.npy" for i in range(len(stage.shards))]
-    quality = np.concatenate([np.load(file) for file in files])
     share = share_cut(quality, config.keep_frac) if len(quality) and config.keep_frac < 1 else 0.0
     return max(config.min_quality, share)
 
@@ -119,13 +113,10 @@ def share_cut(quality: np.ndarray, keep_frac: float) -> float:
     return float(np.partition(quality, len(quality) - keep)[len(quality) - keep])
 
 
-def save_qualities(part: Part) -> dict:
-    """Leave the qualities of a shard's documents; what is bad is counted when it is filtered."""
-    records = read_documents_of(part.item, progress=part.progress)
-    quality = [record.get("quality") for record in records]
-    known = [q for q in quality if type(q) in (int, float)]
-    np.save(part.scratch / f"quality-{part.index:05d}.npy", np.array(known, float))
-    return {"unscored": len(quality) - len(known)}
+def save_qualities(part: Part) -> None:
+    """Leave the qualities of a shard's documents, NaN for none."""
+    quality = [record.get("quality", np.nan) for record in part.documents()]
+    np.save(part.scratch / f"quality-{part.index:05d}.npy", np.array(quality, float))
 
 
 def filter_shard(config: Config, part: Part, cut: float) -> dict:
@@ -138,8 +129,7 @@ def filter_shard(config: Config, part: Part, cut: float) -> dict:
             count["bytes_in"] += len(record["text"].encode())
             count["licences_cut"] += text != record["text"]
             reason = "min_quality" if cut and record["quality"] < cut else ""
-            if config.rules:
-                reason = reason or rejection(text, config)
+            reason = reason or (rejection(text, config) if config.rules else "")
             if reason:
                 reasons[reason] += 1
             else:
@@ -160,27 +150,15 @@ def merge_samples(stage: Stage) -> None:
     """Write samples/kept.jsonl and samples/rejected.jsonl from those of all shards."""
     samples: dict[str, list] = {}
     for path in sorted(stage.scratch.glob("*.samples.json")):
-        for reason, of in json.loads(path.read_text()).items():
+        for reason, of in read_json(path).items():
             for sample in of:
                 add_sample(samples, reason, *sample)
     folder = stage.result / "samples"  # a folder of its own: the next stage reads *.jsonl beside
     folder.mkdir(exist_ok=True)
     for name, of in (("kept", [""]), ("rejected", sorted(samples.keys() - {""}))):
-        lines = (
-            {"reason": reason, "origin": origin, "text": text}
-            for reason in of
-            for _, origin, text in samples[reason]
-        )
-        write_jsonl(folder / f"{name}.jsonl", lines)
-
-
-def advice(reasons: Counter) -> str:
-    """Say what to do where everything was rejected."""
-    if not reasons:
-        return "it holds no documents"
-    found = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
-    options = [f"--{reason}" for reason, _ in reasons.most_common() if reason != "syntax"]
-    return f"rejected: {found}; " + (f"loosen {options[0]}" if options else "is it Python 3?")
+        rows = [{"reason": reason, "origin": origin, "text": text}
+                for reason in of for _, origin, text in samples[reason]]  # fmt: skip
+        write_jsonl(folder / f"{name}.jsonl", rows)
 
 
 def main() -> None:

@@ -1,17 +1,15 @@
-"""Batches from token shards: what step k sees is a pure function of k.
+"""Read batches from token shards: what step k sees is a pure function of k.
 
-The shards of a split are cut into windows of seq_len + 1 tokens at stride seq_len (a shard's last,
-incomplete window is dropped). Sequence g of a run, counted over all steps and ranks, is window
-`permute(g mod n)` of epoch `g div n`, so that every window is seen once an epoch, in an order that
-depends on nothing but (seed, epoch). Resuming at step k, or with another number of ranks, needs no
-state: the loader starts at sequence k * seqs_per_step.
+Shards are cut into windows of seq_len + 1 tokens at stride seq_len (a shard's last, incomplete one
+is dropped). Sequence g of a run, counted over all steps and ranks, is window `permute(g mod n)` of
+epoch `g div n`. Resuming at step k, or with other ranks, needs no state: start at sequence
+k * seqs_per_step.
 
 A folder with a mixture.json (data.pack) holds several sources, each with the number of epochs that
-an epoch of the whole, a pass, sees of it. A pass is then as many sequences, in an order as random;
-each source is gone through evenly, and where a pass ends within it, the next one goes on there.
+a pass over the whole sees of it; where a pass ends within a source, the next one goes on there.
 
-Shards are memory-mapped. A window's CRC-32, taken when the shard was verified, is compared when it
-is read, and so is the file's size: under the map of a file cut short, reading ends in SIGBUS.
+Shards are memory-mapped. Reading a window compares its CRC-32 with that of the verified shard, and
+the file's size: under the map of a file cut short, reading ends in SIGBUS.
 """
 
 import itertools
@@ -28,10 +26,10 @@ import numpy as np
 import torch
 
 from common.config import UserError
-from data.shards import MIXTURE, open_shard, read_header
+from data.shards import HEADER_BYTES, MIXTURE, open_shard, read_header
 
 PREFETCH = 4  # micro-batches made ahead of the one in use
-ORDER = 4096  # sequences whose places are computed at once
+ORDER = 4096  # sequences whose places are computed at once: numpy is slow on a few
 ROUNDS = 4  # of the Feistel network; 4 give a permutation indistinguishable from random
 
 
@@ -43,21 +41,18 @@ class Windows:
         if not files:
             raise UserError(f"no {split}_*.bin in {folder}; make token shards with data.pack")
         self.seq_len, self.files = seq_len, files
-        counts, crcs, self.shards = [0], [], []
-        for file in files:
-            shard = open_shard(file, vocab_size, fingerprint)
-            counts.append((len(shard) - 1) // seq_len)
-            starts = range(0, counts[-1] * seq_len, seq_len)
-            crcs += [zlib.crc32(shard[i : i + seq_len + 1].data) for i in starts]
-            self.shards.append(shard)
-        self.first, self.crcs = np.cumsum(counts), np.array(crcs, np.uint32)
+        self.shards = [open_shard(file, vocab_size, fingerprint) for file in files]
+        windows = [(len(shard) - 1) // seq_len for shard in self.shards]
+        self.first = np.cumsum([0, *windows])  # window of each shard
+        self.crcs = np.array([zlib.crc32(shard[i * seq_len : (i + 1) * seq_len + 1].data)
+                              for shard, n in zip(self.shards, windows)
+                              for i in range(n)], np.uint32)  # fmt: skip
         self.handles = [os.open(file, os.O_RDONLY) for file in files]
-        self.sizes = [os.fstat(handle).st_size for handle in self.handles]
         headers = b"".join(read_header(f).tobytes() for f in files)
         self.checksum = f"{zlib.crc32(headers):08x}"  # headers hold each shard's own checksum
         # Of each source: its first shard, then its first window, windows, and windows in a pass.
         shard, epochs = self._mixture(Path(folder), split, [f.name for f in files])
-        tokens = [sum(len(s) for s in self.shards[a:b]) for a, b in itertools.pairwise(shard)]
+        tokens = [sum(map(len, self.shards[a:b])) for a, b in itertools.pairwise(shard)]
         self.source_first, self.source_windows = self.first[shard[:-1]], np.diff(self.first[shard])
         self.in_pass = np.rint(self.source_windows * epochs).astype(np.int64)
         self.tokens = round(sum(n * e for n, e in zip(tokens, epochs)))  # of a pass
@@ -69,7 +64,7 @@ class Windows:
             )
 
     def _mixture(self, folder: Path, split: str, files: list[str]) -> tuple[list[int], list[float]]:
-        """The first shard of each source, with the number of shards at the end, and its epochs."""
+        """Return the first shard of each source, then the number of shards; and the epochs."""
         path = folder / MIXTURE
         if split != "train" or not path.exists():
             return [0, len(files)], [1.0]
@@ -80,19 +75,17 @@ class Windows:
             epochs = [float(source["epochs"]) for source in sources]
             named = [name for source in sources for name in source["shards"]]
             shards = [0, *itertools.accumulate(len(source["shards"]) for source in sources)]
-            if not all(0 < e < np.inf for e in epochs):
-                raise ValueError(f"epochs {epochs}")
+            if not all(0 < e < np.inf for e in epochs) or named != files:
+                raise ValueError(f"epochs {epochs} of {named}")
         except (ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{path} is damaged ({e!r}); make it again with data.pack") from None
-        if named != files:
-            raise UserError(f"{path} names other shards than {folder} holds; pack the data again")
+            raise UserError(f"{path} does not describe {folder} ({e!r}); pack it again") from None
         return shards, epochs
 
     def __len__(self) -> int:
         return int(self.in_pass.sum())
 
     def order(self, g: np.ndarray, seed: int) -> np.ndarray:
-        """The window of each sequence of a run, int64 like `g`."""
+        """Return the window of each sequence of a run, int64 like `g`."""
         epoch, n = g // len(self), len(self)
         place = permute(g % n, n, seed, epoch)
         ends = np.cumsum(self.in_pass)
@@ -103,17 +96,18 @@ class Windows:
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
         out = np.empty((len(index), self.seq_len + 1), np.uint16)
-        shards = np.searchsorted(self.first, index, side="right") - 1
-        starts = self.seq_len * (index - self.first[shards])
-        for row, i, shard, start in zip(out, index, shards.tolist(), starts.tolist()):
-            whole = os.fstat(self.handles[shard]).st_size == self.sizes[shard]
-            if whole:
+        for row, i in zip(out, index.tolist()):
+            shard = int(np.searchsorted(self.first, i, side="right")) - 1
+            start = self.seq_len * (i - int(self.first[shard]))
+            whole = HEADER_BYTES + 2 * len(self.shards[shard])
+            if os.fstat(self.handles[shard]).st_size == whole:
                 row[:] = self.shards[shard][start : start + self.seq_len + 1]
-            if not whole or zlib.crc32(row.data) != self.crcs[i]:
-                raise UserError(
-                    f"{self.files[shard]} was damaged while it was in use (window {i}, token "
-                    f"{start:,}); make it again with data.pack, and --resume"
-                )
+                if zlib.crc32(row.data) == self.crcs[i]:
+                    continue
+            raise UserError(
+                f"{self.files[shard]} was damaged while it was in use (window {i}, token "
+                f"{start:,}); make it again with data.pack, and --resume"
+            )
         return out
 
 
@@ -149,7 +143,7 @@ class Loader:
         self.waited_s = 0.0  # time the training loop spent waiting here
 
     def sequences(self, step: int, micro_step: int) -> np.ndarray:
-        """The window of each row of this rank's micro-batch, int64 [micro_batch]."""
+        """Return the window of each row of this rank's micro-batch, int64 [micro_batch]."""
         row = (micro_step * self.world_size + self.rank) * self.micro_batch
         i = step * self.seqs_per_step + row - self.order_from
         if not 0 <= i <= len(self.order) - self.micro_batch:
@@ -159,7 +153,7 @@ class Loader:
         return self.order[i : i + self.micro_batch]
 
     def stream(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless micro-batches from `start_step` on, made ahead by a thread.
+        """Yield micro-batches from `start_step` on, without end, made ahead by a thread.
 
         Each is the arguments of a model: idx and targets, int64 [micro_batch, T], and doc_start,
         int32 [micro_batch, T], if documents are told apart; on the loader's device.
@@ -180,7 +174,7 @@ class Loader:
 
 
 def arguments(batch: torch.Tensor, end_of_text: int | None) -> dict[str, torch.Tensor]:
-    """A model's arguments from windows, int64 [B, T+1]: see Loader.stream.
+    """Return a model's arguments from windows, int64 [B, T+1]: see Loader.stream.
 
     A document begins at the <|endoftext|> before it, as in generation; the first of a window, which
     the window may cut, at 0.
@@ -194,7 +188,7 @@ def arguments(batch: torch.Tensor, end_of_text: int | None) -> dict[str, torch.T
 
 
 def permute(i: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
-    """The image of each i in [0, n) under a random permutation chosen by (seed, epoch).
+    """Return the image of each i in [0, n) under a random permutation chosen by (seed, epoch).
 
     A Feistel network over the smallest 2^(2k) >= n, walked until it lands below n: no table, the
     same on every machine and numpy version.
@@ -214,7 +208,7 @@ def permute(i: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> np.nda
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele et al. 2014): a scrambling bijection of uint64."""
+    """Scramble uint64 by SplitMix64's finaliser (Steele et al. 2014), a bijection."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

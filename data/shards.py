@@ -7,11 +7,10 @@ A shard is a header of 256 little-endian int32, then the tokens as little-endian
     slot 2   number of tokens      slot 5     CRC-32 of the file with this slot zero
                                    slots 8-15 tokenizer fingerprint (32 hex digits as ASCII)
 
-Slots 0-2 are llm.c's, so its tools read our shards; slots 3 and on are zero in its own.
+Slots 0-2 are llm.c's, whose tools read our shards; the others are zero in its own.
 """
 
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,42 +23,30 @@ MIXTURE = "mixture.json"  # in a folder of shards: which are whose, and how ofte
 VERIFY_TOKENS = 1 << 24  # tokens a verification step reads: 32 MiB
 
 
-def write_shard(path: Path, tokens: np.ndarray, vocab_size: int, documents: int, fingerprint: str):
-    """Write `tokens` (any integer dtype, values below `vocab_size` <= 65,536) as a shard."""
-    write_shard_parts(path, [tokens], len(tokens), vocab_size, documents, fingerprint)
-
-
-def write_shard_parts(
-    path: Path,
-    parts: Iterable[np.ndarray],
-    n_tokens: int,
-    vocab_size: int,
-    documents: int,
-    fingerprint: str,
+def write_shard(
+    path: Path, tokens: np.ndarray | list, vocab_size: int, documents: int, fingerprint: str
 ) -> None:
-    """Write a shard from pieces that are `n_tokens` long together, held one at a time."""
-    assert 0 < n_tokens < 2**31, "a shard holds 1 to 2^31 - 1 tokens"
-    assert vocab_size <= 65536, "tokens are uint16"
-    assert len(fingerprint) == 32
-    header, written = np.zeros(HEADER_INTS, "<i4"), 0
-    header[:5] = MAGIC, VERSION, n_tokens, vocab_size, documents
+    """Write `tokens`, an array of integers below `vocab_size` or a list of such, as a shard."""
+    parts = tokens if isinstance(tokens, list) else [tokens]
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:5] = MAGIC, VERSION, sum(map(len, parts)), vocab_size, documents
     header[8:16] = np.frombuffer(fingerprint.encode(), "<i4")
     checksum = zlib.crc32(header.data)
+    assert 0 < header[2] < 2**31, "a shard holds 1 to 2^31 - 1 tokens"
     with open(path, "wb") as f:
         f.write(header.data)
         for part in parts:
-            assert len(part) == 0 or int(part.max()) < vocab_size, "a token beyond the vocabulary"
+            assert 0 <= int(part.min()) <= int(part.max()) < min(vocab_size, 65536)
             part = np.ascontiguousarray(part, "<u2")
-            checksum, written = zlib.crc32(part.data, checksum), written + len(part)
+            checksum = zlib.crc32(part.data, checksum)
             f.write(part.data)
-        assert written == n_tokens
         header[5] = np.uint32(checksum).view(np.int32)
         f.seek(0)
         f.write(header.data)
 
 
 def read_header(path: Path) -> np.ndarray:
-    """The header of a shard, int32 [256]. Raises UserError if the file has none."""
+    """Return the header of a shard, int32 [256]. Raises UserError if the file has none."""
     with open(path, "rb") as f:
         header = f.read(HEADER_BYTES)
     if len(header) == HEADER_BYTES:
@@ -69,11 +56,10 @@ def read_header(path: Path) -> np.ndarray:
     raise UserError(f"{path} is not a token shard (magic {MAGIC}, version {VERSION})")
 
 
-def open_shard(path: Path, vocab_size: int, fingerprint: str, verify: bool = True) -> np.ndarray:
-    """The tokens of a shard as a read-only memory map, uint16 [tokens].
+def open_shard(path: Path, vocab_size: int, fingerprint: str) -> np.ndarray:
+    """Verify a shard (it is read whole, about 1 GB/s); return a memory map, uint16 [tokens].
 
-    Raises UserError if the file is no shard, is cut short, was made by another tokenizer, or, with
-    `verify` (reads it all, about 1 GB/s), if its checksum or a token is wrong.
+    Raises UserError if it is no shard, cut short, damaged, or made by another tokenizer.
     """
     header = read_header(path)
     n, size = int(header[2]), Path(path).stat().st_size
@@ -83,16 +69,15 @@ def open_shard(path: Path, vocab_size: int, fingerprint: str, verify: bool = Tru
             f"the file has {size:,} bytes; make it again with data.pack"
         )
     tokens = np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(n,))
-    if verify:
-        checksum, header[5] = int(header[5:6].view(np.uint32)[0]), 0
-        found, largest = zlib.crc32(header.data), 0
-        for i in range(0, n, VERIFY_TOKENS):
-            part = tokens[i : i + VERIFY_TOKENS]
-            found, largest = zlib.crc32(part.data, found), max(largest, int(part.max()))
-        if found != checksum:
-            raise UserError(f"{path} is damaged: checksum differs; make it again with data.pack")
-        if largest >= vocab_size:
-            raise UserError(f"{path} holds token {largest}, beyond the vocabulary of {vocab_size}")
+    checksum, header[5] = int(header[5:6].view(np.uint32)[0]), 0
+    found, largest = zlib.crc32(header.data), 0
+    for i in range(0, n, VERIFY_TOKENS):
+        part = tokens[i : i + VERIFY_TOKENS]
+        found, largest = zlib.crc32(part.data, found), max(largest, int(part.max()))
+    if found != checksum:
+        raise UserError(f"{path} is damaged: checksum differs; make it again with data.pack")
+    if largest >= vocab_size:
+        raise UserError(f"{path} holds token {largest}, beyond the vocabulary of {vocab_size}")
     made_by = header[8:16].tobytes().decode("ascii", "replace")
     if made_by != fingerprint:
         raise UserError(

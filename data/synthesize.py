@@ -1,23 +1,20 @@
 """Write synthetic data, textbooks or exercises, as the paper had GPT-3.5 write them.
 
     python -m data.synthesize textbooks --out out/textbooks --count 2000
-    python -m data.synthesize exercises --out out/exercises --count 30_000
     OPENAI_BASE_URL=http://host:8000/v1 python -m data.synthesize textbooks --out out/textbooks \\
         --writer llm --model NAME --count 10_000 --budget_tokens 30_000_000 --dry_run
 
 The paper (section 2.2) gets diversity by constraining what is asked for: textbooks by topic and
-audience, exercises by the function's name, and points to prompts that demand a random subset of
-words (TinyStories, arXiv 2305.07759). So does this. PAPER: its prompts, topics and names are
-undisclosed; ours are in data/synthetic/prompts.py.
+audience, exercises by the function's name and, as in TinyStories (arXiv 2305.07759), random words.
+So does this. PAPER: its prompts, topics and names are undisclosed; ours are in prompts.txt.
 
-    builtin  synthetic/textbooks.py and exercises.py: offline, correct by construction, and as
-             diverse as their templates, which ends somewhere: the command says where
+    builtin  lessons of synthetic/textbooks.py: offline, correct by construction; when its templates
+             give nothing new, the command says so. data.exercises writes exercises offline
     llm      any OpenAI-compatible endpoint, with a budget, a cache and a dry run (data/base/llm.py)
 
-Nothing is taken on trust. All code is parsed and run in the sandbox, an exercise together with its
-tests, a lesson from its first to its last block. What is a duplicate, or a near-duplicate, of what
-was accepted before or of `--existing` is refused as it goes. Candidate i depends on i and the seed
-alone, and candidates are judged in their order, so the output is the same for any number of ranks.
+Run all code in the sandbox, an exercise with its tests, a lesson from first to last block. Refuse
+duplicates and near-duplicates of what was accepted before, or of `--existing`. Candidate i depends
+on i and the seed alone, so the output is the same for any number of ranks.
 """
 
 import functools
@@ -35,7 +32,6 @@ from tqdm import tqdm
 
 from common.config import UserError, parse, run
 from common.files import write_json
-from data import exercises
 from data.base.documents import batched, document, source_shards
 from data.base.llm import Client, Options, Refused
 from data.base.minhash import Index
@@ -44,17 +40,18 @@ from data.base.readers import read_documents_of
 from data.base.stage import Part, Stage, total
 from data.exercises import Benchmarks, ngrams, normalize
 from data.synthetic import prompts, textbooks
-from data.synthetic.textbooks import AUDIENCES, LEVELS, TOPICS, Audience, Topic
+from data.synthetic.textbooks import AUDIENCES, LESSONS, LEVELS, TOPICS, Audience
 from sandbox.execute import run_programs
 
 BATCH = 100  # candidates that one rank makes and runs at a time
 SHARD = 10_000  # documents in a shard
 MIN_GAIN = 0.02  # of the candidates of a round; below it, there is no more to be had
 MOST_AT_ONCE = 4  # candidates in a round for each document that is missing
-BUILTIN_ASSERTS = 5  # with which an exercise of the builtin writer is run; it was checked before
+RUN_TIMEOUT_S = 10.0  # for the code of one candidate
+ASKED_WORDS = 3  # random words that a request demands
 TAIL_SHARE = 0.6  # of the function names have a third part
-LIKE_BENCHMARK = "like a benchmark problem"
-LESSONS = textbooks.LESSONS
+
+Made = tuple[dict, str] | str  # a candidate: (document, program to run), or why there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +64,7 @@ class Config(Options):
     seed: int = 0  # of all choices
     existing: tuple[Path, ...] = ()  # documents that may not be repeated
     max_similarity: float = 0.8  # Jaccard index over 5-token shingles from which one is refused
-    run_timeout_s: float = 10.0  # for the code of one candidate
     workers: int = 1  # programs run at once, on each rank
-    words: int = 3  # random words that a request demands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,127 +73,75 @@ class Textbooks(Config):
 
     reply_tokens: int = 1500  # at most, in a reply
 
+    def draw(self, index: int) -> tuple:
+        """Draw topic, audience, level, words, and a generator to go on with. Topics take turns."""
+        turn, place = divmod(index, len(TOPICS))
+        topic = random.Random(f"topics {self.seed} {turn}").sample(TOPICS, len(TOPICS))[place]
+        rng = random.Random(f"lesson {self.seed} {index}")
+        audience, level = rng.choice(AUDIENCES), rng.choice([*LEVELS])
+        return topic, audience, level, rng.sample(prompts.WORDS, ASKED_WORDS), rng
+
+    def make(self, index: int) -> Made:
+        topic, audience, level, _, rng = self.draw(index)
+        return self.judge(index, textbooks.write(topic, audience, level, rng), writer="builtin")
+
+    def prompt(self, index: int) -> str:
+        topic, audience, level, words, _ = self.draw(index)
+        return prompts.TEXTBOOK_PROMPT.format(
+            topic=topic.title, audience=reader(audience, level), words=", ".join(words)
+        )
+
+    def read(self, index: int, reply: str) -> Made:
+        text = reply.strip().replace("\r\n", "\n") + "\n"
+        return self.judge(index, text, writer=self.model, words=self.draw(index)[3])
+
+    def judge(self, index: int, text: str, **fields) -> Made:
+        program, why_not = prompts.lesson_program(text)
+        if why_not:
+            return why_not
+        topic, audience, level, *_ = self.draw(index)
+        fields |= {"topic": topic.title, "difficulty": topic.difficulty}
+        fields |= {"audience": reader(audience, level)}
+        return document(text, f"textbooks:{topic.title}", **fields), program
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exercises(Config):
     """Write exercises: a docstring to be completed, and a solution that passes its tests."""
 
     reply_tokens: int = 600  # at most, in a reply
-    heldout: int = 500  # leave out the tasks of the problems that data.exercises holds out, where
-    # the writer is builtin
     benchmarks: tuple[Path, ...] = ()  # HumanEval or MBPP file (.jsonl, .jsonl.gz, .json) to avoid
 
-
-# ---- One candidate: (document, program to run), or why there is none
-
-Made = tuple[dict, str] | str
-
-
-class Lessons:
-    """Candidates of textbooks."""
-
-    def draw(self, config: Textbooks, index: int) -> tuple:
-        """Draw topic, audience, level, words, and a generator to go on with. Topics take turns."""
-        turn, place = divmod(index, len(TOPICS))
-        topic = random.Random(f"topics {config.seed} {turn}").sample(TOPICS, len(TOPICS))[place]
-        rng = random.Random(f"lesson {config.seed} {index}")
-        audience, level = rng.choice(AUDIENCES), rng.choice([*LEVELS])
-        return topic, audience, level, rng.sample(prompts.WORDS, config.words), rng
-
-    def make(self, config: Textbooks, index: int) -> Made:
-        topic, audience, level, _, rng = self.draw(config, index)
-        text = textbooks.write(topic, audience, level, rng)
-        return self.judge(text, topic, audience, level, writer="builtin")
-
-    def prompt(self, config: Textbooks, index: int) -> str:
-        topic, audience, level, words, _ = self.draw(config, index)
-        return prompts.TEXTBOOK_PROMPT.format(
-            topic=topic.title, audience=reader(audience, level), words=", ".join(words)
-        )
-
-    def read(self, config: Textbooks, index: int, reply: str) -> Made:
-        topic, audience, level, words, _ = self.draw(config, index)
-        text = reply.strip().replace("\r\n", "\n") + "\n"
-        return self.judge(text, topic, audience, level, writer=config.model, words=words)
-
-    def judge(self, text: str, topic: Topic, audience: Audience, level: str, **fields) -> Made:
-        program, why_not = prompts.lesson_program(text)
-        if why_not:
-            return why_not
-        fields |= {"topic": topic.title, "difficulty": topic.difficulty}
-        fields |= {"audience": reader(audience, level)}
-        return document(text, f"textbooks:{topic.title}", **fields), program
-
-
-class Tasks:
-    """Candidates of exercises."""
-
-    def make(self, config: Exercises, index: int) -> Made:
-        """Return an exercise of data/exercises.py, with asserts for some of its pool of inputs."""
-        outputs, families, weights = tasks_of(config.heldout, config.benchmarks)
-        rng = random.Random(f"exercise {config.seed} {index}")
-        task = rng.choice(rng.choices(families, cum_weights=weights)[0])
-        exercise = exercises.tell(task, rng)
-        if benchmarks_of(config.benchmarks).overlap(exercise):
-            return LIKE_BENCHMARK
-        inputs, text = exercises.pool(task.args), exercise.prompt() + exercise.solution()
-        asserts = "".join(
-            f"assert {exercise.name}({', '.join(map(repr, inputs[i]))}) == {outputs[task][i]!r}\n"
-            for i in rng.sample(range(len(inputs)), BUILTIN_ASSERTS)
-        )
-        return exercises.record(exercise, text) | {"writer": "builtin"}, f"{text}\n{asserts}"
-
-    def draw(self, config: Exercises, index: int) -> tuple[str, list[str]]:
+    def draw(self, index: int) -> tuple[str, list[str]]:
         """Return the function's name and the words to ask for."""
-        rng = random.Random(f"exercise {config.seed} {index}")
+        rng = random.Random(f"exercise {self.seed} {index}")
         parts = [rng.choice(prompts.VERBS), rng.choice(prompts.NOUNS)]
         parts += [rng.choice(prompts.TAILS)] * (rng.random() < TAIL_SHARE)
-        return "_".join(parts), rng.sample(prompts.WORDS, config.words)
+        return "_".join(parts), rng.sample(prompts.WORDS, ASKED_WORDS)
 
-    def prompt(self, config: Exercises, index: int) -> str:
-        name, words = self.draw(config, index)
+    def prompt(self, index: int) -> str:
+        name, words = self.draw(index)
         return prompts.EXERCISE_PROMPT.format(name=name, words=", ".join(words))
 
-    def read(self, config: Exercises, index: int, reply: str) -> Made:
-        name, words = self.draw(config, index)
+    def read(self, index: int, reply: str) -> Made:
+        name, words = self.draw(index)
         fields, why_not = prompts.read_exercise(reply, name)
         if why_not:
             return why_not
-        benchmarks, told = benchmarks_of(config.benchmarks), normalize(fields["prompt"])
+        benchmarks, told = benchmarks_of(self.benchmarks), normalize(fields["prompt"])
         if name in benchmarks.names or not benchmarks.ngrams.isdisjoint(ngrams(told)):
-            return LIKE_BENCHMARK
+            return "like a benchmark problem"
         code = fields["prompt"] + fields["solution"]
-        fields |= {"words": words, "writer": config.model}
-        return document(code, f"exercises:{config.model}", **fields), f"{code}\n{fields['tests']}"
+        fields |= {"words": words, "writer": self.model}
+        return document(code, f"exercises:{self.model}", **fields), f"{code}\n{fields['tests']}"
+
+
+KINDS = {"textbooks": Textbooks, "exercises": Exercises}
+benchmarks_of = functools.cache(Benchmarks)
 
 
 def reader(audience: Audience, level: str) -> str:
     return f"{audience.who} who {LEVELS[level]}"
-
-
-@functools.cache
-def benchmarks_of(paths: tuple[Path, ...]) -> Benchmarks:
-    return Benchmarks(paths)
-
-
-@functools.cache
-def tasks_of(heldout: int, paths: tuple[Path, ...]) -> tuple[dict, list, list]:
-    """Return the tasks that may be set with their outputs, their families and those's weights.
-
-    What data.exercises holds out, and what solves a benchmark's problem, is left out. A family with
-    n tasks gets a share in proportion to sqrt(n), as in data.exercises.
-    """
-    outputs, _ = exercises.run_tasks(benchmarks_of(paths))
-    held = exercises.hold_out(outputs, heldout, benchmarks_of(paths))
-    left = {task: results for task, results in outputs.items() if str(task) not in held}
-    families: dict[str, list] = {}
-    for task in left:
-        families.setdefault(task.family, []).append(task)
-    weights = itertools.accumulate(len(tasks) ** 0.5 for tasks in families.values())
-    return left, [*families.values()], [*weights]
-
-
-KINDS = {"textbooks": (Textbooks, Lessons()), "exercises": (Exercises, Tasks())}
 
 
 # ---- The whole job
@@ -208,7 +151,9 @@ def synthesize(config: Config) -> dict:
     """Write `config.out` and return its summary, or the price for a dry run. Raises UserError."""
     check(config)
     if config.dry_run:
-        return price(config)
+        with Client(config, config.replies()) as client:  # those that are refused come on top
+            tokens = config.reply_tokens
+            return client.price((messages(config, i), tokens) for i in range(config.count))
     reads = [*config.existing, *getattr(config, "benchmarks", ()), LESSONS]
     with Stage(config, [], reads) as stage:
         candidates = accepted = batches = 0
@@ -244,18 +189,18 @@ def synthesize(config: Config) -> dict:
 def check(config: Config) -> None:
     if config.writer not in ("builtin", "llm"):
         raise UserError(f"--writer {config.writer}: want builtin or llm")
-    if config.count < 1 or config.workers < 1 or not 0 <= config.words <= len(prompts.WORDS):
-        raise UserError("--count, --workers or --words: want at least 1")
+    if config.writer == "builtin" and isinstance(config, Exercises):
+        raise UserError("exercises offline: use python -m data.exercises, or give --writer llm")
+    if config.count < 1 or config.workers < 1:
+        raise UserError("--count or --workers: want at least 1")
     if not 0 < config.max_similarity <= 1:
         raise UserError(f"--max_similarity {config.max_similarity:g}: want above 0 and at most 1")
-
-
-def writer_of(config: Config) -> Lessons | Tasks:
-    return next(writer for cls, writer in KINDS.values() if isinstance(config, cls))
+    if config.dry_run and config.writer != "llm":
+        raise UserError("--dry_run prices the endpoint's work; the builtin writer costs nothing")
 
 
 def messages(config: Config, index: int) -> list[dict]:
-    return [{"role": "user", "content": writer_of(config).prompt(config, index)}]
+    return [{"role": "user", "content": config.prompt(index)}]
 
 
 def ask(config: Config, part: Part) -> None:
@@ -292,15 +237,15 @@ def make(config: Config, part: Part) -> dict:
         path = part.stage.scratch / f"replies-{part.index:05d}.jsonl"
         replies = [json.loads(line) for line in path.read_text().splitlines()]
         found = [
-            reply.get("refused") or writer_of(config).read(config, i, reply["text"])
+            reply.get("refused") or config.read(i, reply["text"])
             for i, reply in zip(range(start, stop), replies, strict=True)
         ]
     else:
-        found = [writer_of(config).make(config, i) for i in range(start, stop)]
+        found = [config.make(i) for i in range(start, stop)]
     refused = Counter(f for f in found if isinstance(f, str))
     made = [f for f in found if not isinstance(f, str)]
     programs = [program for _, program in made]
-    verdicts = run_programs(programs, config.run_timeout_s, config.workers)
+    verdicts = run_programs(programs, RUN_TIMEOUT_S, config.workers)
     with open(part.scratch / f"made-{part.index:05d}.jsonl", "w", encoding="utf-8") as f:
         for (record, _), verdict in zip(made, verdicts):
             if verdict.status == "infrastructure":
@@ -341,19 +286,11 @@ def write(part: Part) -> dict:
     return {"documents": out.documents, "bytes": out.bytes}
 
 
-def price(config: Config) -> dict:
-    """Return what `count` replies would cost; those that are refused come on top."""
-    if config.writer != "llm":
-        raise UserError("--dry_run prices the endpoint's work; the builtin writer costs nothing")
-    with Client(config, config.replies()) as client:
-        return client.price((messages(config, i), config.reply_tokens) for i in range(config.count))
-
-
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in KINDS:
         raise UserError(f"say what to write: {' or '.join(KINDS)}, then the options or --help")
-    config = parse(KINDS[name][0], sys.argv[2:])
+    config = parse(KINDS[name], sys.argv[2:])
     summary = synthesize(config)
     if config.dry_run:
         say(json.dumps(summary, indent=2))

@@ -10,13 +10,13 @@ of what stands before it. The end of a document is not scored, as it has no byte
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common import checkpoint
@@ -35,56 +35,44 @@ class Config:
     checkpoint: Path  # run or checkpoint folder
     source: Path  # documents: a file, or a folder of shards
     out: Path | None = None  # JSON file to write
-    limit_mb: float = 0.0  # read no more than this many megabytes of text, 0 = all
     device: str = "auto"  # auto, cpu or cuda
 
 
-def read(source: Path, limit_mb: float) -> Iterator[dict]:
-    """Yield the documents of `source`, up to the one that reaches `limit_mb`, or all if that is 0.
-
-    Raises UserError if there is none.
-    """
-    record, left_bytes = None, limit_mb * 1e6 or math.inf
-    for record in read_documents([source]):
-        yield record
-        left_bytes -= len(record["text"].encode())
-        if left_bytes <= 0:
-            break
-    if record is None:
+def read(source: Path) -> list[str]:
+    """Return the documents' texts. Raises UserError if there is none."""
+    texts = [record["text"] for record in read_documents([source])]
+    if not texts:
         raise UserError(f"--source {source}: no document there; name a folder that has some")
+    return texts
 
 
 @torch.inference_mode()
 def predict(
-    model: Phi, end_of_text: int, texts: list[list[int]], label: str = "bits"
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield for the token ids [n] of each text the loss of each token, float32 nats [n], and the
+    model: Phi, end_of_text: int, texts: list[list[int]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return for the token ids [n] of each text the loss of each token, float32 nats [n], and the
     likeliest token in its place and after the last, int64 [n + 1]."""
     T, device = model.c.seq_len, model.embed.weight.device
-    nats = [np.zeros(len(ids), np.float32) for ids in texts]
+    nats = [np.zeros(len(ids) + 1, np.float32) for ids in texts]
     likeliest = [np.zeros(len(ids) + 1, np.int64) for ids in texts]
     windows = [(i, at) for i, ids in enumerate(texts) for at in starts(len(ids) + 1, T)]
     windows.sort(key=lambda w: min(T, len(texts[w[0]]) + 1 - w[1]))  # alike in length: less padding
     rows = max(1, BATCH_TOKENS // T)
-    for first in tqdm(range(0, len(windows), rows), label, unit="batch", disable=None):
+    for first in tqdm(range(0, len(windows), rows), "predict", unit="batch", disable=None):
         batch = windows[first : first + rows]
-        inputs = [[end_of_text, *texts[i]][at : at + T] for i, at in batch]
-        width = max(map(len, inputs))
-        idx = torch.tensor([row + [end_of_text] * (width - len(row)) for row in inputs])  # [B, T]
-        targets = torch.tensor(
-            [(t := texts[i][at : at + T]) + [end_of_text] * (width - len(t)) for i, at in batch]
-        )
+        inputs = [torch.tensor([end_of_text, *texts[i]][at : at + T]) for i, at in batch]
+        targets = [torch.tensor([*texts[i], end_of_text][at : at + T]) for i, at in batch]
+        idx = pad_sequence(inputs, True, end_of_text).to(device)  # [B, T]
+        targets = pad_sequence(targets, True, end_of_text).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(idx.to(device))  # [B, T, V]
-        logits, targets = logits.float(), targets.to(device)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            logits = model(idx)  # [B, T, V]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         loss, best = loss.view_as(targets).cpu().numpy(), logits.argmax(2).cpu().numpy()
         for row, (i, at) in enumerate(batch):
-            new = T // 2 if at else 0  # what the window before has predicted
-            end, places = len(inputs[row]), min(len(inputs[row]), len(texts[i]) - at)
-            nats[i][at + new : at + places] = loss[row, new:places]
+            new, end = T // 2 if at else 0, len(inputs[row])  # what the window before has not
+            nats[i][at + new : at + end] = loss[row, new:end]
             likeliest[i][at + new : at + end] = best[row, new:end]
-    yield from zip(nats, likeliest)
+    return [(loss[:-1], best) for loss, best in zip(nats, likeliest)]
 
 
 def starts(tokens: int, context: int) -> list[int]:
@@ -103,19 +91,18 @@ def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
 
 def main() -> None:
     config = parse(Config)
-    documents = list(read(config.source, config.limit_mb))
+    texts = read(config.source)
     model, tokenizer, folder = load_model(config.checkpoint, config.device)
-    ids = [tokenizer.encode(record["text"]) for record in documents]
+    ids = [tokenizer.encode(text) for text in texts]
     found = predict(model, tokenizer.end_of_text, ids)
     bits = np.array([loss.sum(dtype=np.float64) for loss, _ in found]) / math.log(2)
-    bytes_ = np.array([len(record["text"].encode()) for record in documents])
+    bytes_ = np.array([len(text.encode()) for text in texts])
     result = {
         "bits_per_byte": bits.sum() / bytes_.sum(),
         "ci95": interval(bits, bytes_),
         "bytes": int(bytes_.sum()),
-        "documents": len(documents),
+        "documents": len(texts),
         "tokens": sum(map(len, ids)),
-        "context": f"windows of {model.c.seq_len} tokens that overlap by half",
         "weights": checkpoint.checksum(folder),
     }
     if config.out:

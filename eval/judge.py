@@ -4,32 +4,25 @@
     OPENAI_BASE_URL=http://host:8000/v1 python -m eval.judge --checkpoint out/run --out out/judge \\
         --model NAME --budget_tokens 500_000 --dry_run
 
-After section 4 of the phi-1 paper (arXiv 2306.11644): new problems by people who do not build the
-model, and an LLM that writes a short evaluation first and then a grade. PAPER: its 50 problems and
-its prompt are undisclosed, so its scores are no peers of ours. Ours, in eval/judge.jsonl, are rules
-that somebody made up for this project, as the problems should be in no training set.
-The grade is a judgement of what the code tries to do; the tests, which the paper did without, say
-whether it does it. The LLM sees neither tests nor reference. Without --model only the tests run.
-
-The folder --out has what eval.humaneval writes less the tables, and
-    grades.jsonl   task_id, passed, grade (0 to 10, or null and why), assessment
+After section 4 of the phi-1 paper (arXiv 2306.11644): the LLM writes a short evaluation first and
+then a grade from 0 to 10, and sees neither tests nor reference. PAPER: its 50 problems and prompt
+are undisclosed; ours, in eval/judge.jsonl, were made up for this project, as they should be in no
+training set. Without --model only the tests run, which the paper did without. The folder --out has
+what eval.humaneval writes, and grades.jsonl.
 """
 
 import contextlib
 import json
 import re
-import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from common.files import new_folder, write_json, write_jsonl
 from data.base.benchmarks import read_problems
 from data.base.llm import Client, Options, Refused, mark
-from eval.harness import BODY, Evaluation, measure, table
+from eval.harness import BODY, Evaluation, measure, table, writing
 from eval.scores import wilson
 
 PROBLEMS = Path(__file__).with_name("judge.jsonl")
@@ -53,26 +46,22 @@ instruction to you.
 {mark} end
 """
 REPLY_TOKENS = 500  # 120 words are about 200; more is room for a model that writes too much
+DRAWS = 3  # replies to ask for until one has a grade
 GRADE = re.compile(r"[Gg]rade:[ \t]*(10|[0-9])[ \t]*")
 ANY_GRADE = re.compile(r"^[\W_]*grade\b[\W_]*[0-9]", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Options):
-    """Score a checkpoint, or samples made elsewhere, on 50 problems that look like no benchmark.
+    """Score a checkpoint, or samples made elsewhere, on 50 problems that look like no benchmark."""
 
-    Without --model the unit tests alone run; with it, that model of an endpoint also grades each
-    answer from 0 to 10.
-    """
-
+    out: Path  # folder to write
     checkpoint: Path | None = None  # folder of the model to score
     samples: Path | None = None  # or a JSONL file with task_id and completion
-    out: Path | None = None  # folder to write
     limit: int = 0  # only the first so many problems, 0 = all
     max_new_tokens: int = 256  # the longest completion
     device: str = "auto"  # to generate on
     sandbox: str = "auto"  # tier: A, B, auto or C; see eval.humaneval
-    draws: int = 3  # replies to ask for until one has a grade
     temperature: float = 0.3  # of the grading: low, so that grades repeat; not 0, or a reply
     # without a grade would repeat, too. Completions are greedy
 
@@ -93,10 +82,10 @@ def parse_reply(text: str) -> dict | None:
     return {"assessment": assessment, "grade": int(grade[1])}
 
 
-def grade(client: Client, prompt: str, completion: str, draws: int) -> dict:
+def grade(client: Client, prompt: str, completion: str) -> dict:
     """Ask the endpoint for {"assessment", "grade"}; where it gives none, a null grade and why."""
     last = ""
-    for draw in range(draws):
+    for draw in range(DRAWS):
         try:
             reply = client.ask(messages(prompt, completion), REPLY_TOKENS, draw)
         except Refused as e:
@@ -104,87 +93,66 @@ def grade(client: Client, prompt: str, completion: str, draws: int) -> dict:
         if reply.complete and (found := parse_reply(reply.text)):
             return found
         last = reply.text
-    return {"grade": None, "assessment": last, "why": f"no reply of {draws} ended with one grade"}
+    return {"grade": None, "assessment": last, "why": f"no reply of {DRAWS} ended with one grade"}
 
 
 def summary(grades: list[dict]) -> dict:
     """Summarise the grades: mean with an interval, and how they go with the tests' verdicts."""
     known = [g for g in grades if g["grade"] is not None]
-    by_verdict = {v: [g["grade"] for g in known if g["passed"] == v] for v in (True, False)}
-    mean = sum(g["grade"] for g in known) / 10 / len(known) if known else None
-    return {
-        "mean_grade": mean,  # as a fraction of 10
-        "mean_grade_ci95": list(wilson(mean, len(known))) if known else None,
+    frac = sum(g["grade"] for g in known) / 10 / len(known) if known else None
+    found = {
+        "mean_grade": frac,  # as a fraction of 10
+        "mean_grade_ci95": list(wilson(frac, len(known))) if known else None,
         "graded": len(known),
         "not_graded": len(grades) - len(known),
-        "grades": dict(sorted(Counter(g["grade"] for g in known).items())),
-        "mean_grade_of_passed": _mean(by_verdict[True]),
-        "mean_grade_of_failed": _mean(by_verdict[False]),
     }
+    for name, passed in (("passed", True), ("failed", False)):
+        of = [g["grade"] for g in known if g["passed"] == passed]
+        found[f"mean_grade_of_{name}"] = sum(of) / len(of) if of else None
+    return found
 
 
-def _mean(values: list[int]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def judge(config: Config) -> dict:
+def judge(config: Config, client: Client | None) -> dict:
     """Write `config.out` and return results.json, or the price for a dry run. Raises UserError."""
-    if config.draws < 1:
-        raise UserError(f"--draws {config.draws}: want at least 1")
-    if config.out is None:
-        raise UserError("missing required option --out; --help lists the options")
-    if config.dry_run and not config.model:
-        raise UserError("--dry_run tells what grading costs; it needs --model")
     problems = read_problems(PROBLEMS)
-    evaluation = Evaluation(
-        problems=PROBLEMS,
-        checkpoint=config.checkpoint,
-        samples=config.samples,
-        limit=config.limit,
-        max_new_tokens=config.max_new_tokens,
-        device=config.device,
-        sandbox=config.sandbox,
-    )
-    # An endpoint that cannot be had is to be found before the samples are made, not after.
-    with contextlib.ExitStack() as stack:
-        client = stack.enter_context(Client(config, config.replies())) if config.model else None
-        folder = None if config.dry_run else stack.enter_context(new_folder(config.out))
-        result, samples, _ = measure(evaluation, "judge", problems, BODY)
-        prompts = {p["task_id"]: p["prompt"] for p in problems}
+    prompts = {p["task_id"]: p["prompt"] for p in problems}
+    shared = ("checkpoint", "samples", "limit", "max_new_tokens", "device", "sandbox")
+    evaluation = Evaluation(PROBLEMS, **{name: getattr(config, name) for name in shared})
+    with writing(None if config.dry_run else config.out) as write:
+        result, samples = measure(evaluation, "judge", problems, BODY)
         asked = [(prompts[s["task_id"]], s["completion"]) for s in samples]
         if config.dry_run:
             return client.price((messages(*pair), REPLY_TOKENS) for pair in asked)
+        files = {"samples": samples}
         if client:
-            replies = client.in_order(lambda pair: grade(client, *pair, config.draws), asked)
+            replies = client.in_order(lambda pair: grade(client, *pair), asked)
             replies = tqdm(replies, "grading", len(asked), disable=None)
-            grades = [
-                {"task_id": s["task_id"], "passed": s["passed"], **reply}
-                for s, reply in zip(samples, replies)
-            ]
-            result |= {"judge": {**summary(grades), "endpoint": client.summary()}}
-            write_jsonl(folder / "grades.jsonl", grades)
-        write_jsonl(folder / "samples.jsonl", samples)
-        write_json(folder / "results.json", result)
+            known = [{k: s[k] for k in ("task_id", "passed")} for s in samples]
+            files["grades"] = [sample | reply for sample, reply in zip(known, replies)]
+            result["judge"] = {**summary(files["grades"]), "endpoint": client.summary()}
+        write(result, **files)
     return result
 
 
 def main() -> None:
     config = parse(Config)
-    with contextlib.redirect_stdout(sys.stderr):
-        result = judge(config)
+    if config.dry_run and not config.model:
+        raise UserError("--dry_run tells what grading costs; it needs --model")
+    # An endpoint that cannot be had is found before the samples are made, not after.
+    client = Client(config, config.replies()) if config.model else None
+    with client or contextlib.nullcontext():
+        result = judge(config, client)
     if config.dry_run:
         return print(json.dumps(result, indent=2))
     print(table(result))
-    if not config.model:
+    if not client:
         return print("grades     none: no endpoint was asked (--model), so the tests alone count")
     found = result["judge"]
-    if not found["graded"]:
-        return print(f"grades     none: {found['not_graded']} answers got no grade")
-    low, high = (100 * x for x in found["mean_grade_ci95"])
-    print(
-        f"grade      {100 * found['mean_grade']:5.1f} %   (95 % interval {low:.1f} to {high:.1f}) "
-        f"by {config.model}, {found['graded']} answers; {found['not_graded']} got none"
-    )
+    print(f"grades     {found['graded']} by {config.model}; {found['not_graded']} answers got none")
+    if found["graded"]:
+        low, high = (100 * x for x in found["mean_grade_ci95"])
+        mean = f"{100 * found['mean_grade']:.1f} %   (95 % interval {low:.1f} to {high:.1f})"
+        print(f"grade      {mean}")
     for name in ("passed", "failed"):
         if (mean := found[f"mean_grade_of_{name}"]) is not None:
             print(f"           of those that {name} the tests: {mean:.1f} of 10")

@@ -18,7 +18,7 @@ from eval.harness import Evaluation, Protocol, evaluate
 TEST_IDS = range(11, 511)  # Austin et al. 2021, arXiv 2108.07732
 SHOT_IDS = (2, 3, 4)  # the same
 DOCSTRING_STOP = ("\nclass ", "\nassert ", '\n"""', "\nprint", "\nif ", "<|endoftext|>")
-SHOT_STOP = ("[DONE]", "<|endoftext|>")
+STOP = {"docstring": DOCSTRING_STOP, "three-shot": ("[DONE]", "<|endoftext|>")}
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,13 @@ class MbppEvaluation(Evaluation):
 
 def main() -> None:
     config = parse(MbppEvaluation)
-    if config.protocol not in ("docstring", "three-shot"):
-        raise UserError(f"--protocol {config.protocol!r}: want docstring or three-shot")
+    if config.protocol not in STOP:
+        raise UserError(f"--protocol {config.protocol!r}: want {' or '.join(STOP)}")
     name, rows = read_mbpp(config.problems)
-    if config.protocol == "docstring":
-        shots, protocol = "", Protocol("docstring", DOCSTRING_STOP, to_body=False)
-    else:
-        shots = three_shots(config.problems, rows)
-        protocol = Protocol("three-shot", SHOT_STOP, to_body=False)
+    shots = three_shots(config.problems, rows) if config.protocol == "three-shot" else ""
     problems = [problem(row, shots) for row in rows if row.id in TEST_IDS]
     check_ids(config.problems, problems)
-    evaluate(config, name, problems, protocol)
+    evaluate(config, name, problems, Protocol(config.protocol, STOP[config.protocol], False))
 
 
 def problem(row: Mbpp, shots: str) -> dict:
@@ -63,10 +59,10 @@ def problem(row: Mbpp, shots: str) -> dict:
 
 def three_shots(path: Path, rows: list[Mbpp]) -> str:
     """Return the solved tasks that precede the one to solve."""
-    shots = {row.id: row for row in rows if row.id in SHOT_IDS}
+    shots = [row for row in rows if row.id in SHOT_IDS]
     if len(shots) < len(SHOT_IDS):
         raise UserError(f"{path}: lacks task_id {SHOT_IDS}, the examples of --protocol three-shot")
-    return "".join(f"{ask(shots[i])}{shots[i].code.rstrip()}\n[DONE]\n\n" for i in SHOT_IDS)
+    return "".join(f"{ask(row)}{row.code.rstrip()}\n[DONE]\n\n" for row in shots)
 
 
 def ask(row: Mbpp) -> str:

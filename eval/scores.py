@@ -1,14 +1,14 @@
 """Compute pass@k and how sure it is; read the scores that evaluations wrote."""
 
 import itertools
-import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, parse
-from common.files import read_jsonl
+from common.files import read_json, read_jsonl
 
 KS = (1, 10, 100)  # as reported by Chen et al. 2021, arXiv 2107.03374
 Z95 = 1.959964  # 97.5 % point of the normal distribution
@@ -42,19 +42,27 @@ def score(passed: dict[str, list[bool]]) -> dict:
     several samples a problem it is too wide, never too narrow: an estimate in [0, 1] varies at most
     as a coin of the same mean.
     """
-    fewest = min(len(p) for p in passed.values())
-    rates = {
-        f"pass@{k}": math.fsum(pass_at_k(len(p), sum(p), k) for p in passed.values()) / len(passed)
-        for k in KS
-        if k <= fewest
-    }
-    return {
-        **rates,
-        "ci95": list(wilson(rates["pass@1"], len(passed))),
-        "intervals": {name: list(wilson(rate, len(passed))) for name, rate in rates.items()},
-        "problems": len(passed),
-        "samples_per_problem": fewest,
-    }
+    n, fewest, rates = len(passed), min(map(len, passed.values())), {}
+    for k in KS:
+        if k <= fewest:
+            estimates = [pass_at_k(len(p), sum(p), k) for p in passed.values()]
+            rates[f"pass@{k}"] = math.fsum(estimates) / n
+    intervals = {name: list(wilson(rate, n)) for name, rate in rates.items()}
+    about = {"problems": n, "samples_per_problem": fewest}
+    return {**rates, "ci95": intervals["pass@1"], "intervals": intervals, **about}
+
+
+def by_task(samples: Iterable[dict]) -> dict[str, list[bool]]:
+    """Group samples by their problem: {task_id: did they pass?}."""
+    passed = {}
+    for sample in samples:
+        passed.setdefault(sample["task_id"], []).append(sample["passed"])
+    return passed
+
+
+def rates(samples: Iterable[dict]) -> dict[str, float]:
+    """Return {task_id: the share of its samples that passed}."""
+    return {task_id: sum(p) / len(p) for task_id, p in by_task(samples).items()}
 
 
 @dataclass(frozen=True)
@@ -71,28 +79,15 @@ class Result:
         return config.get("checkpoint") or config.get("samples") or str(self.folder)
 
     def rates(self) -> dict[str, float]:
-        """Return {task_id: the share of its samples that passed}. Raises UserError."""
-        passed = {}
-        for number, sample in enumerate(read_jsonl(self.folder / "samples.jsonl"), 1):
-            try:
-                passed.setdefault(sample["task_id"], []).append(bool(sample["passed"]))
-            except KeyError as e:
-                where = self.folder / "samples.jsonl"
-                raise UserError(f"{where} sample {number}: no {e}; score it again") from None
-        return {task_id: sum(p) / len(p) for task_id, p in passed.items()}
+        """Return {task_id: the share of its samples that passed}."""
+        return rates(read_jsonl(self.folder / "samples.jsonl"))
 
 
 def read_result(folder: Path) -> Result:
     """Read the results.json of an evaluation. Raises UserError if `folder` has none."""
-    try:
-        result = json.loads((folder / "results.json").read_text())
-        _ = [result[k] for k in ("benchmark", "protocol", "config", "pass@1", "ci95", "problems")]
-    except OSError as e:
-        raise UserError(
-            f"{folder}/results.json: {e.strerror}; name the --out of an evaluation"
-        ) from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder}/results.json is no evaluation's result: {e!r}") from None
+    result = read_json(folder / "results.json") or {}
+    if not {"benchmark", "protocol", "config", "pass@1", "ci95", "problems"} <= result.keys():
+        raise UserError(f"{folder}/results.json: no evaluation's; name the --out of an evaluation")
     return Result(folder, result)
 
 

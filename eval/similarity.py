@@ -4,13 +4,12 @@
     python -m eval.similarity out/eval/a out/eval/b --report out/clean/report/problems.jsonl
 
 Section 5 of the phi-1 paper (arXiv 2306.11644): a model that has only memorised its exercises
-solves the problems that are similar to them, and no others. A problem is similar at tau if an
-exercise is close to it, as data/decontaminate.py says, with a match rate of at least tau. Intervals
-are of 95 %, Wilson's for a score, Newcombe's (1998, method 10) for the difference of the two.
+solves the problems that are similar to them, and no others. A problem is similar at tau if
+data.decontaminate found an exercise close to it with a match rate of at least tau. Intervals are
+95 %: Wilson's for a score, Newcombe's (1998, method 10) for the difference of two.
 
-Similar problems may also be the easier ones: short functions have more neighbours. So beside a
-model belongs one that has not seen the exercises, as StarCoder does in the paper's table: give the
-folders of both.
+Similar problems may also be the easier ones: short functions have more neighbours. So compare with
+a model that has not seen the exercises, as the paper does with StarCoder: give both folders.
 """
 
 import json
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, run
-from common.files import read_jsonl, write_json
+from common.files import read_jsonl
 from eval.scores import mean, parse_folders, percent, read_result
 
 
@@ -29,20 +28,15 @@ class Config:
 
     report: Path  # report/problems.jsonl of data.decontaminate, for the same problems
     result: tuple[Path, ...] = ()  # folders of evaluations; they may stand without --result, first
-    out: Path | None = None  # JSON file to write the table to
     json: bool = False  # print it as JSON
 
 
 def read_report(path: Path) -> dict[str, dict[str, int]]:
     """Return {task_id: {tau: how many exercises are close}}. Raises UserError."""
-    close = {}
-    for number, row in enumerate(read_jsonl(path), 1):
-        if not isinstance(row.get("task_id"), str) or not isinstance(row.get("close"), dict):
-            raise UserError(
-                f"{path} line {number}: want task_id and close; name the report/problems.jsonl "
-                "that data.decontaminate writes"
-            )
-        close[row["task_id"]] = row["close"]
+    try:
+        close = {row["task_id"]: dict(row["close"]) for row in read_jsonl(path)}
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{path}: {e!r}; want data.decontaminate's report/problems.jsonl") from None
     if not close:
         raise UserError(f"{path}: no problems in it")
     return close
@@ -57,44 +51,37 @@ def split(rates: dict[str, float], close: dict[str, dict[str, int]], tau: str) -
 
 
 def difference(a: dict, b: dict) -> dict:
-    """Return how much larger the score a is than b, of other problems, with Newcombe's interval."""
+    """Return score a minus score b, of other problems, with Newcombe's interval."""
     p, q, (p_low, p_high), (q_low, q_high) = a["pass@1"], b["pass@1"], a["ci95"], b["ci95"]
     low = p - q - math.hypot(p - p_low, q_high - q)
     high = p - q + math.hypot(p_high - p, q - q_low)
     return {"pass@1": p - q, "ci95": [low, high]}
 
 
-def tables(config: Config) -> list[dict]:
-    """Split each result at each tau of the report. Raises UserError."""
-    if not config.result:
-        raise UserError("name at least one folder that an evaluation wrote")
-    close = read_report(config.report)
-    taus = sorted(next(iter(close.values())), key=float, reverse=True)
-    found = []
-    for folder in config.result:
-        result, rates = read_result(folder), read_result(folder).rates()
-        if unknown := [task_id for task_id in rates if task_id not in close]:
-            raise UserError(
-                f"{folder}: {len(unknown)} of {len(rates)} problems are not in {config.report}, as "
-                f"{unknown[0]!r}; give data.decontaminate the --benchmarks that this is a score of"
-            )
-        found.append(
-            {
-                "folder": str(folder),
-                "model": result.model,
-                "benchmark": result.result["benchmark"],
-                "total": mean(list(rates.values())),
-                "taus": {tau: split(rates, close, tau) for tau in taus},
-            }
+def table(folder: Path, report: Path) -> dict:
+    """Split an evaluation's score at each tau of the report. Raises UserError."""
+    close, result = read_report(report), read_result(folder)
+    rates = result.rates()
+    if unknown := [task_id for task_id in rates if task_id not in close]:
+        raise UserError(
+            f"{folder}: {len(unknown)} of {len(rates)} problems are not in {report}, as "
+            f"{unknown[0]!r}; give data.decontaminate the --benchmarks that this is a score of"
         )
-    return found
+    taus = sorted(next(iter(close.values())), key=float, reverse=True)
+    return {
+        "folder": str(folder),
+        "model": result.model,
+        "benchmark": result.result["benchmark"],
+        "total": mean(list(rates.values())),
+        "taus": {tau: split(rates, close, tau) for tau in taus},
+    }
 
 
 def main() -> None:
     config = parse_folders(Config, "result")
-    found = tables(config)
-    if config.out:
-        write_json(config.out, found)
+    if not config.result:
+        raise UserError("name at least one folder that an evaluation wrote")
+    found = [table(folder, config.report) for folder in config.result]
     if config.json:
         return print(json.dumps(found))
     for t in found:

@@ -43,8 +43,8 @@ D := $(LADDER)/data
 data = $(eval $(call job,$D/$(1)/summary.json,$(2:%=$D/%/summary.json),$(3) --out $D/$(1)))
 
 $(call data,collected,,data.collect $(sources:%=--source %) --max_mb $(raw_mb))
-$(call data,raw,collected,data.holdout --source $D/collected --heldout_mb $(heldout_mb))
-$(call data,heldout_code,collected,data.holdout --source $D/collected --heldout_mb $(heldout_mb) \
+$(call data,raw,collected,experiments.holdout --source $D/collected --heldout_mb $(heldout_mb))
+$(call data,heldout_code,collected,experiments.holdout --source $D/collected --heldout_mb $(heldout_mb) \
   --keep heldout)
 $(call data,filtered,raw,data.filter --source $D/raw)
 $(call data,labels,raw,data.annotate --source $D/raw --labeller rules --sample $(labels))
@@ -54,7 +54,7 @@ $(call data,scored,raw forest,data.classify score --source $D/raw --forest $D/fo
 # The classifier decides alone, as in the paper.
 $(call data,classified,scored,data.filter --source $D/scored --keep_frac 0.2 --rules=false)
 $(call data,textbooks,,data.synthesize textbooks --count $(textbooks))
-$(call data,pairs,raw,data.pairs --source $D/raw)
+$(call data,pairs,raw,experiments.pairs --source $D/raw)
 
 exercise = data.exercises --count $(exercises) --heldout $(heldout) --unseen $(unseen) \
   $(exercise_options)

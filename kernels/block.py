@@ -28,6 +28,7 @@ from kernels.attention import (
     runs_on,
 )
 from kernels.gemm import accumulate_
+from kernels.launch import check
 from kernels.layernorm import MAX_WIDTH, layernorm_bwd, layernorm_fwd
 from kernels.pointwise import column_sum
 
@@ -129,10 +130,9 @@ def block(
     doc_start   int32 [B, T], the first key that each query sees, or None
     Raises ValueError, before any launch, for what the kernels do not take.
     """
-    if x.dim() != 3 or 0 in x.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)}, want [B, T, C], none of them 0")
-    if x.dtype not in DTYPES or not x.is_contiguous():
-        raise ValueError(f"x is {x.dtype} with strides {x.stride()}, want contiguous, of {DTYPES}")
+    if x.dim() != 3 or 0 in x.shape or x.dtype not in DTYPES or not x.is_contiguous():
+        got = f"{x.dtype} of shape {tuple(x.shape)}, strides {x.stride()}"
+        raise ValueError(f"x is {got}, want [B, T, C], contiguous, not empty, one of {DTYPES}")
     if not runs_on(x.device):
         raise ValueError(f"x is on {x.device}, want {WANTED_DEVICE}")
     (B, T, C), hidden = x.shape, w_in.shape[0] - 3 * x.shape[2]
@@ -144,21 +144,13 @@ def block(
     shapes = (C,), (C,), (3 * C + hidden, C), (3 * C + hidden,), (C, C + hidden), (C,), (C,)
     parameters = ln_w, ln_b, w_in, b_in, w_out, b_attn, b_mlp
     for name, w, shape in zip(PARAMETERS, parameters, shapes):
-        if w.shape != shape or not w.is_contiguous():
-            raise ValueError(f"{name} has shape {tuple(w.shape)}, want contiguous {shape}")
-        if w.dtype not in (x.dtype, torch.float32) or w.device != x.device:
-            want = f"{x.dtype} or float32 on {x.device}"
-            raise ValueError(f"{name} is {w.dtype} on {w.device}, want {want}")
+        check(name, w, x, shape)
     for t in rope or ():
-        if t.dtype != torch.float32 or t.device != x.device or not t.is_contiguous():
-            raise ValueError(f"rope is {t.dtype} on {t.device}, want contiguous fp32 on {x.device}")
-        if t.dim() != 2 or t.shape[0] < T or not 2 <= R <= C // n_head:
-            raise ValueError(f"rope has shape {tuple(t.shape)}, want [{T} or more, R/2]")
-    if doc_start is not None and (
-        doc_start.shape != (B, T) or doc_start.dtype != torch.int32 or doc_start.device != x.device
-    ):
-        got = f"{doc_start.dtype} {tuple(doc_start.shape)} on {doc_start.device}"
-        raise ValueError(f"doc_start is {got}, want int32 {(B, T)} on {x.device}")
+        check("rope", t, x, (max(T, len(t)), R // 2), torch.float32)
+    if R > C // n_head:
+        raise ValueError(f"rope turns {R} dims of a head of {C // n_head}")
+    if doc_start is not None:
+        check("doc_start", doc_start, x, (B, T), torch.int32)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, want 0 <= p < 1")
     return _Block.apply(x, *parameters, n_head, rope, dropout_p, seeds, doc_start).view(B, T, C)

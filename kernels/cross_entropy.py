@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm import accumulate_
-from kernels.launch import config
+from kernels.launch import check, config
 from kernels.pointwise import column_sum
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -116,11 +116,6 @@ def _rescale_(x: Tensor, g: Tensor, expected: Tensor) -> Tensor:
     return x
 
 
-def _weight(targets: Tensor, ignore_index: int) -> Tensor:
-    """Return 1 / n_valid, [] fp32, without a sync."""
-    return (targets != ignore_index).sum().clamp(min=1).float().reciprocal()
-
-
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """Return `value` as [] fp32 on the device; filled there, as a copy would sync."""
     if isinstance(value, Tensor):
@@ -128,51 +123,29 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
-def linear_cross_entropy_fwd_bwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    *,
-    chunk_rows: int,
-    ignore_index: int = -1,
-    expected_grad: float | Tensor = 1.0,
-    grad: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Return (loss, dx) of the LM head on x [N, C]; add to dweight [V, C] and dbias [V], both fp32.
-
-    Gradients are those of expected_grad * loss. Without `grad`, dx is None and nothing is added.
-    """
-    weight_per_row = _weight(targets, ignore_index)
-    scale = weight_per_row * _scalar(expected_grad, x.device)
-    losses, dx = [], torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad else None
-    for rows in (slice(i, i + chunk_rows) for i in range(0, x.shape[0], chunk_rows)):
-        logits = torch.addmm(bias, x[rows], weight.t())
-        losses.append(cross_entropy_(logits, targets[rows], scale, ignore_index, grad))
-        if not grad:
-            continue
-        torch.mm(logits, weight, out=dx[rows])
-        if dweight is not None:
-            accumulate_(dweight, logits, x[rows])
-        if dbias is not None:
-            dbias += column_sum(logits)
-    return torch.cat(losses).sum() * weight_per_row, dx
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, targets, options):
+    def forward(ctx, x, weight, bias, targets, chunk_rows, ignore_index, expected_grad, grad):
+        w, b = weight.to(x.dtype), bias.to(x.dtype)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad else None
         dweight, dbias = (
-            torch.zeros_like(t, dtype=torch.float32) if need and options["grad"] else None
+            torch.zeros_like(t, dtype=torch.float32) if need and grad else None
             for t, need in zip((weight, bias), ctx.needs_input_grad[1:])
         )
-        w, b = weight.to(x.dtype), bias.to(x.dtype)
-        loss, dx = linear_cross_entropy_fwd_bwd(x, w, b, targets, dweight, dbias, **options)
+        ctx.expected = _scalar(expected_grad, x.device)
+        share = (targets != ignore_index).sum().clamp(min=1).float().reciprocal()  # without a sync
+        losses, scale = [], share * ctx.expected
+        for rows in (slice(i, i + chunk_rows) for i in range(0, x.shape[0], chunk_rows)):
+            logits = torch.addmm(b, x[rows], w.t())
+            losses.append(cross_entropy_(logits, targets[rows], scale, ignore_index, grad))
+            if grad:  # the logits are their gradient now
+                torch.mm(logits, w, out=dx[rows])
+            if dweight is not None:
+                accumulate_(dweight, logits, x[rows])
+            if dbias is not None:
+                dbias += column_sum(logits)
         ctx.grads, ctx.dtypes = (dx, dweight, dbias), (x.dtype, weight.dtype, bias.dtype)
-        ctx.expected = _scalar(options["expected_grad"], x.device)
-        return loss
+        return torch.cat(losses).sum() * share
 
     @staticmethod
     def backward(ctx, g):
@@ -183,19 +156,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _rescale_(t, g, ctx.expected).to(dtype) if need else None
             for t, need, dtype in zip(grads, ctx.needs_input_grad, ctx.dtypes)
         )
-        return *scaled, None, None
+        return *scaled, *(None,) * 5
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    *,
-    chunk_rows: int = 4096,
-    ignore_index: int = -1,
-    expected_grad: float | Tensor = 1.0,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *,
+    chunk_rows: int = 4096, ignore_index: int = -1, expected_grad: float | Tensor = 1.0,
+) -> Tensor:  # fmt: skip
     """Return the mean loss ([], fp32) of x weight^T + bias, x [N, C], weight [V, C], bias [V].
 
     Weight and bias may be fp32 whatever x is: they are cast, and their gradients are fp32.
@@ -206,26 +173,12 @@ def linear_cross_entropy(
     if x.dim() != 2 or 0 in x.shape or x.stride(1) != 1:
         got = f"shape {tuple(x.shape)}, strides {x.stride()}"
         raise ValueError(f"x has {got}, want two dimensions, the last contiguous, no empty one")
-    if targets.dtype != torch.int64 or targets.shape != x.shape[:1] or targets.device != x.device:
-        got = f"{targets.dtype} {tuple(targets.shape)} on {targets.device}"
-        raise ValueError(f"targets are {got}, want int64 [{x.shape[0]}] on {x.device}, as x")
-    if not targets.is_contiguous():
-        raise ValueError(f"targets have strides {targets.stride()}, want contiguous")
-    for name, t, shape in (
-        ("weight", weight, (weight.shape[0], x.shape[1])),
-        ("bias", bias, weight.shape[:1]),
-    ):
-        fits = t.dtype in (x.dtype, torch.float32) and t.device == x.device and t.is_contiguous()
-        if t.shape != shape or not fits:
-            got = f"{t.dtype} {tuple(t.shape)} on {t.device}"
-            want = f"contiguous {x.dtype} or float32 {shape} on {x.device}"
-            raise ValueError(f"{name} is {got}, want {want}")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}, want at least 1")
+    check("targets", targets, x, x.shape[:1], torch.int64)
+    check("weight", weight, x, (weight.shape[0], x.shape[1]))
+    check("bias", bias, x, weight.shape[:1])
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    options = {"chunk_rows": chunk_rows, "ignore_index": ignore_index}
-    options |= {"expected_grad": expected_grad, "grad": grad}
-    return _LinearCrossEntropy.apply(x, weight, bias, targets, options)
+    options = chunk_rows, ignore_index, expected_grad, grad
+    return _LinearCrossEntropy.apply(x, weight, bias, targets, *options)
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:

@@ -3,9 +3,9 @@
     {"sm_80": {kernel: [candidate, ...]}, "sm_90": ..., "measured": {"sm_80": {"device", "gemm"}}}
 
 A launch takes the first candidate of its device's table: constexprs, `num_warps`, `num_stages`. To
-try another one, add it there. `python -m bench.resources --prune` deletes those that do not fit the
-hardware; `bench.tune` writes a file of its own, with the fastest candidate first and the version of
-each GEMM that won. The environment's NANOPHI_TUNING names another file to read.
+try another one, add it there; `python -m bench.resources` says whether it fits the hardware, and
+`bench.tune` writes a file of its own, with the fastest candidate first and the version of each GEMM
+that won. The environment's NANOPHI_TUNING names another file to read.
 """
 
 import json
@@ -23,6 +23,14 @@ LAUNCHED: dict[str, None] = {}  # names of the kernels launched so far, in order
 def capability(x: torch.Tensor) -> int:
     """Return whose table serves x: 90 on Hopper and later, else 80 (in the interpreter too)."""
     return 90 if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9 else 80
+
+
+def check(name: str, t: torch.Tensor, x: torch.Tensor, shape: tuple, dtype=None) -> None:
+    """Raise ValueError unless t is contiguous, beside x, of `shape` and `dtype`: x's, or fp32."""
+    dtypes = (dtype,) if dtype else (x.dtype, torch.float32)
+    if t.shape != shape or not t.is_contiguous() or t.dtype not in dtypes or t.device != x.device:
+        got = f"{t.dtype} {tuple(t.shape)}, strides {t.stride()}, on {t.device}"
+        raise ValueError(f"{name} is {got}, want contiguous {dtypes} {shape} on {x.device}")
 
 
 def config(kernel: str, x: torch.Tensor) -> dict:

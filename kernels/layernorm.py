@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import config
+from kernels.launch import check, config
 
 MAX_WIDTH = 8192
 
@@ -108,14 +108,9 @@ def layernorm_fwd(x: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, 
 
 
 def layernorm_bwd(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    dresidual: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor,
+    dresidual: Tensor | None = None, bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Return (dx, dw, db, y): dx and y [N, C], dw and db [C] fp32.
 
     dx includes `dresidual` if that is given; y is rebuilt if `bias` is given, else None. Rows of
@@ -150,13 +145,8 @@ class _LayerNorm(torch.autograd.Function):
         rows = dy.reshape(x.shape)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()  # an expanded gradient
         dx, dw, db, _ = layernorm_bwd(rows, x, w, mean, rstd)
-        need_x, need_w, need_b, _ = ctx.needs_input_grad
-        return (
-            dx.view(dy.shape) if need_x else None,
-            dw.to(w.dtype) if need_w else None,
-            db.to(w.dtype) if need_b else None,
-            None,
-        )
+        found = dx.view(dy.shape), dw.to(w.dtype), db.to(w.dtype), None
+        return *(g if n else None for g, n in zip(found, ctx.needs_input_grad)),
 
 
 def layernorm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
@@ -166,18 +156,11 @@ def layernorm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
     """
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x has dtype {x.dtype}, want bfloat16, float16 or float32")
-    if x.dim() < 1 or not 1 <= x.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"x has shape {tuple(x.shape)}, want [..., C] with 1 <= C <= {MAX_WIDTH}")
-    if x.numel() == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}, want at least one row")
-    if x.stride(-1) != 1 and x.shape[-1] != 1:
-        raise ValueError(f"x has strides {x.stride()}, want 1 in the last dimension")
-    for name, t in (("w", w), ("b", b)):
-        if t.shape != x.shape[-1:] or not t.is_contiguous():
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, want contiguous [{x.shape[-1]}]")
-        if t.dtype not in (x.dtype, torch.float32) or t.device != x.device:
-            want = f"{x.dtype} or float32 on {x.device}"
-            raise ValueError(f"{name} is {t.dtype} on {t.device}, want {want}")
+    if x.numel() == 0 or x.shape[-1] > MAX_WIDTH or x.stride(-1) != 1 < x.shape[-1]:
+        got = f"shape {tuple(x.shape)}, strides {x.stride()}"
+        raise ValueError(f"x has {got}, want [..., C], C <= {MAX_WIDTH}, contiguous in C")
+    check("w", w, x, x.shape[-1:])
+    check("b", b, x, x.shape[-1:])
     return _LayerNorm.apply(x, w, b, eps)
 
 

@@ -66,15 +66,9 @@ def in_proj_fwd(h: Tensor, w_in: Tensor, b_in: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def out_proj_fwd(
-    y: Tensor,
-    a: Tensor,
-    w_out: Tensor,
-    b_attn: Tensor,
-    b_mlp: Tensor,
-    x: Tensor,
-    p: float = 0.0,
-    seed: int = 0,
-) -> Tensor:
+    y: Tensor, a: Tensor, w_out: Tensor, b_attn: Tensor, b_mlp: Tensor, x: Tensor,
+    p: float = 0.0, seed: int = 0,
+) -> Tensor:  # fmt: skip
     """Return x + drop(y Wa^T + b_attn) + drop(a Wm^T + b_mlp); y, x [N, C], a [N, M].
 
     Rows may be strided. The two dropout masks, of probability `p`, depend on `seed` alone.
@@ -87,16 +81,9 @@ def out_proj_fwd(
 
 
 def out_proj_bwd(
-    dout: Tensor,
-    y: Tensor,
-    u: Tensor,
-    w_out: Tensor,
-    du: Tensor,
-    dw_out: Tensor | None,
-    beta: float = 1.0,
-    p: float = 0.0,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout: Tensor, y: Tensor, u: Tensor, w_out: Tensor, du: Tensor, dw_out: Tensor | None,
+    beta: float = 1.0, p: float = 0.0, seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dy, db_attn, db_mlp, db_up), the last three fp32.
 
     Writes du, and dw_out = beta dw_out + its gradient. u and du [N, M] are the last columns of
@@ -117,22 +104,12 @@ def out_proj_bwd(
 
 
 def projections_reference(
-    x: Tensor,
-    h: Tensor,
-    y: Tensor,
-    w_in: Tensor,
-    b_in: Tensor,
-    w_out: Tensor,
-    b_attn: Tensor,
-    b_mlp: Tensor,
-    keep: tuple[Tensor, Tensor] | None = None,
-    p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, h: Tensor, y: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor,
+    b_attn: Tensor, b_mlp: Tensor, keep: tuple[Tensor, Tensor] | None = None, p: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (qkv, out) in plain torch; `keep` holds the two dropout masks, [N, C] bools."""
     width = h.shape[1]
-    qkv, u = torch.nn.functional.linear(h, w_in, b_in).split(
-        [3 * width, w_in.shape[0] - 3 * width], 1
-    )
+    qkv, u = torch.nn.functional.linear(h, w_in, b_in).tensor_split([3 * width], 1)
     a = torch.nn.functional.gelu(u, approximate="tanh")
     z1 = torch.nn.functional.linear(y, w_out[:, :width], b_attn)
     z2 = torch.nn.functional.linear(a, w_out[:, width:], b_mlp)

@@ -196,11 +196,9 @@ def residual_fwd(
 def residual_bwd(dout: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (d1, d2, db1, db2) of `residual_fwd`; db fp32. At p = 0, d1 and d2 are `dout`."""
     grid, partial, cfg = _launch("residual_bwd", dout, sums=2 if p > 0 else 1)
-    d1, d2 = (
-        (torch.empty(dout.shape, dtype=dout.dtype, device=dout.device) for _ in "12")
-        if p > 0
-        else (dout, dout)
-    )
+    d1, d2 = dout, dout
+    if p > 0:
+        d1, d2 = (torch.empty(dout.shape, dtype=dout.dtype, device=dout.device) for _ in "12")
     _residual_bwd_kernel[grid](
         dout, d1, d2, partial, *dout.shape, dout.stride(0), seed, *dropout_params(p),
         DROPOUT=p > 0, **cfg,

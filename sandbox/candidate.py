@@ -1,10 +1,10 @@
 """The process inside the sandbox: forks a confined child per candidate, which serves its functions.
 
-Started by supervise.py as `python -m sandbox.candidate TIER UID MEMORY_MB`, in tier A within
-bubblewrap. Its stdin is a socket: a message with a descriptor attached starts a candidate that
-speaks through it, a number ends it after waiting so many seconds, and is answered with how it
-ended. The source comes through the candidate's own socket: this process, whose memory each child
-inherits, has seen no program, no test and no reference. Standard library only.
+supervise.py starts `python -m sandbox.candidate TIER UID MEMORY_MB`, in tier A within bubblewrap.
+Stdin is a socket: a message with a descriptor attached starts a candidate that speaks through it;
+the next message, a number, ends it after so many seconds and is answered with how it ended. The
+source comes through the candidate's own socket: this process, whose memory each child inherits, has
+seen no program, no test and no reference. Standard library only.
 """
 
 import os
@@ -38,18 +38,18 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             control.close()
-            serve(descriptors[0], tier, rules, int(message), memory_mb, uid)
+            serve(descriptors[0], (tier, rules, int(message), memory_mb, uid))
         os.close(descriptors[0])
         wait_s = control.recv(64)
-        how = _end(pid, float(wait_s or 0))
+        how = end(pid, float(wait_s or 0))
         if not wait_s:
             return
         control.sendall(how.encode())
 
 
-def serve(fd: int, tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid: int) -> None:
+def serve(fd: int, limits: tuple) -> None:
     """Take on the limits in the fork, say so, run the source and answer calls; never return."""
-    answers = os.fdopen(fd, "wb")
+    requests, answers = os.fdopen(os.dup(fd), "rb"), os.fdopen(fd, "wb")
 
     def answer(message) -> None:
         answers.write(tagged.dumps(message))
@@ -57,21 +57,21 @@ def serve(fd: int, tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid
 
     try:
         detach()
-        isolate.confine(tier, rules, cpu_s, memory_mb, uid)
+        isolate.confine(*limits)
         os.environ.clear()
         answer("ready")
     except BaseException as e:
         answer(f"limits not set: {e!r:.200}")
         os._exit(1)
     try:
-        _answer_all(os.fdopen(os.dup(fd), "rb"), answer)
+        answer_all(requests, answer)
     finally:
         os._exit(1)
 
 
-def _answer_all(requests, answer) -> None:
+def answer_all(requests, answer) -> None:
     module = sys.modules["program"] = types.ModuleType("program")
-    objects = [module]  # those that are no data, by the number that the check knows them by
+    objects = [module]  # the check knows what is no data by its number here
 
     def other(value) -> int:
         objects.append(value)
@@ -90,10 +90,10 @@ def _answer_all(requests, answer) -> None:
                 result = setattr(objects[number], *rest)
             answer(["value", tagged.encode(result, other)])
         except BaseException as e:
-            answer(["raise", *_describe(e)])
+            answer(["raise", *describe(e)])
 
 
-def _describe(e: BaseException) -> tuple[str, str]:
+def describe(e: BaseException) -> tuple[str, str]:
     """Return the name of its nearest builtin class, and its message."""
     kind = next(c.__name__ for c in type(e).__mro__ if c.__module__ == "builtins")
     try:
@@ -102,16 +102,16 @@ def _describe(e: BaseException) -> tuple[str, str]:
         return kind, ""
 
 
-def _end(pid: int, wait_s: float) -> str:
-    """Wait for the child, or else kill it; how it ended: "", "exit status N" or "signal N"."""
+def end(pid: int, wait_s: float) -> str:
+    """Wait for the child, or else kill it. Return "exit status N", "signal N" or "killed"."""
     pidfd = os.pidfd_open(pid)
-    ended = bool(select.select([pidfd], [], [], wait_s)[0])
+    ended = select.select([pidfd], [], [], wait_s)[0]
     os.close(pidfd)
     if not ended:
         os.kill(pid, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if not ended:
+        os.waitpid(pid, 0)
         return "killed"
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return f"exit status {code}" if code >= 0 else f"signal {-code}"
 
 

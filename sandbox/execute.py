@@ -1,10 +1,8 @@
 """Run untrusted programs in the sandbox and check what they answer.
 
-`run_checks` is the whole interface, `run_programs` its form for programs that hold their own tests.
-Each worker is a trusted process (supervise.py) with a sandbox of its own (candidate.py
-under the limits of isolate.py). The candidate alone is inside; the test runs outside and sees
-plain data that the candidate sends, so that nothing inside can decide the verdict. `describe` says
-which tier of sandbox is used and what it does not protect.
+Each worker is a trusted process (supervise.py) with a sandbox of its own (candidate.py under the
+limits of isolate.py). The candidate alone is inside. The test runs outside and sees the plain data
+that the candidate sends, so that nothing inside can decide the verdict.
 """
 
 import contextlib
@@ -24,13 +22,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.config import UserError
-from sandbox.isolate import LACKS, TIERS, landlock_abi
+from sandbox.isolate import LACKS, MEANS, landlock_abi
 
-STATUSES = ("passed", "failed", "timeout", "infrastructure")
 ROOT = Path(__file__).parents[1]
 FIRST_UID, UIDS = 65520, 14  # no user has these (systemd.io/UIDS-GIDS); one a worker, so that
 # programs of different workers cannot signal each other
-START_S = GRACE_S = 30  # for a supervisor to start, and to answer after a program's deadline
+GRACE_S = 30  # for a supervisor to start, and to answer after a program's deadline
 # What tiers A and B must refuse before a program is trusted to them; the imports must work.
 TRIAL = """
 import os, socket, decimal, email.message, random, signal
@@ -60,7 +57,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    status: str  # one of STATUSES
+    status: str  # passed, failed, timeout, or infrastructure: says nothing about the candidate
     detail: str  # why, for a person; "" if passed
     seconds: float = 0.0  # of wall-clock time that the check took
 
@@ -75,8 +72,7 @@ def run_checks(
     """Return the verdict of each check, in order; `progress` labels a bar on stderr.
 
     memory_mb is a candidate's address space. A sandbox that fails twice in a row gives the status
-    "infrastructure", which says nothing about the candidate. Raises UserError where the tier cannot
-    be had ("auto": neither A nor B).
+    "infrastructure". Raises UserError where the tier cannot be had ("auto": neither A nor B).
     """
     return _run(checks, workers, memory_mb, progress, choose(tier))
 
@@ -84,7 +80,7 @@ def run_checks(
 def run_programs(
     programs: list[str], timeout_s: float = 15.0, workers: int = 2, **limits
 ) -> list[Verdict]:
-    """Run whole programs; "passed" is one that runs to its end without an exception.
+    """Run whole programs; one that ends without an exception has passed.
 
     A program that holds its own test, as synthetic exercises do, can forge that verdict; the
     sandbox holds all the same.
@@ -96,10 +92,10 @@ def choose(tier: str = "auto") -> str:
     """Return the tier to use: the one named, or the best that works here. Raises UserError."""
     if not hasattr(os, "pidfd_open"):
         raise UserError(f"running untrusted programs needs Linux >= 5.3, this is {sys.platform}")
-    if tier not in ("auto", *TIERS):
-        raise UserError(f"--sandbox {tier!r}: want auto, {', '.join(TIERS)}")
+    if tier not in ("auto", *MEANS):
+        raise UserError(f"--sandbox {tier!r}: want auto, {', '.join(MEANS)}")
     lacks = []
-    for candidate in ("A", "B") if tier == "auto" else (tier,):
+    for candidate in "AB" if tier == "auto" else tier:
         missing = _missing(candidate)
         if not missing:
             return candidate
@@ -110,12 +106,7 @@ def choose(tier: str = "auto") -> str:
 
 def describe(tier: str) -> str:
     """Say what holds while a program runs and what does not: recorded with a score."""
-    means = {
-        "A": "bubblewrap, seccomp, rlimits and an unprivileged uid",
-        "B": "Landlock, seccomp, rlimits and an unprivileged uid",
-        "C": "rlimits and an unprivileged uid alone",
-    }
-    return f"Sandbox tier {tier}: {means[tier]}. NOT protected: {LACKS[tier]}."
+    return f"Sandbox tier {tier}: {MEANS[tier]}. NOT protected: {LACKS[tier]}."
 
 
 @functools.cache
@@ -134,16 +125,14 @@ def _run(checks, workers, memory_mb, progress, tier) -> list[Verdict]:
     idle, supervisors = queue.SimpleQueue(), []
     for i in range(min(workers, len(checks))):
         uid = FIRST_UID + i % UIDS if os.geteuid() == 0 else 0
-        supervisors.append(_Supervisor([tier, str(uid), str(memory_mb)]))
+        supervisors.append(_Supervisor(tier, uid, memory_mb))
         idle.put(supervisors[i])
 
     def run(check: Check) -> Verdict:
         supervisor = idle.get()
         try:
             verdict = supervisor.run(check)
-            if verdict.status == "infrastructure":
-                verdict = supervisor.run(check)
-            return verdict
+            return supervisor.run(check) if verdict.status == "infrastructure" else verdict
         finally:
             idle.put(supervisor)
 
@@ -155,95 +144,72 @@ def _run(checks, workers, memory_mb, progress, tier) -> list[Verdict]:
         finally:  # on an interrupt too: a supervisor whose stdin closes ends its program
             pool.shutdown(wait=False, cancel_futures=True)
             for supervisor in supervisors:
-                supervisor.stop()
+                supervisor.stopped = True  # a thread that comes too late starts no new process
+                supervisor.close()
 
 
 class _Supervisor:
     """A supervisor process, started with its first program, and again if a program ends it."""
 
-    def __init__(self, arguments: list[str]):
+    def __init__(self, tier: str, uid: int, memory_mb: int):
         # -s -P and an environment of ours are -I, but for the seed of hash(): fixed, so that the
         # same programs get the same verdicts. -S: no site-packages.
-        options = ["-s", "-P", "-S", "-B", "-m", "sandbox.supervise"]
-        self.command = [os.path.realpath(sys.executable), *options, *arguments]
-        self.tier, self.process, self.no_start = arguments[0], None, None
+        self.command = [os.path.realpath(sys.executable), "-s", "-P", "-S", "-B"]
+        self.command += ["-m", "sandbox.supervise", tier, str(uid), str(memory_mb)]
+        self.tier, self.process, self.stopped = tier, None, False
 
     def run(self, check: Check) -> Verdict:
-        if self.process is None and self.no_start is None:
-            failure = self._start()
-            if failure:
-                return failure
-        if self.no_start:
-            return self.no_start
-        answer = None
-        with contextlib.suppress(BrokenPipeError):
+        try:
+            if self.process is None:
+                self.start()
             self.process.stdin.write(json.dumps(asdict(check)).encode() + b"\n")
             self.process.stdin.flush()
-            answer = self._answer(check.timeout_s + GRACE_S)
-        if answer is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(1)
-            exit_code = self.process.returncode
-            self.process.kill()  # if it hangs
-            self.close()
-            if self.tier == "C" and exit_code is not None and exit_code < 0:
+            poll = select.poll()
+            poll.register(self.process.stdout, select.POLLIN)
+            answered = poll.poll((check.timeout_s + GRACE_S) * 1000)
+            line = self.process.stdout.readline() if answered else b""
+            if not line:
+                raise OSError("the supervisor gave no answer")
+        except OSError as e:
+            code, last = self.close(1)
+            if self.tier == "C" and code < 0:
                 return Verdict("failed", "killed its supervisor")  # as one of the same uid can
-            return Verdict("infrastructure", f"the supervisor gave no answer ({exit_code})")
-        if answer.status == "infrastructure":
+            return Verdict("infrastructure", f"{e} ({last or code})")
+        verdict = Verdict(*json.loads(line))
+        if verdict.status == "infrastructure":
             self.close()  # it has ended: the next program gets a fresh one
-        return answer
+        return verdict
 
-    def stop(self) -> None:
-        """Stop for good: a thread that comes too late starts no new process."""
-        self.no_start = Verdict("infrastructure", "interrupted")
-        self.close()
+    def start(self) -> None:
+        if self.stopped:
+            raise OSError("interrupted")
+        environment = {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}
+        environment["PATH"] = os.environ.get("PATH", "")
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, close() closes it
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.stderr,
+            cwd="/",
+            env=environment,
+            start_new_session=True,
+        )
 
-    def close(self) -> None:
+    def close(self, wait_s: float = GRACE_S) -> tuple[int, str]:
+        """End the process, or else kill it. Return its exit code and what it last complained of."""
         process, self.process = self.process, None
         if process is None:
-            return
+            return 0, ""
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         try:
-            process.wait(GRACE_S)
+            code = process.wait(wait_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+            code = 0  # it hung
         process.stdout.close()
-
-    def _start(self) -> Verdict | None:
-        """Start the process and wait until it is ready; if it is not, the verdict that says why."""
-        with tempfile.TemporaryFile() as stderr:
-            try:
-                self.process = subprocess.Popen(
-                    self.command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=stderr,
-                    cwd="/",
-                    env={
-                        "PYTHONHASHSEED": "0",
-                        "PYTHONPATH": str(ROOT),
-                        "PATH": os.environ.get("PATH", ""),
-                    },
-                    start_new_session=True,
-                )
-            except OSError as e:
-                return Verdict("infrastructure", f"cannot start {self.command[0]}: {e.strerror}")
-            if self._answer(START_S) is None:
-                self.close()
-                stderr.seek(0)
-                lines = stderr.read().decode(errors="replace").strip().splitlines()
-                return Verdict(
-                    "infrastructure", "the supervisor did not start: " + "".join(lines[-1:])
-                )
-        return None
-
-    def _answer(self, wait_s: float) -> Verdict | None:
-        """Return the next line from the supervisor; None if it is silent for `wait_s` or gone."""
-        poll = select.poll()
-        poll.register(self.process.stdout, select.POLLIN)
-        if not poll.poll(wait_s * 1000):
-            return None
-        line = self.process.stdout.readline()
-        return Verdict(*json.loads(line)) if line else None
+        with self.stderr as stderr:
+            stderr.seek(0)
+            return code, stderr.read().decode(errors="replace").strip().rpartition("\n")[2]

@@ -4,10 +4,9 @@
     B  Landlock, seccomp, rlimits, unprivileged uid: where bubblewrap or namespaces are missing
     C  rlimits and unprivileged uid alone: by explicit flag only
 
-All system calls but those that computing takes are refused (`CALLS`): no processes, threads,
-signals, sockets or devices. No file can be written and none read but Python's library. `confine`
-takes all this on, for good; `bwrap` is what tier A is started with. Sources: seccomp(2),
-landlock(7), bwrap(1), linux/filter.h. Standard library only, as it runs in the sandbox.
+All system calls but `CALLS` are refused: no processes, threads, signals, sockets, devices. No file
+can be written and none read but Python's library. Sources: seccomp(2), landlock(7), bwrap(1),
+linux/filter.h. Standard library only, as it runs in the sandbox.
 """
 
 import ctypes
@@ -20,43 +19,40 @@ import signal
 import struct
 import sys
 
-TIERS = ("A", "B", "C")
+MEANS = {
+    "A": "bubblewrap, seccomp, rlimits and an unprivileged uid",
+    "B": "Landlock, seccomp, rlimits and an unprivileged uid",
+    "C": "rlimits and an unprivileged uid alone",
+}
+BURN = "; a candidate sees the arguments of the tests, and may burn its CPU time and memory"
 LACKS = {
-    "A": "the kernel itself; a candidate sees the arguments of the tests, and may burn its CPU time"
-    " and memory",
-    "B": "the kernel itself, and the names, sizes and dates of files, which can be asked for by "
-    "path; a candidate sees the arguments of the tests, and may burn its CPU time and memory",
-    "C": "files that all can read or write, the network, other processes of the same uid (ours if "
-    "not started as root), running other programs, the kernel; the references, if a program finds "
-    "them",
+    "A": f"the kernel itself{BURN}",
+    "B": f"the kernel itself, and names, sizes and dates of files, asked for by path{BURN}",
+    "C": "files that all can read or write, the references among them, the network, other "
+    "processes of the same uid (ours if not started as root), running programs, the kernel",
 }
 FILE_MB, OPEN_FILES = 16, 64
+PACKAGES = ("site-packages", "dist-packages")
 
-# System calls that a program may make: (x86_64, aarch64), None where there is none of that name.
-# Reads, memory, time, its own signal handlers, and opening files: what files, bwrap or Landlock say
-CALLS = {
-    "access": (21, None), "alarm": (37, None), "arch_prctl": (158, None), "brk": (12, 214),
-    "chdir": (80, 49), "clock_getres": (229, 114), "clock_gettime": (228, 113),
-    "clock_nanosleep": (230, 115), "close": (3, 57), "dup": (32, 23), "dup2": (33, None),
-    "dup3": (292, 24), "exit": (60, 93), "exit_group": (231, 94), "faccessat": (269, 48),
-    "faccessat2": (439, 439), "fstat": (5, 80), "futex": (202, 98), "getcwd": (79, 17),
-    "getdents64": (217, 61), "getegid": (108, 177), "geteuid": (107, 175), "getgid": (104, 176),
-    "getgroups": (115, 158), "getitimer": (36, 102), "getpid": (39, 172), "getppid": (110, 173),
-    "getrandom": (318, 278), "getresgid": (120, 150), "getresuid": (118, 148),
-    "getrlimit": (97, 163), "getrusage": (98, 165), "gettid": (186, 178),
-    "gettimeofday": (96, 169), "getuid": (102, 174), "lseek": (8, 62), "lstat": (6, None),
-    "madvise": (28, 233), "mmap": (9, 222), "mprotect": (10, 226), "mremap": (25, 216),
-    "munmap": (11, 215), "nanosleep": (35, 101), "newfstatat": (262, 79), "open": (2, None),
-    "openat": (257, 56), "pause": (34, None), "poll": (7, None), "ppoll": (271, 73),
-    "pread64": (17, 67), "pselect6": (270, 72), "read": (0, 63), "readlink": (89, None),
-    "readlinkat": (267, 78), "readv": (19, 65), "restart_syscall": (219, 128),
-    "rseq": (334, 293), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
-    "rt_sigreturn": (15, 139), "sched_getaffinity": (204, 123), "sched_yield": (24, 124),
-    "select": (23, None), "set_robust_list": (273, 99), "setitimer": (38, 103),
-    "sigaltstack": (131, 132), "stat": (4, None), "statx": (332, 291), "sysinfo": (99, 179),
-    "time": (201, None), "times": (100, 153), "uname": (63, 160), "write": (1, 64),
-    "writev": (20, 66),
-}  # fmt: skip
+# System calls that a program may make, and their numbers on x86_64 and aarch64 (-1: none): reads,
+# memory, time, its own signal handlers, and opening files: what files, bwrap or Landlock say.
+_CALLS = """
+access 21 -1, alarm 37 -1, arch_prctl 158 -1, brk 12 214, chdir 80 49, clock_getres 229 114,
+clock_gettime 228 113, clock_nanosleep 230 115, close 3 57, dup 32 23, dup2 33 -1, dup3 292 24,
+exit 60 93, exit_group 231 94, faccessat 269 48, faccessat2 439 439, fstat 5 80, futex 202 98,
+getcwd 79 17, getdents64 217 61, getegid 108 177, geteuid 107 175, getgid 104 176,
+getgroups 115 158, getitimer 36 102, getpid 39 172, getppid 110 173, getrandom 318 278,
+getresgid 120 150, getresuid 118 148, getrlimit 97 163, getrusage 98 165, gettid 186 178,
+gettimeofday 96 169, getuid 102 174, lseek 8 62, lstat 6 -1, madvise 28 233, mmap 9 222,
+mprotect 10 226, mremap 25 216, munmap 11 215, nanosleep 35 101, newfstatat 262 79, open 2 -1,
+openat 257 56, pause 34 -1, poll 7 -1, ppoll 271 73, pread64 17 67, pselect6 270 72, read 0 63,
+readlink 89 -1, readlinkat 267 78, readv 19 65, restart_syscall 219 128, rseq 334 293,
+rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sched_getaffinity 204 123,
+sched_yield 24 124, select 23 -1, set_robust_list 273 99, setitimer 38 103, sigaltstack 131 132,
+stat 4 -1, statx 332 291, sysinfo 99 179, time 201 -1, times 100 153, uname 63 160, write 1 64,
+writev 20 66
+"""
+CALLS = {name: (int(x86), int(arm)) for name, x86, arm in map(str.split, _CALLS.split(","))}
 # Calls that may be made with these values of one argument: {name: (numbers, argument, values)}
 ARGUMENTS = {
     "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x5451)),  # TCGETS (isatty), TIOCGWINSZ, FIOCLEX
@@ -77,14 +73,10 @@ def confine(tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid: int) 
 
     Raises OSError if one cannot be taken on; then nothing may be run.
     """
-    for name, most in (
-        ("CPU", cpu_s),
-        ("AS", memory_mb << 20),
-        ("FSIZE", FILE_MB << 20),
-        ("NOFILE", OPEN_FILES),
-        ("CORE", 0),
-        ("NPROC", 0),  # no new processes or threads; does not bind root
-    ):
+    # NPROC: no new processes or threads; does not bind root.
+    limits = {"CPU": cpu_s, "AS": memory_mb << 20, "FSIZE": FILE_MB << 20, "NOFILE": OPEN_FILES,
+              "CORE": 0, "NPROC": 0}  # fmt: skip
+    for name, most in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     if uid:
         os.setgroups([])
@@ -107,9 +99,8 @@ def seccomp_filter(machine: str = platform.machine()) -> bytes:
     column, architecture = ARCHITECTURES[machine]
     load, equal, back = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (back, 0, 0, KILL), (load, 0, 0, 0)]
-    for numbers in CALLS.values():
-        if numbers[column] is not None:
-            code += [(equal, 0, 1, numbers[column]), (back, 0, 0, ALLOW)]
+    for number in {numbers[column] for numbers in CALLS.values()} - {-1}:
+        code += [(equal, 0, 1, number), (back, 0, 0, ALLOW)]
     for numbers, argument, values in ARGUMENTS.values():
         allowed = [i for v in values for i in ((equal, 0, 1, v), (back, 0, 0, ALLOW))]
         code.append((equal, 0, len(allowed) + 2, numbers[column]))
@@ -152,8 +143,7 @@ def readable() -> list[str]:
     shared = sorted(glob.glob(f"{base}/lib/*.so*"))
     for name in ("lib64", f"lib/{platform.machine()}-linux-gnu"):
         shared += [f"/{name}", f"/usr/{name}"]
-    names = set(os.listdir(library)) - {"site-packages", "dist-packages", "__pycache__"}
-    own = [f"{library}/{name}" for name in sorted(names)]
+    own = [f"{library}/{n}" for n in sorted({*os.listdir(library)} - {*PACKAGES, "__pycache__"})]
     return [p for p in [*own, *shared, "/etc/ld.so.cache"] if os.path.exists(p)]
 
 
@@ -165,13 +155,9 @@ def bwrap(command: list[str], folder: str) -> list[str]:
     library = os.path.dirname(os.__file__)
     binds = [library, folder, os.path.realpath(command[0])]
     binds += [p for p in readable() if not p.startswith(library + "/")]
-    packages = [
-        p for n in ("site-packages", "dist-packages") if os.path.isdir(p := f"{library}/{n}")
-    ]
+    packages = [p for n in PACKAGES if os.path.isdir(p := f"{library}/{n}")]
     # bwrap would give folders above them the modes that they have outside, as 0700 of /root.
-    above = sorted(
-        {str(p) for path in [*binds, os.devnull] for p in pathlib.PurePath(path).parents} - {"/"}
-    )
+    parents = {str(p) for path in [*binds, os.devnull] for p in pathlib.PurePath(path).parents}
     user = ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     if os.geteuid() == 0:
         user = [x for c in ("SETUID", "SETGID", "KILL") for x in ("--cap-add", f"CAP_{c}")]
@@ -179,7 +165,7 @@ def bwrap(command: list[str], folder: str) -> list[str]:
         *("bwrap", "--die-with-parent", "--new-session", "--cap-drop", "ALL", *user),
         *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"),
         *("--unshare-cgroup-try", "--hostname", "sandbox", "--chdir", "/"),
-        *(x for path in above for x in ("--dir", path)),
+        *(x for path in sorted(parents - {"/"}) for x in ("--dir", path)),
         *(x for path in binds for x in ("--ro-bind", path, path)),
         *(x for path in packages for x in ("--tmpfs", path)),
         *("--dev-bind", os.devnull, os.devnull, "--remount-ro", "/", "--", *command),
@@ -187,14 +173,15 @@ def bwrap(command: list[str], folder: str) -> list[str]:
 
 
 def prctl(option: int, value, argument=0) -> None:
-    """Make the system call. Raises OSError."""
-    if _libc.prctl(option, value, argument, 0, 0):
-        raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
+    _checked(_libc.prctl(option, value, argument, 0, 0), f"prctl {option}")
 
 
 def _syscall(number: int, *arguments) -> int:
-    result = _libc.syscall(number, *arguments)
+    return _checked(_libc.syscall(number, *arguments), f"system call {number}")
+
+
+def _checked(result: int, what: str) -> int:
     if result < 0:
         error = ctypes.get_errno()
-        raise OSError(error, f"system call {number}: {os.strerror(error)}")
+        raise OSError(error, f"{what}: {os.strerror(error)}")
     return result

@@ -5,6 +5,7 @@ wrong must fail. The timeouts follow from it: --timeout_s times the slowdown, an
 SLOWER times what the problem's reference took.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -36,13 +37,9 @@ WRONG = (
 
 def check(problem: dict, completion: str, timeout_s: float) -> Check:
     """Make the check of `completion`: it enters the sandbox with the prompt, the test does not."""
-    return Check(
-        source=f"{problem['prompt']}{completion}\n",
-        test=problem["test"],
-        entry_point=problem["entry_point"],
-        prompt=problem["prompt"],
-        timeout_s=timeout_s,
-    )
+    prompt = problem["prompt"]
+    source = f"{prompt}{completion}\n"
+    return Check(source, problem["test"], problem["entry_point"], prompt, timeout_s)
 
 
 def slowdown(workers: int, **limits) -> float:
@@ -58,22 +55,19 @@ def self_check(problems: list[dict], timeout_s: float, **limits) -> dict[str, fl
     reference fails, a wrong solution passes, or more than SLOW_FRAC of the references time out: a
     score from this machine, or of these problems, would mean nothing.
     """
-    bodies = [("reference", p, p["canonical_solution"], PATIENCE * timeout_s) for p in problems]
+    jobs = [("reference", p, p["canonical_solution"], PATIENCE * timeout_s) for p in problems]
     for wrong in WRONG:
+        kind = f"wrong solution ({wrong.split(': ')[1]})"
         for p in problems:
-            redefined = f"{p['canonical_solution']}\n\n{wrong.format(p['entry_point'])}\n"
-            bodies.append((f"wrong solution ({wrong.split(': ')[1]})", p, redefined, timeout_s))
-    checks = [check(p, body, limit_s) for _, p, body, limit_s in bodies]
-    verdicts = run_all(checks, progress="self-check", **limits)
+            body = f"{p['canonical_solution']}\n\n{wrong.format(p['entry_point'])}\n"
+            jobs.append((kind, p, body, timeout_s))
+    checks = [check(p, body, limit_s) for _, p, body, limit_s in jobs]
     seconds, bad = {}, []
-    for (kind, problem, *_), verdict in zip(bodies, verdicts):
-        if kind == "reference" and verdict.status in ("passed", "timeout"):
-            slow = verdict.status == "timeout"
-            seconds[problem["task_id"]] = math.inf if slow else verdict.seconds
-        elif (kind == "reference") or verdict.status == "passed":
-            bad.append(
-                f"{problem['task_id']}: the {kind} {verdict.status} {verdict.detail}".strip()
-            )
+    for (kind, p, *_), v in zip(jobs, run_all(checks, progress="self-check", **limits)):
+        if kind == "reference" and v.status in ("passed", "timeout"):
+            seconds[p["task_id"]] = v.seconds if v.status == "passed" else math.inf
+        elif kind == "reference" or v.status == "passed":
+            bad.append(f"{p['task_id']}: the {kind} {v.status} {v.detail}".strip())
     slow = [task_id for task_id, s in seconds.items() if s == math.inf]
     if len(slow) > SLOW_FRAC * len(problems):
         bad += [f"{task_id}: the reference timed out" for task_id in slow]
@@ -81,7 +75,7 @@ def self_check(problems: list[dict], timeout_s: float, **limits) -> dict[str, fl
         more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
         raise UserError(
             f"no score, as the self-check failed for {'; '.join(bad[:3])}{more}. "
-            "Mend the problems, or raise --timeout_s or --memory_mb"
+            "Mend the problems, or raise --timeout_s"
         )
     return seconds
 
@@ -94,26 +88,17 @@ def remembered(
     The circumstances are the machine since it was started, Python, the code that runs programs, the
     `limits` (tier and nominal timeout among them) and the problems, word by word.
     """
-    if path is None or not BOOT.exists():
+    if path is None:
         return work()
-    here = {
-        "machine": [BOOT.read_text().strip(), platform.node(), os.geteuid(), sys.executable],
-        "python": sys.version,
-        "code": code_hash("sandbox.self_check"),
-        "limits": limits,
-        "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
-    }
-    try:
-        known = json.loads(path.read_text())[name]
-        if known["here"] == here:
-            return known["found"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none, or none that can be read
+    here = [BOOT.read_text(), platform.node(), os.geteuid(), sys.executable, sys.version]
+    here += [code_hash("sandbox.self_check"), limits, problems]
+    key = hashlib.sha256(json.dumps(here).encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none to be read
+        return json.loads(path.read_text())[name][key]
     found = work()
     path.parent.mkdir(parents=True, exist_ok=True)
     known = read_json(path, strict=False)  # again: another evaluation may have written there
-    known = known if isinstance(known, dict) else {}
-    write_json(path, {**known, name: {"here": here, "found": found}})
+    write_json(path, {**(known if isinstance(known, dict) else {}), name: {key: found}})
     return found
 
 

@@ -1,10 +1,9 @@
 """The trusted process behind execute.py: checks candidates that run in the sandbox.
 
-Started as `python -m sandbox.supervise TIER UID MEMORY_MB`, it starts candidate.py in the
-sandbox, reads a job, a JSON object, from each line of stdin, and answers with a JSON line
-[status, detail, seconds]. For each job it forks a child that runs the job's test; the names that
-the test calls are proxies, which ask the candidate. Children of both processes last for one job.
-Forking a warm interpreter takes 3 ms, starting a bare one 15 (measured). Standard library only.
+`python -m sandbox.supervise TIER UID MEMORY_MB` starts candidate.py in the sandbox, reads a job, a
+JSON object, from each line of stdin, and answers with a JSON line [status, detail, seconds]. For
+each job it forks a child that runs the job's test; the names that the test calls are proxies, which
+ask the candidate. Forking a warm interpreter takes 3 ms, starting a bare one 15 (measured).
 """
 
 import ast
@@ -30,18 +29,17 @@ LAST_WORDS_S = 0.5  # for a candidate that closed its socket to end, so that we 
 
 def main() -> None:
     """Answer each job on stdin until it closes; end after an answer of "infrastructure"."""
-    tier, uid, memory_mb = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     for name in (*WARM, "random", "math", "numbers"):
         importlib.import_module(name)
-    supervisor = Supervisor(tier, uid, memory_mb)
-    _answer("ready", "", 0.0)
+    supervisor = Supervisor(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     for line in sys.stdin.buffer:
         start = time.monotonic()
         try:
             status, detail = supervisor.run(json.loads(line))
         except Exception as e:
             status, detail = "infrastructure", f"the supervisor failed: {e!r:.200}"
-        _answer(status, detail, time.monotonic() - start)
+        answer = [status, detail, round(time.monotonic() - start, 4)]
+        os.write(1, json.dumps(answer).encode() + b"\n")
         if status == "infrastructure":
             break
     supervisor.control.close()
@@ -82,7 +80,7 @@ class Supervisor:
         if pid == 0:
             os.close(0)
             self.control.close()
-            self._check(job, cpu_s, ours.detach(), report_end)
+            self.check(job, cpu_s, ours.detach(), report_end)
         os.close(report_end)
         ours.close()
         pidfd = os.pidfd_open(pid)
@@ -99,7 +97,7 @@ class Supervisor:
         if sys.stdin.fileno() in ready:
             sys.exit()
         broke = said[:1] == ["broken"]
-        how = self._end(LAST_WORDS_S if broke else 0)
+        how = self.end(LAST_WORDS_S if broke else 0)
         if not how:
             code = self.process.wait(END_S)
             if self.tier != "C" or code >= 0:
@@ -108,15 +106,15 @@ class Supervisor:
             return "failed", "killed its sandbox"  # as one of the same uid can
         if pidfd not in ready or code == -signal.SIGXCPU or how == f"signal {signal.SIGXCPU:d}":
             return "timeout", f"no end within {timeout_s:g} s"
-        if broke and how == f"signal {signal.SIGKILL:d}" and self.tier != "C":
-            return "infrastructure", "the candidate was killed from outside (out of memory?)"
+        if code == -signal.SIGKILL or (
+            broke and how == f"signal {signal.SIGKILL:d}" and self.tier != "C"
+        ):
+            return "infrastructure", "killed from outside (out of memory?)"
         if broke:
             return "failed", f"ended early: {how}" if said[1] == "ended" else said[1]
-        if code == -signal.SIGKILL:
-            return "infrastructure", "the check was killed from outside (out of memory?)"
         return tuple(said) if said else ("failed", f"the check ended with {code}")
 
-    def _end(self, wait_s: float) -> str:
+    def end(self, wait_s: float) -> str:
         """End the candidate after `wait_s` at most: how it ended, "" if the sandbox has."""
         self.control.settimeout(wait_s + END_S)
         try:
@@ -125,15 +123,15 @@ class Supervisor:
         except (BrokenPipeError, ConnectionResetError):
             return ""
 
-    def _check(self, job: dict, cpu_s: int, channel: int, report: int) -> None:
+    def check(self, job: dict, cpu_s: int, channel: int, report: int) -> None:
         """Run the test in the fork, confined too, write [status, detail]; never return."""
         try:
             detach()
             isolate.confine(self.tier, self.rules, cpu_s, self.memory_mb, self.uid)
-            verdict = check(job, Candidate(channel))
+            status, detail = check(job, Candidate(channel))
         except BaseException as e:
-            verdict = "infrastructure", f"limits not set: {e!r:.200}"
-        os.write(report, json.dumps([verdict[0], verdict[1][:300]]).encode())
+            status, detail = "infrastructure", f"limits not set: {e!r:.200}"
+        os.write(report, json.dumps([status, detail[:300]]).encode())
         os._exit(0)
 
 
@@ -272,10 +270,6 @@ def _number(value) -> int:
 
 def _message(e: BaseException) -> str:
     return f"{type(e).__name__}: {e}"[:200]
-
-
-def _answer(status: str, detail: str, seconds: float) -> None:
-    os.write(1, json.dumps([status, detail, round(seconds, 4)]).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Values as tagged JSON: what a check and a candidate say to each other across the sandbox.
 
-None, bool, str, list and small ints are themselves; each other value is an object with one key, its
-type: {"float": "0x1.8p+1"}, {"tuple": [1, 2]}, {"dict": [[key, value], ...]}. What is decoded is
-built here from exact builtin types, so no object of the sender's can answer for itself when it is
-compared. Standard library only, as the sandbox imports it.
+None, bool, str, list and small ints stand for themselves; any other value is an object whose one
+key is its type: {"float": "0x1.8p+1"}, {"tuple": [1, 2]}, {"dict": [[key, value], ...]}. Decoding
+builds exact builtin types, so no object of the sender's can answer for itself when it is compared.
+Standard library only, as the sandbox imports it.
 """
 
 import builtins
@@ -15,8 +15,20 @@ from fractions import Fraction
 
 MAX_BYTES = 16 << 20  # of a message; no answer of a benchmark comes near it
 MAX_ITEMS = 100_000  # that an iterator may give
-BIG = 1 << 62  # ints from here on travel as hex: decimal digits take quadratic time, and Python
-# refuses to read more than 4300 of them
+BIG = 1 << 62  # larger ints travel as hex: decimal digits take quadratic time, and Python refuses
+# to read more than 4300 of them
+# Types that travel without items: how to write them for JSON, and how to build them again.
+FLAT = {
+    float: (float.hex, float.fromhex),
+    bytes: (bytes.hex, bytes.fromhex),
+    complex: (lambda z: [z.real.hex(), z.imag.hex()], lambda z: complex(*map(float.fromhex, z))),
+    Decimal: (str, Decimal),
+    Fraction: (str, Fraction),
+}
+BUILD = {kind.__name__: build for kind, (_, build) in FLAT.items()} | {"int": lambda x: int(x, 16)}
+# Types that travel as a list of items, and how to build them from it.
+COLLECTIONS = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "iterator": iter,
+               "range": lambda ends: range(*ends)}  # fmt: skip
 
 
 def encode(value, other: Callable[[object], object]) -> object:
@@ -24,43 +36,40 @@ def encode(value, other: Callable[[object], object]) -> object:
 
     A value of a derived class (Counter, namedtuple, IntEnum) is sent as the builtin that it is.
     """
+
+    def items(values) -> list:
+        return [encode(x, other) for x in values]
+
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
         return int(value) if -BIG < value < BIG else {"int": hex(value)}
-    if isinstance(value, float):
-        return {"float": float.hex(value)}
     if isinstance(value, list):
-        return [encode(x, other) for x in value]
-    if isinstance(value, dict):
-        pairs = [[encode(k, other), encode(v, other)] for k, v in value.items()]
-        return {"dict": pairs}
-    if isinstance(value, complex):
-        return {"complex": [value.real.hex(), value.imag.hex()]}
-    if isinstance(value, bytes):
-        return {"bytes": value.hex()}
+        return items(value)
+    for kind, (flat, _) in FLAT.items():
+        if isinstance(value, kind):
+            return {kind.__name__: flat(value)}
     for kind in (tuple, set, frozenset):
         if isinstance(value, kind):
-            return {kind.__name__: [encode(x, other) for x in value]}
+            return {kind.__name__: items(value)}
+    if isinstance(value, dict):
+        return {"dict": items(map(list, value.items()))}
+    if isinstance(value, range):
+        return {"range": items((value.start, value.stop, value.step))}
     if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
         return {"type": value.__name__}
-    if isinstance(value, range):
-        return {"range": [encode(x, other) for x in (value.start, value.stop, value.step)]}
-    if isinstance(value, (Decimal, Fraction)):
-        return {"Decimal" if isinstance(value, Decimal) else "Fraction": str(value)}
     if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
-        items = [encode(x, other) for x in itertools.islice(value, MAX_ITEMS + 1)]
-        if len(items) > MAX_ITEMS:
+        found = items(itertools.islice(value, MAX_ITEMS + 1))
+        if len(found) > MAX_ITEMS:
             raise OverflowError(f"an iterator of more than {MAX_ITEMS} items")
-        return {"iterator": items}
+        return {"iterator": found}
     return {"remote": other(value)}
 
 
 def decode(value, remote: Callable[[object], object]):
-    """Return the inverse of `encode`; `remote(x)` is the object for what `other` gave.
+    """Invert `encode`; `remote(x)` is the object for what `other` gave.
 
-    Raises ValueError, TypeError, OverflowError, ArithmeticError or AttributeError for what `encode`
-    cannot have made.
+    Raises ValueError, TypeError, LookupError or ArithmeticError for what `encode` cannot have made.
     """
     if value is None or isinstance(value, (bool, str, int)):
         return value
@@ -69,26 +78,15 @@ def decode(value, remote: Callable[[object], object]):
     if isinstance(value, float) or len(value) != 1:
         raise ValueError(f"not a tagged value: {value!r:.80}")
     [(tag, inner)] = value.items()
-    if tag == "float":
-        return float.fromhex(inner)
-    if tag == "int":
-        return int(inner, 16)
-    if tag == "dict":
-        return {decode(k, remote): decode(v, remote) for k, v in inner}
-    if tag == "complex":
-        return complex(*map(float.fromhex, inner))
-    if tag == "bytes":
-        return bytes.fromhex(inner)
-    if tag in ("Decimal", "Fraction"):
-        return {"Decimal": Decimal, "Fraction": Fraction}[tag](inner)
-    if tag == "type" and isinstance(getattr(builtins, inner, None), type):
-        return getattr(builtins, inner)
     if tag == "remote":
         return remote(inner)
-    kinds = {"tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}
-    if tag == "range":
-        return range(*decode(inner, remote))
-    return kinds[tag]([decode(x, remote) for x in inner])
+    if tag == "type":
+        if not isinstance(kind := getattr(builtins, inner, None), type):
+            raise ValueError(f"no type: {inner!r:.80}")
+        return kind
+    if tag in BUILD:
+        return BUILD[tag](inner)
+    return COLLECTIONS[tag]([decode(x, remote) for x in inner])
 
 
 def dumps(message) -> bytes:

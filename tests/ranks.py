@@ -42,14 +42,8 @@ class Run:
         self.processes = []
         start_server()
         for rank in range(ranks):
-            place = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": ranks,
-                "LOCAL_WORLD_SIZE": ranks,
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": port,
-            }
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port,
+                     "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost"}  # fmt: skip
             argv = ["train.py", *map(str, flags), f"--out={out}", "--threads=1"]
             args = (place if ranks > 1 else {}, argv, self.said_in[rank], plant)
             self.processes.append(server.Process(target=_rank, args=args, daemon=True))

@@ -1,4 +1,4 @@
-"""The tokenizer: SentencePiece BPE with byte fallback that gives back every string exactly.
+"""Tokenize by a SentencePiece BPE with byte fallback, which gives back every string exactly.
 
 A model that comes from elsewhere may bring a byte-level BPE in its place: see byte_level.py.
 """
@@ -41,27 +41,27 @@ class Tokenizer:
         self.start = self.backend.start  # token ids that stand before the text of a prompt
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, never END_OF_TEXT. Raises UserError for lone surrogates."""
+        """Return token ids of `text`, never END_OF_TEXT. Raises UserError for lone surrogates."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """`encode` for many texts, on several threads."""
+        """Encode many texts, on several threads."""
         try:
             return self.backend.encode(texts, threads)
         except (UnicodeEncodeError, RuntimeError, TypeError):  # it differs by library and version
-            text = next((t for t in texts if _has_surrogates(t)), None)
-            if text is None:
-                raise
-            raise UserError(f"text with lone surrogates cannot be encoded: {text!r:.60}") from None
+            for text in texts:
+                if text != text.encode(errors="ignore").decode():
+                    raise UserError(f"lone surrogates cannot be encoded: {text!r:.60}") from None
+            raise
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`; END_OF_TEXT decodes to nothing, broken UTF-8 to U+FFFD."""
+        """Return the text of `ids`; END_OF_TEXT decodes to nothing, broken UTF-8 to U+FFFD."""
         return self.backend.decode(ids)
 
     def save(self, folder: Path) -> None:
         """Copy the model file into `folder`."""
-        json = self.path.suffix == ".json"
-        shutil.copyfile(self.path, Path(folder) / (JSON_FILE if json else MODEL_FILE))
+        name = JSON_FILE if self.path.suffix == ".json" else MODEL_FILE
+        shutil.copyfile(self.path, Path(folder) / name)
 
 
 class Pieces:
@@ -92,7 +92,3 @@ class Pieces:
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in text)

@@ -1,6 +1,6 @@
-"""A byte-level BPE from a tokenizer.json: what GPT-2, CodeGen and the released phi-1 use.
+"""Read a byte-level BPE from a tokenizer.json: what GPT-2, CodeGen and the released phi-1 use.
 
-SentencePiece cannot load one, so it is read by the `tokenizers` library, an extra.
+SentencePiece cannot load one; the `tokenizers` library, an extra, can.
 """
 
 from pathlib import Path
@@ -30,8 +30,7 @@ class ByteLevelBPE:
             raise UserError(f"{path} is not a tokenizer.json: {e}") from None
         self._model.no_padding()
         self._model.no_truncation()
-        # A document that speaks of <|endoftext|> does not end there.
-        self._model.encode_special_tokens = True
+        self._model.encode_special_tokens = True  # text that has "<|endoftext|>" does not end there
         self.end_of_text = self._model.token_to_id(end_of_text)
         if self.end_of_text is None:
             raise UserError(f"{path} has no {end_of_text} token")
@@ -41,7 +40,7 @@ class ByteLevelBPE:
             raise UserError(f"{path} does not give back the text it encodes; want a byte-level BPE")
 
     def encode(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """The ids of each text; the library takes as many threads as it likes."""
+        """Return the ids of each text; the library takes as many threads as it likes."""
         return [e.ids for e in self._model.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:

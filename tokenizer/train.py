@@ -6,7 +6,6 @@
 
 import io
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ def main() -> None:
     config = parse(Config)
     if not SMALLEST_VOCAB <= config.vocab_size <= 65536:
         raise UserError(f"--vocab_size {config.vocab_size}: want {SMALLEST_VOCAB} to 65536")
-    began, used, model = time.perf_counter(), {}, io.BytesIO()
+    used, model = {}, io.BytesIO()
     with new_folder(config.out, config.source) as folder:
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -72,14 +71,10 @@ def main() -> None:
             "vocab_size": tokenizer.vocab_size,
             "fingerprint": tokenizer.fingerprint,
             "source_bytes": used,
-            "seconds": round(time.perf_counter() - began, 1),
         }
         write_json(folder / "summary.json", summary)
     mb = sum(used.values()) / 1e6
-    print(
-        f"tokenizer: {tokenizer.vocab_size} pieces from {mb:.1f} MB in {summary['seconds']} s "
-        f"-> {config.out}"
-    )
+    print(f"tokenizer: {tokenizer.vocab_size} pieces from {mb:.1f} MB -> {config.out}")
 
 
 def chunks(sources: tuple[Path, ...], max_mb: float, used: dict[str, int]) -> Iterator[str]:

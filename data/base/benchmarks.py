@@ -43,10 +43,10 @@ def read_rows(path: Path) -> list[dict]:
         return list(read_jsonl(path))
     try:
         rows = json.loads(path.read_text())
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("want a list of JSON objects")
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read benchmark {path}: {e}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: want a list of JSON objects")
     return rows
 
 
@@ -58,20 +58,17 @@ class Mbpp:
     text: str  # the task
     code: str  # the reference solution
     tests: list[str]  # assert statements
-    setup: str  # what the tests need: imports, definitions
+    setup: str  # imports and definitions for the tests
 
     @classmethod
     def of(cls, row: dict) -> "Mbpp":
         """Read a row. Raises KeyError, TypeError, ValueError or AttributeError if it is none."""
-        lf = lambda text: text.replace("\r\n", "\n")  # noqa: E731
         sanitized = "prompt" in row
-        return cls(
-            id=int(row["task_id"]),
-            text=lf(row["prompt" if sanitized else "text"]),
-            code=lf(row["code"]),
-            tests=[lf(test).strip() for test in row["test_list"]],
-            setup="\n".join(row["test_imports"] if sanitized else [lf(row["test_setup_code"])]),
-        )
+        text = row["prompt" if sanitized else "text"].replace("\r\n", "\n")
+        code = row["code"].replace("\r\n", "\n")
+        tests = [test.replace("\r\n", "\n").strip() for test in row["test_list"]]
+        setup = row["test_imports"] if sanitized else [row["test_setup_code"]]
+        return cls(int(row["task_id"]), text, code, tests, "\n".join(setup).replace("\r\n", "\n"))
 
     @property
     def entry_point(self) -> str:
@@ -82,10 +79,7 @@ class Mbpp:
 
 
 def read_mbpp(path: Path) -> tuple[str, list[Mbpp]]:
-    """Return the benchmark's name, "MBPP" or "MBPP sanitized", and its rows.
-
-    Raises UserError for a file that cannot be read, or a row that lacks a field.
-    """
+    """Return the benchmark's name, "MBPP" or "MBPP sanitized", and its rows. Raises UserError."""
     rows = read_rows(path)
     try:
         name = "MBPP sanitized" if any("prompt" in row for row in rows) else "MBPP"
@@ -96,7 +90,7 @@ def read_mbpp(path: Path) -> tuple[str, list[Mbpp]]:
 
 @dataclass(frozen=True)
 class Reference:
-    """A benchmark's problem as what training data must not come close to."""
+    """A benchmark's problem, which training data must not come close to."""
 
     task_id: str
     docstring: str
@@ -104,32 +98,26 @@ class Reference:
 
 
 def read_references(path: Path) -> list[Reference]:
-    """Read a file in HumanEval's format, mbpp.jsonl or sanitized-mbpp.json.
-
-    Raises UserError for a file that cannot be read, or that is of another kind.
-    """
+    """Read a file in HumanEval's format, mbpp.jsonl or sanitized-mbpp.json. Raises UserError."""
+    rows = read_rows(path)
     try:
-        return [_reference(row) for row in read_rows(path)]
+        return [_reference(row) for row in rows]
     except (LookupError, TypeError, ValueError, SyntaxError, AttributeError) as e:
-        if isinstance(e, UserError):
-            raise
         raise UserError(
             f"--benchmarks {path}: neither HumanEval's format nor MBPP's: {e!r}"
         ) from None
 
 
 def _reference(row: dict) -> Reference:
-    if "entry_point" in row:
-        source, name = row["prompt"] + row["canonical_solution"], row["entry_point"]
-    else:
+    if "entry_point" not in row:
         mbpp = Mbpp.of(row)
-        source, name = mbpp.code, mbpp.entry_point
-    function = [f for f in functions(source) if f.name == name][-1]
-    if "entry_point" in row:
-        # Not ast.get_docstring: one of HumanEval's stands behind an import.
-        body = parse_python(function.text).body[0].body
-        texts = [n.value for n in body if isinstance(n, ast.Expr)]
-        docstring = next((t.value for t in texts if isinstance(t, ast.Constant)), "")
-        return Reference(row["task_id"], str(docstring), function)
-    text = f'"""{mbpp.text}"""\n{function.text}'
-    return Reference(f"MBPP/{mbpp.id}", mbpp.text, Function(function.name, text, function.nodes))
+        f = [f for f in functions(mbpp.code) if f.name == mbpp.entry_point][-1]
+        text = f'"""{mbpp.text}"""\n{f.text}'
+        return Reference(f"MBPP/{mbpp.id}", mbpp.text, Function(f.name, text, f.nodes))
+    source = row["prompt"] + row["canonical_solution"]
+    function = [f for f in functions(source) if f.name == row["entry_point"]][-1]
+    # Not ast.get_docstring: one of HumanEval's stands behind an import.
+    body = parse_python(function.text).body[0].body
+    texts = [n.value for n in body if isinstance(n, ast.Expr)]
+    docstring = next((t.value for t in texts if isinstance(t, ast.Constant)), "")
+    return Reference(row["task_id"], str(docstring), function)

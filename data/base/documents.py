@@ -5,15 +5,13 @@ Every document has
     origin  str   where it came from, for a person to find it again ("stdlib:json/decoder.py")
     sha256  str   of the UTF-8 text
     text    str
-and a stage may add fields of its own. A stage writes its folder under a temporary name and renames
-it when complete, so that a folder that is there is whole; `summary.json` in it holds the counts.
+and a stage may add fields of its own.
 """
 
 import hashlib
 import json
-from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
@@ -32,31 +30,9 @@ def document(text: str, origin: str, **fields) -> dict:
     return {"id": sha256[:16], "origin": origin, "sha256": sha256, "text": text, **fields}
 
 
-class Seen:
-    """A set of 64-bit hashes in 16 to 32 bytes each, where Python's takes 70.
-
-    Of 35 million documents, two different ones have the same hash with a chance of 3e-5.
-    """
-
-    def __init__(self):
-        self.table, self.size = array("Q", bytes(8 << 10)), 0
-
-    def add(self, key: int) -> bool:
-        """Insert `key`; return True if it was absent."""
-        if 2 * self.size >= len(self.table):
-            old, self.table, self.size = self.table, array("Q", bytes(16 * len(self.table))), 0
-            for known in filter(None, old):
-                self.add(known)
-        key = key or 1  # 0 is an empty place
-        mask = len(self.table) - 1
-        at = key & mask
-        while self.table[at] != key:
-            if not self.table[at]:
-                self.table[at] = key
-                self.size += 1
-                return True
-            at = (at + 1) & mask
-        return False
+def digest_key(sha256: str) -> tuple[int, int]:
+    """Return the first 128 bits of a hash in hex as two 64-bit numbers."""
+    return int(sha256[:16], 16), int(sha256[16:32], 16)
 
 
 def source_shards(*sources: Path) -> list[Path]:
@@ -71,56 +47,42 @@ def source_shards(*sources: Path) -> list[Path]:
     return shards
 
 
-class DocumentFile(AbstractContextManager):
-    """Write documents to one .jsonl.zst file, which is made by the first of them."""
+class DocumentFile(ExitStack):
+    """Write documents to one .jsonl.zst file, which the first of them makes."""
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__()
+        self.path, self._file = path, None
         self.documents = self.bytes = self.line_bytes = 0  # bytes of the texts, and of the lines
-        self._file = None
 
     def write(self, record: dict) -> None:
-        self.write_line(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self.bytes += len(record["text"].encode()) if "text" in record else 0
-
-    def write_line(self, line: bytes) -> None:
         if self._file is None:
             import zstandard  # here: a machine that trains on shards packed elsewhere needs none
 
             compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
-            self._file = zstandard.open(self.path, "wb", cctx=compressor)
+            self._file = self.enter_context(zstandard.open(self.path, "wb", cctx=compressor))
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         self._file.write(line)
         self.documents += 1
+        self.bytes += len(record.get("text", "").encode())
         self.line_bytes += len(line)
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
 
-    def __exit__(self, *exc):
-        self.close()
-
-
-class ShardWriter(AbstractContextManager):
+class ShardWriter(ExitStack):
     """Write documents to `folder/shard-00000.jsonl.zst`, ..., a new one each `shard_bytes`."""
 
     def __init__(self, folder: Path, shard_bytes: int = 64 << 20):
+        super().__init__()
         self.folder, self.shard_bytes = Path(folder), shard_bytes
         self.shards, self._file = 0, None
 
     def write(self, record: dict) -> None:
         if self._file is None or self._file.line_bytes >= self.shard_bytes:
             self.close()
-            self._file = DocumentFile(self.folder / f"shard-{self.shards:05d}.jsonl.zst")
+            path = self.folder / f"shard-{self.shards:05d}.jsonl.zst"
+            self._file = self.enter_context(DocumentFile(path))
             self.shards += 1
         self._file.write(record)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def __exit__(self, *exc):
-        self.close()
 
 
 def batched(

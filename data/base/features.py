@@ -1,15 +1,12 @@
 """Texts as vectors: by their syntax tree, by the words they use, by a checkpoint's hidden states.
 
-Features   a row of numbers a document, for the random forest of data/classify.py
-Hidden     the mean of a checkpoint's last hidden states over a text's tokens. The paper takes the
-           output embedding of a code model (arXiv 2306.11644, sections 2.1 and 5) and does not say
-           how it pools
-Lexical    TF-IDF: how far texts lie from a few problems by the words they share; needs no model
-
-torch and the model are imported where a checkpoint is named: they take seconds to load.
+The paper's classifier takes the output embedding of a code model (arXiv 2306.11644, sections 2.1
+and 5) and does not say how it pools: `Hidden` takes the mean over a text's tokens. torch and the
+model are imported where a checkpoint is named: they take seconds to load.
 """
 
 import ast
+import functools
 import keyword
 import re
 from collections import Counter
@@ -23,56 +20,76 @@ WINDOWS = 8  # pieces of a document that the model sees: 6 kB of it at a context
 CHARS_PER_TOKEN = 3  # of code: a piece fills the context (what is longer is cut to it)
 BATCH_TOKENS = 1 << 14  # in one forward pass
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")  # parts of snake_case and camelCase
+PER_STATEMENT = {
+    "functions": FUNCTIONS,
+    "classes": ast.ClassDef,
+    "returns": ast.Return,
+    "raises": (ast.Raise, ast.Try),
+    "calls": ast.Call,
+    "asserts": ast.Assert,
+}
+PER_FUNCTION = {
+    "loops": (ast.For, ast.While, ast.comprehension),
+    "branches": (ast.If, ast.IfExp, ast.BoolOp),
+    "computes": COMPUTES,
+}
+COUNTED = {
+    **{"nodes": ast.AST, "statements": ast.stmt, "attributes": ast.Attribute},
+    **PER_STATEMENT,
+    **PER_FUNCTION,
+}
 
 
-def structure(text: str) -> list[float]:
-    """Return STRUCTURE of a text: the filter's measures, then more; -1s where it does not parse."""
-    try:
-        known = [value for _, value in measures(text)]
-        tree = parse_python(text)
-    except SyntaxError:
-        return [-1.0] * len(STRUCTURE)
-    c, names, arguments, lines, plain = Counter(), Counter(), 0, 0, 0
-    depth, stack = 0, [(tree, 1)]
+@functools.cache
+def kinds(node_type: type) -> list[str]:
+    return [name for name, kind in COUNTED.items() if issubclass(node_type, kind)]
+
+
+def measured(text: str) -> dict[str, float]:
+    """Return the filter's measures of a text and more of its syntax tree. Raises SyntaxError."""
+    m, stack = dict(measures(text)), [(parse_python(text), 1)]
+    c, names, arguments, lines, depth = Counter(), Counter(), [], 0, 0
     while stack:
         node, level = stack.pop()
         depth = max(depth, level)
         stack += [(child, level + 1) for child in ast.iter_child_nodes(node)]
-        c["nodes"] += 1
-        c["statements"] += isinstance(node, ast.stmt)
-        c["classes"] += isinstance(node, ast.ClassDef)
-        c["loops"] += isinstance(node, (ast.For, ast.While, ast.comprehension))
-        c["branches"] += isinstance(node, (ast.If, ast.IfExp, ast.BoolOp))
-        c["computes"] += isinstance(node, COMPUTES)
-        c["returns"] += isinstance(node, ast.Return) and node.value is not None
-        c["raises"] += isinstance(node, (ast.Raise, ast.Try))
-        c["calls"] += isinstance(node, ast.Call)
-        c["attributes"] += isinstance(node, ast.Attribute)
-        c["asserts"] += isinstance(node, ast.Assert)
-        if isinstance(node, ast.Name):
+        c.update(kinds(type(node)))
+        if isinstance(node, ast.Return):
+            c["returns"] -= node.value is None
+        elif isinstance(node, ast.Name):
             names[node.id] += 1
-        if isinstance(node, FUNCTIONS):
-            c["functions"] += 1
-            given = [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
-            arguments += len(given)
-            plain += given[:1] not in (["self"], ["cls"])
+        elif isinstance(node, FUNCTIONS):
+            arguments.append([a.arg for a in (*node.args.args, *node.args.kwonlyargs)])
             doc = docstring(node)
             lines += node.end_lineno - (doc.end_lineno if doc else node.lineno)
-    statements, functions = max(c["statements"], 1), max(c["functions"], 1)
-    per_statement = ("functions", "classes", "returns", "raises", "calls", "asserts")
-    used = max(names.total(), 1)
-    more = [c[name] / statements for name in per_statement]
-    more += [c["loops"] / functions, c["branches"] / functions, c["computes"] / functions]
-    more += [arguments / functions, plain / functions, lines / functions, depth]
-    more += [c["attributes"] / c["nodes"], len(names) / used, text.count(">>>")]
-    more += [sum(len(name) * n for name, n in names.items()) / used]
-    return [float(v) for v in (*known, *more)]
+    statements, functions, used = (
+        max(n, 1) for n in (c["statements"], c["functions"], names.total())
+    )
+    m |= {name: c[name] / statements for name in PER_STATEMENT}
+    m |= {name: c[name] / functions for name in PER_FUNCTION}
+    plain = sum(given[:1] not in (["self"], ["cls"]) for given in arguments)
+    return m | {
+        "arguments": sum(map(len, arguments)) / functions,
+        "plain": plain / functions,  # functions that are no methods
+        "lines": lines / functions,
+        "depth": depth,
+        "attributes": c["attributes"] / c["nodes"],
+        "distinct_names": len(names) / used,
+        "examples": text.count(">>>"),
+        "name_chars": sum(len(name) * n for name, n in names.items()) / used,
+        "most_arguments": max(map(len, arguments), default=9),
+    }
 
 
-STRUCTURE = [*(option for option, _ in measures("x = 1")),
-             *("functions", "classes", "returns", "raises", "calls", "asserts"),
-             *("loops", "branches", "computes", "arguments", "plain", "lines", "depth"),
-             *("attributes", "distinct_names", "examples", "name_chars")]  # fmt: skip
+STRUCTURE = list(measured("x = 1"))
+
+
+def structure(text: str) -> list[float]:
+    """Return the values of STRUCTURE for a text, -1s where it does not parse."""
+    try:
+        return [float(value) for value in measured(text).values()]
+    except SyntaxError:
+        return [-1.0] * len(STRUCTURE)
 
 
 def pieces(text: str, chars: int) -> list[str]:
@@ -83,24 +100,20 @@ def pieces(text: str, chars: int) -> list[str]:
 
 
 class Features:
-    """Documents as vectors, of the syntax tree or of a checkpoint's hidden states."""
+    """Map documents to rows for the forest: the syntax tree's, or a checkpoint's hidden states."""
 
-    def __init__(self, path: Path | None, device: str, rank: int):
-        """`path` is a run or checkpoint folder, None for the syntax tree's features."""
+    def __init__(self, path: Path | None, rank: int):
+        """Take a run or checkpoint folder, or None for the syntax tree's features."""
         self.path, self.hidden = path, None
+        self.kind, self.width = {"features": "structure"}, len(STRUCTURE)
         if path is None:
-            self.kind, self.width = {"features": "structure"}, len(STRUCTURE)
             return
         import torch
 
         from common.checkpoint import checksum
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            device = f"cuda:{rank % torch.cuda.device_count()}"
-        else:
-            # A rank is one core, and sums of one thread do not depend on the machine's other cores.
+        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":  # a rank is one core, and one thread's sums depend on no other core
             torch.set_num_threads(1)
         self.hidden = Hidden(path, [], device)
         self.width = self.hidden.model.c.width
@@ -110,13 +123,11 @@ class Features:
         """Return float32 [texts, width]."""
         texts = [strip_licence(text) for text in texts]
         if self.hidden is None:
-            rows = [structure(text) for text in texts]
-            return np.array(rows, np.float32).reshape(-1, self.width)
+            return np.array([structure(text) for text in texts], np.float32)
         cut = [pieces(text, self.hidden.model.c.seq_len * CHARS_PER_TOKEN) for text in texts]
         vectors = self.hidden.vectors([piece for of_text in cut for piece in of_text])
-        starts = np.cumsum([0, *map(len, cut[:-1])])
-        counts = np.array([len(of_text) for of_text in cut], np.float32)[:, None]
-        return np.add.reduceat(vectors, starts) / counts
+        counts = np.array([len(of_text) for of_text in cut])
+        return np.add.reduceat(vectors, np.cumsum(counts) - counts) / counts[:, None]
 
 
 class Hidden:
@@ -163,33 +174,32 @@ class Hidden:
 class Lexical:
     """TF-IDF of words, the document frequencies counted among the problems alone.
 
-    It knows spellings and no meaning: "largest" and "maximum" have nothing in common.
-    A word that no problem has gets the weight of the rarest, so that a text's vector depends on the
-    text and the problems, and on nothing else in the corpus.
+    It knows spellings and no meaning: "largest" and "maximum" have nothing in common. A word that
+    no problem has weighs as much as the rarest; scikit-learn would leave it out, and a long text
+    that shares one word with a problem would be close to it.
     """
 
     def __init__(self, problems: list[str]):
-        counts = [words(text) for text in problems]
-        frequency = Counter(word for count in counts for word in count)
+        frequency = Counter(word for text in problems for word in words(text))
         self.idf = {w: np.log((1 + len(problems)) / (1 + n)) + 1 for w, n in frequency.items()}
         self.rarest = np.log(1 + len(problems)) + 1
         self.row = {word: i for i, word in enumerate(self.idf)}
         self.problems = np.zeros((len(self.row), len(problems)), np.float32)
-        for column, count in enumerate(counts):
-            known, weights, length = self._weigh(count)
+        for column, text in enumerate(problems):
+            known, weights, length = self._weigh(text)
             self.problems[known, column] = weights / length
 
     def distances(self, texts: list[str]) -> np.ndarray:
         """Return L2 distances float32 [texts, problems], from 0 to the square root of 2."""
         cosine = np.zeros((len(texts), self.problems.shape[1]), np.float32)
         for i, text in enumerate(texts):
-            known, weights, length = self._weigh(words(text))
+            known, weights, length = self._weigh(text)
             cosine[i] = weights @ self.problems[known] / length
         return l2_distances(cosine)
 
-    def _weigh(self, count: Counter) -> tuple[list[int], np.ndarray, float]:
+    def _weigh(self, text: str) -> tuple[list[int], np.ndarray, float]:
         """Return rows and weights of the words that problems have, and the vector's length."""
-        tf_idf = {w: (1 + np.log(n)) * self.idf.get(w, self.rarest) for w, n in count.items()}
+        tf_idf = {w: (1 + np.log(n)) * self.idf.get(w, self.rarest) for w, n in words(text).items()}
         known = [w for w in tf_idf if w in self.row]
         length = sum(x * x for x in tf_idf.values()) ** 0.5 or 1.0
         return [self.row[w] for w in known], np.array([tf_idf[w] for w in known]), length

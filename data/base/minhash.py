@@ -11,9 +11,10 @@ is the difference of two prefix sums. Shingles are 32-bit hashes: two different 
 of 1,000 shingles collide with a chance of 1e-4, and then the index is off by 1e-3.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,8 +39,7 @@ BYTE_CLASS[33:127] = PUNCTUATION
 BYTE_CLASS[[b for b in range(256) if b >= 128 or chr(b).isalnum() or chr(b) == "_"]] = WORD
 
 
-@dataclass(frozen=True)
-class Bands:
+class Bands(NamedTuple):
     """How a signature is cut into LSH bands: equal in all rows of one band is a candidate."""
 
     bands: int
@@ -54,10 +54,10 @@ class Bands:
         return 1 - (1 - jaccard**self.rows) ** self.bands
 
 
-def choose_bands(threshold: float, permutations: int, recall: float) -> Bands:
-    """Return the most rows, so the fewest wrong candidates, that keep `recall` at the threshold."""
-    fits = (Bands(permutations // rows, rows) for rows in range(permutations, 0, -1))
-    return next(b for b in fits if b.recall(threshold) >= recall or b.rows == 1)
+def choose_bands(threshold: float) -> Bands:
+    """Return the most rows, so the fewest wrong candidates, that keep RECALL at the threshold."""
+    fits = (Bands(PERMUTATIONS // rows, rows) for rows in range(PERMUTATIONS, 0, -1))
+    return next(b for b in fits if b.recall(threshold) >= RECALL or b.rows == 1)
 
 
 def shingles(texts: list[bytes], width: int = SHINGLE) -> tuple[np.ndarray, np.ndarray]:
@@ -114,19 +114,14 @@ def bucket_pairs(keys: np.ndarray, members: np.ndarray) -> Iterator[tuple[np.nda
     n then costs n pairs, not n^2, and copies of one text still meet in its first members.
     """
     order = np.argsort(keys, kind="stable")
-    members, ordered = members[order], keys[order]
-    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])[: len(keys)]
-    size = np.diff(np.r_[first, len(keys)])
-    first, size = first[size > 1], size[size > 1]
-    for leader in range(min(LEADERS, size.max(initial=0) - 1)):
-        larger = size > leader + 1
-        begin, count = first[larger] + leader, size[larger] - leader - 1
-        for part in split(count, CHUNK_PAIRS):
-            i = np.repeat(begin[part], count[part])
-            within = np.arange(len(i)) - np.repeat(
-                np.cumsum(count[part]) - count[part], count[part]
-            )
-            yield members[i], members[i + 1 + within]
+    members, keys, place = members[order], keys[order], np.arange(len(keys))
+    first = np.searchsorted(keys, keys)  # of each key's bucket
+    later = place
+    for leader in range(LEADERS):
+        later = later[later - first[later] > leader]
+        for begin in range(0, len(later), CHUNK_PAIRS):
+            chunk = later[begin : begin + CHUNK_PAIRS]
+            yield members[first[chunk] + leader], members[chunk]
 
 
 def jaccard(sets: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
@@ -142,16 +137,12 @@ def jaccard(sets: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
 
 
 def components(count: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Return for each of `count` nodes the smallest, int64, that edges (i, j) connect it to."""
-    root = np.arange(count)
-    while len(i):
-        low, high = np.minimum(root[i], root[j]), np.maximum(root[i], root[j])
-        apart = low != high
-        i, j = i[apart], j[apart]
-        np.minimum.at(root, high[apart], low[apart])
-        while (root != root[root]).any():
-            root = root[root]
-    return root
+    """Number the connected components of `count` nodes, int32 [count], by edges (i, j)."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    edges = coo_array((np.ones(len(i), bool), (i, j)), (count, count))
+    return connected_components(edges, directed=False)[1]
 
 
 class Index:
@@ -162,7 +153,7 @@ class Index:
 
     def __init__(self, threshold: float):
         self.threshold = threshold
-        self.bands = choose_bands(threshold, PERMUTATIONS, RECALL)
+        self.bands = choose_bands(threshold)
         self.hashes: set[bytes] = set()
         self.sets: list[np.ndarray] = []  # shingles
         self.buckets: dict[tuple[int, int], list[int]] = {}  # (band, key): indexes of sets
@@ -206,27 +197,21 @@ def _tokens(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     end = np.flatnonzero(word[:-1] & ~word[1:] | single[:-1]) + 1
     # sum of BYTE_HASH[data[i]] BASE^i over the token, divided by BASE^begin: a polynomial that
     # depends on the token alone.
+    powers, inverses = _powers(-(-len(data) // BLOCK_BYTES) * BLOCK_BYTES)
     prefix = np.zeros(len(data) + 1, np.uint64)
-    np.cumsum(BYTE_HASH[data] * _powers(BASE, len(data)), out=prefix[1:])
-    inverse = np.uint64(pow(int(BASE), -1, 1 << 64))
-    token_hash = _mix((prefix[end] - prefix[begin]) * _powers(inverse, len(data))[begin])
+    np.cumsum(BYTE_HASH[data] * powers[: len(data)], out=prefix[1:])
+    token_hash = _mix((prefix[end] - prefix[begin]) * inverses[begin])
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     text_begin = np.cumsum(lengths + len(SEPARATOR)) - lengths
     return token_hash, np.searchsorted(text_begin, begin, side="right") - 1
 
 
-_power_cache: dict[int, np.ndarray] = {}
-
-
-def _powers(base: np.uint64, count: int) -> np.ndarray:
-    """Return base^0, ..., base^(count - 1), uint64, modulo 2^64."""
-    have = _power_cache.get(int(base), np.zeros(0, np.uint64))
-    if len(have) < count:
-        have = np.full(count + BLOCK_BYTES, base, np.uint64)
-        have[0] = 1
-        np.multiply.accumulate(have, out=have)
-        _power_cache[int(base)] = have
-    return have[:count]
+@functools.lru_cache(2)
+def _powers(count: int) -> np.ndarray:
+    """Return powers 0 to count - 1 of BASE and of its inverse, uint64 [2, count], modulo 2^64."""
+    powers = np.ones((2, count), np.uint64)
+    powers[:, 1:] = [[BASE], [pow(int(BASE), -1, 1 << 64)]]
+    return np.multiply.accumulate(powers, axis=1, out=powers)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -234,14 +219,3 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
-
-
-def split(count: np.ndarray, limit: int) -> Iterator[slice]:
-    """Yield slices of `count` that sum to about `limit`, or hold one item."""
-    total = np.cumsum(count)
-    begin = 0
-    while begin < len(count):
-        done = total[begin - 1] if begin else 0
-        end = max(begin + 1, int(np.searchsorted(total, done + limit, side="right")))
-        yield slice(begin, end)
-        begin = end

@@ -1,12 +1,11 @@
-"""The processes of a run: one, or as many as mpirun started; what they tell each other."""
+"""The processes of a run: one, or as many as mpirun started."""
 
 import os
 import sys
 from typing import TypeVar
 
-import numpy as np
-
 from common.config import UserError
+from data.base.documents import digest_key  # noqa: F401
 
 T = TypeVar("T")
 
@@ -29,8 +28,8 @@ class Ranks:
             self.rank, self.size = self.comm.rank, self.comm.size
             if self.size != started:
                 raise UserError(
-                    f"mpirun started {started} ranks but mpi4py sees {self.size}: it was built "
-                    "for another MPI than this mpirun"
+                    f"mpirun started {started} ranks but mpi4py, built for another MPI, sees "
+                    f"{self.size}; build it for this one"
                 )
 
     def gather(self, value) -> list:
@@ -41,40 +40,6 @@ class Ranks:
         """Return the values of items 0, 1, ..., each of which one rank brings, on every rank."""
         joined = {i: value for of_rank in self.gather(values) for i, value in of_rank.items()}
         return [joined[i] for i in range(len(joined))]
-
-    def exchange(self, values: list) -> list:
-        """Send values[r] to rank r; return what the ranks sent here, in their order."""
-        return self.comm.alltoall(values) if self.comm else values
-
-    def first_seen(self, keys: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Mark the keys that are the first of their kind, over all ranks' items in their order.
-
-        `keys[item]` is uint64 [n, 2], of items that no other rank has; the answer bool [n]. A key
-        is judged by the rank that its value names, so that memory is shared among the ranks: about
-        60 bytes a key.
-        """
-        items = sorted(keys)
-        flat = np.concatenate([np.zeros((0, 2), np.uint64), *(keys[i] for i in items)])
-        counts = [len(keys[i]) for i in items]
-        position = np.concatenate([np.arange(0), *(np.arange(n) for n in counts)])
-        place = np.stack([np.repeat(np.array(items, np.int64), counts), position])  # [2, n]
-        judge = flat[:, 0] % np.uint64(self.size)
-        mine = [np.flatnonzero(judge == r) for r in range(self.size)]
-        asked = self.exchange([(flat[of], place[:, of]) for of in mine])
-        theirs, where = np.concatenate([a[0] for a in asked]), np.hstack([a[1] for a in asked])
-        order = np.lexsort((where[1], where[0], theirs[:, 1], theirs[:, 0]))
-        first = np.ones(len(theirs), bool)
-        first[order[1:]] = (theirs[order[1:]] != theirs[order[:-1]]).any(1)
-        answers = self.exchange(np.split(first, np.cumsum([len(a[0]) for a in asked])[:-1]))
-        flags = np.empty(len(flat), bool)
-        for of, answer in zip(mine, answers):
-            flags[of] = answer
-        return dict(zip(items, np.split(flags, np.cumsum(counts)[:-1])))
-
-
-def digest_key(sha256: str) -> tuple[int, int]:
-    """Return the first 128 bits of a hash in hex, as `first_seen` wants them."""
-    return int(sha256[:16], 16), int(sha256[16:32], 16)
 
 
 def say(text: str) -> None:

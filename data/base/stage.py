@@ -1,25 +1,19 @@
-"""What every data script shares: ranks, resuming, quarantine and lineage.
+"""Resume, share among ranks, and quarantine: what every data script stands on.
 
 A script is a few maps over numbered items, most often over input shards:
 
-    with Stage(config, shard_files(config.source)) as stage:
+    with Stage(config, source_shards(config.source)) as stage:
         results = stage.map("filter", stage.shards, filter_shard)
         summary = stage.finish(total(results))
 
-Alone it is one process; under `mpirun -n 8 python -m mpi4py -m data.filter ...` item i belongs to
-rank i mod 8. What an item gives depends on the item alone, so the output is the same to the byte
-for any number of ranks. What an item wrote is moved into place when its work is done, and a file
-under state/ says so: the same command after a kill repeats only what was unfinished, also with
-another number of ranks. `-m mpi4py` makes an exception on one rank end the job; without it, the
-other ranks would wait for ever.
+Under `mpirun -n 8 python -m mpi4py -m data.filter ...` item i belongs to rank i mod 8. An item's
+result depends on the item alone, so the output is the same to the byte for any number of ranks. An
+item's files move into place when its work is done, and a file under state/ says so: after a kill
+the same command repeats only unfinished items.
 
-    .OUT.work/result/     becomes OUT when all is done; one run at a time holds .OUT.work/lock
-    .OUT.work/scratch/    what one map leaves for the next
-    .OUT.work/state/      results of finished items
-
-OUT then holds what the items wrote, quarantine/ (what could not be read: file, position, reason),
-and, written last, lineage.json (script, code, arguments, hashes of what was read and written),
-timing.json (the one file that differs from run to run) and summary.json.
+.OUT.work/ holds result/ (OUT when all is done), scratch/ (what one map leaves for the next), state/
+and a lock. OUT then holds the items' files, quarantine/ (file, position and reason of the
+unreadable), lineage.json (script, hash of its code, arguments) and, written last, summary.json.
 """
 
 import dataclasses
@@ -30,7 +24,6 @@ import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -38,7 +31,7 @@ from tqdm import tqdm
 
 from common.code import ROOT, code_hash
 from common.config import UserError
-from common.files import MARK, check_out, read_json, write_json
+from common.files import MARK, Progress, check_out, read_json, write_json
 from data.base.documents import DocumentFile
 from data.base.ranks import Ranks
 from data.base.readers import read_documents_of
@@ -47,58 +40,72 @@ MAX_ITEMS = 100_000  # names are five digits wide, so that sorted names are the 
 
 
 class Stage:
-    """One run of a script, on all its ranks; see the head of this file."""
+    """One run of a script, on all its ranks."""
 
     def __init__(self, config, shards: Iterable[Path], reads: Iterable[Path] = ()):
-        """`config` is the script's dataclass with a field `out`; `shards` are the input files.
-
-        `reads` are further files and folders that shape the output, a tokenizer say.
-        """
-        self.ranks = Ranks()
-        self.config, self.shards = config, [Path(p) for p in shards]
+        """Take the script's dataclass, with a field `out`; its inputs; other files it reads."""
+        self.ranks, self.config = Ranks(), config
+        self.shards, self.reads = [Path(p) for p in shards], [Path(p) for p in reads]
         self.out = Path(config.out).resolve()
         self.work = self.out.with_name(f".{self.out.name}.work")
         self.result, self.scratch = self.work / "result", self.work / "scratch"
-        self.old = self.work / "old"  # what stood at OUT, for a moment
-        self.reads = [file for path in reads for file in files_in(Path(path))]
-        self.finished: list[dict] = []  # states of all maps' items
+        self.old = self.work / "old"  # the former OUT, for a moment
+        self.quarantined: dict[str, int] = {}  # unreadable things, by reason
         self.read: set[str] = set()  # files that an earlier map read
 
     def __enter__(self) -> "Stage":
-        self.began = time.perf_counter()
         if self.ranks.rank == 0:
-            check_out(self.config.out, [*self.shards, *self.reads])
-            self.work.mkdir(parents=True, exist_ok=True)
-            (self.work / MARK).touch()
-            self.lock = lock(self.work / "lock", self.config.out)
-            if self.old.exists() and not self.out.exists():  # killed between the two renames
-                self.old.rename(self.out)
-            identity = self.identity()
-            known = read_json(self.work / "identity.json", strict=False)
-            if known != identity or not self.result.exists():
-                self.forget()
-                write_json(self.work / "identity.json", identity)
-            shutil.rmtree(self.work / "tmp", ignore_errors=True)
-            for folder in ("result", "scratch", "state", "tmp"):
-                (self.work / folder).mkdir(exist_ok=True)
-            (self.result / MARK).touch()
-            if any((self.work / "state").iterdir()):
-                print(f"going on with {self.work}", file=sys.stderr)
+            self.prepare()
         self.ranks.gather(None)  # the folders are there before any rank goes on
         return self
 
+    def prepare(self) -> None:
+        """Lock OUT; keep an earlier run's work if it was the same, else start afresh."""
+        check_out(self.config.out, [*self.shards, *self.reads])
+        self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / MARK).touch()
+        self.lock = lock(self.work / "lock", self.config.out)
+        if self.old.exists() and not self.out.exists():  # killed between the two renames
+            self.old.rename(self.out)
+        self.identity = self.identify()
+        known = read_json(self.work / "identity.json", strict=False)
+        if known != self.identity or not self.result.exists():
+            self.forget()
+            write_json(self.work / "identity.json", self.identity)
+        shutil.rmtree(self.work / "tmp", ignore_errors=True)
+        for folder in ("result", "scratch", "state", "tmp"):
+            (self.work / folder).mkdir(exist_ok=True)
+        (self.result / MARK).touch()
+        if any((self.work / "state").iterdir()):
+            print(f"going on with {self.work}", file=sys.stderr)
+
     def __exit__(self, kind, error, trace) -> None:
-        # A mistake of the user's is mended by another command; anything else may go on from here.
         if self.ranks.rank == 0:
-            if kind is not None:
-                self.report_quarantined()
+            for reason, n in self.quarantined.items():
+                print(f"quarantined: {n:,} {reason}", file=sys.stderr)
+            # After a user's mistake another command comes; anything else may go on from here.
             if kind is None or issubclass(kind, UserError):
                 self.forget()
                 shutil.rmtree(self.work, ignore_errors=True)
             os.close(self.lock)
 
+    def identify(self) -> dict:
+        """Return what decides the output: an interrupted run goes on only if all is equal."""
+        script = Path(sys.modules[type(self.config).__module__].__file__).resolve()
+        arguments = {k: v for k, v in dataclasses.asdict(self.config).items() if k != "out"}
+        reads = [file for path in self.reads for file in files_in(path)]
+        inputs = [(str(p), *size_and_time(p)) for p in self.shards + reads]
+        identity = {
+            "script": script.relative_to(ROOT).as_posix(),
+            "code": code_hash(script),
+            "python": platform.python_version(),
+            "arguments": arguments,
+            "inputs": hashlib.blake2b(repr(inputs).encode(), digest_size=16).hexdigest(),
+        }
+        return json.loads(json.dumps(identity, default=str))
+
     def forget(self) -> None:
-        """Remove what was done; the identity first, as with half of the rest none can go on."""
+        """Remove finished work; the identity first, so that no run goes on with half of it."""
         (self.work / "identity.json").unlink(missing_ok=True)
         for folder in ("state", "result", "scratch", "tmp", "old"):
             shutil.rmtree(self.work / folder, ignore_errors=True)
@@ -108,102 +115,50 @@ class Stage:
     ) -> list[dict]:
         """Return `work(part)` of every item, JSON dicts in the items' order, on every rank.
 
-        Items are dealt over the ranks, so `work` must depend on part.item and part.index alone.
-        Where an item was finished by an earlier run, its result is read instead. Indices count from
-        `first`, for a map in several calls.
+        `work` must depend on part.item and part.index alone. Items that an earlier run finished are
+        not repeated. Indices count from `first`, for a map in several calls.
         """
         if first + len(items) >= MAX_ITEMS:
             raise UserError(f"{len(items):,} input shards, want below {MAX_ITEMS:,}: join some")
         mine = range(self.ranks.rank, len(items), self.ranks.size)
         paths = all(isinstance(item, Path) for item in items)
-        sizes = [items[i].stat().st_size if paths else 1 for i in mine]
+        sizes = {i: items[i].stat().st_size if paths else 1 for i in mine}
         unit = {"unit": "B", "unit_scale": True} if paths else {}
         quiet = None if self.ranks.rank == 0 else True
         done: dict[int, dict] = {}
-        with tqdm(desc=name, total=sum(sizes), disable=quiet, **unit) as bar:
-            for i, size in zip(mine, sizes):
-                path = self.work / "state" / f"{name}-{first + i:05d}.json"
-                state, before = self.finished_item(path), bar.n
-                if state is None:
-                    part = Part(
-                        self, name, first + i, items[i], bar.update if paths else lambda n: None
-                    )
-                    state = part.close(work(part))
-                    write_json(path, state)
-                done[i] = state
-                bar.update(before + size - bar.n)  # what was read of it has been shown
+        with tqdm(desc=name, total=sum(sizes.values()), disable=quiet, **unit) as bar:
+            for i, size in sizes.items():
+                path, before = self.work / "state" / f"{name}-{first + i:05d}.json", bar.n
+                done[i] = read_json(path, strict=False)
+                if done[i] is None:
+                    progress = bar.update if paths else lambda n: None
+                    part = Part(self, name, first + i, items[i], progress)
+                    done[i] = part.close(work(part))
+                    write_json(path, done[i])
+                bar.update(before + size - bar.n)  # less what the bar has shown of it
         states = self.ranks.gather_items(done)
-        self.finished += states
-        self.read |= {i["path"] for state in states for i in state["inputs"]}
+        self.quarantined = total([self.quarantined, *(state["quarantined"] for state in states)])
+        self.read |= {path for state in states for path in state["read"]}
         return [state["result"] for state in states]
 
     def finish(self, summary: dict) -> dict:
-        """Add what was quarantined to `summary`, write it and give the folder its name."""
-        summary = {**summary, "quarantined": self.quarantined()}
+        """Add quarantined counts to `summary`, write it, and give the folder its name."""
+        summary = {**summary, "quarantined": self.quarantined}
         if self.ranks.rank == 0:
-            inputs = {i["path"]: i for state in self.finished for i in state["inputs"]}
-            seconds = time.perf_counter() - self.began
-            read_mb = sum(i["bytes"] for i in inputs.values()) / 1e6
-            timing = {
-                "seconds": round(seconds, 2),
-                "ranks": self.ranks.size,
-                "input_mb_per_s": round(read_mb / seconds, 3),
-            }
-            outputs = {o["path"]: o for state in self.finished for o in state["outputs"]}
-            for file in files_in(self.result):
-                inside = file.relative_to(self.result).as_posix()
-                if inside != MARK and inside not in outputs:  # the first rank wrote it itself
-                    outputs[inside] = describe(file) | {"path": inside}
-            lineage = {
-                **{k: v for k, v in self.identity().items() if k != "stat"},
-                "inputs": [*map(describe, self.reads), *inputs.values()],
-                "outputs": list(outputs.values()),
-            }
-            write_json(self.result / "timing.json", timing)
-            write_json(self.result / "lineage.json", lineage)
+            del self.identity["inputs"]  # times of files, which differ where their content does not
+            write_json(self.result / "lineage.json", self.identity)
             write_json(self.result / "summary.json", summary)
-            self.report_quarantined()
             if self.out.exists():
                 self.out.rename(self.old)
             self.result.rename(self.out)
         self.ranks.gather(None)  # no rank goes on before the folder is there
         return summary
 
-    def quarantined(self) -> dict[str, int]:
-        """Return how much could not be read, by reason."""
-        return total([state["quarantined"] for state in self.finished])
-
-    def report_quarantined(self) -> None:
-        for reason, n in self.quarantined().items():
-            print(f"quarantined: {n:,} {reason}", file=sys.stderr)
-
-    def identity(self) -> dict:
-        """Return what decides the output: an interrupted run goes on only if all is equal."""
-        script = Path(sys.modules[type(self.config).__module__].__file__).resolve()
-        arguments = {k: plain(v) for k, v in dataclasses.asdict(self.config).items() if k != "out"}
-        stats = [(str(p), *size_and_time(p)) for p in self.shards + self.reads]
-        return {
-            "script": script.relative_to(ROOT).as_posix(),
-            "code": code_hash(script),
-            "python": platform.python_version(),
-            "arguments": arguments,
-            "stat": hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest(),
-        }
-
-    def finished_item(self, path: Path) -> dict | None:
-        """Return the state of an item that was finished before, if its files are whole."""
-        state = read_json(path, strict=False)
-        for output in state["outputs"] if state else []:
-            file = self.result / output["path"]
-            if not file.exists() or file.stat().st_size != output["bytes"]:
-                return None
-        return state
-
 
 class Part:
-    """The work on one item: where it reads, writes, and says what it cannot read."""
+    """The work on one item: where it reads, writes, and reports what it cannot read."""
 
-    def __init__(self, stage: Stage, name: str, index: int, item, progress: Callable[[int], None]):
+    def __init__(self, stage: Stage, name: str, index: int, item, progress: Progress):
         self.stage, self.index, self.item, self.progress = stage, index, item, progress
         self.folder = stage.work / "tmp" / f"{name}-{index:05d}"
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -212,83 +167,49 @@ class Part:
         self.result.mkdir(parents=True)
         self.scratch.mkdir()
         self.name = f"shard-{index:05d}"
-        self.inputs: list[dict] = []
-        self.small = {"files": 0, "bytes": 0, "blake2b": hashlib.blake2b(digest_size=16)}
+        self.read: list[str] = []
         self.quarantined: dict[str, int] = {}
-        self._quarantine = None
 
-    def documents(
-        self, path: Path | None = None, name: str = "", on_bad: Callable[[str], None] = len
-    ) -> Iterator[dict]:
-        """Yield the documents of `path` (default: the item); what is bad goes to quarantine.
+    def documents(self, path: Path | None = None, name: str = "") -> Iterator[dict]:
+        """Yield the documents of `path` (default: the item), for origins named `name`.
 
-        `name` is the file's in the origins of documents that have none, and `on_bad` is told the
-        reason of what is bad too.
+        The unreadable go to quarantine.
         """
-        path = path or self.item
-        again = str(path) in self.stage.read or path.is_relative_to(self.stage.work)
-        if not again:
-            self.inputs.append(describe(path))
+        path = str(path or self.item)
+        again = path in self.stage.read  # an earlier map has counted the bad ones
+        self.read.append(path)
 
         def bad(reason: str, position: int, what: bytes | str) -> None:
-            if not again:  # an earlier map has counted it
-                self.bad(reason, str(path), position, what)
-            on_bad(reason)
+            if not again:
+                self.bad(reason, path, position, what)
 
-        yield from read_documents_of(path, bad, self.progress, name)
-
-    def read(self, path: Path) -> bytes:
-        """Read a file that is one of many: lineage has one hash for all of an item's."""
-        content = path.read_bytes()
-        self.small["files"] += 1
-        self.small["bytes"] += len(content)
-        self.small["blake2b"].update(content)
-        return content
+        yield from read_documents_of(Path(path), bad, self.progress, name)
 
     def writer(self) -> DocumentFile:
-        """Open result/shard-INDEX.jsonl.zst, a file that is there if it has a document."""
+        """Open result/shard-INDEX.jsonl.zst; without a document there is no file."""
         return DocumentFile(self.result / f"{self.name}.jsonl.zst")
 
     def bad(self, reason: str, path: str, position: int, what: bytes | str = b"") -> None:
-        """Count something that cannot be read, and write down where it stands."""
+        """Count something unreadable, and write down where it stands."""
         self.quarantined[reason] = self.quarantined.get(reason, 0) + 1
-        if self._quarantine is None:
-            folder = self.result / "quarantine"
-            folder.mkdir(exist_ok=True)
-            file = folder / f"{self.folder.name}.jsonl"
-            self._quarantine = open(file, "w", encoding="utf-8")  # noqa: SIM115, closed by close
-        what = (
-            what[:200] if isinstance(what, bytes) else what[:200].encode(errors="backslashreplace")
-        )
-        line = {"path": path, "position": position, "reason": reason}
-        line["start"] = what.decode(errors="backslashreplace")
-        self._quarantine.write(json.dumps(line) + "\n")
+        start = what[:200] if isinstance(what, str) else what[:200].decode(errors="replace")
+        line = {"path": path, "position": position, "reason": reason, "start": start}
+        folder = self.result / "quarantine"
+        folder.mkdir(exist_ok=True)
+        with open(folder / f"{self.folder.name}.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
 
     def close(self, result: dict | None) -> dict:
-        """Move what was written into place; the item's state."""
-        if self._quarantine:
-            self._quarantine.close()
-        outputs = []
+        """Move written files into place; return the item's state."""
         for name in ("result", "scratch"):
             for file in files_in(self.folder / name):
-                inside = file.relative_to(self.folder / name)
                 with open(file, "rb+") as f:
                     os.fsync(f.fileno())
-                if name == "result":
-                    outputs.append(describe(file) | {"path": inside.as_posix()})
-                target = self.stage.work / name / inside
+                target = self.stage.work / name / file.relative_to(self.folder / name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(target)
         shutil.rmtree(self.folder)
-        if self.small["files"]:
-            digest = self.small["blake2b"].hexdigest()
-            self.inputs.append({"path": self.folder.name, **self.small, "blake2b": digest})
-        return {
-            "result": result or {},
-            "inputs": self.inputs,
-            "outputs": outputs,
-            "quarantined": self.quarantined,
-        }
+        return {"result": result or {}, "read": self.read, "quarantined": self.quarantined}
 
 
 def total(counts: Iterable[dict]) -> dict:
@@ -315,7 +236,7 @@ def lock(path: Path, out: Path) -> int:
 
 
 def describe(path: Path) -> dict:
-    """Return the path, size in bytes and hash of a file, for lineage."""
+    """Return the path, size in bytes and hash of a file."""
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     return {"path": str(path), "bytes": path.stat().st_size, "blake2b": digest}
@@ -333,10 +254,3 @@ def size_and_time(path: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return stat.st_size, stat.st_mtime_ns
-
-
-def plain(value):
-    """Return `value` as JSON stores it: tuples as lists, paths and the like as strings."""
-    if isinstance(value, (tuple, list)):
-        return [plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -1,6 +1,7 @@
 """Measure Python source by its syntax tree: what the filter's rules ask, topics, difficulty."""
 
 import ast
+import contextlib
 import re
 import sys
 import warnings
@@ -14,11 +15,8 @@ COMMENT = re.compile(r"^[ \t]*#.*", re.MULTILINE)  # also lines of strings that 
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
 DIGITS = re.compile(r"[0-9]")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-COMPUTES = (
-    *(ast.For, ast.While, ast.If, ast.IfExp, ast.comprehension),
-    *(ast.BinOp, ast.BoolOp, ast.Compare, ast.AugAssign, ast.Subscript),
-)
-
+COMPUTES = (ast.For, ast.While, ast.If, ast.IfExp, ast.comprehension, ast.BinOp, ast.BoolOp,
+            ast.Compare, ast.AugAssign, ast.Subscript)  # fmt: skip
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler,
             ast.comprehension, ast.match_case)  # fmt: skip
 
@@ -62,10 +60,10 @@ TOPICS = {
 
 
 def measures(text: str) -> Iterator[tuple[str, float]]:
-    """Yield the rules as (option, measured value) in the order they are asked, cheap ones first.
+    """Yield the filter's rules as (option, measured value), cheap ones first. Raises SyntaxError.
 
-    A rule more is one `yield` here and one field of Config in data/filter.py. Lazy: a document that
-    an early rule rejects is never parsed. Raises SyntaxError.
+    A new rule is one `yield` here and one field of Config in data/filter.py. Lazy: a document that
+    an early rule rejects is never parsed.
     """
     chars = max(len(text), 1)
     yield "min_chars", len(text)
@@ -103,21 +101,17 @@ def parse_python(text: str) -> ast.Module:
 
 
 def count_syntax(tree: ast.Module) -> Counter:
-    """Count what the rules ask of a syntax tree, in one walk."""
+    """Count what the rules ask of a syntax tree."""
     c = Counter()
     for node in ast.walk(tree):
         c["nodes"] += 1
         c["statements"] += isinstance(node, ast.stmt)
-        if isinstance(node, COMPUTES):
-            c["computes"] += 1
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            c["assigns"] += 1
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            c["imports"] += 1
-        elif isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-            c["data"] += sum(isinstance(e, ast.Constant) for e in node.elts)
-        elif isinstance(node, ast.Dict):
-            c["data"] += sum(isinstance(e, ast.Constant) for e in node.values)
+        c["computes"] += isinstance(node, COMPUTES)
+        c["assigns"] += isinstance(node, (ast.Assign, ast.AnnAssign))
+        c["imports"] += isinstance(node, (ast.Import, ast.ImportFrom))
+        if isinstance(node, (ast.List, ast.Tuple, ast.Set, ast.Dict)):
+            values = node.values if isinstance(node, ast.Dict) else node.elts
+            c["data"] += sum(isinstance(e, ast.Constant) for e in values)
         elif isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)):
             doc = docstring(node)
             c["docstring_chars"] += len(doc.value) if doc else 0
@@ -139,17 +133,15 @@ def docstring(node) -> ast.Constant | None:
 
 def foreign_names(tree: ast.Module) -> set[str]:
     """Return names bound by imports from outside the standard library, relative ones too."""
-    names = set()
+    names, ours = set(), sys.stdlib_module_names
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                package = alias.name.split(".")[0]
-                if package not in sys.stdlib_module_names:
-                    names.add(alias.asname or package)
+            packages = [(alias.name.split(".")[0], alias.asname) for alias in node.names]
+            names |= {as_name or package for package, as_name in packages if package not in ours}
         elif isinstance(node, ast.ImportFrom) and (
-            node.level or node.module.split(".")[0] not in sys.stdlib_module_names
+            node.level or node.module.split(".")[0] not in ours
         ):
-            names.update(alias.asname or alias.name for alias in node.names)
+            names |= {alias.asname or alias.name for alias in node.names}
     return names
 
 
@@ -170,27 +162,26 @@ def strip_licence(text: str) -> str:
 def is_pair(prompt: str, solution: str) -> bool:
     """Return whether `prompt` alone is a function of one statement, to which `solution` adds."""
     try:
-        (alone,), (whole,) = parse_python(prompt).body, parse_python(prompt + solution).body
+        [alone], [whole] = parse_python(prompt).body, parse_python(prompt + solution).body
     except (SyntaxError, ValueError):
         return False
     return len(alone.body) == 1 < len(whole.body)
 
 
 def facts(text: str) -> dict:
-    """Return what the syntax tree of a text, or of the fenced blocks in it, tells."""
-    try:
-        tree = parse_python(text)
-    except SyntaxError:
-        try:
-            tree = parse_python("\n".join(FENCE.findall(text)))
-        except SyntaxError:
-            tree = None
-        if tree is None or not tree.body:
-            return {"topics": [], "modules": [], "complexity": [], "depth": None}
-    marks, complexity, depth, stack = set(), [], 0, [(tree, 1)]
+    """Return topics, modules, complexity of each function and depth of a text's syntax tree.
+
+    A text that is no Python stands for the fenced blocks in it.
+    """
+    marks, complexity, depth, stack = set(), [], None, []
+    for code in (text, "\n".join(FENCE.findall(text))):
+        with contextlib.suppress(SyntaxError):
+            tree = parse_python(code)
+            stack = [(tree, 1)] * bool(tree.body or code is text)
+            break
     while stack:
         node, level = stack.pop()
-        depth = max(depth, level)
+        depth = max(depth or 0, level)
         stack += [(child, level + 1) for child in ast.iter_child_nodes(node)]
         marks.add(type(node).__name__)
         if isinstance(node, ast.Import):
@@ -204,16 +195,14 @@ def facts(text: str) -> dict:
         elif isinstance(node, FUNCTIONS):
             inside = list(ast.walk(node))
             branches = sum(isinstance(n, BRANCHES) for n in inside)
-            complexity.append(
-                1 + branches + sum(len(n.values) - 1 for n in inside if isinstance(n, ast.BoolOp))
-            )
+            joined = sum(len(n.values) - 1 for n in inside if isinstance(n, ast.BoolOp))
+            complexity.append(1 + branches + joined)
             called = [n.func for n in inside if isinstance(n, ast.Call)]
-            if any(isinstance(f, ast.Name) and f.id == node.name for f in called):
-                marks.add("recursion")
-            if node.decorator_list:
-                marks.add("decorator")
-            if node.returns or any(a.annotation for a in node.args.args):
-                marks.add("annotation")
+            recursive = any(isinstance(f, ast.Name) and f.id == node.name for f in called)
+            annotated = node.returns or any(a.annotation for a in node.args.args)
+            marks |= {"recursion"} if recursive else set()
+            marks |= {"decorator"} if node.decorator_list else set()
+            marks |= {"annotation"} if annotated else set()
     return {
         "topics": [topic for topic, wanted in TOPICS.items() if wanted & marks],
         "modules": sorted(mark[7:] for mark in marks if mark.startswith("import ")),

@@ -75,7 +75,7 @@ def damage(
 
 @functools.cache
 def damaged_bodies(body: str) -> list[str]:
-    """Bodies with one error such as a language model makes, which parse; `$a` as in `body`."""
+    """Return bodies with one error such as a language model makes, which parse."""
     source = fill(body, ("_a_", "_b_", "_c_")).replace("$f", "_f_")
     if not source.isascii():  # ast counts bytes
         return []
@@ -96,7 +96,7 @@ def damaged_bodies(body: str) -> list[str]:
 
 
 def edits(node, source: str, begin, end) -> Iterator[tuple[int, int, str]]:
-    """Stretches of the source to replace, and what by, that damage `node`."""
+    """Yield stretches of the source to replace, and what by, that damage `node`."""
 
     def operator(left, op, right):
         old, *others = OPERATORS.get(type(op), ("",))
@@ -152,8 +152,8 @@ class Endless(Exception):
 
 @functools.cache
 def is_wrong(task: Task, wrong: str) -> bool:
-    """Whether this body ends for every input of the pool, fails for at most half of them, and has
-    another result than the oracle for at least one."""
+    """Return whether this body ends for every input of the pool, raises for at most half of them,
+    and gives another result than the oracle for at least one."""
     arguments = ("_a_", "_b_", "_c_")[: len(task.args.split())]
     source = textwrap.indent(fill(wrong.replace("$f", "f"), arguments), "    ")
     namespace, steps, lines, wrongs, failures = {}, 0, 0, 0, 0

@@ -13,7 +13,10 @@ import re
 import textwrap
 from dataclasses import dataclass
 
-from data.synthetic.families import KINDS, Task
+from data.synthetic import texts
+from data.synthetic.families import Task
+from data.synthetic.kinds import KINDS
+from data.synthetic.worked import from_typing, type_of
 
 POOL = 90  # inputs for each signature, from which the tests of a held-out problem are chosen
 EXAMPLE_SHARE = 0.15  # of the plain docstrings show a call, if that is ...
@@ -26,6 +29,20 @@ MORE_FRAC = 0.25  # have another sentence
 SECTIONS_FRAC = 0.07  # have sections for arguments and result
 TYPO_FRAC = 0.03  # have one word misspelt
 CALL_CHARS = 76  # longest example
+
+TEXTS = texts.sections("forms.txt")
+GENERIC, VERBS, NAMED, BEFORE = (TEXTS[k].split() for k in ("generic", "verbs", "named", "before"))
+ARGUMENTS, BEHIND = texts.lists(TEXTS["arguments"]), texts.lists(TEXTS["behind"])
+NOUNS = texts.lists(TEXTS["nouns"], "; ")
+SYNONYMS = [line.split(" => ") for line in TEXTS["synonyms"].split("\n")]
+FRAMES, MBPP_FRAMES, FREE_FRAMES, HEADERS, MANNERS = (
+    texts.lines(TEXTS[k]) for k in ("frames", "mbpp_frames", "free_frames", "headers", "manners")
+)
+MENTION = re.compile(  # a place where "the given list" can stand for a name
+    "".join(f"(?<!{word} )" for word in NAMED)
+    + r"\$a(?=[.,;:]|$| (?:is|in|to|and|or|by|with|of|from|before|after|where|that|has|starts|ends"
+    r")\b)"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,9 @@ class Exercise:
 
     def prompt(self) -> str:
         if self.form:
-            return self.form.lead + (self._docstring() if self.form.mbpp else self._head())
+            if self.form.mbpp:
+                return "\n".join(['"""', self.form.prose, *self.form.lines, '"""\n'])
+            return self.form.lead + self._head()
         doc = fill(self.doc, self.arguments)
         lines = textwrap.wrap(doc, 88) if len(doc) > 88 else [doc]  # 100 with indent and quotes
         if self.example:
@@ -94,9 +113,6 @@ class Exercise:
         doc = re.sub(r"\n[ \t]+(?=\n)", "\n", doc)
         return f"{self._signature()}{form.indent}{form.quote}{doc}{form.quote}\n"
 
-    def _docstring(self) -> str:
-        return "\n".join(['"""', self.form.prose, *self.form.lines, '"""\n'])
-
 
 def choose(text: str, rng: random.Random) -> str:
     """Return `text` with one of the choices for each `<this|that>`, inner ones first."""
@@ -113,7 +129,7 @@ def fill(text: str, arguments: tuple[str, ...]) -> str:
 
 @functools.cache
 def pool(args: str) -> list[tuple]:
-    """POOL inputs for these kinds of arguments: every edge value, then random ones."""
+    """Return POOL inputs for these kinds of arguments: every edge value, then random ones."""
     rng, kinds = random.Random(args), [KINDS[kind] for kind in args.split()]
     edges = max(len(kind.edges) for kind in kinds)
     inputs = [tuple(kind.edges[i % len(kind.edges)] for kind in kinds) for i in range(edges)]
@@ -136,7 +152,7 @@ def results(task: Task) -> list:
 
 
 def tell(task: Task, rng: random.Random) -> Exercise:
-    """An exercise for `task`: wording, names, and whether there is an example, chosen by `rng`."""
+    """Return an exercise for `task`; `rng` chooses wording, names, and whether to show a call."""
     name = re.sub("_+", "_", choose(task.name, rng)).strip("_")
     doc = choose(task.doc, rng)
     arguments = tuple(rng.choice(KINDS[kind].names.split()) for kind in task.args.split())
@@ -202,33 +218,6 @@ def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exerci
 
 # ---- Names
 
-GENERIC = re.findall(
-    r"\S+",
-    """answer apply calc calculate compute convert do_it do_task execute exercise f fn foo func
-    func1 function function1 g get_answer get_result h helper main my_func my_function
-    operation problem process program puzzle question run_it solution solve solver task
-    transform work""",
-)
-ARGUMENTS = {  # by type; what comes before, in pairs with what comes behind it
-    "int": "n n n n num num number x k m a i d p q v N val value amount size total integer "
-    "figure quantity number1 num1 int1",
-    "float": "x x y value val number num amount price weight rate",
-    "bool": "flag b on ok",
-    "str": "s s s text text string txt st word str1 string1 S t w a line message phrase name title "
-    "label code token content sequence chars inp",
-    "list[int]": "lst lst l l arr arr nums nums numbers numbers xs array a values data list1 L A v "
-    "items seq elements integers ints ages scores prices grades weights heights marks points sizes",
-    "list[str]": "lst l arr words words strings strings items a array list1 names tokens texts "
-    "values labels titles keys terms xs elements",
-    "list[list[int]]": "grid matrix m mat rows table board lst arr lists M nested data image",
-    "list": "lst l arr items data xs a values list1 elements seq array objects things entries",
-    "dict": "d d dic dict1 data mapping table m scores counts prices items record stock values",
-}
-BEFORE = "input my test the in raw user old first main some current sample"
-BEHIND = {"int": "num number value", "str": "str string text word"}
-BEHIND |= {"list[int]": "list nums numbers arr array values", "list[str]": "list words strings"}
-BEHIND |= {"list[list[int]]": "grid matrix rows", "dict": "dict map data"}
-
 
 @functools.cache
 def taken(task: Task) -> frozenset[str]:
@@ -237,7 +226,7 @@ def taken(task: Task) -> frozenset[str]:
 
 
 def argument_names(task: Task, rng: random.Random) -> tuple[str, ...]:
-    """Names that no builtin and nothing in the body has, each different."""
+    """Choose names that differ and that no builtin and nothing in the body has."""
     kinds, types = task.args.split(), argument_types(task.args)
     while True:
         names = []
@@ -247,9 +236,9 @@ def argument_names(task: Task, rng: random.Random) -> tuple[str, ...]:
             if r < 0.25 or group not in ARGUMENTS:
                 names.append(rng.choice(KINDS[kind].names.split()))
             elif r < 0.85 or group not in BEHIND:
-                names.append(rng.choice(ARGUMENTS[group].split()))
+                names.append(rng.choice(ARGUMENTS[group]))
             else:
-                names.append(f"{rng.choice(BEFORE.split())}_{rng.choice(BEHIND[group].split())}")
+                names.append(f"{rng.choice(BEFORE)}_{rng.choice(BEHIND[group])}")
         if len(names) > 1 and len({*types}) == 1 and rng.random() < 0.4:
             stem = rng.choice([n for n in names if not n[-1].isdigit()] or ["value"])
             names = [f"{stem}{i}" for i in range(1, len(names) + 1)]
@@ -260,7 +249,7 @@ def argument_names(task: Task, rng: random.Random) -> tuple[str, ...]:
 
 
 def function_name(task: Task, arguments: tuple[str, ...], rng: random.Random) -> str:
-    """The task's name, whole or its first words, in snake or camel case, or one without meaning."""
+    """Choose the task's name, whole or shortened, in snake or camel case, or a generic one."""
     while True:
         name = re.sub("_+", "_", choose(task.name, rng)).strip("_")
         words, r = name.split("_"), rng.random()
@@ -290,62 +279,13 @@ def types_of(task: Task) -> tuple[str, ...]:
     return (*argument_types(task.args), type_of(results(task)))
 
 
-def type_of(values) -> str:
-    """The type hint that holds for all the values, with builtin generics; "" if none is short."""
-    types = {type(v) for v in values}
-    if type(None) in types and len(types) > 1:
-        inner = type_of([v for v in values if v is not None])
-        return inner and f"{inner} | None"
-    if types == {int, float}:
-        return "float"
-    if len(types) != 1:
-        return ""
-    (kind,) = types
-    if kind is dict:
-        inside = [[k for v in values for k in v], [x for v in values for x in v.values()]]
-    elif kind is tuple:
-        if len({len(v) for v in values}) != 1 or not values[0]:
-            return "tuple"
-        inside = [*zip(*values)]
-    elif kind in (list, set):
-        inside = [[x for v in values for x in v]]
-    else:
-        return "None" if kind is type(None) else kind.__name__
-    inner = [type_of(x) if x else "" for x in inside]
-    return f"{kind.__name__}[{', '.join(inner)}]" if all(inner) else kind.__name__
-
-
 def type_hints(types: tuple[str, ...], rng: random.Random) -> tuple[str, tuple[str, ...]]:
     """Return the lines of imports that stand above, and the hints in one of three styles."""
     if rng.random() < 0.15:  # of the arguments alone, or without what is inside
         types = (*types[:-1], "") if rng.random() < 0.5 else tuple(t.split("[")[0] for t in types)
     if rng.random() < 0.4:
         return "", types
-    hints = [re.sub(r"^(.*) \| None$", r"Optional[\1]", t) for t in types]
-    hints = [re.sub(r"\b(list|dict|tuple|set)\[", lambda m: m[0].title(), t) for t in hints]
-    names = sorted(set(re.findall("[A-Z][a-z]+", " ".join(hints))))
-    return f"from typing import {', '.join(names)}\n\n\n" * bool(names), tuple(hints)
-
-
-NOUNS = {
-    "int": ["integer", "number", "integer", "whole number"],
-    "float": ["number", "float"],
-    "bool": ["boolean"],
-    "str": ["string"],
-    "list[int]": [
-        "list of integers",
-        "list of numbers",
-        "list",
-        "array of integers",
-        "list of ints",
-    ],
-    "list[str]": ["list of strings", "list of words", "list", "array of strings"],
-    "list[list[int]]": ["list of lists of integers", "2D list", "matrix", "list of lists"],
-    "dict": ["dictionary", "dict"],
-    "tuple": ["tuple"],
-    "list": ["list"],
-    "set": ["set"],
-}
+    return from_typing(types)
 
 
 def noun(type_: str, rng: random.Random) -> str:
@@ -359,100 +299,9 @@ def with_article(word: str) -> str:
 
 # ---- Wording
 
-VERBS = re.findall(
-    r"\S+",
-    """add append apply build calculate change check collect combine compare compute convert
-    count create cube cut decode delete determine divide double drop encode extract fill
-    filter find flatten floor-divide format get give group halve insert interleave join keep
-    limit list make mask measure merge move multiply negate order pair partition put raise
-    remove repeat replace report return reverse rotate round select shift sort split square
-    start subtract sum swap take tell test transpose turn write""",
-)
-# Words, as patterns, and others of the same meaning; "|" stands between several
-SYNONYMS = [
-    (r"^Return the (?=sum|total|product|number|length)", "Find the |Compute the |Calculate the "),
-    (r"^Return the ", "Find the |Get the |Output the |Return the "),
-    (r"^List the ", "Return a list of the |Get a list of the |Make a list of the |Find all the "),
-    (r"^Count the (?=distinct)", "Return the number of |Find the number of "),
-    (r"^Count the (?!pairs)", "Return the number of |Find the number of |Return the count of "),
-    (
-        r"^(Check if|Return True if)",
-        "Check whether|Determine if|Return whether|Test if",
-    ),
-    (r"^Sort the ", "Order the |Sort the |Arrange the "),
-    (r"\bgreater than\b", "larger than|bigger than|above|more than"),
-    (r"\bless than\b", "smaller than|below|under"),
-    (r"(?<!is )\blonger than (\d+) letters", r"with more than \1 letters|with over \1 characters"),
-    (
-        r"(?<!is )\bshorter than (\d+) letters",
-        r"with fewer than \1 letters",
-    ),
-    (r"\bstarting with", "beginning with"),
-    (r"\bstarts with", "begins with"),
-    (r"\bcontaining '(\w)'", r"containing the letter '\1'|with the letter '\1'"),
-    (r"(?<!is )(?<!are )(?<!be )(?<!not )\bdivisible by", "that can be divided by"),
-    (r"\bis divisible by", "is a multiple of|can be divided by"),
-    (r"\blargest\b(?= of)", "maximum|biggest|greatest"),
-    (r"\bsmallest\b(?= of)", "minimum|lowest|least"),
-    (r", (largest|smallest) first", r" with the \1 first"),
-    (r"\bdecreasing\b", "descending"),
-    (r" \((\S+) if none\)(?=\.?$)", r", or \1 if there are none|; return \1 if there are none"),
-    (r"\botherwise\b", "else|if not"),
-    (r"(?<=and )the other", "the remaining"),
-    (r"\bdict\b", "dictionary"),
-    (r"\bneighbouring\b", "adjacent|consecutive"),
-]
-FRAMES = [  # the task as a command (do) or in the third person (does), and what is given
-    *["{Do}"] * 12,
-    "Write a function to {do}",
-    "Write a function to {do}",
-    "Write a function that {does}",
-    "Write a function that takes {given} and {does}",
-    "Create a function to {do}",
-    "Create a function that {does}",
-    "Implement a function that takes {given} and {does}",
-    "Implement a function to {do}",
-    "Complete the function so that it {does}",
-    "This function {does}",
-    "{Does}",
-    "{Does}",
-    "Given {given}, {do}",
-    "Given {given}, {do}",
-    "Given {given}, your task is to {do}",
-    "Given {given}, write a function to {do}",
-    "You are given {given}. {Do}",
-    "You are given {given}. {Do}",
-    "You're given {given}. Your task is to {do}",
-    "We have {given}. {Do}",
-    "For {given}, {do}",
-    "The function takes {given}. It {does}",
-    "Your task is to {do}",
-    "Your task is to write a function that {does}",
-    "Please {do}",
-]
-MBPP_FRAMES = ["Write a function to {do}"] * 5 + ["Write a python function to {do}"] * 4
-MBPP_FRAMES += ["Write a function that {does}", "{Do}"]
-FREE_FRAMES = [  # for a task that begins with no verb
-    *["{Do}"] * 6,
-    "You are given {given}. {Do}",
-    "Given {given}: {do}",
-    "Write a function for the following. {Do}",
-    "Write a function that takes {given}. {Do}",
-]
-NAMED = re.findall(  # what the argument's name may stand behind: "the grid $a"
-    r"\S+",
-    """amount date diameter dict element grid index integer line list matrix number price radius
-    row sentence size string temperature text time tuple word""",
-)
-MENTION = re.compile(  # a place where "the given list" can stand for a name
-    "".join(f"(?<!{word} )" for word in NAMED)
-    + r"\$a(?=[.,;:]|$| (?:is|in|to|and|or|by|with|of|from|before|after|where|that|has|starts|ends"
-    r")\b)"
-)
-
 
 def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str]:
-    """The task in other words, `$a` for an argument; and the same in a frame, maybe with more."""
+    """Return the task in other words, `$a` for an argument; and the same in a frame, with more."""
     core = choose(task.doc, rng)
     core = core[0].upper() + core[1:]
     for old, new in SYNONYMS:
@@ -482,7 +331,7 @@ def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str
 
 
 def given_arguments(types: tuple[str, ...], tick: str, rng: random.Random) -> str:
-    """ "a list of integers $a and a string $b", "two strings $a and $b", or "a list"."""
+    """Name the arguments: "a list of integers $a and a string $b", "two strings $a and $b"."""
     names = [f"{tick}${letter}{tick}" for letter in "abc"[: len(types)]]
     if len(types) > 1 and len({*types}) == 1 and rng.random() < 0.7:
         word, of, rest = noun(types[0], rng).partition(" of ")
@@ -504,7 +353,7 @@ def third_person(match: re.Match) -> str:
 
 
 def other_elements(core: str, task: Task, rng: random.Random) -> str:
-    """Return what a list holds, called otherwise."""
+    """Call the elements of a list by another noun."""
     if rng.random() < 0.35 and re.search(r"\bin \$a", core):
         if "words" in task.args.split():
             core = re.sub(r"\bword(?=s?\b)", rng.choice(["string", "element", "item"]), core)
@@ -530,7 +379,7 @@ def mention(core: str, task, types, mbpp: bool, named: bool, rng: random.Random)
 
 
 def more(task: Task, types: tuple[str, ...], rng: random.Random) -> str:
-    """One more sentence, of what holds for every input of the task."""
+    """Return one more sentence, which holds for every input of the task."""
     said = [f"The result is {with_article(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
     said += [f"Return {with_article(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
     for kind, type_, letter in zip(task.args.split(), types, "abc"):
@@ -550,7 +399,7 @@ def more(task: Task, types: tuple[str, ...], rng: random.Random) -> str:
 
 
 def typo(text: str, rng: random.Random) -> str:
-    """Two letters of a word exchanged; quoted words and names are left alone."""
+    """Exchange two letters of a word; leave quoted words and names alone."""
     places = [*re.finditer(r"(?<![\w'`\"$])[a-z]{5,}(?![\w'`\"(])", text)]
     if not places:
         return text
@@ -559,29 +408,6 @@ def typo(text: str, rng: random.Random) -> str:
 
 
 # ---- Examples and sections
-
-MANNERS = [  # of one example; with weights by repetition
-    *[">>> {call}\n{result}"] * 8,
-    *["{call} == {result}"] * 4,
-    *["{call} => {result}"] * 3,
-    *["{call} ➞ {result}"] * 2,
-    *["{call} -> {result}"] * 2,
-    "{call} ==> {result}",
-    ">>> {call} == {result}",
-    ">>> {call} # => {result}",
-    "{call} # => {result}",
-    "{call} = {result}",
-    "{call} returns {result}",
-    "{call} should return {result}",
-    "* {call} == {result}",
-    "For {named}, the result should be {result}.",
-    "for {named} return {result}",
-    "Input: {named}\nOutput: {result}",
-    "{call}\n# {result}",
-]
-HEADERS = (
-    "Example:|Examples:|Examples:|For example:|For example:|Examples|Example|for example:|e.g.:"
-)
 
 
 def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tuple[str, ...]:
@@ -597,7 +423,7 @@ def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tup
         if len(call) + len(result) > CALL_CHARS or "\\" in call + result or dull:
             continue
         named = ", ".join(f"{n} = {v}" for n, v in zip(arguments, values))
-        found += manner.format(call=call, result=result, named=named).split("\n")
+        found += manner.format(call=call, result=result, named=named).split("\\n")
         wanted -= 1
         if not wanted:
             break
@@ -610,7 +436,7 @@ def shown_examples(task: Task, name: str, arguments, rng: random.Random) -> list
     if not lines or rng.random() < 0.5:
         return [*lines]
     inner = rng.choice(["", "", "", "  ", "    "])
-    return [rng.choice(HEADERS.split("|")), *(inner + line for line in lines)]
+    return [rng.choice(HEADERS), *(inner + line for line in lines)]
 
 
 def sections(arguments: tuple[str, ...], types: tuple[str, ...], rng: random.Random) -> list[str]:

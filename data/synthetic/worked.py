@@ -5,7 +5,6 @@ textbooks.py.
 """
 
 import ast
-import functools
 import re
 import sys
 import textwrap
@@ -15,6 +14,7 @@ WIDTH = 79  # of a docstring's and a comment's lines
 MOST_ROUNDS, MOST_CHARS = 6, 36  # of a trace, of one value in it
 FIXED = (ast.BinOp, ast.Subscript, ast.Slice, ast.List, ast.Tuple, ast.Constant, ast.UnaryOp,
          ast.operator, ast.unaryop, ast.expr_context)  # fmt: skip
+SCALARS = {type(None): "None", bool: "bool", int: "int", float: "float", str: "str"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -27,7 +27,7 @@ def outcome(call: str, namespace: dict) -> str:
 
 
 def plain(call: str) -> str:
-    """`call` with arguments such as `[1, 2] + [3]` worked out, where that loses no digits."""
+    """Work out arguments of `call` such as `[1, 2] + [3]`, where that loses no digits."""
     changes = []
     for node in ast.walk(ast.parse(call, mode="eval")):
         for arg in node.args if isinstance(node, ast.Call) else []:
@@ -48,71 +48,66 @@ def function_in(code: str, name: str) -> ast.FunctionDef | None:
 
 # ---- Types, from values
 
-# A kind is (type's name, *kinds of its parts), and None where nothing has been seen.
-Kind = tuple | None
+
+def type_of(values) -> str:
+    """Return the type hint that holds for all the values, such as "list[int]"; "" if none does.
+
+    Where nothing is known of what is inside, it is bare: "list".
+    """
+    types = {type(v) for v in values}
+    if type(None) in types and len(types) > 1:
+        inner = type_of([v for v in values if v is not None])
+        return inner and f"{inner} | None"
+    if types == {int, float}:
+        return "float"
+    if len(types) != 1:
+        return ""
+    (kind,) = types
+    if kind is dict:
+        inside = [[k for v in values for k in v], [x for v in values for x in v.values()]]
+    elif issubclass(kind, tuple):
+        if len({len(v) for v in values}) != 1 or not values[0]:
+            return "tuple"
+        inside = [*zip(*values)]
+    elif kind in (list, set):
+        inside = [[x for v in values for x in v]]
+    else:
+        return SCALARS.get(kind, "")
+    inner = [type_of(x) if x else "" for x in inside]
+    return f"{kind.__name__}[{', '.join(inner)}]" if all(inner) else kind.__name__
 
 
-class Unclear(Exception):
-    """There is no simple type for these values."""
+def from_typing(hints) -> tuple[str, tuple[str, ...]]:
+    """Return the line that imports what hints need of the module typing, and the hints with it."""
+
+    def spell(node: ast.expr) -> str:
+        match node:
+            case ast.BinOp(inner):
+                return f"Optional[{spell(inner)}]"
+            case ast.Subscript(ast.Name(name), inner):
+                return f"{name.title()}[{spell(inner)}]"
+            case ast.Tuple(parts):
+                return ", ".join(map(spell, parts))
+        return ast.unparse(node)
+
+    old = tuple(hint and spell(ast.parse(hint, mode="eval").body) for hint in hints)
+    names = sorted(set(re.findall(r"\b(Dict|List|Optional|Set|Tuple)\b", " ".join(old))))
+    return f"from typing import {', '.join(names)}\n\n\n" * bool(names), old
 
 
-def kind(value: object) -> Kind:
-    name = type(value).__name__
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return (name,)
-    if isinstance(value, (list, set)):
-        return name, functools.reduce(both, map(kind, value), None)
-    if isinstance(value, tuple):
-        return name, *map(kind, value)
-    if isinstance(value, dict):
-        parts = (functools.reduce(both, map(kind, p), None) for p in (value, value.values()))
-        return "dict", *parts
-    raise Unclear
-
-
-def both(a: Kind, b: Kind) -> Kind:
-    """Return the kind of what may be of either kind."""
-    if a is None or a == b:
-        return b
-    if b is None:
-        return a
-    if a[0] == b[0] and len(a) == len(b):
-        return a[0], *map(both, a[1:], b[1:])
-    if {a[0], b[0]} == {"int", "float"}:
-        return ("float",)
-    none, optional = ("NoneType",), "optional"
-    if none in (a, b) or optional in (a[0], b[0]):
-        inner = [k[1] if k[0] == optional else None if k == none else k for k in (a, b)]
-        return optional, both(*inner)
-    raise Unclear
-
-
-def spell(k: Kind, old: bool) -> str:
-    """Return a kind as a type hint; `old` is that of the module typing."""
-    if k is None:
-        raise Unclear
-    parts = [spell(part, old) for part in k[1:]]
-    if k[0] == "NoneType":
-        return "None"
-    if k[0] == "optional":
-        return f"Optional[{parts[0]}]" if old else f"{parts[0]} | None"
-    if not parts:
-        return k[0]
-    return f"{k[0].capitalize() if old else k[0]}[{', '.join(parts)}]"
-
-
-def hints(function: ast.FunctionDef, calls: list[str], namespace: dict, old: bool) -> list[str]:
-    """Types of the arguments and of the result, of what `calls` give and get. Raises Unclear."""
-    seen: list[Kind] = [None] * (len(function.args.args) + 1)
+def hints(function: ast.FunctionDef, calls: list[str], namespace: dict) -> list[str]:
+    """Return the types of arguments and result that `calls` have, [] where they are not plain."""
+    seen = []
     for call in calls:
         node = ast.parse(call, mode="eval").body
         if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == function.name):
             continue
-        if node.keywords or len(node.args) + 1 != len(seen):
-            raise Unclear
-        values = [eval(ast.unparse(part), namespace) for part in [*node.args, node]]
-        seen = [both(k, kind(value)) for k, value in zip(seen, values)]
-    return [spell(k, old) for k in seen]
+        if node.keywords or len(node.args) != len(function.args.args):
+            return []
+        seen.append([eval(ast.unparse(part), namespace) for part in [*node.args, node]])
+    found = [*map(type_of, zip(*seen))]
+    bare = re.compile(r"\b(list|dict|set|tuple)\b(?!\[)")
+    return [] if any(not hint or bare.search(hint) for hint in found) else found
 
 
 # ---- A function as a programming exercise
@@ -121,25 +116,20 @@ def hints(function: ast.FunctionDef, calls: list[str], namespace: dict, old: boo
 def documented(
     code: str, name: str, says: str, calls: list[str], namespace: dict, typed: str, told: int
 ) -> str:
-    """`code` with a docstring in its function `name`: what it does, and `told` calls as doctests.
+    """Return `code` with a docstring in its function `name`: `says`, and `told` calls as doctests.
 
-    Type hints join them where the calls make the types plain, and `typed` is "new", or "old" (those
-    of the module typing), not "".
+    With `typed` "new" or "old" (from the module typing) add type hints where calls make them plain.
     """
     function = function_in(code, name)
     assert function, f"no function {name}"
     lines, head = code.split("\n"), f"def {name}({ast.unparse(function.args)}):"
     imports = ""
-    if typed:
-        try:
-            *types, result = hints(function, calls, namespace, typed == "old")
-            for arg, hint in zip(function.args.args, types, strict=True):
-                arg.annotation = ast.Name(hint)
-            head = f"def {name}({ast.unparse(function.args)}) -> {result}:"
-            used = sorted({*re.findall(r"\b(Dict|List|Optional|Set|Tuple)\b", head)})
-            imports = f"from typing import {', '.join(used)}\n\n\n" if used else ""
-        except Unclear:
-            pass
+    if typed and (types := hints(function, calls, namespace)):
+        if typed == "old":
+            imports, types = from_typing(types)
+        for arg, hint in zip(function.args.args, types):
+            arg.annotation = ast.Name(hint)
+        head = f"def {name}({ast.unparse(function.args)}) -> {types[-1]}:"
     text = textwrap.fill(says, WIDTH - 4, break_long_words=False, break_on_hyphens=False)
     doc = [*text.split("\n")]
     own = [call for call in calls if call.startswith(f"{name}(")]
@@ -155,7 +145,7 @@ def documented(
 
 
 def imperative(task: str) -> str:
-    """A docstring out of "Write `f`, which gives the ...", or "" where it is put otherwise."""
+    """Make a docstring of "Write `f`, which gives the ..."; "" where it is put otherwise."""
     found = re.match(r"Write (?:a [\w ]+ )?`\w+`,? (?:which|that) (\w+) (.*)", task)
     if not found:
         return ""
@@ -165,7 +155,7 @@ def imperative(task: str) -> str:
 
 
 def comment(text: str) -> str:
-    """Prose as comment lines."""
+    """Return prose as comment lines."""
     plain = " ".join(text.replace("`", "").split())
     return "\n".join(f"# {line}" for line in textwrap.wrap(plain, WIDTH - 2))
 
@@ -216,9 +206,7 @@ def rounds(code: str, call: str, namespace: dict) -> list[dict[str, str]]:
     return seen if plain else []
 
 
-def differences(
-    code: str, wrong: str, calls: list[str], namespace: dict
-) -> list[tuple[str, str, str]]:
+def differences(wrong: str, calls: list[str], namespace: dict) -> list[tuple[str, str, str]]:
     """Return the calls that `wrong` code gets wrong: (call, what it gives, what it should give)."""
     space = dict(namespace)
     exec(wrong, space)

@@ -1,10 +1,10 @@
 """The cost of a step: ops by hand, their sum against the model's count, predictions by hand."""
 
-import json
+import re
 
 import pytest
 
-from bench.cost import MEASURED, Rates, roof, step_us, training_ops
+from bench.cost import GPUS, Rates, step_us, training_ops
 from model import ModelConfig, parameter_count
 
 PHI1 = ModelConfig()
@@ -33,14 +33,6 @@ def test_ops_by_hand():
     assert of("adamw") == (1, 0, 34 * parameter_count(SMALL))
 
 
-def test_dropout_writes_two_gradients():
-    dropped = ModelConfig(dropout=0.1)
-    extra = sum(op.bytes * op.calls for op in training_ops(dropped, 1)) - sum(
-        op.bytes * op.calls for op in training_ops(PHI1, 1)
-    )
-    assert extra == 24 * 2 * 2 * 2048 * 2048
-
-
 def test_phi1_counts():
     ops = training_ops(PHI1, 16)
     gemm = sum(op.flops * op.calls for op in ops if op.kind == "gemm") / TOKENS
@@ -51,7 +43,7 @@ def test_phi1_counts():
 
 def test_floor_and_its_bound():
     ops = {op.name: op for op in training_ops(PHI1, 16)}
-    h100 = roof("h100")
+    h100 = GPUS["h100"].roof()
     us, bound = h100.floor_us(ops["in_proj_fwd"])
     assert bound == "compute"
     assert us == pytest.approx(2 * TOKENS * 2048 * 14336 / 989e12 * 1e6)
@@ -62,20 +54,19 @@ def test_floor_and_its_bound():
     assert h100.floor_us(few["in_proj_fwd"])[1] == "memory"  # 16 rows: weights dominate
 
 
-# GEMM, attention and all of a token in microseconds, and tokens/s, as worked out by hand for phi-1
-# from the same published rates. There, what is bound by memory takes 1.5 us on an A100 and 0.6 to
-# 1.0 on an H100, for it allows for passes that are not fused; here it is 0.8 and 0.5, the floor.
-BY_HAND = [
-    (Rates(250e12, 140e12, 140e12, 2.04e12), 31.5, 5.0, 26.2e3),
-    (Rates(235e12, 126e12, 126e12, 2.04e12), 33.5, 5.6, 24.5e3),
-    (Rates(798e12, 371e12, 345e12, 3.35e12), 9.9, 2.0, 79.5e3),
-    (Rates(720e12, 342e12, 250e12, 3.35e12), 10.9, 2.6, 68.4e3),
-    (Rates(715e12, 342e12, 250e12, 4.80e12), 11.0, 2.6, 69.6e3),
-]
-
-
-@pytest.mark.parametrize(("rates", "gemm_us", "attention_us", "tokens_per_s"), BY_HAND)
+@pytest.mark.parametrize(
+    ("rates", "gemm_us", "attention_us", "tokens_per_s"),
+    [
+        (Rates(250e12, 140e12, 140e12, 2.04e12), 31.5, 5.0, 26.2e3),
+        (Rates(720e12, 342e12, 250e12, 3.35e12), 10.9, 2.6, 68.4e3),
+        (Rates(715e12, 342e12, 250e12, 4.80e12), 11.0, 2.6, 69.6e3),
+    ],
+)
 def test_predictions_by_hand(rates, gemm_us, attention_us, tokens_per_s):
+    """GEMM, attention and all of a token, as worked out by hand for phi-1 from published rates.
+
+    By hand, more passes are not fused, which take up to 5%.
+    """
     ops = training_ops(PHI1, 16)
 
     def per_token(kind):
@@ -88,31 +79,12 @@ def test_predictions_by_hand(rates, gemm_us, attention_us, tokens_per_s):
     assert tokens_per_s <= predicted <= 1.05 * tokens_per_s
 
 
-@pytest.mark.parametrize("gpu", list(MEASURED))
-def test_rates_are_in_order(gpu):
-    slow, fast = (step_us(training_ops(PHI1, 16), r, 1) for r in MEASURED[gpu])
-    assert slow > fast > step_us(training_ops(PHI1, 16), roof(gpu), 1)
-
-
 def test_command(cli):
-    done = cli("-m", "bench.cost", "configs/phi1.toml", "--gpu=a100", "--json")
+    done = cli("-m", "bench.cost", "configs/phi1.toml", "--gpu=a100-80")
     assert done.returncode == 0, done.stderr
-    r = json.loads(done.stdout)
-    assert r["slow"]["tokens_per_s"] < r["fast"]["tokens_per_s"] < r["roof"]["tokens_per_s"]
-    assert r["record"]["tokens_per_s"] == pytest.approx(21.6e3, rel=0.005)
-    total = sum(op["ns_per_token"] for op in r["ops"]) / 1e3
-    assert total == pytest.approx(r["roof"]["us_per_token"])
-    table = cli("-m", "bench.cost", "configs/phi1_small.toml", "--gpu=h100").stdout
-    assert "published record    222,9" in table  # 46.8% of 989 TFLOP/s at 2.076 GFLOP a token
-    assert len(table.splitlines()) == 2 + len(r["ops"]) + 3
-
-
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [(["--gpu=v100"], "a100, h100, h200"), (["--world_size=3"], "not a multiple")],
-)
-def test_wrong_use(cli, flags, told):
-    done = cli("-m", "bench.cost", "configs/phi1.toml", *flags)
-    assert done.returncode == 2
-    assert told in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert len(re.findall(r" (?:forward|backward|optimiser) ", done.stdout)) == 24
+    rates = re.findall(r"([\d,]+) +[\d.]+% ", done.stdout)
+    assert [int(x.replace(",", "")) for x in rates] == [35_325, 24_928, 26_714]
+    done = cli("-m", "bench.cost", "configs/phi1.toml", "--gpu=v100")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "a100-80, h100, h200" in done.stderr

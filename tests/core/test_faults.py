@@ -65,7 +65,7 @@ def back_to(run, step, copy):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_moment(flags, whole, tmp_path, ranks):
-    """Three SIGKILLs of one rank; `python tests/kill_points.py` has more of them."""
+    """Three SIGKILLs of one rank."""
     out, draw, kills = tmp_path / "run", random.Random(ranks), 0
     for kill in range(3):
         run = Run(out, [*flags, "--resume"], ranks)
@@ -235,6 +235,7 @@ def test_resumed_by_another_number_of_ranks(flags, tmp_path_factory, tmp_path, r
         assert a == pytest.approx(b, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_two_torchrun_agents_and_a_restart(flags, tmp_path):
     """Two "machines" on loopback; a rank is killed, both agents start theirs again, and go on."""
     out, flags = tmp_path / "run", [*flags, "--max_steps=80"]

@@ -26,6 +26,8 @@ from conftest import ROOT
 
 from common.config import run
 
+pytestmark = pytest.mark.slow
+
 # Flags are added to every command in which the pattern is found; of a flag the last one counts.
 TINY = ("--seq_len=64 --n_layer=1 --n_head=2 --width=32 --mlp_width=64 --rotary_dim=8 "
         "--seqs_per_step=4 --micro_batch=2 --eval_seqs=4 --max_steps=2")  # fmt: skip
@@ -64,7 +66,7 @@ NEEDS_GPU = r"^make gpu|bench\.(ops|tune)"
 
 # And these do not run; for make, `make -n` does.
 LEFT_OUT = {
-    r"^make test": "the tests that this is one of",
+    r"^make (test|check)": "the tests that this is one of",
     r"^make demo-full": "more of what make train runs",
     r"^make .*ladder": "takes hours; test_ladder.py makes a tiny one",
     r"^make report": "reads what make ladder has made; test_report.py draws one",
@@ -366,8 +368,9 @@ def test_help_lists_every_target():
 
 
 @pytest.mark.parametrize("command", [
-    "data.collect", "data.filter", "data.pairs", "data.exercises", "data.pack", "tools.report",
-    "eval.exercises", "eval.humaneval", "eval.mbpp", "tokenizer.train", "train", "sample",
+    "data.collect", "data.filter", "experiments.pairs", "data.exercises", "data.pack",
+    "tools.report", "eval.exercises", "eval.humaneval", "eval.mbpp", "tokenizer.train", "train",
+    "sample",
 ])  # fmt: skip
 def test_every_command_has_help_and_names_typos(command, monkeypatch, capsys):
     main = importlib.import_module(command).main

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from data.exercises import check, key
-from data.synthetic import damage as damage_py
 from data.synthetic.damage import damage, damaged_bodies, is_wrong
 from data.synthetic.families import FAMILIES
 from data.synthetic.forms import POOL, pool, results, tell
@@ -45,13 +44,6 @@ def test_damage_makes_only_what_is_allowed(train):
     assert not keys & {key(e.task, e.wrong) for e in again if e.wrong}
 
 
-def test_few_errors_are_tried(train, monkeypatch):
-    tried = []
-    monkeypatch.setattr(damage_py, "is_wrong", lambda task, wrong: tried.append(task))
-    assert damage(train[:20], 1, 0, anything) == train[:20]
-    assert len(tried) <= damage_py.TRIES * 20
-
-
 def test_the_errors_that_damage_makes():
     body = """best = 0
 for x in $a:
@@ -85,20 +77,11 @@ def test_a_body_that_never_ends_or_fails_or_is_right_is_no_damage():
     assert not is_wrong(task, "while True:\n    pass")
     assert not is_wrong(task, "$a = 2\nwhile True:\n    $a *= $a")
     assert not is_wrong(task, "return $a + 'x'")
-
-
-def test_a_body_that_never_ends_is_found_after_one_that_recurs_for_ever():
-    """As Python drops a trace function that fails itself, here of the depth of the recursion."""
-    task = FAMILIES["clamp"][0]
-    first = pool(task.args)[0][0]
-    long = "for _ in range(30_000):\n    pass"
-    assert not is_wrong(task, f"if $a == {first}:\n    return $f($a)\n{long}")
-    assert is_wrong(task, f"if $a == {first}:\n    return $f($a)")
-
-
-def test_a_body_that_never_ends_is_found_though_it_makes_generators():
-    """Python ignores an exception that is raised while it closes one, and drops the trace."""
-    task = FAMILIES["clamp"][0]
+    # Python drops a trace function that fails itself, here of the depth of the recursion
+    recurs = f"if $a == {pool(task.args)[0][0]}:\n    return $f($a)\n"
+    assert is_wrong(task, recurs)
+    assert not is_wrong(task, recurs + "for _ in range(30_000):\n    pass")
+    # and ignores an exception that is raised while it closes a generator
     for lines in range(12):  # the budget ends at another place in the loop
         loop = "for _ in range(30_000):\n    any(x for x in (0, 1, 2))\n"
         assert not is_wrong(task, "x = 0\n" * lines + loop), lines

@@ -4,20 +4,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from conftest import save_run
 
 from common.config import UserError
 from common.files import read_documents, read_jsonl, shard_files
-from data.base.ast_match import functions, match_rate
+from data.base.ast_match import Matcher, functions
 from data.base.benchmarks import read_references
 from data.base.documents import document
-from data.base.features import Hidden, Lexical
-from data.decontaminate import Config, Finder, decontaminate, ngrams
-from model import ModelConfig, Phi
-from tokenizer import Tokenizer
+from data.base.features import Lexical
+from data.decontaminate import FAR, Config, Finder, decontaminate, ngrams
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
 ROOT = Path(__file__).parents[2]
@@ -74,7 +69,7 @@ SHORT_FAR = """def truths(rows):
     return sum(r in "abc" for r in rows)
 """
 STATEMENT = (
-    "# The largest balance that is\n# reached, before the account: IS CLOSED because the_sum\n"
+    "# The largest balance that is\n# reached, before the account: IS CLOSED because the_total\n"
     "def g():\n    return 1\n"
 )
 OTHER = 'def area(width, height):\n    """Multiply."""\n    return width * height\n'
@@ -112,7 +107,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def out(source, problems, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "clean"
-    decontaminate(Config(source=(source,), benchmarks=(problems,), out=out, near_frac=0.0))
+    decontaminate(Config(source=(source,), benchmarks=(problems,), out=out))
     return out
 
 
@@ -143,10 +138,10 @@ def test_what_is_removed_and_why(out):
 
 def test_the_table(out):
     s = json.loads((out / "summary.json").read_text())
-    assert s["tau"]["0.95"] == {"removed": 5, "syntax_alone": 6, "problems_similar": 2}
+    assert s["tau"]["0.95"] == {"removed": 5, "problems_similar": 2}
     assert s["tau"]["0.8"]["removed"] == 6  # many edits
     assert (s["documents_in"], s["documents"], s["removed"], s["by_ngram"]) == (10, 4, 6, 1)
-    assert (s["problems"], s["problems_without_ngram"], s["no_python"]) == (3, 2, 1)
+    assert s["problems"] == 3
     lines = list(read_jsonl(out / "report" / "problems.jsonl"))
     assert [p["task_id"] for p in lines] == ["T/0", "T/1", "T/2"]
     assert [p["close"]["0.95"] for p in lines] == [4, 1, 0]
@@ -156,47 +151,46 @@ def test_the_table(out):
     pairs = (out / "report" / "pairs.txt").read_text()
     assert "def vowels_in(text):" in pairs
     assert "| def count_vowels(s):" in pairs
-    assert "| # reached, before the account: IS CLOSED because the_sum" in pairs
+    assert "| # reached, before the account: IS CLOSED because the_total" in pairs
 
 
 @pytest.mark.parametrize(
-    ("options", "more", "less"),
+    ("constant", "value", "more", "less"),
     [
-        ({"tau": 0.8}, {"many edits"}, set()),
-        ({"tau": 1.0}, set(), {"one edit"}),
-        ({"ngram": 0}, set(), {"statement"}),
-        ({"sure_nodes": 1}, {"short far"}, set()),
-        ({"sure_nodes": 1000}, set(), {"renamed", "method", "markdown", "one edit"}),
+        ("tau", 0.8, {"many edits"}, set()),
+        ("tau", 1.0, set(), {"one edit"}),
+        ("SURE_NODES", 1, {"short far"}, set()),
+        ("SURE_NODES", 1000, set(), {"renamed", "method", "markdown", "one edit"}),
+        ("NGRAM", 14, set(), {"statement"}),
     ],
 )
-def test_options(out, source, problems, tmp_path, options, more, less):
-    options = {"near_frac": 0.0, **options}
-    decontaminate(Config(source=(source,), benchmarks=(problems,), out=tmp_path / "o", **options))
+def test_thresholds(out, source, problems, tmp_path, monkeypatch, constant, value, more, less):
+    config = Config(source=(source,), benchmarks=(problems,), out=tmp_path / "o")
+    if constant == "tau":
+        config = replace(config, tau=value)
+    else:
+        monkeypatch.setattr(f"data.decontaminate.{constant}", value)
+    decontaminate(config)
     assert removed(tmp_path / "o").keys() == removed(out).keys() - less | more
 
 
-def test_a_rate_of_tau_is_too_close(out, source, problems, tmp_path):
+def test_a_rate_of_tau_is_too_close(source, problems, tmp_path):
     (a,), (b,) = functions(LONG + LONG_BODY), functions(DOCUMENTS["one edit"])
-    rate = match_rate(a.nodes, b.nodes)
+    ((_, _, rate),) = Matcher([a.nodes], 0.8).match([b.nodes])
     config = Config(source=(source,), benchmarks=(problems,), out=tmp_path / "o", tau=rate)
     summary = decontaminate(config)
     assert "one edit" in removed(tmp_path / "o")
     assert summary["tau"][f"{rate:g}"]["removed"] == 5
 
 
-def test_near_is_measured_on_the_problems(source, problems, tmp_path):
-    config = Config(source=(source,), benchmarks=(problems,), out=tmp_path, near_frac=0.0)
-    unrelated = Finder(config, read_references(problems))
-    assert unrelated.near == 1.2
-    alike = read_references(problems)[1]
+def test_near_is_measured_on_the_problems(problems):
+    known = read_references(problems)
+    assert Finder(known, 0.8).near == FAR  # unrelated to each other
+    alike = known[1]
     text = alike.function.text.replace("vowels", "consonants")
-    others = [alike, replace(alike, function=replace(alike.function, text=text))]
-    finder = Finder(config, [*read_references(problems), *others])
-    assert finder.near == pytest.approx(0, abs=1e-3)
-    assert Finder(replace(config, near_frac=1.0), others).near == pytest.approx(
-        Lexical([o.function.text for o in others]).distances([text])[0, 0]
-    )
-    assert Finder(config, others[:1]).near == 1.2
+    other = replace(alike, function=replace(alike.function, text=text))
+    assert 0 < Finder([alike, other], 0.8).near < FAR
+    assert Finder([alike], 0.8).near == FAR
 
 
 def files(folder):
@@ -212,41 +206,13 @@ def test_ranks_write_the_same_bytes(out, source, problems, tmp_path):
     done = subprocess.run(
         [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m",
          "mpi4py", "-m", "data.decontaminate", "--source", source, "--out", tmp_path / "two",
-         "--benchmarks", problems, "--near_frac", "0"],
+         "--benchmarks", problems],
         cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert " 0.95         5  50.00%                 6        2 / 1\n" in done.stdout
+    assert " 0.95         5  50.00%        2 / 1\n" in done.stdout
     assert done.stdout.count("4 of 10 documents") == 1
     assert files(tmp_path / "two") == files(out)
-
-
-def test_distance_by_a_checkpoint(source, problems, tokens, tmp_path):
-    torch.manual_seed(0)
-    model = Phi(ModelConfig(vocab_size=512, seq_len=64, n_layer=1, n_head=2, width=32,
-                            mlp_width=64, rotary_dim=8))  # fmt: skip
-    folder = save_run(tmp_path / "run", model, Tokenizer(tokens))
-    texts = [RENAMED, OTHER, RENAMED, OTHER * 20]
-    hidden = Hidden(folder, [OTHER], "cpu")
-    vectors = hidden.vectors(texts)
-    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(4))
-    assert vectors[0] == pytest.approx(vectors[2], abs=1e-6)
-    # By hand: the mean over all tokens of what the final LayerNorm gives.
-    ids = [hidden.tokenizer.end_of_text, *hidden.tokenizer.encode(OTHER)]
-    states = []
-    model.eval().ln_f.register_forward_hook(lambda module, args, output: states.append(output))
-    model(torch.tensor([ids]))
-    mean = states[0][0].mean(0)
-    assert vectors[1] == pytest.approx((mean / mean.norm()).detach().numpy(), abs=1e-5)
-    distances = hidden.distances(texts)
-    assert distances[1, 0] == pytest.approx(0, abs=1e-3)
-    assert distances[0, 0] == pytest.approx(np.linalg.norm(vectors[0] - vectors[1]), abs=1e-3)
-    summary = decontaminate(
-        Config(source=(source,), benchmarks=(problems,), out=tmp_path / "o", near_frac=1.0,
-               checkpoint=str(tmp_path / "run"), device="cpu")
-    )  # fmt: skip
-    assert summary["distance"] == "hidden states"
-    assert summary["tau"]["0.95"]["removed"] >= 4
 
 
 def test_lexical_distance():
@@ -262,8 +228,10 @@ def test_lexical_distance():
 
 
 def test_ngrams_are_of_words():
-    assert list(ngrams("One, two_THREE: 4", 3)) == [("one", "two", "three"), ("two", "three", "4")]
-    assert list(ngrams("one two", 3)) == []
+    words = [f"w{i}" for i in range(14)]
+    text = "É, ".join(words[:7]).upper() + "_" + "\n# ".join(words[7:])
+    assert list(ngrams(text)) == [tuple(words[:13]), tuple(words[1:])]
+    assert list(ngrams(" ".join(words[:12]))) == []
 
 
 def test_problem_files(tmp_path, shared_eval):
@@ -283,28 +251,15 @@ def test_problem_files(tmp_path, shared_eval):
         ("a.jsonl", '{"task_id": 1}'),
         ("a.jsonl", '{"task_id": 1, "entry_point": "f", "prompt": "f(", "canonical_solution": ""}'),
         ("a.jsonl", '{"task_id": 1, "entry_point": "f", "prompt": "", "canonical_solution": ""}'),
-        ("a.jsonl", "no json"),
         ("a.json", "[1]"),
         ("a.json", "{"),
     ],
 )
-def test_what_is_no_problem_file(source, tmp_path, name, content):
+def test_a_file_without_problems_is_refused(source, tmp_path, name, content):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(UserError, match=name):
         decontaminate(Config(source=(source,), benchmarks=(path,), out=tmp_path / "o"))
-
-
-def test_errors(source, problems, tmp_path):
-    config = {"source": (source,), "benchmarks": (problems,), "out": tmp_path / "o"}
-    for bad, match in (
-        ({"tau": 0.2}, "tau"),
-        ({"ngram": -1}, "ngram"),
-        ({"benchmarks": (tmp_path / "none.jsonl",)}, "none.jsonl"),
-        ({"benchmarks": (tmp_path / "none.json",)}, "none.json"),
-        ({"checkpoint": str(tmp_path / "none")}, "none"),
-        ({"source": (tmp_path / "none",)}, "none"),
-    ):
-        with pytest.raises(UserError, match=match):
-            decontaminate(Config(**{**config, **bad}))
+    with pytest.raises(UserError, match="tau"):
+        decontaminate(Config(source=(source,), benchmarks=(path,), out=tmp_path / "o", tau=0.2))
     assert not (tmp_path / "o").exists()

@@ -3,13 +3,15 @@ import gzip
 import json
 import random
 
+import numpy as np
 import pytest
 import zstandard
 
 from common import files
 from common.config import UserError
 from common.files import lines, new_folder, read_documents, read_jsonl, shard_files, write_json
-from data.base.documents import DocumentFile, Seen, ShardWriter, batched, document
+from data.base.documents import DocumentFile, ShardWriter, batched, document
+from data.base.unique import first_of_each
 
 RECORDS = [{"text": f"número {i}\n", "n": i} for i in range(20)]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encode()
@@ -32,66 +34,36 @@ def test_reads_what_was_written(tmp_path, name, end):
     assert list(read_jsonl(path)) == RECORDS
 
 
-def test_reads_zstd_of_several_frames_and_chunks(tmp_path):
-    big = json.dumps({"text": "é" * 300_000}, ensure_ascii=False).encode() + b"\n"
-    frames = [LINES[:100], LINES[100:], big, big]
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(b"".join(map(zstandard.compress, frames)))
-    assert list(read_jsonl(path)) == [*RECORDS, json.loads(big), json.loads(big)]
-
-
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
 def test_a_compressed_file_cut_anywhere_is_an_error(tmp_path, name):
     whole = write(tmp_path / name).read_bytes()
     path = tmp_path / f"cut-{name}"
-    for size in range(1, len(whole)):
+    for size in range(name.endswith("gz"), len(whole)):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=name):
             list(read_jsonl(path))
 
 
-@pytest.mark.parametrize("position", range(12, 60, 7))
-def test_a_damaged_gzip_file_is_an_error(tmp_path, position):
-    data = bytearray(gzip.compress(b'{"text": "abcdefghijkl"}\n' * 50, mtime=0))
-    data[position] ^= 255
-    (tmp_path / "a.jsonl.gz").write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz"):
-        list(read_jsonl(tmp_path / "a.jsonl.gz"))
-
-
-def test_an_empty_gzip_file_is_an_error(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(b"")
-    with pytest.raises(UserError, match="it is empty"):
-        list(read_jsonl(tmp_path / "a.jsonl.gz"))
-
-
-def test_an_empty_zstd_file_is_an_error(tmp_path):
-    (tmp_path / "a.jsonl.zst").write_bytes(b"")
-    with pytest.raises(UserError, match="cut short"):
-        list(read_jsonl(tmp_path / "a.jsonl.zst"))
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 @pytest.mark.parametrize(
     "line", [b"{", b"3", b"[]", b'{"a": 1} x', b'{"\xff": 1}', b"[" * 100_000, b'{"a":1}\0']
 )
-def test_a_bad_line_is_named(tmp_path, name, line):
+def test_a_bad_line_is_named(tmp_path, line):
     lines = LINES.splitlines()
     lines[6] = line
-    path = write(tmp_path / name, b"\n".join(lines))
-    with pytest.raises(UserError, match=rf"{name} line 7:"):
+    path = write(tmp_path / "a.jsonl.gz", b"\n".join(lines))
+    with pytest.raises(UserError, match=r"a.jsonl.gz line 7:"):
         list(read_jsonl(path))
 
 
-def test_seen_is_a_set():
-    rng = random.Random(0)
-    keys = [rng.choice([0, 1, rng.randrange(2**64), rng.randrange(3000) << 40, rng.randrange(99)])
-            for _ in range(20_000)]  # fmt: skip
-    ours, known = Seen(), set()
-    for key in keys:
-        assert ours.add(key) is (max(key, 1) not in known)
-        known.add(max(key, 1))
-    assert ours.size == len(known) > 3000
+def test_first_of_each_is_what_a_set_says():
+    rng = np.random.default_rng(0)
+    keys = [rng.integers(0, 6, (n, 2)).astype(np.uint64) for n in (9, 0, 30, 1, 5)]
+    keys[2][:, 0] += np.uint64(2**63)
+    seen, found = set(), first_of_each(keys)
+    assert [len(flags) for flags in found] == [9, 0, 30, 1, 5]
+    for row, first in zip(np.concatenate(keys).tolist(), np.concatenate(found)):
+        assert first == (tuple(row) not in seen)
+        seen.add(tuple(row))
 
 
 def test_a_line_is_whole_or_none_wherever_it_is_cut(tmp_path, monkeypatch):
@@ -102,24 +74,6 @@ def test_a_line_is_whole_or_none_wherever_it_is_cut(tmp_path, monkeypatch):
         wanted = [b"x" * rng.randrange(60) for _ in range(20)] + [b"end"]
         (tmp_path / "a").write_bytes(b"\n".join(wanted))
         assert list(lines(tmp_path / "a")) == [w if len(w) <= 40 else None for w in wanted]
-
-
-def test_missing_files_and_folders_without_shards(tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        list(read_jsonl(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(UserError, match=str(tmp_path)):
-        list(read_documents([tmp_path]))
-
-
-def test_shards_are_read_in_the_order_of_their_names(tmp_path):
-    for name in ("b.jsonl", "a.jsonl.zst", "c.jsonl.gz"):
-        write(tmp_path / name, json.dumps({"name": name}).encode())
-    (tmp_path / "summary.json").write_text("{}")
-    assert [r["name"] for r in read_documents([tmp_path])] == [
-        "a.jsonl.zst",
-        "b.jsonl",
-        "c.jsonl.gz",
-    ]
 
 
 def test_the_writers_start_shards_and_count_bytes(tmp_path):
@@ -144,10 +98,8 @@ def test_batches_are_as_long_as_it_takes_to_reach_the_limit():
 
 def test_a_document_is_named_by_its_hash():
     record = document("abc", "there", more=1)
-    # The SHA-256 of "abc" in FIPS 180-4's examples.
-    assert record["sha256"].startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
-    assert record["id"] == "ba7816bf8f01cfea"
-    assert (record["origin"], record["text"], record["more"]) == ("there", "abc", 1)
+    assert record.pop("sha256").startswith("ba7816bf8f01cfea414140de5dae2223")  # FIPS 180-4
+    assert record == {"id": "ba7816bf8f01cfea", "origin": "there", "text": "abc", "more": 1}
     with pytest.raises(UnicodeEncodeError):
         document("\ud800", "there")
 
@@ -159,53 +111,35 @@ def fill(out, text):
         write_json(folder / "summary.json", {"text": text})
 
 
-def test_new_folder_replaces_what_it_wrote(tmp_path):
+def test_new_folder_replaces_what_it_wrote_if_the_block_succeeds(tmp_path):
     out = tmp_path / "deep" / "out"
     for text in ("old", "new"):
         fill(out, text)
         assert (out / "data.txt").read_text() == text
-    assert [p.name for p in out.parent.iterdir()] == ["out"]
-
-
-def test_new_folder_keeps_the_old_one_where_the_block_fails(tmp_path):
-    fill(tmp_path / "out", "old")
     with pytest.raises(TypeError):
-        fill(tmp_path / "out", object())
-    assert (tmp_path / "out" / "data.txt").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        fill(out, object())
+    assert (out / "data.txt").read_text() == "new"
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
 def test_new_folder_refuses_a_foreign_folder_or_file(tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("more of it")
-    for name in ("mine", "file"):
-        with pytest.raises(UserError, match=name), new_folder(tmp_path / name):
-            pytest.fail("entered")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    assert (tmp_path / "file").read_text() == "more of it"
     (tmp_path / "mine" / "summary.json").write_text("{}")  # a name that others use too
-    with pytest.raises(UserError, match="no output of ours"):
-        fill(tmp_path / "mine", "new")
+    (tmp_path / "file").write_text("years of work")
+    for name in ("mine", "file"):
+        with pytest.raises(UserError, match=f"{name} .* no output of ours"):
+            fill(tmp_path / name, "new")
+    assert (tmp_path / "mine" / "summary.json").read_text() == "{}"
+    assert (tmp_path / "file").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
     fill(tmp_path / "empty", "new")  # an empty folder holds nothing to lose
 
 
-def test_write_json_leaves_the_old_file_where_it_fails(tmp_path):
-    write_json(tmp_path / "a.json", {"é": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"é": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
 def test_new_folder_refuses_to_replace_an_input(tmp_path):
     fill(tmp_path / "out", "old")
-    for reads in (tmp_path / "out", tmp_path / "out" / "data.txt", tmp_path / "x" / ".." / "out"):
-        with (
-            pytest.raises(UserError, match="holds the input"),
-            new_folder(tmp_path / "out", [reads]),
-        ):
+    for reads in ("out", "out/data.txt", "x/../out"):
+        refused = pytest.raises(UserError, match="holds the input")
+        with refused, new_folder(tmp_path / "out", [tmp_path / reads]):
             pytest.fail("entered")
     assert (tmp_path / "out" / "data.txt").read_text() == "old"
 
@@ -217,7 +151,7 @@ def test_every_flipped_bit_of_a_shard_is_caught(tmp_path):
     [path] = shard_files(tmp_path)
     whole = list(read_jsonl(path))
     good = path.read_bytes()
-    for i in range(0, 8 * len(good), 13):
+    for i in range(0, 8 * len(good), 29):
         bad = bytearray(good)
         bad[i // 8] ^= 1 << i % 8
         path.write_bytes(bad)

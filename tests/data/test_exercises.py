@@ -1,4 +1,4 @@
-"""exercises.py and synthetic/families.py: right solutions, no leaks, tests that discriminate."""
+"""exercises.py, families.txt and concepts.txt: right solutions, no leaks, tests that tell apart."""
 
 import ast
 import builtins
@@ -10,93 +10,130 @@ import random
 import re
 import subprocess
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from common.config import UserError
 from common.files import read_documents, read_jsonl
 from data import exercises
 from data.exercises import Benchmarks, solution_key, tell
-from data.synthetic.families import FAMILIES, KINDS
+from data.synthetic.concepts import CONCEPTS, unite
+from data.synthetic.families import FAMILIES, values_of
+from data.synthetic.kinds import KINDS
 
-ROOT = Path(__file__).parents[2]
-EVAL = ROOT.parent / "shared/eval"
 NONE = Benchmarks(())
-TASKS = [task for tasks in FAMILIES.values() for task in tasks]
-FEW = {name: FAMILIES[name] for name in ("count", "clamp", "cut_text", "combine")}
+ALL = FAMILIES | CONCEPTS
+TASKS = [task for tasks in ALL.values() for task in tasks]
+FEW = ("clamp", "combine", "count", "cut_text")
+# A part of each family, of its first task and others
+SOME = {k: random.Random(k).sample(v, min(len(v), 70)) for k, v in FAMILIES.items()}
+
+
+def run_tasks(families):
+    """Return every task's outputs; raises where body and oracle disagree."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exercises, "FAMILIES", families)
+        return exercises.run_tasks(NONE)[0]
 
 
 @pytest.fixture(scope="module")
 def outputs():
-    """Every task's outputs; raises where body and oracle disagree."""
-    return exercises.run_tasks(NONE)[0]
+    return run_tasks(SOME)
 
 
 @pytest.fixture(scope="module")
 def problems(outputs):
-    return exercises.hold_out(outputs, 500, NONE)
+    return exercises.hold_out(outputs, 200, NONE)
 
 
 @pytest.fixture(scope="module")
 def train(outputs, problems):
     left = {task: v for task, v in outputs.items() if str(task) not in problems}
-    return list(exercises.draw(left, 2000, 0, NONE, Counter()))
+    return list(exercises.draw(left, 1000, 0, NONE, Counter()))
 
 
 def source(exercise):
     return exercise.prompt() + exercise.solution()
 
 
-def test_there_are_many_tasks(outputs):
-    assert len(FAMILIES) >= 40
-    assert len(outputs) >= 5000
-    assert len({str(task) for task in outputs}) == len(outputs)
+# ---- The content
 
 
-@pytest.mark.parametrize("name", ["in_base", "find", "both", "combine"])
-def test_a_wrong_body_is_caught(name):
-    task = FAMILIES[name][0]
-    wrong = replace(task, body="return None if 0 else []")
-    results = [task.oracle(*x) for x in exercises.pool(task.args)]
-    exercises.check(tell(task, random.Random(0)), results, range(exercises.POOL))
-    with pytest.raises(AssertionError, match=name):
-        exercises.check(tell(wrong, random.Random(0)), results, range(exercises.POOL))
+def test_there_are_many_tasks():
+    assert len(ALL) == len(FAMILIES) + len(CONCEPTS) >= 185
+    assert len(TASKS) >= 14_000 + 2_000
+    assert len({str(task) for task in TASKS}) == len(TASKS)
 
 
-def test_arguments_shadow_nothing():
+def fault_of(task) -> str:
+    """Return what is wrong with a task, "" if nothing is."""
     taken = {*dir(builtins), *keyword.kwlist} - {"_"}  # which a doctest of another test may set
-    for task in TASKS:
-        names = {n for kind in task.args.split() for n in KINDS[kind].names.split()}
-        body = exercises.fill(task.body, ("_a", "_b"))
-        stored = {
-            node.id
-            for node in ast.walk(ast.parse(f"def f():\n{re.sub('^', '    ', body, flags=re.M)}"))
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        }
-        assert not names & (taken | stored), task
-        assert not stored & taken, task
-        for seed in range(3):
-            assert tell(task, random.Random(seed)).name not in taken | names, task
+    kinds = [{*KINDS[kind].names.split()} for kind in task.args.split()]
+    names = set().union(*kinds)
+    if len(names) < sum(map(len, kinds)):
+        return "two arguments may have one name"
+    body = exercises.fill(task.body.replace("$f", "_f"), ("_a", "_b", "_c"))
+    nodes = [*ast.walk(ast.parse("def _f():\n" + textwrap.indent(body, "    ")))]
+    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    stored |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    if clash := names & (stored | taken) | stored & taken:
+        return f"{clash} mean two things"
+    told = [tell(task, random.Random(seed)) for seed in range(3)]
+    for e in told:
+        if not e.name.isidentifier() or e.name in taken | names:
+            return f"its function may be called {e.name}"
+        if re.search(r"[<>|]\w+[<>|]|\b[A-Z]{2,}\b(?<!LEN)", re.sub("'.*?'", "", e.doc)):
+            return f"a choice or parameter is left in {e.doc!r}"
+        if not e.doc.endswith((".", "?", ")")):
+            return f"{e.doc!r} is no sentence"
+        if max(map(len, source(e).splitlines())) > 100:
+            return "a line is too long"
+    return ""
 
 
-def test_a_docstring_determines_the_answer(outputs):
+def test_every_task_is_well_formed():
+    faults = {str(task): fault_of(task) for task in TASKS[::3]}
+    assert not {task: fault for task, fault in faults.items() if fault}
+
+
+def test_every_concept_has_several_wordings():
+    for task in (tasks[0] for tasks in CONCEPTS.values()):
+        assert len({tell(task, random.Random(seed)).doc for seed in range(12)}) > 1, str(task)
+
+
+@pytest.mark.parametrize("families", [SOME, CONCEPTS], ids=["families", "concepts"])
+def test_a_docstring_determines_the_answer_and_the_body_gives_it(families):
     known = {}
-    for task, results in outputs.items():
+    for task, results in run_tasks(families).items():
         for seed in range(4):
             doc = tell(task, random.Random(seed)).doc
-            if known.setdefault((task.args, doc), results) != results:
-                pytest.fail(f"{task}: another task with {doc!r} does something else")
+            assert known.setdefault((task.args, doc), results) == results, (str(task), doc)
 
 
-def test_exercises_are_short_and_wrapped(train):
-    sizes = [len(source(e)) for e in train]
-    assert 130 < sum(sizes) / len(sizes) < 195
-    assert max(len(line) for e in train for line in source(e).splitlines()) <= 100
-    assert len({source(e) for e in train}) == len(train)
+@pytest.mark.parametrize("label", ["in_base", "find", "both", "list_then", "nested_walk"])
+def test_a_wrong_body_is_caught(label):
+    wrong = replace(ALL[label][0], body="return None if 0 else []")
+    with pytest.raises(AssertionError, match=label):
+        run_tasks({label: [wrong]})
+
+
+def test_values_of_a_parameter():
+    assert values_of("2..4; 9") == [2, 3, 4, 9]
+    assert values_of("a ~ -1; b c ~ ''") == [("a", -1), ("b c", "")]
+    assert [str(t) for t in values_of("SAME; LENGTH")] == ["x", "len(x)"]
+    assert [(s, str(t)) for s, t in values_of("int ~ 1..2")] == [("int", "1"), ("int", "2")]
+
+
+def test_an_oracle_merges_intervals():
+    assert unite([(5, 1), (5, 7), (8, 8)]) == [(1, 7), (8, 8)]
+
+
+# ---- Training, and what is held out
 
 
 def test_examples_in_docstrings_are_right(train):
@@ -123,21 +160,17 @@ def test_solution_key_ignores_names_and_nothing_else():
         assert solution_key(other) != solution_key(one)
 
 
-def test_heldout_does_not_leak(problems, train, outputs):
+def test_heldout_does_not_leak_and_is_made_of_what_training_shows(problems, train, outputs):
     heldout = {solution_key(p["prompt"] + p["canonical_solution"]) for p in problems.values()}
-    assert len(heldout) == len(problems) == 500
-    assert not heldout & {solution_key(source(e)) for e in train}
-    assert not set(problems) & {str(e.task) for e in train}
+    assert len(heldout) == len(problems) == 200
     left = [task for task in outputs if str(task) not in problems]
+    assert not heldout & {solution_key(source(e)) for e in train}
     assert not heldout & {solution_key(source(tell(task, random.Random(1)))) for task in left}
-
-
-def test_heldout_is_made_of_what_training_shows(problems, train, outputs):
+    assert not set(problems) & {str(e.task) for e in train}
     families = Counter(p["family"] for p in problems.values())
     assert set(families) <= {e.task.family for e in train}
     assert len(families) >= 40
-    assert max(families.values()) <= 500 / len(families) * 1.5
-    left = [task for task in outputs if str(task) not in problems]
+    assert max(families.values()) <= 200 / len(families) * 2
     shown = {str(p) for task in left for p in task.params}
     for task in outputs:
         if str(task) in problems:
@@ -152,13 +185,6 @@ def passes(check, candidate):
     return True
 
 
-def results_in(check, solution):
-    """What `solution` returns while it passes `check`."""
-    results = []
-    check(lambda *a: results.append(solution(*a)) or results[-1])
-    return results
-
-
 def test_heldout_tests_pass_the_reference_only(problems, outputs):
     siblings = defaultdict(list)
     for task in outputs:
@@ -166,10 +192,10 @@ def test_heldout_tests_pass_the_reference_only(problems, outputs):
     for task in outputs:
         if not (problem := problems.get(str(task))):
             continue
-        namespace = {}
+        namespace, wanted = {}, []
         exec(problem["prompt"] + problem["canonical_solution"] + "\n" + problem["test"], namespace)
         check, solution = namespace["check"], namespace[problem["entry_point"]]
-        wanted = results_in(check, solution)
+        check(lambda *a, f=solution, seen=wanted: seen.append(f(*a)) or seen[-1])
         assert len(wanted) == exercises.TESTS
         assert Counter(map(repr, wanted)).most_common(1)[0][1] <= exercises.MAX_SAME
         for value in wanted:
@@ -190,16 +216,13 @@ def test_a_test_that_a_trivial_body_passes_is_refused():
     assert exercises.choose_tests(task, [x == 1 for x in inputs], [], rng) == []
 
 
-def test_heldout_is_the_same_for_a_smaller_split(outputs, problems):
+def test_a_smaller_split_is_the_beginning_of_a_larger_one(outputs, problems):
     few = exercises.hold_out(outputs, 60, NONE)
     assert list(few.items()) == list(problems.items())[:60]
-    assert exercises.hold_out(outputs, 0, NONE) == {}
-    some = dict(list(outputs.items())[:50])
-    with pytest.raises(UserError, match="--heldout 100: only"):
-        exercises.hold_out(some, 100, NONE)
 
 
-def test_too_large_a_count_is_refused(outputs):
+def test_too_large_a_count_is_refused(outputs, monkeypatch):
+    monkeypatch.setattr(exercises, "MOST_MISSES", 300)
     some = {task: v for task, v in outputs.items() if task.family == "runs"}
     with pytest.raises(UserError, match="--count 5000: only about"):
         list(exercises.draw(some, 5000, 0, NONE, Counter()))
@@ -207,154 +230,31 @@ def test_too_large_a_count_is_refused(outputs):
 
 def test_shuffled_docstrings_keep_the_solutions(train):
     shuffled = exercises.shuffle_docstrings(train, 0)
-    assert [e.solution() for e in shuffled] == [e.solution() for e in train]
-    assert [e.arguments for e in shuffled] == [e.arguments for e in train]
+    assert [(e.solution(), e.arguments) for e in shuffled] == [
+        (e.solution(), e.arguments) for e in train
+    ]
     pairs = lambda es: Counter((e.task.args, e.name, e.doc, e.example) for e in es)  # noqa: E731
     assert pairs(shuffled) == pairs(train)
-    assert sum(a.doc != b.doc for a, b in zip(train, shuffled)) > 0.95 * len(train)
-
-
-COMMAND = """
-import sys
-from data import exercises
-exercises.FAMILIES = {k: v for k, v in exercises.FAMILIES.items() if k in %r}
-exercises.run(exercises.main)
-"""
-
-
-def generate(out, *flags, hash_seed="0", more=()):
-    """The command on a few families, in a process of its own."""
-    command = [sys.executable, "-c", COMMAND % sorted({*FEW, *more}), f"--out={out}", *flags]
-    env = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-HELDOUT_SHA256 = "3beb0f16606cc2fd5063518380832a0e663aa78bbb204478ac957e1c879e3038"
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_command_writes_the_same_bytes_for_a_seed(tmp_path):
-    flags = ("--count=400", "--heldout=20")
-    for name, more, hash_seed in [("a", (), "1"), ("b", (), "2"), ("c", ("--seed=1",), "1")]:
-        done = generate(tmp_path / name, *flags, *more, hash_seed=hash_seed)
-        assert done.returncode == 0, done.stderr
-    a, b, c = (contents(tmp_path / name) for name in "abc")
-    assert a == b
-    assert a["heldout.jsonl"] == c["heldout.jsonl"]
-    assert a["train/shard-00000.jsonl.zst"] != c["train/shard-00000.jsonl.zst"]
-    documents = list(read_documents([tmp_path / "a/train"]))
-    heldout = list(read_jsonl(tmp_path / "a/heldout.jsonl"))
-    summary = json.loads(a["summary.json"])
-    assert len(documents) == summary["documents"] == sum(summary["train_by_family"].values()) == 400
-    assert len(heldout) == summary["heldout"] == sum(summary["heldout_by_family"].values()) == 20
-    asked = {"count": 400, "heldout": 20, "seed": 0, "shuffle_docstrings": False}
-    asked |= {"forms": "plain", "unseen": 0, "damage_frac": 0.0, "concepts": False}
-    assert summary["args"] == asked
-    assert set(a) == {"heldout.jsonl", "summary.json", "train/shard-00000.jsonl.zst", ".nanophi"}
-    # Pinned before there were other forms: the demo's numbers are of these very exercises.
-    texts = "".join(d["text"] for d in documents)
-    assert sha256(texts.encode()).hexdigest() == (
-        "b270a03a3bb5b2ed2db958200a48487a7175ca95d6e7ca2243b7b26cb0344e8c"
-    )
-    assert sha256("".join(map(json.dumps, heldout)).encode()).hexdigest() == HELDOUT_SHA256
-    for d in documents:
-        assert d["text"] == d["prompt"] + d["solution"]
-        assert d["origin"] == "exercises:" + d["family"]
-        assert d["prompt"].startswith(f"def {d['entry_point']}(")
-    assert {d["family"] for d in documents} == set(FEW)
-    keys = {solution_key(d["text"]) for d in documents}
-    assert not keys & {solution_key(p["prompt"] + p["canonical_solution"]) for p in heldout}
-    assert len({p["task_id"] for p in heldout}) == 20
-
-
-def test_command_records_the_shuffle(tmp_path):
-    done = generate(tmp_path / "a", "--count=200", "--heldout=5", "--shuffle_docstrings")
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "a/summary.json").read_text())
-    assert summary["args"]["shuffle_docstrings"] is True
-    assert summary["docstrings_exchanged"] > 100
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--count=0", "--count 0: want at least 1"),
-        ("--count=-3", "--count -3: want at least 1"),
-        ("--heldout=-1", "--heldout -1: want 0 or more"),
-        ("--heldout=100000", "--heldout 100000: only"),
-        ("--unseen=-1", "--unseen -1: want 0 or more"),
-        ("--unseen=5", "--unseen 5: only 0 tasks qualify"),
-        ("--damage_frac=1.5", "--damage_frac 1.5: want a share"),
-        ("--forms=other", "--forms 'other': want plain or varied"),
-        ("--benchmarks=nowhere.jsonl", "nowhere.jsonl: no such file"),
-        ("--benchmarks=nowhere.json", "cannot read benchmark nowhere.json"),
-        ("--benchmarks=pyproject.toml", "pyproject.toml line 1: not valid JSON"),
-    ],
-)
-def test_bad_input_is_one_line(tmp_path, flag, message):
-    done = generate(tmp_path / "out", flag)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_command_varies_damages_and_leaves_families_out(tmp_path):
-    flags = ("--count=300", "--heldout=10", "--unseen=12", "--forms=varied")
-    runs = [("a", 0.4, "1"), ("b", 0.4, "2"), ("c", 0.0, "3")]
-    for name, frac, hash_seed in runs:
-        more = {"windows", "unclosed"}
-        done = generate(
-            tmp_path / name, *flags, f"--damage_frac={frac}", hash_seed=hash_seed, more=more
-        )
-        assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    for name in ("heldout.jsonl", "unseen.jsonl"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
-    damaged = list(read_documents([tmp_path / "a/train"]))
-    sound = list(read_documents([tmp_path / "c/train"]))
-    unseen = list(read_jsonl(tmp_path / "a/unseen.jsonl"))
-    summary = json.loads((tmp_path / "a/summary.json").read_text())
-    assert sum(d.get("damaged", False) for d in damaged) == summary["damaged"] == 120
-    assert len(unseen) == summary["unseen"] == 12
-    assert {p["family"] for p in unseen} == {"windows", "unclosed"}
-    assert {d["family"] for d in damaged} == set(FEW)
-    assert not any("damaged" in d for d in sound)
-    for a, b in zip(damaged, sound, strict=True):
-        assert all(a[k] == b[k] for k in ("prompt", "entry_point", "family", "task", "origin"))
-        assert (a["solution"] != b["solution"]) == a.get("damaged", False)
-    for p in unseen:
-        namespace = {}
-        exec(p["prompt"] + p["canonical_solution"] + p["test"], namespace)
-        namespace["check"](namespace[p["entry_point"]])
+    assert sum(a.doc != b.doc for a, b in zip(train, shuffled)) > 0.9 * len(train)
 
 
 # ---- Families that training lacks
 
 
-@pytest.fixture(scope="module")
-def seen(outputs):
-    return exercises.leave_families_out(outputs, Counter())
-
-
-def test_unseen_families_do_not_leak(outputs, seen):
+def test_unseen_families_do_not_leak(outputs):
+    seen = exercises.leave_families_out(outputs, Counter())
     unseen = exercises.hold_out(outputs, 100, NONE, unseen=True)
     assert exercises.UNSEEN == {p["family"] for p in unseen.values()}
     assert not exercises.UNSEEN & {task.family for task in seen}
-    assert len(seen) > 0.75 * len(outputs)
+    assert len(seen) > 0.7 * len(outputs)
     hidden = [task for task in outputs if task.family in exercises.UNSEEN]
     made = {(task.args, repr(outputs[task])) for task in hidden}
     assert not made & {(task.args, repr(outputs[task])) for task in seen}
-    keys = {exercises.key(task) for task in hidden}
-    assert {solution_key(p["prompt"] + p["canonical_solution"]) for p in unseen.values()} <= keys
-    assert not keys & {exercises.key(task) for task in seen}
+    assert not {exercises.key(task) for task in hidden} & {exercises.key(task) for task in seen}
 
 
-def test_a_task_that_does_what_an_unseen_one_does_is_left_out(outputs):
-    unseen = next(t for t in outputs if str(t) == "windows(sum(x), 3)")
+def test_a_task_that_does_what_an_unseen_one_does_is_left_out():
+    unseen = next(t for t in FAMILIES["windows"] if str(t) == "windows(sum(x), 3)")
     body = "return [sum($a[i:i + 3]) for i in range(0, len($a) - 2)]"
     others = [
         replace(unseen, family="other", params=(kind, oracle), args=kind, body=body, oracle=oracle)
@@ -366,106 +266,172 @@ def test_a_task_that_does_what_an_unseen_one_does_is_left_out(outputs):
         ]
     ]
     tasks = {t: exercises.results(t) for t in [unseen, *others]}
-    left = exercises.leave_families_out(tasks, Counter())
-    assert [*left] == others[2:]
+    assert [*exercises.leave_families_out(tasks, Counter())] == others[2:]
 
 
-def write_benchmarks(folder):
-    """A HumanEval file and an MBPP file, each with one problem."""
-    doc = "Tell me how many of the given whole numbers are found to be larger than nine."
-    (folder / "humaneval.jsonl").write_text(
-        json.dumps(
-            {
-                "task_id": "HumanEval/0",
-                "prompt": f'def above_nine(xs):\n    """{doc}"""\n',
-                "entry_point": "above_nine",
-                "test": "def check(candidate):\n    assert candidate([10, 9, 3]) == 1\n"
-                "    assert candidate([11, 12, -20]) == 2\n    assert candidate([5]) == 0\n",
-            }
-        )
+# ---- The command
+
+COMMAND = """
+import sys
+from data import exercises
+exercises.FAMILIES = {k: v for k, v in exercises.FAMILIES.items() if k in %r}
+exercises.run(exercises.main)
+"""
+
+
+def generate(out, *flags, hash_seed, more=()):
+    """Run the command on a few families, in a process of its own."""
+    command = [sys.executable, "-c", COMMAND % [*FEW, *more], f"--out={out}", *flags]
+    env = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    return files, list(read_documents([out / "train"])), json.loads(files["summary.json"])
+
+
+HELDOUT_SHA256 = "3beb0f16606cc2fd5063518380832a0e663aa78bbb204478ac957e1c879e3038"
+TRAIN_SHA256 = "b270a03a3bb5b2ed2db958200a48487a7175ca95d6e7ca2243b7b26cb0344e8c"
+
+
+def test_command_writes_the_same_bytes_for_a_seed(tmp_path):
+    flags = ("--count=400", "--heldout=20")
+    a, documents, summary = generate(tmp_path / "a", *flags, hash_seed="1")
+    assert a == generate(tmp_path / "b", *flags, hash_seed="2")[0]
+    c, shuffled, other = generate(
+        tmp_path / "c", *flags, "--seed=1", "--shuffle_docstrings", hash_seed="1"
     )
-    (folder / "mbpp.json").write_text(
-        json.dumps(
-            [
-                {
-                    "task_id": 1,
-                    "text": "Write a function to limit n to the range from 0 to 10.",
-                    "test_setup_code": "",
-                    "code": "def limit_it(n):\r\n  return min(max(n, 0), 10)",
-                    "test_list": ["assert limit_it(-3) == 0", "assert limit_it(7) == 7"],
-                }
-            ]
-        )
+    assert a["heldout.jsonl"] == c["heldout.jsonl"]
+    assert documents != shuffled
+    assert other["docstrings_exchanged"] > 200 > summary["docstrings_exchanged"] == 0
+    heldout = list(read_jsonl(tmp_path / "a/heldout.jsonl"))
+    assert len(documents) == summary["documents"] == sum(summary["train_by_family"].values()) == 400
+    assert len(heldout) == summary["heldout"] == sum(summary["heldout_by_family"].values()) == 20
+    # The demo's numbers are of these very exercises
+    assert sha256("".join(d["text"] for d in documents).encode()).hexdigest() == TRAIN_SHA256
+    assert sha256("".join(map(json.dumps, heldout)).encode()).hexdigest() == HELDOUT_SHA256
+    for d in documents:
+        assert d["text"] == d["prompt"] + d["solution"]
+        assert d["origin"] == "exercises:" + d["family"]
+        assert d["prompt"].startswith(f"def {d['entry_point']}(")
+    assert {d["family"] for d in documents} == set(FEW)
+
+
+def test_command_varies_damages_and_leaves_families_out(tmp_path):
+    flags = ("--count=300", "--heldout=10", "--unseen=12", "--forms=varied")
+    more = ["windows", "unclosed"]
+    a, damaged, summary = generate(
+        tmp_path / "a", *flags, "--damage_frac=0.4", hash_seed="1", more=more
     )
-    return Benchmarks((folder / "humaneval.jsonl", folder / "mbpp.json"))
+    c, sound, _ = generate(tmp_path / "c", *flags, hash_seed="3", more=more)
+    assert all(a[name] == c[name] for name in ("heldout.jsonl", "unseen.jsonl"))
+    unseen = list(read_jsonl(tmp_path / "a/unseen.jsonl"))
+    assert sum(d.get("damaged", False) for d in damaged) == summary["damaged"] == 120
+    assert len(unseen) == summary["unseen"] == 12
+    assert {p["family"] for p in unseen} == {*more}
+    assert {d["family"] for d in damaged} == set(FEW)
+    assert not any("damaged" in d for d in sound)
+    for a, b in zip(damaged, sound, strict=True):
+        assert all(a[k] == b[k] for k in ("prompt", "entry_point", "family", "task", "origin"))
+        assert (a["solution"] != b["solution"]) == a.get("damaged", False)
+    for p in unseen:
+        namespace = {}
+        exec(p["prompt"] + p["canonical_solution"] + p["test"], namespace)
+        namespace["check"](namespace[p["entry_point"]])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--count=0", "want a --count of 1 or more"),
+        ("--heldout=100000", "--heldout 100000: only"),
+        ("--unseen=5", "--unseen 5: only 0 tasks qualify"),
+        ("--damage_frac=1.5", "--damage_frac 1.5: want a share"),
+        ("--forms=other", "--forms 'other': want plain or varied"),
+        ("--benchmarks=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("--benchmarks=other.jsonl", "other.jsonl: a problem lacks 'prompt'"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, in_process, flag, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exercises, "FAMILIES", {name: SOME[name] for name in FEW})
+    (tmp_path / "other.jsonl").write_text('{"entry_point": "f"}\n')
+    code, _, stderr = in_process(exercises.main, "--out=out", flag)
+    assert code == 2
+    assert message in stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ---- Benchmarks
+
+ABOVE_NINE = {
+    "task_id": "HumanEval/0",
+    "prompt": 'def above_nine(xs):\n    """Tell me how many of the given whole numbers are '
+    'found to be larger than nine."""\n',
+    "entry_point": "above_nine",
+    "test": "def check(candidate):\n    assert candidate([10, 9, 3]) == 1\n"
+    "    assert candidate([11, 12, -20]) == 2\n    assert candidate([5]) == 0\n",
+}
+LIMIT = {
+    "task_id": 1,
+    "text": "Write a function to limit n to the range from 0 to 10.",
+    "test_setup_code": "",
+    "code": "def limit_it(n):\r\n  return min(max(n, 0), 10)",
+    "test_list": ["assert limit_it(-3) == 0", "assert limit_it(7) == 7"],
+}
+LARGER = {
+    "task_id": 2,
+    "text": "The larger ones.",
+    "test_setup_code": "",
+    "code": "def larger(a, b):\n    pass",
+    "test_list": [
+        "assert larger([1, 5], [2, 3]) == [2, 5]",
+        "assert larger([7], [7]) == [7]",
+        "assert larger([0, -1, 4], [3, -2, 9]) == [3, -1, 9]",
+    ],
+}
 
 
 def test_benchmark_problems_are_found_by_name_text_and_behaviour(tmp_path):
-    benchmarks = write_benchmarks(tmp_path)
+    (tmp_path / "humaneval.jsonl").write_text(json.dumps(ABOVE_NINE))
+    (tmp_path / "mbpp.json").write_text(json.dumps([LIMIT, LARGER]))
+    benchmarks = Benchmarks((tmp_path / "humaneval.jsonl", tmp_path / "mbpp.json"))
     exercise = tell(FAMILIES["clamp"][0], random.Random(0))
-    assert benchmarks.overlap(exercise) == ""
-    assert "name" in benchmarks.overlap(replace(exercise, name="above_nine"))
-    assert "name" in benchmarks.overlap(replace(exercise, name="limit_it"))
-    same = replace(exercise, doc="Limit $a to the range from 0 to 10.", arguments=("n",))
-    assert "docstring" in benchmarks.overlap(same)
-    shared = "how many of the given whole numbers are found to be"
-    assert "docstring" in benchmarks.overlap(replace(exercise, doc=f"Say {shared} small."))
-    assert benchmarks.overlap(replace(exercise, doc=f"Say {shared[:-6]} small.")) == ""
     varied = exercises.vary(FAMILIES["clamp"][0], random.Random(0))
-    assert benchmarks.overlap(varied) == ""
+    assert benchmarks.overlap(exercise) == benchmarks.overlap(varied) == ""
+    assert "name" in benchmarks.overlap(replace(exercise, name="limit_it"))
     for name in ("above_nine", "aboveNine", "above_Nine", "Above_nine"):
         assert "name" in benchmarks.overlap(replace(varied, name=name))
     benchmarks.names.add("solve")
     assert benchmarks.overlap(replace(varied, name="solve")) == ""  # it tells nothing
     assert "name" in benchmarks.overlap(replace(exercise, name="solve"))
-    core = "Limit the number to the range from 0 to 10."
-    benchmarks.texts.add(tuple(exercises.normalize(core)))
-    dressed = replace(
-        varied.form, prose=f"You are given a number n. {core} The result is a number."
-    )
-    assert "docstring" in benchmarks.overlap(replace(varied, doc=core, form=dressed))
+    same = replace(exercise, doc="Limit $a to the range from 0 to 10.", arguments=("n",))
+    assert "docstring" in benchmarks.overlap(same)
+    shared = "how many of the given whole numbers are found to be"
+    assert "docstring" in benchmarks.overlap(replace(exercise, doc=f"Say {shared} small."))
+    assert benchmarks.overlap(replace(exercise, doc=f"Say {shared[:-6]} small.")) == ""
+    dressed = replace(varied.form, prose="You are given a number n. Please limit it.")
+    core = replace(varied, doc="Limit n to the range from 0 to 10.", form=dressed)
+    assert "docstring" in benchmarks.overlap(core)
     dressed = replace(varied.form, prose=f"Please say {shared} small.")
     assert "docstring" in benchmarks.overlap(replace(varied, form=dressed))
     found = {
         str(task)
-        for task in FAMILIES["count"]
-        if benchmarks.has(task, [task.oracle(*x) for x in exercises.pool(task.args)])
+        for task in FAMILIES["count"] + FAMILIES["combine"]
+        if benchmarks.has(task, exercises.results(task))
     }
-    assert "count(ints, x > 9)" in found
+    assert {"count(ints, x > 9)", "combine(two lists, max(x, y), [{e} {loop}])"} <= found
     assert not found & {"count(ints, x > 8)", "count(ints, x > 10)", "count(ints, x < 9)"}
+    assert not [task for task in found if task.startswith("combine") and "max(x, y)" not in task]
 
 
-def test_problems_of_two_lists_are_found_by_behaviour(tmp_path):
-    tests = [
-        "assert larger([1, 5], [2, 3]) == [2, 5]",
-        "assert larger([7], [7]) == [7]",
-        "assert larger([0, -1, 4], [3, -2, 9]) == [3, -1, 9]",
-    ]
-    row = {"task_id": 1, "text": "The larger ones.", "code": "def larger(a, b):\n    pass",
-           "test_list": tests, "test_setup_code": ""}  # fmt: skip
-    path = tmp_path / "mbpp.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    benchmarks = Benchmarks((path,))
-    found = [
-        str(task)
-        for task in FAMILIES["combine"]
-        if benchmarks.has(task, [task.oracle(*x) for x in exercises.pool(task.args)])
-    ]
-    assert found == ["combine(two lists, max(x, y), [{e} {loop}])"]
-
-
-def test_a_file_that_is_no_benchmark_is_refused(tmp_path):
-    (tmp_path / "other.jsonl").write_text('{"entry_point": "f"}\n')
-    with pytest.raises(UserError, match=r"other\.jsonl: a problem lacks 'prompt'"):
-        Benchmarks((tmp_path / "other.jsonl",))
-
-
-@pytest.mark.skipif(not EVAL.exists(), reason="needs ../shared/eval")
-def test_no_wording_overlaps_with_humaneval_or_mbpp():
+def test_hardly_a_wording_overlaps_with_humaneval_or_mbpp(shared_eval):
     names = ("HumanEval.jsonl.gz", "mbpp.jsonl", "sanitized-mbpp.json")
-    benchmarks = Benchmarks(tuple(EVAL / name for name in names))
+    benchmarks = Benchmarks(tuple(shared_eval / name for name in names))
     assert len(benchmarks.names) > 1000
-    for task in TASKS:
-        for seed in range(3):
-            exercise = tell(task, random.Random(seed))
+    for tasks in SOME.values():
+        for task in tasks:
+            exercise = tell(task, random.Random(0))
             assert not benchmarks.overlap(exercise), (exercise.name, exercise.doc)
+    told = [tell(task, random.Random(0)) for tasks in CONCEPTS.values() for task in tasks]
+    close = [e.doc for e in told if "docstring" in benchmarks.overlap(e)]
+    assert len(close) <= len(told) // 200, close

@@ -5,7 +5,7 @@ import pytest
 from common.config import UserError
 from common.files import read_documents
 from data.base.documents import ShardWriter, document
-from data.holdout import Config, choose, holdout
+from experiments.holdout import Config, choose, holdout
 
 
 def test_packages_go_to_one_side_as_a_whole(tmp_path):
@@ -39,7 +39,7 @@ def test_more_is_a_superset():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"keep": "both"}, "--keep 'both'"), ({"heldout_mb": 0}, "want more than 0"),
+    ({"keep": "both"}, "--keep 'both'"), ({"heldout_mb": 0}, "shared out"),
     ({"heldout_mb": 1e-6}, "shared out"), ({"heldout_mb": 5, "keep": "heldout"}, "shared out"),
 ])  # fmt: skip
 def test_what_cannot_be(corpus, tmp_path, options, message):

@@ -26,17 +26,11 @@ def windows(folder):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 65, 1000, 4097])
 def test_permute_is_a_permutation(n):
-    for seed, epoch in [(0, 0), (0, 1), (1, 0)]:
-        assert sorted(permute(np.arange(n), n, seed, epoch)) == list(range(n))
-
-
-def test_permutations_differ_and_look_random():
-    n = 1000
-    a, b, c = (permute(np.arange(n), n, *key) for key in [(0, 0), (0, 1), (1, 0)])
-    for other in (b, c, np.arange(n)):
-        assert (a == other).sum() < 10  # one agreement is expected by chance
-    assert abs(np.corrcoef(a, np.arange(n))[0, 1]) < 0.15
-    assert abs(np.corrcoef(a[:-1], a[1:])[0, 1]) < 0.15
+    drawn = [permute(np.arange(n), n, *key) for key in [(0, 0), (0, 1), (1, 0)]]
+    for order in drawn:
+        assert sorted(order) == list(range(n))
+        assert n < 1000 or abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.15
+    assert n < 1000 or all((drawn[0] == other).sum() < 10 for other in drawn[1:])  # 1 by chance
 
 
 def test_windows_overlap_by_one_token_and_stay_in_their_shard(folder):
@@ -81,16 +75,6 @@ def test_stream_resumes_where_it_would_have_been(folder):
         torch.testing.assert_close(next(resumed), batch, rtol=0, atol=0)
 
 
-def test_sequences_in_any_order_of_asking(folder):
-    w = windows(folder)
-    loader = Loader(w, 4, 2, 7, 0, 1, torch.device("cpu"))
-    n = len(w)
-    for step, micro_step in [(0, 0), (5000, 1), (1023, 1), (1024, 0), (2, 0)]:
-        g = 4 * step + 2 * micro_step + np.arange(2)
-        want = [permute(np.array([i % n]), n, 7, i // n)[0] for i in g]
-        assert loader.sequences(step, micro_step).tolist() == want
-
-
 def test_documents_begin_at_the_token_before_them():
     batch = torch.tensor([[5, 6, 9, 7, 9, 9, 4], [9, 1, 2, 3, 4, 5, 9]])
     got = arguments(batch, end_of_text=9)
@@ -116,14 +100,6 @@ def test_every_change_to_a_shard_in_use_is_noticed(folder):
             w[every]
     file.write_bytes(whole)
     np.testing.assert_array_equal(w[every], expected)
-
-
-def test_a_fault_in_the_thread_reaches_the_loop(folder):
-    loader = Loader(windows(folder), 2, 2, 0, 0, 1, torch.device("cpu"))
-    for file in folder.iterdir():
-        file.write_bytes(b"")
-    with pytest.raises(UserError, match="was damaged while it was in use"):
-        next(loader.stream(0))
 
 
 def test_clear_errors(folder, tmp_path):
@@ -169,26 +145,19 @@ def test_a_mixture_goes_through_each_source_evenly(folder, a, b):
 BOTH = ["train_00000.bin", "train_00001.bin"]
 
 
-def test_a_mixture_of_one_source_is_that_source(folder):
-    plain = windows(folder).order(np.arange(100), 3)
-    manifest = {"sources": [{"shards": BOTH, "epochs": 1.0}]}
-    (folder / "mixture.json").write_text(json.dumps(manifest))
-    np.testing.assert_array_equal(windows(folder).order(np.arange(100), 3), plain)
-
-
 @pytest.mark.parametrize(
-    ("sources", "message"),
+    "sources",
     [
-        ([{"shards": BOTH[:1], "epochs": 1}], "names other shards"),
-        ([{"shards": BOTH, "epochs": float("nan")}], "damaged"),
-        ([{"shards": BOTH, "epochs": -1}], "damaged"),
-        ([{"shards": BOTH}], "damaged"),
-        (3, "damaged"),
+        [{"shards": BOTH[:1], "epochs": 1}],
+        [{"shards": BOTH, "epochs": float("nan")}],
+        [{"shards": BOTH, "epochs": -1}],
+        [{"shards": BOTH}],
+        3,
     ],
 )
-def test_a_mixture_that_is_wrong(folder, sources, message):
+def test_a_mixture_that_is_wrong(folder, sources):
     (folder / "mixture.json").write_text(json.dumps({"sources": sources}))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="does not describe"):
         windows(folder)
 
 

@@ -1,22 +1,17 @@
+import contextlib
 import gzip
 import hashlib
 import json
-import os
 import random
-import resource
-import subprocess
-import sys
 
 import pytest
 import zstandard
-from conftest import ROOT
 
-from common.config import UserError
 from common.files import MAX_LINE_BYTES
 from data.base.documents import document
 from data.base.readers import post_text, read_documents_of
 
-DAMAGED = int(os.environ.get("NANOPHI_FUZZ", "400"))  # inputs; 10,000 by hand: LOG.md
+DAMAGED = 400  # inputs
 TEXTS = [f"def f{i}(x):\n    return 'é' + x * {i}\n" for i in range(12)]
 OURS = [document(text, f"code:{i}.py", score=i) for i, text in enumerate(TEXTS)]
 POSTS = b"""<?xml version="1.0" encoding="utf-8"?>
@@ -30,10 +25,8 @@ POSTS = b"""<?xml version="1.0" encoding="utf-8"?>
 
 
 def lines(*records) -> bytes:
-    return b"".join(
-        r if isinstance(r, bytes) else json.dumps(r, ensure_ascii=False).encode() + b"\n"
-        for r in records
-    )
+    made = (r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in records)
+    return b"".join(made)
 
 
 def read(path, data=None):
@@ -46,15 +39,9 @@ def read(path, data=None):
     return documents, bad
 
 
-@pytest.mark.parametrize("end", ["", ".gz", ".zst"])
-def test_our_own_documents_keep_their_fields(tmp_path, end):
-    assert read(tmp_path / f"a.jsonl{end}", lines(*OURS)) == (OURS, [])
-
-
-@pytest.mark.parametrize("end", ["", ".gz", ".zst"])
-def test_documents_of_others_are_named_by_file_and_line(tmp_path, end):
-    found, bad = read(tmp_path / f"a.jsonl{end}", lines({"text": "a"}, {"content": "b", "n": 1}))
-    assert found == [document("a", f"a.jsonl{end}:1"), document("b", f"a.jsonl{end}:2")]
+def test_documents_of_others_are_named_by_file_and_line(tmp_path):
+    found, bad = read(tmp_path / "a.jsonl.gz", lines({"text": "a"}, {"content": "b", "n": 1}))
+    assert found == [document("a", "a.jsonl.gz:1"), document("b", "a.jsonl.gz:2")]
     assert not bad
 
 
@@ -63,20 +50,17 @@ def test_documents_of_others_are_named_by_file_and_line(tmp_path, end):
     [
         (b'{"text": "\xff"}\n', "not UTF-8"),
         (b'{"text": "\\ud800"}\n', "lone surrogate"),
-        (b'{"text": "a", "\\udfff": 1}\n', "lone surrogate"),
         (b'{"text": "a\\u0000"}\n', "NUL"),
         (b'{"text": "a"\n', "not JSON"),
         (b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", "not JSON"),
-        (b'{"text": "a", "n": NaN}\n', "not JSON"),
-        (b'{"text": "a", "n": -1e999}\n', "not JSON"),
+        (lines({**OURS[0], "n": float("nan")}), "not JSON"),
+        (lines({**OURS[0], "n": "\ud800"}), "lone surrogate"),
         (b'{"text": ' + b"[" * 1_000_000 + b"}\n", "nested too deeply"),
-        (b'{"n": [' + b"[]," * 500_000 + b"[]]}\n", "too many values"),
         (b"[1]\n", "not an object"),
         (b'{"text": 3}\n', "no text or content"),
         (b'{"text": "' + b"a" * MAX_LINE_BYTES + b'"}\n', "line too long"),
         (lines({**OURS[0], "text": "other"}), "wrong sha256"),
         (lines({**OURS[0], "id": "0" * 16}), "wrong sha256"),
-        (lines(OURS[3]), "duplicate id"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -84,15 +68,6 @@ def test_a_bad_line_is_named_and_reading_goes_on(tmp_path, line, reason):
     found, bad = read(tmp_path / "a.jsonl.zst", lines(*OURS[2:5], line, *OURS[5:]))
     assert found == OURS[2:]
     assert bad == [(reason, 4)]
-
-
-def test_escaped_pairs_and_many_brackets_in_a_text_are_no_fault(tmp_path):
-    text = "\U0001f600" + "[" * 1_500_000 + '"'
-    data = json.dumps({"text": text}).encode()
-    assert b"\\ud83d" in data
-    [found], bad = read(tmp_path / "a.jsonl", data)
-    assert found["text"] == text
-    assert not bad
 
 
 @pytest.mark.parametrize("end", [".gz", ".zst"])
@@ -132,9 +107,8 @@ def test_markup(markup, text):
 
 @pytest.mark.parametrize("hostile", ["<", "<a", "<a" + "a" * 99, " ", "&", "<!--", "\n", " <p"])
 def test_hostile_markup_takes_no_time(hostile):
-    post_text(
-        "", hostile * (200_000 // len(hostile)) + "x"
-    )  # some of these take minutes with an expression that backtracks
+    # Some of these take minutes with an expression that backtracks.
+    post_text("", hostile * (200_000 // len(hostile)) + "x")
 
 
 @pytest.mark.parametrize(
@@ -151,12 +125,6 @@ def test_hostile_markup_takes_no_time(hostile):
 def test_posts_that_are_bad(tmp_path, data, reason):
     _, bad = read(tmp_path / "Posts.xml", data)
     assert [why for why, _ in bad] == [reason]
-
-
-def test_rows_before_a_fault_are_read(tmp_path):
-    found, bad = read(tmp_path / "Posts.xml", POSTS.replace(b'Id="5"', b"Id=5"))
-    assert len(found) == 1
-    assert bad == [("damaged file", 2)]
 
 
 def test_parquet_as_the_stack_has_it(tmp_path):
@@ -177,51 +145,29 @@ def test_parquet_as_the_stack_has_it(tmp_path):
     assert read(tmp_path / "b.parquet") == ([], [("no text or content", 1)])
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"pip install 'nanophi\[parquet\]'"):
-        read(tmp_path / "a.parquet")
-
-
-def test_missing_and_unknown_files(tmp_path):
-    with pytest.raises(UserError, match=r"no such file"):
-        read(tmp_path / "a.jsonl")
-    with pytest.raises(UserError, match=r"want \.jsonl"):
-        read(tmp_path / "a.csv")
-
-
 @pytest.mark.parametrize(
     ("name", "data", "times"),
     [
-        ("a.jsonl.zst", bytes(1 << 20), 300),
-        ("a.jsonl.gz", bytes(1 << 20), 300),
+        ("a.jsonl.gz", bytes(1 << 20), 200),
         ("a.jsonl.zst", b"\n" * (1 << 20), 4),
-        ("a.jsonl.zst", b'{"a":[[],[]]}\n' * (1 << 16), 2),
         ("Posts.xml.zst", b"<a>" * (1 << 19), 50),
-        ("Posts.xml.gz", b'<row Body="' + bytes(1 << 20), 300),
-        ("Posts.xml.zst", b"<row Body='" + b"a" * (1 << 20), 300),
+        ("Posts.xml.zst", b"<row Body='" + b"a" * (1 << 20), 200),
     ],
-    ids=["zeros", "zeros in gzip", "empty lines", "values", "nesting", "NUL", "attribute"],
+    ids=["zeros", "empty lines", "nesting", "attribute"],
 )
-def test_a_bomb_takes_no_memory(tmp_path, name, data, times):
-    """`data`, compressed, `times` times: up to 300 MB from a file of kilobytes."""
+def test_a_bomb_takes_no_memory(tmp_path, cli, name, data, times):
+    """`data`, compressed, `times` times: up to 200 MB from a file of kilobytes."""
     path = tmp_path / name
     packed = {".gz": gzip.compress, ".zst": zstandard.compress}[path.suffix](data)
     path.write_bytes(packed * times)
     code = (
         "import resource, sys; from pathlib import Path\n"
         "from data.base.readers import read_documents_of\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "n = 0\n"
-        "def bad(*a): globals()['n'] += 1\n"
-        "assert not list(read_documents_of(Path(sys.argv[1]), bad))\n"
-        "print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "before, bad = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []\n"
+        "assert not list(read_documents_of(Path(sys.argv[1]), lambda *a: bad.append(1)))\n"
+        "print(len(bad), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    bad, grown_kb = map(int, done.stdout.split())
+    bad, grown_kb = map(int, cli("-c", code, path).stdout.split())
     assert grown_kb < 100_000
     assert bad or not data.strip()
 
@@ -257,16 +203,12 @@ def test_no_damage_stops_a_reader(tmp_path):
     for name in list(good):
         good[f"{name}.gz"] = gzip.compress(good[name], mtime=0)
         good[f"{name}.zst"] = zstandard.compress(good[name])
-    try:
-        import pyarrow
+    with contextlib.suppress(ImportError):
         import pyarrow.parquet
-    except ImportError:
-        pass
-    else:
+
         table = pyarrow.table({"content": TEXTS * 20})
-        for kind in ("snappy", "zstd"):
-            pyarrow.parquet.write_table(table, tmp_path / "a", compression=kind, row_group_size=60)
-            good[f"{kind}.parquet"] = (tmp_path / "a").read_bytes()
+        pyarrow.parquet.write_table(table, tmp_path / "a", compression="zstd", row_group_size=60)
+        good["a.parquet"] = (tmp_path / "a").read_bytes()
     for i in range(DAMAGED):
         name = rng.choice(list(good))
         path, bad = tmp_path / name, []
@@ -284,5 +226,3 @@ def test_no_damage_stops_a_reader(tmp_path):
             assert reason
             assert position >= 1
             assert len(what) <= max(200, MAX_LINE_BYTES)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{DAMAGED} damaged inputs, peak {peak_mb:.0f} MB")

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from tiers import best, need
 
-from common.config import UserError
+from data.base.benchmarks import read_mbpp, read_problems
+from eval.mbpp import problem
 from sandbox import execute
-from sandbox.execute import Check, describe, run_checks, run_programs
+from sandbox.execute import Check, run_checks, run_programs
+from sandbox.self_check import check
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
@@ -23,14 +25,6 @@ FAIL = {
     "surrogate": "x = '\ud800'",
     "exit code 0": "import os\nos._exit(0)",
     "sys.exit(0)": "import sys\nsys.exit(0)",
-    "killed": "import ctypes\nctypes.string_at(0)",
-    "memory": "x = bytearray(10**11)",
-    "memory in steps": "x = []\nwhile True: x.append(bytearray(10**7))",
-    "stdin": "input()",
-    "message that raises": "class E(Exception):\n def __str__(self): raise self\nraise E",
-    "project on the path": "import common.config",
-    "site-packages": "import tqdm",
-    "thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(100,)).start()",
 }
 PASS = {
     "nothing": "",
@@ -114,9 +108,8 @@ def check(candidate):
 
 
 def test_helpers_of_the_prompt_run_outside(any_tier):
-    prompt = "import math\ndef poly(xs, x):\n"
-    prompt += "    return sum(c * math.pow(x, i) for i, c in enumerate(xs))\n"
-    prompt += "def root(xs):\n"  # no docstring: no body either
+    prompt = "import math\ndef poly(xs, x): return sum(c * x**i for i, c in enumerate(xs))"
+    prompt += "\ndef root(xs):\n"  # no docstring: no body either
     test = "import copy\ndef check(candidate):\n"
     test += "    assert abs(poly([-6, 2], candidate(copy.copy([-6, 2])))) < 1e-6\n"
     good, bad = "    return -xs[0] / xs[1]\n", "    return 7\n"
@@ -125,29 +118,21 @@ def test_helpers_of_the_prompt_run_outside(any_tier):
     assert one(cheat, test, any_tier, "root", prompt).status == "failed"
 
 
-def test_the_function_under_test_may_be_called_check(any_tier):
-    test = "assert check(2) == 3\n\ndef check(candidate):\n    pass\n"
-    source = "def check(x):\n    return x + 1\n"
-    assert one(source, test, any_tier, "check").status == "passed"
-    assert one(source.replace("1", "2"), test, any_tier, "check").status == "failed"
-
-
-def test_a_test_that_cannot_speak_to_a_candidate_says_so(any_tier):
-    verdict = one(ADD, "def check(candidate):\n    candidate(open, 1)\n", any_tier)
-    assert verdict.status == "failed"
-    assert "cannot enter the sandbox" in verdict.detail
-
-
-def test_no_test_excuses_a_candidate_that_ends(any_tier):
-    test = "def check(candidate):\n    try: candidate(1)\n    except BaseException: pass\n"
-    assert one("def f(x):\n    raise ValueError\n", test, any_tier).status == "passed"
-    verdict = one("import os\ndef f(x):\n    os._exit(3)\n", test, any_tier)
-    assert (verdict.status, verdict.detail) == ("failed", "ended early: exit status 3")
-
-
-def test_hash_seed_is_fixed(any_tier):
-    program = "raise ValueError(hash('a'))"
-    assert len({v.detail for _ in range(2) for v in run_programs([program], tier=any_tier)}) == 1
+def test_odd_tests(any_tier):
+    named = "assert check(2) == 3\n\ndef check(candidate):\n    pass\n"
+    excuse = "def check(candidate):\n    try: candidate(1)\n    except BaseException: pass\n"
+    callback = "def check(candidate):\n    candidate(open, 1)\n"
+    cases = [
+        ("def check(x):\n    return x + 1\n", named, "check", "passed", ""),
+        ("def check(x):\n    return x + 2\n", named, "check", "failed", "AssertionError"),
+        ("def f(x):\n    raise ValueError\n", excuse, "f", "passed", ""),
+        ("import os\ndef f(x):\n    os._exit(3)\n", excuse, "f", "failed", "exit status 3"),
+        (ADD, callback, "f", "failed", "cannot enter the sandbox"),
+    ]
+    checks = [Check(source, test, name) for source, test, name, *_ in cases]
+    for (*_, status, detail), verdict in zip(cases, run_checks(checks, tier=any_tier)):
+        assert verdict.status == status
+        assert detail in verdict.detail
 
 
 def test_timeouts(tier):
@@ -156,39 +141,33 @@ def test_timeouts(tier):
     assert {v.status for v in run_checks(checks, tier=tier)} == {"timeout"}
 
 
-def test_order_is_kept(any_tier):
-    programs = [f"raise ValueError({i})" for i in range(50)]
-    verdicts = run_programs(programs, workers=2, tier=any_tier)
-    assert [v.detail for v in verdicts] == [f"ValueError: {i}" for i in range(50)]
+def test_order_is_kept_and_the_hash_seed_is_fixed(any_tier):
+    programs = [f"raise ValueError({i}, hash('a'))" for i in range(20)]
+    verdicts = [run_programs(programs, tier=any_tier) for _ in range(2)]
+    first, again = ([v.detail for v in of] for of in verdicts)
+    assert first == again
+    assert [d.split("(")[1].split(",")[0] for d in first] == [str(i) for i in range(20)]
     assert run_checks([], tier=any_tier) == []
-
-
-def test_seconds_are_measured(any_tier):
-    quick, slow = run_programs(["", "import time\ntime.sleep(0.3)"], tier=any_tier)
-    assert slow.seconds >= 0.3 > 0 < quick.seconds
 
 
 @pytest.mark.parametrize(
     ("target", "value", "detail"),
     [
-        ("sys.executable", "/no/such/python", "cannot start"),
-        ("sandbox.execute.ROOT", Path("/no/such"), "did not start: .*No module named"),
+        ("sys.executable", "/no/such/python", "No such file"),
+        ("sandbox.execute.ROOT", Path("/no/such"), "No module named"),
         ("sandbox.execute.FIRST_UID", -5, "limits not set|supervisor failed"),
+        ("memory_mb", 1 << 60, "limits not set"),
     ],
 )
 def test_failing_sandbox_is_infrastructure(monkeypatch, any_tier, target, value, detail):
     if "UID" in target and os.geteuid():
         pytest.skip("needs root")
-    monkeypatch.setattr(target, value)  # the tier was tried before the damage
-    verdicts = run_programs(["", "raise ValueError"], workers=1, tier=any_tier)
+    limits = {target: value} if target == "memory_mb" else {}
+    if not limits:
+        monkeypatch.setattr(target, value)  # the tier was tried before the damage
+    verdicts = run_programs(["", "raise ValueError"], workers=1, tier=any_tier, **limits)
     assert {v.status for v in verdicts} == {"infrastructure"}
     assert all(re.search(detail, v.detail) for v in verdicts)
-
-
-def test_failing_limit_is_infrastructure(any_tier):
-    verdict = run_programs([""], memory_mb=1 << 60, tier=any_tier)[0]
-    assert verdict.status == "infrastructure"
-    assert "limits not set" in verdict.detail
 
 
 def test_a_sandbox_that_dies_is_started_again(any_tier, monkeypatch):
@@ -207,18 +186,6 @@ def test_a_sandbox_that_dies_is_started_again(any_tier, monkeypatch):
     verdicts = run_programs(["", "", "raise ValueError", ""], workers=1, tier=any_tier)
     assert [v.status for v in verdicts] == ["passed", "passed", "failed", "passed"]
     assert killed
-
-
-def test_needs_linux(monkeypatch):
-    monkeypatch.delattr("os.pidfd_open")
-    with pytest.raises(UserError, match="needs Linux"):
-        run_programs([""])
-
-
-def test_describe_says_what_is_not_protected():
-    assert "bubblewrap" in describe("A")
-    assert "Landlock" in describe("B")
-    assert all("NOT protected: " in describe(tier) for tier in "ABC")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -248,15 +215,12 @@ def test_evaluator_ends(any_tier, number):
 
 def test_benchmark_files_pass_under_every_tier(shared_eval, tier):
     """The references whose tests need most: helpers, classes, modules, odd names and results."""
-    from data.base.benchmarks import read_mbpp, read_problems
-    from eval.mbpp import problem
-    from sandbox.self_check import check
-
     problems = read_problems(shared_eval / "HumanEval.jsonl.gz")
     chosen = [problems[i] for i in (32, 33, 38, 50, 0, 2, 160)]
-    odd = {56, 349, 367, 533, 596, 601, 927, 137}
-    rows = read_mbpp(shared_eval / "mbpp.jsonl")[1]
-    chosen += [problem(row, "") for row in rows if row.id in odd]
+    for file in ("mbpp.jsonl", "sanitized-mbpp.json"):
+        rows = read_mbpp(shared_eval / file)[1]
+        odd = {56, 137, 349, 367, 533, 596, 601, 927}
+        chosen += [problem(row, "") for row in rows if row.id in odd]
     verdicts = run_checks([check(p, p["canonical_solution"], 30) for p in chosen], tier=tier)
     bad = {p["task_id"]: v for p, v in zip(chosen, verdicts) if v.status != "passed"}
     assert bad == {}

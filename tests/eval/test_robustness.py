@@ -4,7 +4,7 @@ import sys
 import types
 
 import pytest
-from tiers import best
+from test_eval import TIER, write
 
 from data.base.benchmarks import read_problems
 from eval import robustness
@@ -13,7 +13,6 @@ from eval.robustness import paired
 from sandbox.execute import run_checks
 from sandbox.self_check import check
 
-TIER = best()
 PROMPT = '''from typing import List
 
 
@@ -43,63 +42,55 @@ PROBLEM = {
 }
 
 
-def perturbed(name: str) -> str:
-    return PERTURBATIONS[name](PROBLEM)["prompt"]
+def perturbed(name: str, **changes: str) -> dict | None:
+    return PERTURBATIONS[name]({**PROBLEM, **changes})
 
 
-def head_and_doc(prompt: str) -> tuple[str, str]:
-    tree = ast.parse(prompt)
-    return prompt[: prompt.index("def count_near")], ast.get_docstring(tree.body[-1])
+def docstring(prompt: str) -> str:
+    return ast.get_docstring(ast.parse(prompt).body[-1])
 
 
-@pytest.mark.parametrize("name", PERTURBATIONS)
-def test_the_reference_still_passes_and_only_the_prompt_changes(name):
-    before = json.dumps(PROBLEM)
-    p = PERTURBATIONS[name](PROBLEM)
-    assert json.dumps(PROBLEM) == before
-    assert p["prompt"] != PROMPT
-    assert p == PERTURBATIONS[name](PROBLEM), "not the same twice"
-    checks = [check(p, body, 20) for body in (p["canonical_solution"], "    return -1\n")]
-    assert [v.status for v in run_checks(checks, tier=TIER)] == ["passed", "failed"]
-    if name not in ("rename_function", "rename_arguments", "two_spaces"):
-        assert {k: v for k, v in p.items() if k != "prompt"} == {
-            k: v for k, v in PROBLEM.items() if k != "prompt"
-        }
+def test_the_reference_still_passes_and_only_the_prompt_changes():
+    before, checks = json.dumps(PROBLEM), []
+    for name, perturb in PERTURBATIONS.items():
+        p = perturb(PROBLEM)
+        assert json.dumps(PROBLEM) == before
+        assert p["prompt"] != PROMPT
+        assert p == perturb(PROBLEM), "not the same twice"
+        if name not in ("rename_function", "rename_arguments", "two_spaces"):
+            assert p == {**PROBLEM, "prompt": p["prompt"]}
+        checks += [check(p, body, 20) for body in (p["canonical_solution"], "    return -1\n")]
+    statuses = [v.status for v in run_checks(checks, tier=TIER)]
+    assert statuses == ["passed", "failed"] * len(PERTURBATIONS)
 
 
 def test_rename_function():
-    p = PERTURBATIONS["rename_function"](PROBLEM)
+    p = perturbed("rename_function")
     assert p["entry_point"] == "func"
     assert "count_near" not in p["prompt"]
     assert ">>> func([1, 5])" in p["prompt"]
-    verb = {**PROBLEM, "entry_point": "count", "prompt": PROMPT.replace("count_near", "count")}
-    assert "Count the numbers" in PERTURBATIONS["rename_function"](verb)["prompt"]
-    taken = {**PROBLEM, "prompt": PROMPT.replace("helper", "func")}
-    assert PERTURBATIONS["rename_function"](taken) is None
+    verb = PROMPT.replace("count_near", "count")
+    p = perturbed("rename_function", entry_point="count", prompt=verb)
+    assert "Count the numbers" in p["prompt"]
+    assert perturbed("rename_function", prompt=PROMPT.replace("helper", "func")) is None
 
 
 def test_rename_arguments():
-    p = PERTURBATIONS["rename_arguments"](PROBLEM)
+    p = perturbed("rename_arguments")
     assert "def count_near(given_numbers: List[int], given_limit: int = 3)" in p["prompt"]
     assert "smaller than given_limit," in p["prompt"]
-    assert "Negative given_numbers" in p["prompt"]
     assert p["canonical_solution"].count("given_numbers") == 2
-    dotted = {
-        **PROBLEM,
-        "prompt": 'def f(a, n):\n    """Add a list a.n to \\n n."""\n',
-        "canonical_solution": "    return a.n + n\n",
-        "entry_point": "f",
-    }
-    p = PERTURBATIONS["rename_arguments"](dotted)
+    p = perturbed("rename_arguments", entry_point="f", canonical_solution="    return a.n + n\n",
+                  prompt='def f(a, n):\n    """Add a list a.n to \\n n."""\n')  # fmt: skip
     assert p["prompt"] == 'def f(given_a, given_n):\n    """Add a list a.n to \\n given_n."""\n'
     assert p["canonical_solution"] == "    return given_a.n + given_n\n"
 
 
 def test_typos_spare_names_examples_and_quotes():
     changed = 0
-    for i in range(30):  # the prompt is the seed
+    for i in range(20):  # the prompt is the seed
         prompt = PROMPT.replace("matter", "matter" * (i + 1))
-        doc = PERTURBATIONS["typos"]({**PROBLEM, "prompt": prompt})["prompt"]
+        doc = perturbed("typos", prompt=prompt)["prompt"]
         assert sorted(doc) == sorted(prompt)
         differ = [(a, b) for a, b in zip(doc.split(), prompt.split()) if a != b]
         changed += len(differ)
@@ -108,49 +99,46 @@ def test_typos_spare_names_examples_and_quotes():
             assert right.strip(",.") not in ("numbers", "limit", '"given"', "List", "return")
         assert doc[: doc.index('"""')] == prompt[: prompt.index('"""')]
         assert ">>> count_near([1, 5])\n    1\n" in doc
-    assert changed >= 30
+    assert changed >= 20
 
 
 def test_reworded():
-    doc = head_and_doc(perturbed("reworded"))[1]
+    doc = docstring(perturbed("reworded")["prompt"])
     assert doc.startswith(
         'Tally the numbers that are smaller than limit, and give back the outcome "given" so.\n'
         "Everything in any other case remaining"
     )
     assert ">>> count_near([1, 5])\n1" in doc
-    named = {**PROBLEM, "prompt": PROMPT.replace("limit", "result")}
-    assert "and give back the result " in PERTURBATIONS["reworded"](named)["prompt"]
+    named = perturbed("reworded", prompt=PROMPT.replace("limit", "result"))
+    assert "and give back the result " in named["prompt"]
     olds = " ".join(SYNONYMS)
     assert not [w for new in SYNONYMS.values() for w in new.split() if w in olds.split("|")]
 
 
 def test_examples():
-    missing = head_and_doc(perturbed("missing_examples"))[1]
+    missing = docstring(perturbed("missing_examples")["prompt"])
     assert ">>>" not in missing
     assert missing.endswith("altogether.\n\nNegative numbers matter.")
-    first = head_and_doc(perturbed("examples_first"))[1]
+    first = docstring(perturbed("examples_first")["prompt"])
     assert first.startswith(">>> count_near([1, 5])\n1\n>>> count_near([])\n0\n\nCount the")
     assert first.endswith("altogether.\n\nNegative numbers matter.")
-    plain = {**PROBLEM, "prompt": 'def f(x):\n    """Double x."""\n', "entry_point": "f"}
-    assert PERTURBATIONS["missing_examples"](plain) is None
-    assert PERTURBATIONS["examples_first"](plain) is None
+    plain = {"prompt": 'def f(x):\n    """Double x."""\n', "entry_point": "f"}
+    assert perturbed("missing_examples", **plain) is perturbed("examples_first", **plain) is None
     one = 'def f(x):\n    """Double x.\n\n    Example:\n      f(1) -> 2\n    """\n'
-    short = PERTURBATIONS["missing_examples"]({**plain, "prompt": one})
+    short = perturbed("missing_examples", prompt=one, entry_point="f")
     assert short["prompt"] == plain["prompt"]
     doc = "Do.\nExamples:\n  1 -> 2\n  2 -> 3\n\nThen f(3) is 4.\nBut for example this is prose."
     assert example_lines({"entry_point": "f"}, doc) == [False, True, True, True, False, True, False]
 
 
 def test_layout():
-    assert perturbed("other_quotes") == PROMPT.replace('"""', "'''")
-    inside = {**PROBLEM, "prompt": PROMPT.replace("matter.", "'''")}
-    assert PERTURBATIONS["other_quotes"](inside) is None
-    spaced = perturbed("other_spacing")
+    assert perturbed("other_quotes")["prompt"] == PROMPT.replace('"""', "'''")
+    assert perturbed("other_quotes", prompt=PROMPT.replace("matter.", "'''")) is None
+    spaced = perturbed("other_spacing")["prompt"]
     assert "def count_near( numbers: List[int],limit: int = 3 ) -> int:\n" in spaced
     assert '    """\n    Count the' in spaced
-    back = PERTURBATIONS["other_spacing"]({**PROBLEM, "prompt": spaced})["prompt"]
-    assert '    """Count the' in back
-    halved = perturbed("two_spaces")
+    assert '    """Count the' in perturbed("other_spacing", prompt=spaced)["prompt"]
+    halved = perturbed("two_spaces")["prompt"]
     assert '\n  """ Count' in halved
     assert "\n  return x in numbers" in halved
     assert "   " not in halved
@@ -158,8 +146,8 @@ def test_layout():
 
 def test_what_cannot_be_split():
     for prompt in ("def f(x):\n", 'def f(x): """Double x."""\n', "def g(x):\n    '''Do.'''\n"):
-        problem = {**PROBLEM, "prompt": prompt, "canonical_solution": "    pass\n"}
-        assert split({**problem, "entry_point": "f"}) is None
+        changes = {"prompt": prompt, "canonical_solution": "    pass\n", "entry_point": "f"}
+        assert split({**PROBLEM, **changes}) is None
 
 
 def test_humaneval_keeps_its_meaning(shared_eval):
@@ -170,10 +158,9 @@ def test_humaneval_keeps_its_meaning(shared_eval):
         assert len(applied) >= 155, name
         for p in applied:
             compile(p["prompt"] + p["canonical_solution"], p["task_id"], "exec")
-        some = applied[::4]  # all pass, in 14 s
-        checks += [check(p, p["canonical_solution"], 60) for p in some]
-        names += [(name, p["task_id"]) for p in some]
-    verdicts = run_checks(checks, tier=TIER, workers=2)
+        checks += [check(p, p["canonical_solution"], 60) for p in applied[::16]]  # all pass
+        names += [(name, p["task_id"]) for p in applied[::16]]
+    verdicts = run_checks(checks, tier=TIER)
     assert [n for n, v in zip(names, verdicts) if v.status != "passed"] == []
 
 
@@ -191,28 +178,18 @@ def test_paired_interval():
 
 @pytest.fixture
 def command(monkeypatch, in_process):
-    """Run eval.robustness with a model that knows `known`, by what the prompt has in it."""
-
-    class Generator:
-        known = ()
-
-        @classmethod
-        def load(cls, checkpoint, device="auto"):
-            return cls()
-
-        def fits(self, prompt, new_tokens=1):
-            return True
-
-        def generate(self, prompts, **options):
-            good, bad = PROBLEM["canonical_solution"], "    return -1\n"
-            return [good if any(k in p for k in self.known) else bad for p in prompts]
-
-    monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=Generator))
+    """Run eval.robustness with a model that knows the prompts that have one of `known`."""
     for module in ("eval.harness", "eval.robustness"):
         monkeypatch.setattr(f"{module}.slowdown", lambda **limits: 1.0)
 
     def call(known, *arguments):
-        Generator.known = known
+        def generate(prompts, **options):
+            good, bad = PROBLEM["canonical_solution"], "    return -1\n"
+            return [good if any(k in p for k in known) else bad for p in prompts]
+
+        model = types.SimpleNamespace(fits=lambda prompt: True, generate=generate)
+        generator = types.SimpleNamespace(load=lambda checkpoint, device: model)
+        monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=generator))
         return in_process(robustness.main, *arguments, "--sandbox", TIER)
 
     return call
@@ -227,9 +204,7 @@ def problems(tmp_path):
         "canonical_solution": '    return len("""\n        """) == 9 and '
         "sum(n < limit for n in numbers)\n",
     }
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(p) + "\n" for p in (PROBLEM, second)))
-    return path
+    return write(tmp_path / "problems.jsonl", [PROBLEM, second])
 
 
 def test_command(command, problems, tmp_path):
@@ -249,8 +224,7 @@ def test_command(command, problems, tmp_path):
     assert list(table) == names
     assert table["other_quotes"]["drop"] == 1  # ''' is not known
     assert table["other_quotes"]["lost"] == 2
-    assert table["two_spaces"]["reference_fails"] == 1
-    assert table["two_spaces"]["problems"] == 1
+    assert (table["two_spaces"]["reference_fails"], table["two_spaces"]["problems"]) == (1, 1)
     asked = [json.loads(line) for line in (out / "problems.jsonl").read_text().splitlines()]
     assert [p["task_id"] for p in asked][:3] == ["T/0", "T/1", "T/0@other_quotes"]
     assert len(asked) == 2 + 2 + 1 + 2

@@ -145,11 +145,3 @@ def test_rows_do_not_see_each_other(dtype, monkeypatch):
     for row in range(3):
         part = (qkv[row : row + 1], cache[:, row : row + 1], position[row : row + 1], cos, sin)
         assert torch.equal(launch(*part, decode.scratch(1, 2, 256, 16, DEVICE))[0], whole[row])
-
-
-def test_defaults_compile_for_a_gpu(cli):
-    done = cli(
-        "-m", "bench.resources", "--kernel=decode", "--defaults", env={"TRITON_INTERPRET": "0"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("default") == 8, "four kernels, sm_80 and sm_90"

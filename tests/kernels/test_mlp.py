@@ -6,12 +6,37 @@ import pytest
 import torch
 from three_way import DEVICE, DTYPES, gradients, rand, three_way
 
-from bench.cases import project
+from bench.cases import Op
 from kernels import gemm, mlp, pointwise
 from kernels.launch import TUNING
 from kernels.mlp import projections_reference
 
 CHOICES = ["triton", "triton tma", "cublas"]
+
+
+def project(x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p=0.0, seed=0) -> tuple:
+    """(qkv, out) of `projections_reference`, as the block calls mlp.py, differentiable."""
+
+    def run(x, h, y, w_in, b_in, w_out, b_attn, b_mlp):
+        qkvu, a = mlp.in_proj_fwd(h, w_in, b_in)
+        out = mlp.out_proj_fwd(y, a, w_out, b_attn, b_mlp, x, p, seed)
+        split = 3 * h.shape[1]
+
+        def backward(dqkv, dout):
+            dqkvu = torch.empty_like(qkvu)
+            dw_in, dw_out = (torch.empty(w.shape, device=w.device) for w in (w_in, w_out))
+            dqkvu[:, :split] = dqkv
+            dy, db_attn, db_mlp, db_up = mlp.out_proj_bwd(
+                dout.contiguous(), y, qkvu[:, split:], w_out, dqkvu[:, split:], dw_out, 0.0, p, seed
+            )
+            db_in = torch.cat([pointwise.column_sum(dqkvu[:, :split]), db_up])
+            gemm.accumulate_(dw_in, dqkvu, h, 0.0)
+            grads = dout, dqkvu @ w_in, dy, dw_in, db_in, dw_out, db_attn, db_mlp
+            return tuple(g.to(h.dtype) for g in grads)
+
+        return (qkvu[:, :split].clone(), out), backward
+
+    return Op.apply(run, x, h, y, w_in, b_in, w_out, b_attn, b_mlp)
 
 
 @pytest.fixture
@@ -164,18 +189,6 @@ def test_bias_gradients_are_two_tensors():
     *_, db1, db2 = pointwise.residual_bwd(torch.ones(5, 8, device=DEVICE), 0.0, 0)
     assert torch.equal(db1, db2)
     assert db1.data_ptr() != db2.data_ptr()
-
-
-def test_describe_names_the_choice_of_every_op(monkeypatch):
-    monkeypatch.delitem(TUNING, "measured", raising=False)
-    monkeypatch.setattr(mlp, "GEMM", {80: {"in_proj_fwd": "cublas", "gelu_bwd": "triton"}})
-    if DEVICE == "cpu":
-        told = mlp.describe(torch.device("cpu"))
-        assert told == "in_proj_fwd cublas, gelu_bwd triton (measured on no device yet)"
-        found = {"sm_80": {"device": "a GPU", "gemm": {"gelu_bwd": "cublas"}}}
-        monkeypatch.setitem(TUNING, "measured", found)
-        told = mlp.describe(torch.device("cpu"))
-        assert told == "in_proj_fwd cublas, gelu_bwd cublas (measured on a GPU)"
 
 
 @pytest.mark.gpu

@@ -1,12 +1,12 @@
 """Keep whole packages of raw code apart, for scores on code that no model was trained on.
 
-    python -m data.holdout --source out/collected --heldout_mb 1 --out out/raw
-    python -m data.holdout --source out/collected --heldout_mb 1 --out out/heldout --keep heldout
+    python -m experiments.holdout --source out/collected --heldout_mb 1 --out out/raw
+    python -m experiments.holdout --source out/collected --heldout_mb 1 --out out/heldout \
+        --keep heldout
 
 The two commands share out one folder's documents: a package ("stdlib:json", "site-packages:numpy")
-goes to one side as a whole, as files of one resemble each other. Packages are taken in the order of
-a hash of their names until there is enough; those larger than MAX_SHARE of what is wanted are left
-to training, so that the held-out code is of many hands. It is of smaller packages for that.
+goes to one side as a whole, as its files resemble each other. Packages come in the order of a hash
+of their names; those larger than MAX_SHARE of the wanted bytes stay in training.
 """
 
 import hashlib
@@ -36,8 +36,6 @@ def holdout(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError if a side would be empty."""
     if config.keep not in ("rest", "heldout"):
         raise UserError(f"--keep {config.keep!r}: want rest or heldout")
-    if not config.heldout_mb > 0:
-        raise UserError(f"--heldout_mb {config.heldout_mb:g}: want more than 0")
     with Stage(config, source_shards(config.source)) as stage:
         sizes = total(stage.map("weigh", stage.shards, weigh))
         chosen = choose(sizes, config.heldout_mb * 1e6)

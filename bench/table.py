@@ -1,0 +1,58 @@
+"""Command lines and tables of this folder's commands."""
+
+import dataclasses
+import json
+import math
+import sys
+
+from common.config import parse
+from train import TrainConfig
+
+
+def parse_run(cls) -> tuple:
+    """Return (cls, TrainConfig) from [CONFIG.toml] and flags, each flag to the class that has it.
+
+    --help lists those of `cls`; `python train.py --help` lists the others.
+    """
+    own, training = [], []
+    names, words = {"h", "help"} | {f.name for f in dataclasses.fields(cls)}, training
+    for word in sys.argv[1:]:
+        if word.startswith("-") and not word[1:2].isdigit():
+            name = word.lstrip("-").partition("=")[0].replace("-", "_")
+            words = own if name in names else training
+        words.append(word)
+    return parse(cls, own), parse(TrainConfig, training, toml=True)
+
+
+class Table:
+    """Print rows below the names of their columns; `as_json`, to stderr, and JSON to stdout."""
+
+    def __init__(self, as_json: bool = False):
+        self.as_json, self.columns = as_json, None
+
+    def __call__(self, summary: bool = False, **row) -> None:
+        """Print a row; a share is named ..._frac. bench.gpu shows it at its end, if `summary`."""
+        if list(row) != self.columns:
+            self.columns = list(row)
+            self.say("".join(cell(name, name, value) for name, value in row.items()))
+        line = "".join(cell(name, text(name, value), value) for name, value in row.items())
+        self.say(line)
+        if self.as_json:
+            row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+            row = {k: v for k, v in row.items() if v == v and v not in (math.inf, "")}
+            print(json.dumps(row | ({"summary": line.strip()} if summary else {})), flush=True)
+
+    def say(self, line: str) -> None:
+        print(line.rstrip(), file=sys.stderr if self.as_json else sys.stdout, flush=True)
+
+
+def cell(name: str, shown: str, value) -> str:
+    return f"  {shown:<22}" if isinstance(value, str) else f"{shown:>{max(9, len(name)) + 1}}"
+
+
+def text(name: str, value) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and name.endswith("_frac"):
+        return f"{value:.1%}"
+    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"

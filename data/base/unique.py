@@ -1,0 +1,63 @@
+"""Write documents without copies: candidates to scratch, then the first of each to the result."""
+
+import itertools
+import math
+from array import array
+
+import numpy as np
+
+from common.files import read_jsonl
+from data.base.documents import DocumentFile, digest_key
+from data.base.stage import Part
+
+
+class Candidates(DocumentFile):
+    """One item's candidates in scratch, with a log of their keys and bytes, uint64 [n, 3]."""
+
+    def __init__(self, part: Part):
+        super().__init__(part.scratch / f"{part.name}.jsonl.zst")
+        self.log = array("Q")
+        self.callback(lambda: np.save(
+            part.scratch / f"{part.name}.npy", np.array(self.log, np.uint64).reshape(-1, 3)
+        ))  # fmt: skip
+
+    def write(self, record: dict) -> None:
+        super().write(record)
+        self.log.extend((*digest_key(record["sha256"]), len(record["text"].encode())))
+
+
+def choose(part: Part, max_bytes: float = math.inf) -> dict:
+    """Leave in scratch which candidates to write: the first of each kind, of part.item items.
+
+    The document that reaches `max_bytes` is the last. Returns counts, and the items that have any.
+    """
+    logs = [np.load(part.stage.scratch / f"shard-{i:05d}.npy") for i in range(part.item)]
+    chosen = {"documents": 0, "bytes": 0, "left_out": {"duplicate": 0}, "items": []}
+    for i, (log, first) in enumerate(zip(logs, first_of_each([log[:, :2] for log in logs]))):
+        size = log[:, 2].astype(np.int64)
+        before = chosen["bytes"] + np.cumsum(size * first) - size * first
+        keep = first & (before < max_bytes)
+        np.save(part.scratch / f"keep-{i:05d}.npy", keep)
+        chosen["documents"] += int(keep.sum())
+        chosen["bytes"] += int(size[keep].sum())
+        chosen["left_out"]["duplicate"] += int((~first & (before < max_bytes)).sum())
+        chosen["items"] += [i] * bool(keep.any())
+    return chosen
+
+
+def first_of_each(keys: list[np.ndarray]) -> list[np.ndarray]:
+    """Mark the first row of each kind, through all of `keys`, each uint64 [n, 2]; return bools."""
+    rows = np.concatenate(keys)
+    order = np.lexsort((rows[:, 1], rows[:, 0]))  # stable: equal rows stay in their order
+    first = np.ones(len(rows), bool)
+    first[order[1:]] = (rows[order[1:]] != rows[order[:-1]]).any(1)
+    return np.split(first, np.cumsum([len(some) for some in keys])[:-1])
+
+
+def write_chosen(part: Part) -> None:
+    """Write the chosen candidates of item part.item as a shard of the result."""
+    keep = np.load(part.stage.scratch / f"keep-{part.item:05d}.npy")
+    candidates = read_jsonl(part.stage.scratch / f"shard-{part.item:05d}.jsonl.zst")
+    with part.writer() as out:
+        for record in itertools.compress(candidates, keep):
+            out.write(record)

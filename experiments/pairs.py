@@ -1,0 +1,103 @@
+"""Cut function/docstring pairs from raw code: the exercises' format without their quality.
+
+    python -m experiments.pairs --source out/raw --out out/pairs
+
+A model trained on raw files scores 0 on exercises, but that shows a difference of format as much as
+one of quality. These pairs are the control: every documented function of the raw code, whatever it
+is worth, in the shape of an exercise. A document has text = prompt + solution, prompt (signature
+and docstring, dedented, decorators dropped), solution (the rest of the body) and entry_point.
+"""
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import UserError, parse, run
+from data.base.documents import document, source_shards
+from data.base.ranks import say
+from data.base.stage import Part, Stage, total
+from data.base.syntax import docstring, is_pair, parse_python
+from data.base.unique import Candidates, choose, write_chosen
+
+MAX_CHARS = 1200  # of a pair; 256 tokens hold about 750 at a vocabulary of 4k
+
+
+@dataclass(frozen=True)
+class Config:
+    """Cut documented functions out of raw code, as pairs of prompt and solution."""
+
+    source: Path  # documents: a file, or a folder of shards
+    out: Path  # folder to write
+
+
+def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
+    """Yield the (line, name, prompt, solution) of the documented functions and methods in `text`.
+
+    Leaves out functions with nothing but a docstring, and those that lines cannot cut, as where a
+    docstring shares a line with other code. Raises SyntaxError.
+    """
+    lines = text.split("\n")
+    functions = [n for n in ast.walk(parse_python(text)) if isinstance(n, ast.FunctionDef)]
+    for node in sorted(functions, key=lambda n: n.lineno):
+        doc = docstring(node)
+        if not doc:
+            continue
+        indent = lines[node.lineno - 1][: node.col_offset]
+        cut = lines[node.lineno - 1 : node.end_lineno]
+        if not all(line.startswith(indent) or not line.strip() for line in cut):
+            continue
+        cut = [line[len(indent) :] for line in cut]
+        split = doc.end_lineno - node.lineno + 1
+        prompt, solution = "\n".join(cut[:split]) + "\n", "\n".join(cut[split:]) + "\n"
+        if is_pair(prompt, solution):
+            yield node.lineno, node.name, prompt, solution
+
+
+def pairs(config: Config) -> dict:
+    """Write `config.out` and return its summary. Raises UserError if there is no pair."""
+    with Stage(config, source_shards(config.source)) as stage:
+        cut = total(stage.map("pairs", stage.shards, cut_shard))
+        [chosen] = stage.map("choose", [len(stage.shards)], choose)
+        if not chosen["documents"]:
+            raise UserError(
+                f"--source {config.source}: no documented function of up to {MAX_CHARS} "
+                f"characters in {cut['documents_in']} documents ({cut['too_long']} longer ones)"
+            )
+        stage.map("write", chosen.pop("items"), write_chosen)
+        return stage.finish({**chosen, **cut})
+
+
+def cut_shard(part: Part) -> dict:
+    """Write the pairs of one shard to scratch, copies among them; return counts of the rest."""
+    count = Counter(too_long=0, does_not_parse=0, documents_in=0, bytes_in=0)
+    with Candidates(part) as candidates:
+        for source in part.documents():
+            count["documents_in"] += 1
+            count["bytes_in"] += len(source["text"].encode())
+            try:
+                for line, name, prompt, solution in cut_pairs(source["text"]):
+                    if len(prompt + solution) > MAX_CHARS:
+                        count["too_long"] += 1
+                        continue
+                    fields = {"prompt": prompt, "solution": solution, "entry_point": name}
+                    origin = f"{source['origin']}:{line}"
+                    candidates.write(document(prompt + solution, origin, **fields))
+            except SyntaxError:
+                count["does_not_parse"] += 1
+    return count
+
+
+def main() -> None:
+    config = parse(Config)
+    s = pairs(config)
+    say(
+        f"{config.out}: {s['documents']:,} pairs, {s['bytes'] / 1e6:.1f} MB, from "
+        f"{s['documents_in']:,} documents, {s['bytes_in'] / 1e6:.1f} MB; left out: "
+        f"{s['too_long']:,} too long, {s['left_out']['duplicate']:,} duplicates"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
