@@ -110,6 +110,7 @@ def test_page_of_a_ladder(command, ladder, tmp_path):
                  "<td>typos</td><td class=n>25</td>", "abc&lt;1&gt;"):  # fmt: skip
         assert word in page, word
     assert "What exercises-large-s0 writes" in page
+    assert "Problems: 40 heldout, 40 humaneval." in page
     assert "pairs-small-s0" not in page
     rungs = {r["name"]: r for r in json.loads((tmp_path / "ladder.json").read_text())}
     assert len(rungs) == 5
@@ -117,7 +118,7 @@ def test_page_of_a_ladder(command, ladder, tmp_path):
     result = json.loads((ladder / "rungs/exercises-large-s0/heldout/results.json").read_text())
     scores = [70, *(100 * x for x in result["ci95"])]
     assert told["scores"]["heldout"] == pytest.approx(scores, 1e-4)
-    assert told["tokens"] == {"textbooks": 3000, "exercises": 6000}
+    assert told["tokens"] == [["textbooks", 3000], ["exercises", 6000]]
     assert told["train_s"] == 5.0
     assert told["flops"] > 3 * rungs["raw-small-s0"]["flops"]  # more tokens, a larger model
 
