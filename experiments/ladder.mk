@@ -16,6 +16,8 @@ LADDER_SET ?= experiments/ladder_cpu
 HUMANEVAL  ?=
 MBPP       ?=
 FIGURES    ?= records/$(notdir $(LADDER_SET))
+# One bar in place of all.
+BAR        ?=
 
 sources ?= stdlib site-packages
 include $(LADDER_SET)/ladder.mk
