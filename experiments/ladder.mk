@@ -16,6 +16,8 @@ LADDER_SET ?= experiments/ladder_cpu
 HUMANEVAL  ?=
 MBPP       ?=
 FIGURES    ?= records/$(notdir $(LADDER_SET))
+# One bar in place of all.
+BAR        ?=
 
 sources ?= stdlib site-packages
 include $(LADDER_SET)/ladder.mk
@@ -26,10 +28,11 @@ direct    := raw filtered classified textbooks
 finetuned := exercises:exercises varied:exercises_varied damaged:exercises_damaged pairs:pairs \
   pruned95:pruned_95 pruned90:pruned_90 pruned85:pruned_85 pruned80:pruned_80
 
-# $(call job,FILE,NEEDS,COMMAND): the rule of FILE, which COMMAND makes from the files NEEDS.
+# $(call job,FILE,NEEDS,COMMAND): the rule of FILE, which COMMAND makes from the files NEEDS. (Make
+# 4.3's $(file <) keeps the newline at times, hence strip.)
 record = $(LADDER)/commands/$(subst /,.,$(1:$(LADDER)/%=%))
 define job
-$(1): $(2) $(if $(subst x$(strip $(3))x,,x$(file <$(record))x),again) | $(VENV)
+$(1): $(2) $(if $(subst x$(strip $(3))x,,x$(strip $(file <$(record)))x),again) | $(VENV)
 	@mkdir -p $(LADDER)/commands $(LADDER)/rungs/$(bar)
 	OMP_NUM_THREADS=$(threads) $(PYTHON) -m $(strip $(3))
 	@echo '$(strip $(3))' >$(record)

@@ -1,13 +1,12 @@
-"""Checkpoints to Hugging Face's PhiForCausalLM format and back.
+"""Convert checkpoints to Hugging Face's PhiForCausalLM format and back.
 
     python -m tools.hf export --checkpoint out/demo/runs/exercises --out out/demo/hf
     python -m tools.hf import --source phi-1 --out out/phi-1
 
-An export is a folder that `AutoModelForCausalLM` and `AutoTokenizer` load without code of ours, and
-whatever stands on them. An import is a checkpoint folder without the state of a training, for
-sample.py, the evaluators and `train.py --init_from`. Weights are copied number by number: a model
-that goes there and back is the same to the last bit. What one side has and the other cannot hold is
-an error.
+`AutoModelForCausalLM` and `AutoTokenizer` load an export without code of ours. An import is a
+checkpoint folder without training state, for sample.py, the evaluators and `train.py --init_from`.
+Weights are copied number by number: there and back, a model is the same to the last bit. It is an
+error if one side has what the other cannot hold.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.config import UserError, parse, run
-from common.files import new_folder, write_json
+from common.files import new_folder, read_json, write_json
 from model import ModelConfig, Phi, load_model, parameter_count
 from tokenizer import END_OF_TEXT, JSON_FILE, MODEL_FILE, Tokenizer
 from tokenizer.to_json import to_json
@@ -40,7 +39,7 @@ NAMES = {
     "hidden_size": "width",
     "intermediate_size": "mlp_width",
 }
-# What model.py does in one way only. Where config.json is silent, PhiConfig means the first.
+# What model.py does in one way only; an absent key means the first value, as in PhiConfig.
 FIXED = {
     "model_type": ("phi",),
     "hidden_act": ("gelu_new", "gelu_pytorch_tanh"),  # two names of tanh-GELU
@@ -73,8 +72,7 @@ def main() -> None:
     commands = {"export": (Export, export), "import": (Import, import_)}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
-        print(__doc__)
-        return
+        return print(__doc__)
     if name not in commands:
         raise UserError(f"got {name!r}, want one of {', '.join(commands)} first; see --help")
     cls, command = commands[name]
@@ -84,13 +82,11 @@ def main() -> None:
 def export(config: Export) -> None:
     """Write `config.checkpoint` to `config.out` as PhiForCausalLM."""
     model, tokenizer, source = load_model(config.checkpoint, "cpu")
-    settings = phi_config(model.c, tokenizer)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
+    marks = ("bos_token", "eos_token", "pad_token")
+    ids = {f"{mark}_id": tokenizer.end_of_text for mark in marks}
     tokens = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one that takes tokenizer.json as it is
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
+        **dict.fromkeys(marks, END_OF_TEXT),
         "padding_side": "left",
         "model_max_length": model.c.seq_len,
         "model_input_names": ["input_ids", "attention_mask"],
@@ -101,26 +97,21 @@ def export(config: Export) -> None:
         weights = {name: part.detach().contiguous() for name, part in parts(model).items()}
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / WEIGHTS_FILE).chmod(0o644)  # the server may be another user
-        write_json(folder / "config.json", settings)
+        write_json(folder / "config.json", phi_config(model.c, tokenizer))
         write_json(folder / "generation_config.json", {"do_sample": False, **ids})
         (folder / JSON_FILE).write_text(to_json(tokenizer), encoding="utf-8")
         write_json(folder / "tokenizer_config.json", tokens)
         if tokenizer.path.name == MODEL_FILE:
             shutil.copyfile(tokenizer.path, folder / MODEL_FILE)  # for the way back
-        card = model_card(source, model.c, tokenizer, settings)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    size_mb = sum(t.numel() * t.element_size() for t in weights.values()) / 1e6
-    print(f"exported {source} ({size_mb:,.1f} MB of weights) -> {config.out}")
+        (folder / "README.md").write_text(model_card(source, model.c, tokenizer), encoding="utf-8")
+    print(f"exported {source} ({parameter_count(model.c):,} parameters) -> {config.out}")
 
 
 def import_(config: Import) -> None:
     """Write the PhiForCausalLM in `config.source` to the checkpoint folder `config.out`."""
     c, tokenizer = model_config(config.source / "config.json"), Tokenizer(config.source)
-    if tokenizer.vocab_size > c.vocab_size:
-        raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, more than the vocab_size "
-            f"{c.vocab_size} of config.json"
-        )
+    if (n := tokenizer.vocab_size) > c.vocab_size:
+        raise UserError(f"{tokenizer.path} has {n} tokens, more than the vocab_size {c.vocab_size}")
     model = Phi(c)
     load(model, config.source)
     meta = {"step": 0, "run": str(config.out), "imported_from": config.source.resolve().name}
@@ -138,7 +129,7 @@ def write_checkpoint(folder: Path, model: Phi, tokenizer: Tokenizer, meta: dict)
 
 
 def parts(model: Phi) -> dict[str, torch.Tensor]:
-    """Views of the model's parameters that are the tensors of PhiForCausalLM, by its names."""
+    """Return views of the model's parameters under the names and shapes of PhiForCausalLM."""
     C, M = model.c.width, model.c.mlp_width
     named = {
         "model.embed_tokens.weight": model.embed.weight,
@@ -147,8 +138,8 @@ def parts(model: Phi) -> dict[str, torch.Tensor]:
         "lm_head.weight": model.head.weight,
         "lm_head.bias": model.head.bias,
     }
+    inward = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")
     for i, block in enumerate(model.blocks):
-        inward = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")
         w_attn, w_mlp = block.w_out.split([C, M], dim=1)
         tensors = {
             "input_layernorm.weight": block.ln.weight,
@@ -169,8 +160,7 @@ def parts(model: Phi) -> dict[str, torch.Tensor]:
 def load(model: Phi, folder: Path) -> None:
     """Copy the safetensors weights in `folder`, whole or in shards, into `model`.
 
-    Raises UserError for a tensor too few, too many, of another shape, or of a type that float32
-    does not hold exactly.
+    Raises UserError if a tensor is missing or unknown, or its shape or type does not fit.
     """
     mine, where = parts(model), {}  # {name: the open file that has it}
     for path in weight_files(folder):
@@ -184,8 +174,8 @@ def load(model: Phi, folder: Path) -> None:
         raise UserError(f"{folder}: the tensor {name} {problem}; want exactly PhiForCausalLM's")
     for name, part in tqdm(mine.items(), desc="import", unit="tensor", disable=None):
         tensor = where[name].get_tensor(name)
-        if tensor.shape != part.shape:
-            want, got = list(part.shape), list(tensor.shape)
+        got, want = list(tensor.shape), list(part.shape)
+        if got != want:
             raise UserError(f"{folder}: {name} is {got}, and config.json makes it {want}")
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise UserError(f"{folder}: {name} is {tensor.dtype}, want float32, 16 or bfloat16")
@@ -193,7 +183,7 @@ def load(model: Phi, folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of `folder`: the single one, or those that its index names."""
+    """List the safetensors files of `folder`: the single one, or those that its index names."""
     index = folder / f"{WEIGHTS_FILE}.index.json"
     if (folder / WEIGHTS_FILE).exists():
         return [folder / WEIGHTS_FILE]
@@ -202,29 +192,15 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has no {WEIGHTS_FILE} and no {index.name}; weights in pickles (.bin) are "
             f"not read: load and save them with transformers first"
         )
-    names = sorted(set(read_object(index).get("weight_map", {}).values()))
+    names = sorted(set(read_json(index)["weight_map"].values()))
     if any(Path(name).name != name for name in names):
         raise UserError(f"{index} names files outside of its folder")
     return [folder / name for name in names]
 
 
-def read_object(path: Path) -> dict:
-    """The JSON object in `path`. Raises UserError where it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
-
-
 def phi_config(c: ModelConfig, tokenizer: Tokenizer) -> dict:
-    """config.json of PhiForCausalLM for the shape `c`."""
+    """Return the config.json of PhiForCausalLM for the shape `c`."""
     rope = {"rope_theta": c.rope_theta, "partial_rotary_factor": rotary_factor(c)}
-    end = tokenizer.end_of_text
     return {
         "architectures": ["PhiForCausalLM"],
         **{key: FIXED[key][0] for key in FIXED if FIXED[key][0] is not None},
@@ -236,62 +212,57 @@ def phi_config(c: ModelConfig, tokenizer: Tokenizer) -> dict:
         **rope,  # where transformers 4 and others do
         "dtype": "float32",
         "use_cache": True,
-        "bos_token_id": end,
-        "eos_token_id": end,  # and no pad_token_id: it would keep that embedding from training
+        "bos_token_id": tokenizer.end_of_text,
+        "eos_token_id": tokenizer.end_of_text,  # and no pad_token_id, which is never trained
     }
 
 
 def rotary_factor(c: ModelConfig) -> float:
-    """The partial_rotary_factor from which transformers' int(head_dim * factor) is rotary_dim."""
+    """Return the factor from which transformers' int(head_dim * factor) is rotary_dim."""
     factor = c.rotary_dim / c.head_dim
     if int(c.head_dim * factor) < c.rotary_dim:  # the quotient was rounded down
         factor = math.nextafter(factor, 1.0)
-    assert int(c.head_dim * factor) == c.rotary_dim
     return factor
 
 
 def model_config(path: Path) -> ModelConfig:
-    """The shape in a config.json of PhiForCausalLM.
+    """Return the shape in a config.json of PhiForCausalLM. Raises UserError if Phi cannot have it:
+    other activations, fewer key heads, scaled rotary embedding, tied or quantised weights, ..."""
+    if not isinstance(h := read_json(path), dict):
+        raise UserError(f"{path} is missing or holds no JSON object")
 
-    Raises UserError for all that Phi does not have: other activations, fewer key heads, another
-    head dim, scaled rotary embedding, tied or quantised weights, ...
-    """
-    h = read_object(path)
-
-    def refuse(key: str, got, want) -> None:
-        raise UserError(f"{path}: {key} is {got!r}, and this model can only have {want}")
+    def check(key: str, got, *allowed) -> None:
+        if got not in allowed:
+            want = " or ".join(map(repr, allowed))
+            raise UserError(f"{path}: {key} is {got!r}, and this model can only have {want}")
 
     for key, values in FIXED.items():
-        if (got := h.get(key, values[0])) not in values:
-            refuse(key, got, " or ".join(map(repr, values)))
+        check(key, h.get(key, values[0]), *values)
     shape = {ours: h.get(theirs, getattr(ModelConfig, ours)) for theirs, ours in NAMES.items()}
     for theirs, ours in NAMES.items():
         if type(shape[ours]) is not int:
-            refuse(theirs, shape[ours], "an integer")
+            raise UserError(f"{path}: {theirs} is {shape[ours]!r}, want an integer")
     c = ModelConfig(**shape, rotary_dim=0)
-    for key, want in (("num_key_value_heads", c.n_head), ("head_dim", c.head_dim)):
-        if (got := h.get(key)) not in (None, want):
-            refuse(key, got, want)
-    if (dropout := h.get("resid_pdrop", 0.0)) != h.get("attention_dropout", 0.0):
-        refuse("resid_pdrop", dropout, f"attention_dropout's {h.get('attention_dropout', 0.0)}")
+    check("num_key_value_heads", h.get("num_key_value_heads"), None, c.n_head)
+    check("head_dim", h.get("head_dim"), None, c.head_dim)
+    dropout = h.get("attention_dropout", 0.0)
+    check("resid_pdrop", h.get("resid_pdrop", 0.0), dropout)
     rope = h.get("rope_parameters") or {}
-    if (kind := rope.get("rope_type", "default")) != "default":
-        refuse("rope_type", kind, "'default'")
+    check("rope_type", rope.get("rope_type", "default"), "default")
     theta = rope.get("rope_theta", h.get("rope_theta", ModelConfig.rope_theta))
     factor = rope.get("partial_rotary_factor", h.get("partial_rotary_factor", 0.5))
     rotary_dim = int(c.head_dim * factor)
     if rotary_dim % 2 or not 0 <= rotary_dim <= c.head_dim:
-        refuse("partial_rotary_factor", factor, f"an even share of the head dim {c.head_dim}")
+        raise UserError(f"{path}: partial_rotary_factor is {factor}: no even share of a head")
     return ModelConfig(**shape, rotary_dim=rotary_dim, rope_theta=float(theta), dropout=dropout)
 
 
-def model_card(source: Path, c: ModelConfig, tokenizer: Tokenizer, settings: dict) -> str:
-    """README.md of an export: what the model is, where it comes from, how to use it."""
+def model_card(source: Path, c: ModelConfig, tokenizer: Tokenizer) -> str:
+    """Return README.md of an export: what the model is, where it comes from, how to use it."""
     meta = checkpoint.read_meta(source)
     lineage = {**meta, "weights_crc32": checkpoint.checksum(source)}
-    run_config = source.parent.parent / "config.json"
-    if source.parent.name == "checkpoints" and run_config.exists():
-        lineage["run_config"] = read_object(run_config)
+    if source.parent.name == "checkpoints":
+        lineage["run_config"] = read_json(source.parent.parent / "config.json")
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -313,8 +284,8 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0], skip_spec
 ```
 
 The tokenizer puts {len(tokenizer.start)} tokens before a prompt, as in training, and never reads
-`{END_OF_TEXT}` in a text as the end-of-text token; use `eos_token_id` = {settings["eos_token_id"]}.
-It completes code; it follows no instructions. What it writes is to be run in a sandbox only.
+`{END_OF_TEXT}` in a text as the end-of-text token; use `eos_token_id` = {tokenizer.end_of_text}.
+It completes code; it follows no instructions. Run what it writes in a sandbox only.
 
 ## Lineage
 

@@ -41,7 +41,7 @@ MEASURES = {
     "unseen": ("unseen/results.json", "pass@1", 100, "exercises of unseen families: pass@1, %"),
     "humaneval": ("humaneval/results.json", "pass@1", 100, "HumanEval: pass@1, %"),
     "mbpp": ("mbpp/results.json", "pass@1", 100, "MBPP: pass@1, %"),
-    "bits": ("bits.json", "bits_per_byte", 1, "bits per byte of held-out real code"),
+    "bits": ("bits.json", "bits_per_byte", 1, "bits per byte of real code, lower is better"),
     "library": ("library.json", "right_frac", 100, "library attributes guessed right in it, %"),
 }
 SETS = ["heldout", "unseen", "humaneval", "mbpp"]
@@ -257,14 +257,15 @@ class Model:
         self.name, self.rung, self.size, self.seed, self.runs = name, rung, size, seed, runs
         self.config, self.folder, self.label = runs[-1]["config"], folder, LABELS.get(rung, rung)
         self.heldout = folder / "heldout" if size else folder  # the demo has no other problems
-        self.tokens = {r["data"]: r["summary"]["tokens"] for r in runs}
+        self.tokens = [(r["data"], r["summary"]["tokens"]) for r in runs]
         self.train_s = sum(r["summary"]["trained_s"] for r in runs)
         shape = ModelConfig(**{f.name: self.config[f.name] for f in fields(ModelConfig)})
-        self.flops = flops_per_token(shape) * sum(self.tokens.values())
-        self.scores = {}  # {name: (value, low, high)} of MEASURES
+        self.flops = flops_per_token(shape) * sum(n for _, n in self.tokens)
+        self.scores, self.problems = {}, {}  # {name: (value, low, high)} of MEASURES; how many
         for name, (file, key, factor, _) in MEASURES.items():
             if told := read_json(self.heldout / file if name == "heldout" else folder / file):
                 self.scores[name] = tuple(factor * x for x in (told[key], *told["ci95"]))
+                self.problems[name] = told.get("problems")
 
     def numbers(self) -> dict:
         """Return a row of ladder.json."""
@@ -285,7 +286,10 @@ def read_models(folder: Path) -> list[Model]:
             continue
         runs = [read_run(folder / "runs" / path.name)]
         while init := runs[0]["config"]["init_from"]:
-            runs.insert(0, read_run(folder / "runs" / Path(init).name))
+            before = folder / "runs" / Path(init).name
+            if not before.exists():  # it started from weights that came from elsewhere
+                break
+            runs.insert(0, read_run(before))
         demo = path.parent.name == "eval"
         rung, size, seed = (path.name, "", "s0") if demo else path.name.split("-")
         found.append(Model(path.name, rung, size, int(seed[1:]), path, runs))
@@ -332,7 +336,7 @@ class Scores:
         """Return the table of scores, its head first."""
         found = [["model", "tokens", *self.seeds, "FLOP", "seconds"]]
         for m in self.models:
-            tokens = " + ".join(f"{n / 1e6:.2f}M {data}" for data, n in m.tokens.items())
+            tokens = " + ".join(f"{n / 1e6:.2f}M {data}" for data, n in m.tokens)
             cells = [percent(m.scores.get(name)) for name in self.seeds]
             found.append([m.name, tokens, *cells, f"{m.flops:.2g}", f"{m.train_s:,.0f}"])
         return found
@@ -417,7 +421,10 @@ class Scores:
 
     def page(self) -> str:
         c, (head, *rows) = self.models[0].config, self.rows()
-        black = "Black: 95% intervals over problems. White dots: seeds, where there are several."
+        problems = {k: n for m in self.models for k, n in m.problems.items() if k in SETS}
+        asked = ", ".join(f"{n} {name}" for name, n in problems.items())
+        black = (f"Problems: {asked}. Black: 95% intervals over problems. White dots: the seeds, "
+                 "where there are several.")  # fmt: skip
         sizes = "; ".join(self.sizes.values())
         return page("nanophi: phi-1 in miniature", f"""<p class=note>{sizes}; vocabulary
 {c["vocab_size"]:,}, context {c["seq_len"]}; trained from nothing; commit {escape(c["commit"])},
