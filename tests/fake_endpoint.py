@@ -23,7 +23,7 @@ class FakeEndpoint:
     """`with FakeEndpoint(answer) as endpoint:` serves at endpoint.url.
 
     `answer(request)` is the text of a good reply; `faults(request)` lists what goes wrong before
-    it: names of FAULTS, other statuses, "429 after SECONDS", or "no usage", "length" and "chatter"
+    it: names of FAULTS, other statuses, "429 SECONDS", or "no usage", "length" and "chatter"
     for replies that are good HTTP. By default `max_faults` of FAULTS, chosen by the request's hash.
     """
 
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(200, good)
             case ["no", field]:
                 self.send(200, json.dumps({k: v for k, v in reply.items() if k != field}).encode())
-            case ["429", "after", value]:
+            case ["429", value]:
                 self.send(429, b"slow down", {"Retry-After": value})
             case ["drop"]:
                 self.close_connection = True

@@ -81,7 +81,7 @@ def test_a_rude_endpoint_ends_the_command_with_a_way_on(tmp_path, monkeypatch):
 )
 def test_the_wait_that_429_asks_for_is_kept(value, wait_s, tmp_path):
     waits = []
-    endpoint = FakeEndpoint(echo, lambda request: [f"429 after {value}"])
+    endpoint = FakeEndpoint(echo, lambda request: [f"429 {value}"])
     with client_of(endpoint, tmp_path / "c") as client:
         client.stop.wait = waits.append
         assert ask(client, "x") == "to x"
@@ -224,7 +224,12 @@ def test_a_cache_cut_anywhere_loses_at_most_one_reply_and_counts_what_was_in_fli
         assert len(ledger.replies) == len(settled)
         assert ledger.committed()["reply"] == 20 * (len(settled) + len(in_flight))
         ledger.file.close()
-    assert fill(tmp_path / "cut") == 1  # the last cut is in the last line
+    ledger = Ledger(tmp_path / "cut", options())  # whose last line is cut short
+    ledger.reserve("killed", llm.Counter(prompt=1, reply=20))
+    ledger.file.close()
+    again = Ledger(tmp_path / "cut", options(dry_run=True))
+    assert again.committed()["reply"] == 20 * (len(settled) + len(in_flight) + 1)
+    assert fill(tmp_path / "cut") == 1
     assert fill(tmp_path / "cut") == 0
 
 
