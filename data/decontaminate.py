@@ -16,10 +16,8 @@ The output has the documents that stay (shard i is input shard i less what was r
     summary.json            the paper's table: documents removed, problems similar at each tau
     report/pairs.txt        each problem beside its nearest document: read it
     report/problems.jsonl   for each problem its nearest document and, at each tau, how many are
-                            close: splits a score into similar and other problems, as in the paper
-    removed/                id, origin, problem, rate, distance and shared words of each removed one
-
-A document that is not Python is searched for fenced code blocks, and for n-grams all the same.
+                            close (eval/similarity.py splits scores by it)
+    removed/                each removed document with the problem it is close to
 """
 
 import json
@@ -78,7 +76,7 @@ class Hit:
         return self.close and self.rate >= tau - 1e-9
 
     def record(self, document: dict) -> dict:
-        """Return the line that the output has of this document and problem."""
+        """Return a line of the output about this document and problem."""
         return {
             "task_id": self.problem.task_id,
             "id": document["id"],
@@ -230,8 +228,7 @@ def closeness(record: dict) -> tuple:
 
 
 def ngrams(text: str) -> Iterator[tuple[str, ...]]:
-    """Return every NGRAM words in a row, in lower case; all but ASCII letters and digits separates.
-    """
+    """Yield every NGRAM words in a row, in lower case; only ASCII letters and digits are words."""
     words = WORD.findall(text.lower())
     return zip(*(words[i:] for i in range(NGRAM)))
 

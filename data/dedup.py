@@ -1,16 +1,14 @@
 """Remove duplicates: exact ones by hash, near ones by MinHash, LSH and exact Jaccard.
 
     python -m data.dedup --source out/filtered --out out/unique
-    mpirun -n 8 python -m mpi4py -m data.dedup --source out/filtered --out out/unique
 
 Two documents whose Jaccard index over shingles of 5 tokens reaches `--threshold` are one (see
 base/minhash.py), and so are all that such pairs connect. Of each group the document with the
 highest score stays; without scores the longest, and of equals the first. Output shard i is input
-shard i less what was removed, so the result does not depend on the number of ranks.
+shard i less what was removed; removed/ has a line for each, samples.txt some pairs to read.
 
-Connected groups can drift: a is like b, b like c, a not like c. The summary counts the removed
-documents that are below the threshold to the one kept in their place ("drifted"), and removed/ has
-each with its Jaccard index. Read samples.txt before you trust the threshold.
+Connected groups can drift: a is like b, b like c, a not like c. "drifted" counts the removed
+documents that are below the threshold to the one kept in their place.
 
 Each rank holds about 220 bytes a document in memory (LOG.md). Signatures, 0.5 kB a document, and
 shingles, about as large as the text, are files in the working folder, mapped where needed.
@@ -100,12 +98,10 @@ class Corpus:
 
     def jaccard(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """Return the exact Jaccard index float64 [pairs] of documents i and j."""
-        found = [np.zeros(0)]
-        size = lambda pair: len(pair[0]) + len(pair[1])  # noqa: E731
         pairs = ((self.shingles_of(a), self.shingles_of(b)) for a, b in zip(i, j))
-        for batch in batched(pairs, MATCH_SHINGLES, size):
-            found.append(minhash.jaccard(*zip(*batch)))
-        return np.concatenate(found)
+        batches = batched(pairs, MATCH_SHINGLES, lambda pair: len(pair[0]) + len(pair[1]))
+        found = [minhash.jaccard(*zip(*batch)) for batch in batches]
+        return np.concatenate([*found, np.zeros(0)])
 
     def shingles_of(self, index: int) -> np.ndarray:
         shard = np.searchsorted(self.begin, index, side="right") - 1
@@ -141,18 +137,14 @@ class Corpus:
                 if index not in jaccard:
                     kept.write(record)
                     continue
-                keeper, alike = self.keeper[index], round(jaccard[index], 4)
+                keeper = self.keeper[index]
                 same = self.first[keeper] == self.first[index]
+                alike = 1.0 if same else jaccard[index]  # which is 0 without any token
                 count["exact" if same else "near"] += 1
-                count["drifted"] += bool(not same and jaccard[index] < self.threshold)
-                lines.write(
-                    {
-                        "id": record["id"],
-                        "origin": record["origin"],
-                        "kept": f"{self.sha256[keeper, 0]:016x}",
-                        "jaccard": 1.0 if same else alike,  # also without any token
-                    }
-                )
+                count["drifted"] += bool(alike < self.threshold)
+                line = {"id": record["id"], "origin": record["origin"]}
+                line["kept"] = f"{self.sha256[keeper, 0]:016x}"
+                lines.write(line | {"jaccard": round(alike, 4)})
         return {**count, "documents": kept.documents, "bytes": kept.bytes, "texts": texts}
 
     def write_samples(self, path: Path, texts: dict[str, list[str]]) -> None:
@@ -205,18 +197,14 @@ def sketch(part: Part, score: str, bands: Bands) -> dict:
         signatures = minhash.signatures(hashes, starts, bands.permutations)
         digests = b"".join(bytes.fromhex(record["sha256"][:32]) for record in batch)
         sha256 = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2)
-        scores = np.array([number(record.get(score)) for record in batch], np.float64)
+        scores = [record.get(score) for record in batch]
+        scores = np.array([s if isinstance(s, (int, float)) else -np.inf for s in scores], float)
         lengths = np.array([len(record["text"]) for record in batch], np.int64)
         sketched.append((hashes, signatures, np.diff(starts), sha256, scores, lengths))
         count.update(documents_in=len(batch), bytes_in=sum(map(len, texts)))
     for name, arrays in zip(FIELDS, zip(*sketched)):
         np.save(part.scratch / f"{name}-{part.index:05d}.npy", np.concatenate(arrays))
     return dict(count)
-
-
-def number(score) -> float:
-    """Return a score as a float; a document without one comes after all that have one."""
-    return float(score) if isinstance(score, (int, float)) else float("-inf")
 
 
 def main() -> None:

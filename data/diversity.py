@@ -16,6 +16,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ SAMPLE = 2_000  # documents of a set that are looked at closely
 BUDGET_CHARS, EACH_CHARS = 1_000_000, 2_000  # of a set, of a document
 NEAR_DOCUMENTS = 50_000  # signatures of these are held in memory: 25 MB
 NEAR = 0.8  # as in data/dedup.py
-BATCH = 256  # documents signed at once
+BATCH = 1024  # documents signed at once
 VENDI_DOCUMENTS = 1_000
 COLORS = ["#1f6feb", "#d9730d", "#2da44e", "#8250df", "#bf3989", "#6e7781"]
 TOKEN = re.compile(r"[^\W\d]\w*|\d+|[^\w\s]")
@@ -69,26 +70,15 @@ class Config:
 def diversity(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError for a set without documents."""
     sets, names = [source_shards(source) for source in config.source], set_names(config.source)
-    owner = [number for number, shards in enumerate(sets) for _ in shards]
     with Stage(config, [shard for shards in sets for shard in shards]) as stage:
-        counts = stage.map("look", stage.shards, look)
-        samples, found = [], []
-        for number, name in enumerate(names):
-            mine = [i for i, of in enumerate(owner) if of == number]
-            records = [r for i in mine for r in read_jsonl(stage.scratch / f"sample-{i:05d}.jsonl")]
-            samples.append(sorted(records, key=lambda record: record["sha256"])[:SAMPLE])
-            documents, size = (sum(counts[i][k] for i in mine) for k in ("documents", "bytes"))
-            if documents < 2:
-                raise UserError(f"--source {name}: {documents} documents, want 2 or more")
-            found.append({"documents": documents, "mb": round(size / 1e6, 2)})
-        cut = [sum(len(record["text"][:EACH_CHARS]) for record in sample) for sample in samples]
-        chars, compared = min(BUDGET_CHARS, *cut), min(VENDI_DOCUMENTS, *map(len, samples))
-        measured = stage.map(
-            "measure",
-            [[i for i, of in enumerate(owner) if of == number] for number in range(len(sets))],
-            lambda part: measure(part, samples[part.index], chars, compared),
-        )
-        measured = {n: {**count, **m} for n, count, m in zip(names, found, measured)}
+        looks = stage.map("look", sets, look)
+        for name, found in zip(names, looks):
+            if found["documents"] < 2:
+                raise UserError(f"--source {name}: {found['documents']} documents, want 2 or more")
+        chars = min(BUDGET_CHARS, *(found.pop("cut_chars") for found in looks))
+        compared = min(VENDI_DOCUMENTS, *(found["documents"] for found in looks))
+        measures = stage.map("measure", sets, lambda part: measure(part, chars, compared))
+        measured = {n: {**found, **more} for n, found, more in zip(names, looks, measures)}
         if stage.ranks.rank == 0:
             draw(measured, stage.result / "diversity.png")
         alike = {"chars": chars, "vendi_documents": compared, "sample": SAMPLE}
@@ -105,30 +95,31 @@ def set_names(sources: tuple[Path, ...]) -> list[str]:
 
 
 def look(part: Part) -> dict:
-    """Leave the shard's documents with the smallest hashes, and the signatures of more."""
-    signed, keys, sample, size = [np.zeros((0, minhash.PERMUTATIONS), np.uint32)], [], [], 0
-    for batch in batched(part.documents(), BATCH):
+    """Leave the set's documents with the smallest hashes; compare the signatures of more."""
+    count, sample = Counter(documents=0, bytes=0), []
+    keys, signatures = np.zeros(0, np.uint64), np.zeros((0, minhash.PERMUTATIONS), np.uint32)
+    for batch in batched(chain.from_iterable(map(part.documents, part.item)), BATCH):
         texts = [record["text"].encode() for record in batch]
-        signed.append(minhash.signatures(*minhash.shingles(texts), minhash.PERMUTATIONS))
-        keys += [int(record["id"], 16) for record in batch]
+        count.update(documents=len(texts), bytes=sum(map(len, texts)))
         sample = sorted(sample + batch, key=lambda record: record["sha256"])[:SAMPLE]
-        size += sum(map(len, texts))
-    keys = np.array(keys, np.uint64)
-    first = np.argsort(keys, kind="stable")[:NEAR_DOCUMENTS]
-    np.save(part.scratch / f"keys-{part.index:05d}.npy", keys[first])
-    np.save(part.scratch / f"signatures-{part.index:05d}.npy", np.concatenate(signed)[first])
+        keys = np.append(keys, np.array([int(record["id"], 16) for record in batch], np.uint64))
+        signed = minhash.signatures(*minhash.shingles(texts), minhash.PERMUTATIONS)
+        smallest = np.argsort(keys, kind="stable")[:NEAR_DOCUMENTS]
+        keys, signatures = keys[smallest], np.concatenate([signatures, signed])[smallest]
     write_jsonl(part.scratch / f"sample-{part.index:05d}.jsonl", sample)
-    return {"documents": len(keys), "bytes": size}
+    return {
+        "documents": count["documents"],
+        "mb": round(count["bytes"] / 1e6, 2),
+        "near_duplicate_frac": round(near_duplicates(signatures), 4),
+        "cut_chars": sum(len(record["text"][:EACH_CHARS]) for record in sample),
+    }
 
 
-def measure(part: Part, sample: list[dict], chars: int, compared: int) -> dict:
-    """Measure one set on its sample and on the signatures that its shards, part.item, left."""
+def measure(part: Part, chars: int, compared: int) -> dict:
+    """Measure a set's sample, its first `chars` characters and `compared` documents."""
     import zstandard  # here: ladder_page, which takes the table from this file, needs none
 
-    def load(name: str) -> np.ndarray:
-        files = (part.stage.scratch / f"{name}-{i:05d}.npy" for i in part.item)
-        return np.concatenate([np.load(file) for file in files])
-
+    sample = list(read_jsonl(part.stage.scratch / f"sample-{part.index:05d}.jsonl"))
     texts = [record["text"][:EACH_CHARS] for record in sample]
     together = "\n".join(texts)[:chars]
     tokens = TOKEN.findall(together)
@@ -138,9 +129,7 @@ def measure(part: Part, sample: list[dict], chars: int, compared: int) -> dict:
     topics = Counter(topic for fact in known for topic in fact["topics"])
     complexity = [c for fact in known for c in fact["complexity"]] or [0]
     compressed = zstandard.ZstdCompressor(level=19).compress(together.encode())
-    signatures = load("signatures")[np.argsort(load("keys"), kind="stable")[:NEAR_DOCUMENTS]]
     return {
-        "near_duplicate_frac": round(near_duplicates(signatures), 4),
         "distinct_4": round(len(set(grams)) / max(len(grams), 1), 4),
         "compression": round(len(together.encode()) / len(compressed), 2),
         "vendi": round(vendi(texts[:compared]), 1),
@@ -164,7 +153,7 @@ def near_duplicates(signatures: np.ndarray) -> float:
             alike = (signatures[i] == signatures[j]).mean(1) >= NEAR
             pairs.append(np.stack([i[alike], j[alike]]))
     group = minhash.components(len(signatures), *np.concatenate(pairs, axis=1))
-    return 1 - len(np.unique(group)) / len(group)
+    return 1 - len(np.unique(group)) / max(len(group), 1)
 
 
 def vendi(texts: list[str]) -> float:

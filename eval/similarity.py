@@ -1,15 +1,12 @@
 """Split scores into problems that are similar to the training exercises and others.
 
-    python -m data.decontaminate --source out/exercises/train --out out/clean --benchmarks FILE
     python -m eval.similarity out/eval/a out/eval/b --report out/clean/report/problems.jsonl
 
 Section 5 of the phi-1 paper (arXiv 2306.11644): a model that has only memorised its exercises
 solves the problems that are similar to them, and no others. A problem is similar at tau if
-data.decontaminate found an exercise close to it with a match rate of at least tau. Intervals are
-95 %: Wilson's for a score, Newcombe's (1998, method 10) for the difference of two.
-
-Similar problems may also be the easier ones: short functions have more neighbours. So compare with
-a model that has not seen the exercises, as the paper does with StarCoder: give both folders.
+data.decontaminate found an exercise close to it with a match rate of at least tau. Similar problems
+may also be the easier ones, so name a model that has not seen the exercises, too, as the paper does
+with StarCoder. Intervals are 95 %: Wilson's, and Newcombe's (1998, method 10) for the difference.
 """
 
 import json
@@ -46,12 +43,13 @@ def split(rates: dict[str, float], close: dict[str, dict[str, int]], tau: str) -
     """Return the scores on the problems that are similar at `tau` and on the others."""
     similar = mean([rate for task_id, rate in rates.items() if close[task_id][tau]])
     other = mean([rate for task_id, rate in rates.items() if not close[task_id][tau]])
-    more = difference(similar, other) if similar and other else None
-    return {"similar": similar, "other": other, "difference": more}
+    return {"similar": similar, "other": other, "difference": difference(similar, other)}
 
 
-def difference(a: dict, b: dict) -> dict:
-    """Return score a minus score b, of other problems, with Newcombe's interval."""
+def difference(a: dict | None, b: dict | None) -> dict | None:
+    """Return score a minus score b, on other problems, with Newcombe's interval."""
+    if a is None or b is None:
+        return None
     p, q, (p_low, p_high), (q_low, q_high) = a["pass@1"], b["pass@1"], a["ci95"], b["ci95"]
     low = p - q - math.hypot(p - p_low, q_high - q)
     high = p - q + math.hypot(p_high - p, q - q_low)

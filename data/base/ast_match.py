@@ -12,6 +12,7 @@ which is 1 for the same structure, and 0.95 for a copy with one more node in twe
 """
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,13 +23,7 @@ from rapidfuzz.process import cdist
 from data.base.syntax import FENCE, FUNCTIONS, docstring, parse_python
 
 LEFT_OUT = {"ctx", "annotation", "returns", "decorator_list", "type_params", "type_comment"}
-NODE_TYPES = sorted(
-    (t for t in vars(ast).values() if isinstance(t, type) and issubclass(t, ast.AST)),
-    key=lambda t: t.__name__,
-)
-CONSTANT_TYPES = (bool, int, float, complex, str, bytes, type(None), type(...))
-CODE = {t: i for i, t in enumerate((*NODE_TYPES, *CONSTANT_TYPES))}
-assert len(CODE) <= 256, "a code is a byte"
+CODE = defaultdict(lambda: len(CODE))  # of a node's type, or of a constant's: a byte
 
 
 @dataclass(frozen=True)
@@ -77,10 +72,7 @@ def node_codes(tree: ast.AST) -> bytes:
     codes, stack = bytearray(), [tree]
     while stack:
         node = stack.pop()
-        if isinstance(node, ast.Constant):
-            codes.append(CODE[type(node.value)])
-            continue
-        codes.append(CODE[type(node)])
+        codes.append(CODE[type(node.value if isinstance(node, ast.Constant) else node)])
         documented = isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)) and docstring(node)
         children = []
         for field, value in ast.iter_fields(node):

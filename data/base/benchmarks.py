@@ -3,6 +3,7 @@
 import ast
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,7 @@ FIELDS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")  # H
 
 
 def read_problems(path: Path) -> list[dict]:
-    """Read a JSONL file in HumanEval's format.
-
-    Raises UserError for a missing field or a repeated task_id.
-    """
+    """Read a file in HumanEval's format. Raises UserError for a missing field or repeated id."""
     problems = list(read_jsonl(path))
     for number, problem in enumerate(problems, 1):
         for field in FIELDS:
@@ -62,7 +60,6 @@ class Mbpp:
 
     @classmethod
     def of(cls, row: dict) -> "Mbpp":
-        """Read a row. Raises KeyError, TypeError, ValueError or AttributeError if it is none."""
         sanitized = "prompt" in row
         text = row["prompt" if sanitized else "text"].replace("\r\n", "\n")
         code = row["code"].replace("\r\n", "\n")
@@ -81,11 +78,8 @@ class Mbpp:
 def read_mbpp(path: Path) -> tuple[str, list[Mbpp]]:
     """Return the benchmark's name, "MBPP" or "MBPP sanitized", and its rows. Raises UserError."""
     rows = read_rows(path)
-    try:
-        name = "MBPP sanitized" if any("prompt" in row for row in rows) else "MBPP"
-        return name, [Mbpp.of(row) for row in rows]
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{path}: not MBPP: {e!r}") from None
+    name = "MBPP sanitized" if any("prompt" in row for row in rows) else "MBPP"
+    return name, convert(path, "MBPP", Mbpp.of, rows)
 
 
 @dataclass(frozen=True)
@@ -99,16 +93,17 @@ class Reference:
 
 def read_references(path: Path) -> list[Reference]:
     """Read a file in HumanEval's format, mbpp.jsonl or sanitized-mbpp.json. Raises UserError."""
-    rows = read_rows(path)
+    return convert(path, "HumanEval's format or MBPP", reference, read_rows(path))
+
+
+def convert(path: Path, wanted: str, make: Callable, rows: list[dict]) -> list:
     try:
-        return [_reference(row) for row in rows]
+        return [make(row) for row in rows]
     except (LookupError, TypeError, ValueError, SyntaxError, AttributeError) as e:
-        raise UserError(
-            f"--benchmarks {path}: neither HumanEval's format nor MBPP's: {e!r}"
-        ) from None
+        raise UserError(f"{path}: not {wanted}: {e!r}") from None
 
 
-def _reference(row: dict) -> Reference:
+def reference(row: dict) -> Reference:
     if "entry_point" not in row:
         mbpp = Mbpp.of(row)
         f = [f for f in functions(mbpp.code) if f.name == mbpp.entry_point][-1]

@@ -1,18 +1,17 @@
-"""Near-duplicate texts: token shingles, MinHash signatures, LSH candidates, exact Jaccard.
+"""Find near-duplicate texts: token shingles, MinHash signatures, LSH candidates, exact Jaccard.
 
-The similarity of two texts is the Jaccard index |A & B| / |A | B| of their sets of shingles: so
-many tokens in a row, where a token is a word ([A-Za-z0-9_] and all beyond ASCII) or one character
-of punctuation, and white space only separates. MinHash (Broder 1997) with banding (Leskovec,
-Rajaraman and Ullman, Mining of Massive Datasets, 3.4) finds pairs that may reach a threshold; these
-are then compared exactly, so that a wrong candidate costs time and removes nothing.
+The similarity of two texts is the Jaccard index |A & B| / |A | B| of their sets of shingles: 5
+tokens in a row. A token is a word ([A-Za-z0-9_] and all beyond ASCII) or one character of
+punctuation. MinHash (Broder 1997) with banding (Leskovec, Rajaraman and Ullman, Mining of Massive
+Datasets, 3.4) proposes pairs, which are then compared exactly: a wrong one costs only time.
 
-Everything works on many texts at once: texts are joined into one array of bytes, and a token's hash
-is the difference of two prefix sums. Shingles are 32-bit hashes: two different ones of a document
+All texts are hashed at once, as one array of bytes. Shingles are 32-bit hashes: two of a document
 of 1,000 shingles collide with a chance of 1e-4, and then the index is off by 1e-3.
 """
 
 import functools
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from data.base.documents import batched
 
-PERMUTATIONS = 128  # of a signature, where a command has no option for it
+PERMUTATIONS = 128  # in a signature
 RECALL = 0.99  # of pairs at the threshold that become candidates; more at a higher similarity
 SHINGLE = 5  # tokens; The Stack was deduplicated with 5-grams (Kocetkov 2022, arXiv 2211.15533)
 LEADERS = 64  # members of an LSH bucket that the others are compared with: bounds n^2
@@ -31,8 +30,8 @@ SEPARATOR = b"\n\n"  # between texts: a token never spans it
 _random = np.random.default_rng(20230620)  # fixed: the date of arXiv 2306.11644
 BYTE_HASH = _random.integers(0, 1 << 64, 256, dtype=np.uint64)
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2^64
-MULTIPLIERS = _random.integers(0, 1 << 32, 1024, dtype=np.uint32) | np.uint32(1)  # one permutation
-# of the 32-bit hashes each: x -> x * odd, modulo 2^32
+# One permutation of the 32-bit hashes each: x -> x * odd, modulo 2^32.
+MULTIPLIERS = _random.integers(0, 1 << 32, PERMUTATIONS, dtype=np.uint32) | np.uint32(1)
 WORD, PUNCTUATION = 1, 2  # classes of bytes; 0 is white space and control
 BYTE_CLASS = np.zeros(256, np.uint8)
 BYTE_CLASS[33:127] = PUNCTUATION
@@ -49,43 +48,38 @@ class Bands(NamedTuple):
     def permutations(self) -> int:
         return self.bands * self.rows
 
-    def recall(self, jaccard: float) -> float:
-        """Return the chance that a pair of this similarity becomes a candidate."""
-        return 1 - (1 - jaccard**self.rows) ** self.bands
-
 
 def choose_bands(threshold: float) -> Bands:
     """Return the most rows, so the fewest wrong candidates, that keep RECALL at the threshold."""
-    fits = (Bands(PERMUTATIONS // rows, rows) for rows in range(PERMUTATIONS, 0, -1))
-    return next(b for b in fits if b.recall(threshold) >= RECALL or b.rows == 1)
+    for rows in range(PERMUTATIONS, 0, -1):
+        bands = PERMUTATIONS // rows
+        if 1 - (1 - threshold**rows) ** bands >= RECALL:
+            break
+    return Bands(bands, rows)
 
 
-def shingles(texts: list[bytes], width: int = SHINGLE) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sets of shingles of `width` tokens, of UTF-8 texts end to end: hashes uint32 [N],
-    ascending in each text, and starts int64 [texts + 1].
+def shingles(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shingles of UTF-8 texts, end to end: hashes uint32 [N], ascending and different
+    within each text, and starts int64 [texts + 1].
 
     A text of fewer tokens has one shingle of them all, a text without tokens none.
     """
     sets, sizes = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
     for block in batched(texts, BLOCK_BYTES, len):
-        token_hash, token_text = _tokens(block)
-        # A shingle begins at each token and is cut at the end of its text; a cut one counts only
-        # where the text is shorter than a shingle.
-        bounds = np.searchsorted(token_text, np.arange(len(block) + 1))
-        left = bounds[1:][token_text] - np.arange(len(token_text))  # tokens from here to the end
-        total = token_hash.copy()
-        for j in range(1, min(width, len(total))):
-            term = token_hash[j:] * BASE ** np.uint64(j)
-            total[: len(total) - j] += np.where(left[: len(left) - j] > j, term, np.uint64(0))
-        whole = (left >= width) | (np.arange(len(left)) == bounds[token_text])
-        of_text = token_text[whole].astype(np.uint64)
-        keys = np.sort(of_text << np.uint64(32) | _mix(total[whole]) >> np.uint64(32))
+        tokens, text = _tokens(block)
+        bounds, place = np.searchsorted(text, np.arange(len(block) + 1)), np.arange(len(tokens))
+        left = bounds[1:][text] - place  # tokens from here to the end of the text
+        following = np.concatenate([tokens, np.zeros(SHINGLE, np.uint64)])
+        total = np.zeros(len(tokens), np.uint64)
+        for j in range(SHINGLE):
+            total += following[j:][: len(tokens)] * (left > j) * BASE ** np.uint64(j)
+        whole = (left >= SHINGLE) | (place == bounds[text])
+        keys = text[whole].astype(np.uint64) << np.uint64(32) | _mix(total[whole]) >> np.uint64(32)
+        keys.sort()  # np.unique is slower
         keys = keys[np.r_[True, keys[1:] != keys[:-1]][: len(keys)]]
         sets.append(keys.astype(np.uint32))
         sizes.append(np.bincount(keys >> np.uint64(32), minlength=len(block)))
-    starts = np.zeros(len(texts) + 1, np.int64)
-    np.cumsum(np.concatenate(sizes), out=starts[1:])
-    return np.concatenate(sets), starts
+    return np.concatenate(sets), np.cumsum(np.concatenate([[0], *sizes]))
 
 
 def signatures(hashes: np.ndarray, starts: np.ndarray, permutations: int) -> np.ndarray:
@@ -114,9 +108,9 @@ def bucket_pairs(keys: np.ndarray, members: np.ndarray) -> Iterator[tuple[np.nda
     n then costs n pairs, not n^2, and copies of one text still meet in its first members.
     """
     order = np.argsort(keys, kind="stable")
-    members, keys, place = members[order], keys[order], np.arange(len(keys))
-    first = np.searchsorted(keys, keys)  # of each key's bucket
-    later = place
+    members, keys = members[order], keys[order]
+    first = np.searchsorted(keys, keys)  # in each one's bucket
+    later = np.arange(len(keys))
     for leader in range(LEADERS):
         later = later[later - first[later] > leader]
         for begin in range(0, len(later), CHUNK_PAIRS):
@@ -125,15 +119,15 @@ def bucket_pairs(keys: np.ndarray, members: np.ndarray) -> Iterator[tuple[np.nda
 
 
 def jaccard(sets: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
-    """Return the Jaccard index float64 [pairs] of each set with its other, both as `shingles`
-    gives them; 0 for two empty sets."""
-    sizes = np.array([[len(a), len(b)] for a, b in zip(sets, others)], np.int64).reshape(-1, 2)
-    pair = np.repeat(np.arange(len(sets), dtype=np.uint64), sizes.sum(1))
+    """Return the Jaccard index float64 [pairs] of each set of shingles with its other; 0 for two
+    empty sets."""
+    sizes = np.array([len(a) + len(b) for a, b in zip(sets, others)], np.int64)
+    pair = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
     both = [s for ab in zip(sets, others) for s in ab]
     keys = np.sort(pair << np.uint64(32) | np.concatenate([*both, np.zeros(0, np.uint32)]))
     twice = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)
-    common = np.bincount(twice.astype(np.int64), minlength=len(sets))
-    return common / np.maximum(sizes.sum(1) - common, 1)
+    common = np.bincount(twice.astype(np.int64), minlength=len(sizes))
+    return common / np.maximum(sizes - common, 1)
 
 
 def components(count: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
@@ -146,43 +140,41 @@ def components(count: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
 
 
 class Index:
-    """The texts accepted so far, to find near-duplicates as texts come in (data/synthesize.py).
-
-    data/dedup.py answers the same for a whole corpus at once.
-    """
+    """The texts accepted so far, to find near-duplicates as texts come in (data/synthesize.py)."""
 
     def __init__(self, threshold: float):
-        self.threshold = threshold
-        self.bands = choose_bands(threshold)
+        self.threshold, self.bands = threshold, choose_bands(threshold)
         self.hashes: set[bytes] = set()
         self.sets: list[np.ndarray] = []  # shingles
-        self.buckets: dict[tuple[int, int], list[int]] = {}  # (band, key): indexes of sets
+        self.buckets = defaultdict(list)  # (band, key): indexes of sets
 
     def add(self, texts: list[str], always: bool = False) -> list[str]:
-        """Accept each text or say why not: "duplicate", "near-duplicate", or "" if it was added."""
+        """Accept each text or say why not: "duplicate", "near-duplicate", or "" if it was added.
+
+        With `always` only exact duplicates are refused.
+        """
         hashes, starts = shingles([text.encode() for text in texts])
         signature = signatures(hashes, starts, self.bands.permutations)
-        keys = [band_keys(signature, self.bands, b) for b in range(self.bands.bands)]
+        keys = [band_keys(signature, self.bands, b).tolist() for b in range(self.bands.bands)]
         reasons = []
         for i, text in enumerate(texts):
             digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
             mine = hashes[starts[i] : starts[i + 1]]
-            places = [(b, int(keys[b][i])) for b in range(self.bands.bands)]
-            reason = "duplicate" if digest in self.hashes else ""
-            if not reason and not always and self.near(mine, places):
-                reason = "near-duplicate"
-            if not reason:
+            places = [(band, of_band[i]) for band, of_band in enumerate(keys)]
+            if digest in self.hashes:
+                reasons.append("duplicate")
+            elif not always and self.near(mine, places):
+                reasons.append("near-duplicate")
+            else:
+                reasons.append("")
                 self.hashes.add(digest)
                 for place in places:
-                    self.buckets.setdefault(place, []).append(len(self.sets))
+                    self.buckets[place].append(len(self.sets))
                 self.sets.append(mine)
-            reasons.append(reason)
         return reasons
 
     def near(self, mine: np.ndarray, places: list[tuple[int, int]]) -> bool:
         others = {i for place in places for i in self.buckets.get(place, ())[:LEADERS]}
-        if not others:
-            return False
         alike = jaccard([mine] * len(others), [self.sets[i] for i in others])
         return bool((alike >= self.threshold).any())
 

@@ -8,10 +8,9 @@ import pytest
 
 from common.config import UserError
 from common.files import read_documents, read_jsonl, shard_files
-from data.base.ast_match import Matcher, functions
+from data.base.ast_match import functions
 from data.base.benchmarks import read_references
 from data.base.documents import document
-from data.base.features import Lexical
 from data.decontaminate import FAR, Config, Finder, decontaminate, ngrams
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
@@ -111,10 +110,6 @@ def out(source, problems, tmp_path_factory):
     return out
 
 
-def kept(folder):
-    return {d["origin"] for d in read_documents([folder])}
-
-
 def removed(folder):
     return {d["origin"]: d for f in shard_files(folder / "removed") for d in read_jsonl(f)}
 
@@ -122,7 +117,7 @@ def removed(folder):
 def test_what_is_removed_and_why(out):
     gone = removed(out)
     assert gone.keys() == {"renamed", "short near", "statement", "method", "markdown", "one edit"}
-    assert kept(out) == DOCUMENTS.keys() - gone.keys()
+    assert {d["origin"] for d in read_documents([out])} == DOCUMENTS.keys() - gone.keys()
     assert {name: d["task_id"] for name, d in gone.items()} == {
         name: "T/1" if name == "short near" else "T/0" for name in gone
     }
@@ -132,8 +127,7 @@ def test_what_is_removed_and_why(out):
     assert gone["statement"]["words"] == words
     assert gone["statement"]["match_rate"] == 0
     assert gone["renamed"]["words"] == ""
-    for record in read_documents([out]):
-        assert record == document(DOCUMENTS[record["origin"]], record["origin"])
+    assert {d["origin"]: d["text"] for d in read_documents([out])}.items() <= DOCUMENTS.items()
 
 
 def test_the_table(out):
@@ -174,15 +168,6 @@ def test_thresholds(out, source, problems, tmp_path, monkeypatch, constant, valu
     assert removed(tmp_path / "o").keys() == removed(out).keys() - less | more
 
 
-def test_a_rate_of_tau_is_too_close(source, problems, tmp_path):
-    (a,), (b,) = functions(LONG + LONG_BODY), functions(DOCUMENTS["one edit"])
-    ((_, _, rate),) = Matcher([a.nodes], 0.8).match([b.nodes])
-    config = Config(source=(source,), benchmarks=(problems,), out=tmp_path / "o", tau=rate)
-    summary = decontaminate(config)
-    assert "one edit" in removed(tmp_path / "o")
-    assert summary["tau"][f"{rate:g}"]["removed"] == 5
-
-
 def test_near_is_measured_on_the_problems(problems):
     known = read_references(problems)
     assert Finder(known, 0.8).near == FAR  # unrelated to each other
@@ -215,18 +200,6 @@ def test_ranks_write_the_same_bytes(out, source, problems, tmp_path):
     assert files(tmp_path / "two") == files(out)
 
 
-def test_lexical_distance():
-    texts = ["def is_even(n): return n", "def isEven(n): return n", "class Tree: pass", ""]
-    lexical = Lexical([texts[0], texts[2]])
-    distances = lexical.distances(texts)
-    assert distances[[0, 1], 0] == pytest.approx([0, 0], abs=1e-3)
-    assert distances[[2, 3], 0] == pytest.approx([2**0.5] * 2, abs=1e-3)
-    near, far = lexical.distances(["def is_even(n): return n, elephant", "def even(k): elephant"])[
-        :, 0
-    ]
-    assert 0 < near < far < 2**0.5
-
-
 def test_ngrams_are_of_words():
     words = [f"w{i}" for i in range(14)]
     text = "É, ".join(words[:7]).upper() + "_" + "\n# ".join(words[7:])
@@ -245,21 +218,18 @@ def test_problem_files(tmp_path, shared_eval):
     assert first.function.nodes == functions(first.function.text)[0].nodes
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", '{"task_id": 1}'),
-        ("a.jsonl", '{"task_id": 1, "entry_point": "f", "prompt": "f(", "canonical_solution": ""}'),
-        ("a.jsonl", '{"task_id": 1, "entry_point": "f", "prompt": "", "canonical_solution": ""}'),
-        ("a.json", "[1]"),
-        ("a.json", "{"),
-    ],
-)
-def test_a_file_without_problems_is_refused(source, tmp_path, name, content):
-    path = tmp_path / name
+HALF = '{"task_id": 1, "entry_point": "f", "canonical_solution": "", "prompt": '
+
+
+@pytest.mark.parametrize("content", ['{"task_id": 1}', HALF + '"f("}', HALF + '""}', "[1]", "{"])
+def test_a_file_without_problems_is_refused(source, tmp_path, content):
+    path = tmp_path / ("a.json" if content in "[1]{" else "a.jsonl")
     path.write_text(content)
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=path.name):
         decontaminate(Config(source=(source,), benchmarks=(path,), out=tmp_path / "o"))
-    with pytest.raises(UserError, match="tau"):
-        decontaminate(Config(source=(source,), benchmarks=(path,), out=tmp_path / "o", tau=0.2))
     assert not (tmp_path / "o").exists()
+
+
+def test_tau_is_not_small(source, problems, tmp_path):
+    with pytest.raises(UserError, match="tau"):
+        decontaminate(Config(source=(source,), benchmarks=(problems,), out=tmp_path, tau=0.2))

@@ -71,5 +71,3 @@ def test_errors(command, report, tmp_path):
     for rows, message in (([{"task_id": "a"}], "data.decontaminate's"), ([], "no problems")):
         path = write(tmp_path / "bad.jsonl", rows)
         assert message in command(unknown, "--report", path)[2]
-    (unknown / "results.json").write_text("half {")
-    assert "no evaluation's" in command(unknown, "--report", report)[2]
