@@ -22,7 +22,7 @@ from data.shards import open_shard
 from tests.fake_endpoint import FakeEndpoint
 from tokenizer import Tokenizer
 
-KILLS, CONCURRENCY, GOOD = 20, 3, 40
+KILLS, CONCURRENCY, GOOD = 9, 3, 40
 
 PROBLEM = '''def settle(entries, limit):
     """The highest standing before two entries in a row leave it above the limit."""
@@ -63,7 +63,7 @@ def teaching(i: int) -> str:
 
 
 def write_raw(path: Path) -> None:
-    """40 documents that teach, and what a corpus has besides: see `test_...` for the counts."""
+    """40 documents that teach, and what a corpus has besides: see the test for the counts."""
     texts = [teaching(i) for i in range(GOOD)]
     near = [t.replace("return total", "return 1 + total") for t in texts[:6]]
     glue = [f"from .{w} import {w}\n\n{w.upper()} = {w}({i})\n" for i, w in enumerate(NAMES)]
@@ -162,7 +162,7 @@ def test_what_was_planted_is_found_and_the_rest_is_packed(whole):
     assert len(texts) == GOOD
 
 
-def test_killed_twenty_times_the_bytes_are_the_same_and_nothing_is_paid_twice(whole, tmp_path):
+def test_killed_at_random_the_bytes_are_the_same_and_nothing_is_paid_twice(whole, tmp_path):
     root, raw, problems, seconds = whole
     draw, kills = random.Random(1), Counter(random.Random(2).choices(range(len(seconds)), k=KILLS))
     with FakeEndpoint(answer, max_faults=2) as endpoint:
