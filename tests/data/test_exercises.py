@@ -23,7 +23,7 @@ from common.files import read_documents, read_jsonl
 from data import exercises
 from data.exercises import Benchmarks, solution_key, tell
 from data.synthetic.concepts import CONCEPTS
-from data.synthetic.families import FAMILIES, values_of
+from data.synthetic.families import FAMILIES
 from data.synthetic.kinds import KINDS
 
 NONE = Benchmarks(())
@@ -97,13 +97,6 @@ def test_a_wrong_body_is_caught():
     for label in ("in_base", "find", "both", "list_then", "nested_walk"):
         with pytest.raises(AssertionError, match=label):
             run_tasks({label: [replace(ALL[label][0], body="return None if 0 else []")]})
-
-
-def test_values_of_a_parameter():
-    assert values_of("2..4; 9") == [2, 3, 4, 9]
-    assert values_of("a ~ -1; b c ~ ''") == [("a", -1), ("b c", "")]
-    assert [str(t) for t in values_of("SAME; LENGTH")] == ["x", "len(x)"]
-    assert [(s, str(t)) for s, t in values_of("int ~ 1..2")] == [("int", "1"), ("int", "2")]
 
 
 # ---- Training, and what is held out
@@ -310,23 +303,18 @@ LIMIT = {
     "task_id": 1,
     "text": "Write a function to limit n to the range from 0 to 10.",
     "test_setup_code": "",
-    "code": "def limit_it(n):\r\n  return min(max(n, 0), 10)",
-    "test_list": ["assert limit_it(-3) == 0", "assert limit_it(7) == 7"],
-}
-LARGER = LIMIT | {
-    "text": "The larger ones.",
-    "code": "def larger(a, b):\n    pass",
+    "code": "def limit_it(a, b):\r\n    pass",
     "test_list": [
-        "assert larger([1, 5], [2, 3]) == [2, 5]",
-        "assert larger([7], [7]) == [7]",
-        "assert larger([0, -1, 4], [3, -2, 9]) == [3, -1, 9]",
+        "assert limit_it([1, 5], [2, 3]) == [2, 5]",
+        "assert limit_it([7], [7]) == [7]",
+        "assert limit_it([0, -1, 4], [3, -2, 9]) == [3, -1, 9]",
     ],
 }
 
 
 def test_benchmark_problems_are_found_by_name_text_and_behaviour(tmp_path):
     (tmp_path / "humaneval.jsonl").write_text(json.dumps(ABOVE_NINE))
-    (tmp_path / "mbpp.json").write_text(json.dumps([LIMIT, LARGER]))
+    (tmp_path / "mbpp.json").write_text(json.dumps([LIMIT]))
     benchmarks = Benchmarks((tmp_path / "humaneval.jsonl", tmp_path / "mbpp.json"))
     exercise = tell(FAMILIES["clamp"][0], random.Random(0))
     varied = exercises.vary(FAMILIES["clamp"][0], random.Random(0))
@@ -351,12 +339,3 @@ def test_benchmark_problems_are_found_by_name_text_and_behaviour(tmp_path):
     tasks = FAMILIES["count"] + FAMILIES["combine"]
     found = [str(task) for task in tasks if benchmarks.has(task, exercises.results(task))]
     assert found == ["count(ints, x > 9)", "combine(two lists, max(x, y), [{e} {loop}])"]
-
-
-def test_hardly_a_wording_overlaps_with_humaneval_or_mbpp(shared_eval):
-    names = ("HumanEval.jsonl.gz", "mbpp.jsonl", "sanitized-mbpp.json")
-    benchmarks = Benchmarks(tuple(shared_eval / name for name in names))
-    for families, frac in ((SOME, 0), (CONCEPTS, 0.02)):
-        told = [tell(task, random.Random(0)) for tasks in families.values() for task in tasks]
-        close = [e.doc for e in told if benchmarks.overlap(e)]
-        assert len(close) <= frac * len(told), close
