@@ -5,7 +5,6 @@ two in a row, told in several wordings.
 """
 
 import itertools
-from pathlib import Path
 
 from data.synthetic import families
 from data.synthetic.families import read_families
@@ -62,4 +61,4 @@ def unite(pairs: list) -> list[tuple[int, int]]:
     return [(x // 2, y // 2) for x, y in zip(starts, ends)]
 
 
-CONCEPTS = read_families(Path(__file__).with_suffix(".txt"), vars(families) | globals(), limit=60)
+CONCEPTS = read_families("concepts.txt", vars(families) | globals(), limit=60)

@@ -47,11 +47,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce  # noqa: F401
 from itertools import islice  # noqa: F401
-from pathlib import Path
 
 from data.synthetic.kinds import LETTERS, blocks_of
-
-HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,25 +172,26 @@ def expand(text: str) -> list:
 
 
 TABLES: dict[str, list] = {}
-for block in blocks_of(HERE / "tables.txt"):
+for block in blocks_of("tables.txt"):
     label, *lines = block.split("\n")
     TABLES[label] = [row for line in lines for row in rows_of(label, line)]
 
 # ---- Reading families
 
 
-def read_families(
-    path: Path, scope: dict, limit: int = 0, braces: bool = False
-) -> dict[str, list[Task]]:
-    """Return the families in a file.
+def read_families(name: str, scope: dict, limit: int = 0, braces: bool = False) -> dict:
+    """Return the tasks of each family in a file, by its label.
 
     Oracles and what is in braces are evaluated in `scope`; a family has `limit` tasks at most.
     """
     found, shared = {}, {}
-    for block in blocks_of(path):
+    for block in blocks_of(name):
         label, head = block.split("\n")[0].split(" = ", 1)
         assert label not in found, f"two families {label}"
-        found[label] = read_family(label, head, block, shared, scope, limit, braces)
+        try:
+            found[label] = read_family(label, head, block, shared, scope, limit, braces)
+        except Exception as e:
+            raise ValueError(f"{name}: family {label} cannot be read: {e!r}") from e
     return found
 
 
@@ -277,4 +275,4 @@ def singular(text: str) -> str:
 
 
 ONE_ROW = {name: rows[0] for name, rows in TABLES.items() if len(rows) == 1}
-FAMILIES = read_families(HERE / "families.txt", globals() | ONE_ROW, braces=True)
+FAMILIES = read_families("families.txt", globals() | ONE_ROW, braces=True)

@@ -18,11 +18,8 @@ def train():
     return [tell(t, random.Random(i)) for i, t in enumerate(random.Random(0).sample(TASKS, 120))]
 
 
-def anything(task, wrong):
-    return True
-
-
-def test_damage_is_what_was_asked_and_wrong(train):
+def test_damage_is_what_was_asked_and_allowed_and_wrong(train):
+    anything = lambda task, wrong: True  # noqa: E731
     damaged = damage(train, 0.5, 0, anything)
     changed = [(a, b) for a, b in zip(train, damaged, strict=True) if a != b]
     assert len(changed) == len(train) // 2
@@ -31,39 +28,21 @@ def test_damage_is_what_was_asked_and_wrong(train):
         assert replace(b, wrong="") == a
         with pytest.raises((AssertionError, Exception)):
             check(b, results(b.task), range(POOL))
-    assert damage(train, 0, 0, anything) == train
     assert damage(train, 0.5, 0, anything) == damaged
-    assert damage(train, 0.5, 1, anything) != damaged
-
-
-def test_damage_makes_only_what_is_allowed(train):
-    some = train[:40]
-    keys = {key(e.task, e.wrong) for e in damage(some, 1, 0, anything)}
-    again = damage(some, 1, 0, lambda task, wrong: key(task, wrong) not in keys)
-    assert any(e.wrong for e in again)
-    assert not keys & {key(e.task, e.wrong) for e in again if e.wrong}
+    keys = {key(e.task, e.wrong) for e in damaged}
+    others = damage(train, 0.5, 0, lambda task, wrong: key(task, wrong) not in keys)
+    assert any(e.wrong for e in others)
+    assert not keys & {key(e.task, e.wrong) for e in others if e.wrong}
 
 
 def test_the_errors_that_damage_makes():
-    body = """best = 0
-for x in $a:
-    if x > 3 and x != 7:
-        best = max(best, x)
-return best"""
-    bodies = damaged_bodies(body)
-    for old, new in [
-        ("x > 3", "x >= 3"),
-        ("x > 3", "x < 3"),
-        ("x > 3", "x > 4"),
-        ("x > 3 and x != 7", "x > 3"),
-        ("x > 3 and x != 7", "x != 7"),
-        (" and ", " or "),
-        ("max(", "min("),
-        ("return best", "best"),
-        ("return best", "    return best"),
-        ("best = 0", "best = 1"),
-    ]:
-        assert body.replace(old, new) in bodies, new
+    body = "best = 0\nfor x in $a:\n    if x > 3 and x != 7:\n        best = max(best, x)\n"
+    body += "return best"
+    changes = """x > 3 => x >= 3; x > 3 => x < 3; x > 3 => x > 4; x > 3 and x != 7 => x > 3;
+        x > 3 and x != 7 => x != 7; and => or; max( => min(; best = 0 => best = 1;
+        return best => best; return best =>     return best"""
+    for old, new in (change.strip().split(" => ") for change in changes.split(";")):
+        assert body.replace(old, new) in damaged_bodies(body), new
     swapped = damaged_bodies("if $a > 1:\n    return 5\nelse:\n    return 6")
     assert "if $a > 1:\n    return 6\nelse:\n    return 5" in swapped
     assert "return [x for x in $a]" in damaged_bodies("return [x for x in $a if x > 2]")

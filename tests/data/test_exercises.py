@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from hashlib import sha256
 
@@ -22,15 +22,15 @@ from common.config import UserError
 from common.files import read_documents, read_jsonl
 from data import exercises
 from data.exercises import Benchmarks, solution_key, tell
-from data.synthetic.concepts import CONCEPTS, unite
-from data.synthetic.families import FAMILIES, values_of
+from data.synthetic.concepts import CONCEPTS
+from data.synthetic.families import FAMILIES
 from data.synthetic.kinds import KINDS
 
 NONE = Benchmarks(())
 ALL = FAMILIES | CONCEPTS
 TASKS = [task for tasks in ALL.values() for task in tasks]
 FEW = ("clamp", "combine", "count", "cut_text")
-# A part of each family, of its first task and others
+# A part of each family
 SOME = {k: random.Random(k).sample(v, min(len(v), 70)) for k, v in FAMILIES.items()}
 
 
@@ -64,46 +64,24 @@ def source(exercise):
 # ---- The content
 
 
-def test_there_are_many_tasks():
-    assert len(ALL) == len(FAMILIES) + len(CONCEPTS) >= 185
-    assert len(TASKS) >= 14_000 + 2_000
-    assert len({str(task) for task in TASKS}) == len(TASKS)
-
-
-def fault_of(task) -> str:
-    """Return what is wrong with a task, "" if nothing is."""
-    taken = {*dir(builtins), *keyword.kwlist} - {"_"}  # which a doctest of another test may set
-    kinds = [{*KINDS[kind].names.split()} for kind in task.args.split()]
-    names = set().union(*kinds)
-    if len(names) < sum(map(len, kinds)):
-        return "two arguments may have one name"
-    body = exercises.fill(task.body.replace("$f", "_f"), ("_a", "_b", "_c"))
-    nodes = [*ast.walk(ast.parse("def _f():\n" + textwrap.indent(body, "    ")))]
-    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    stored |= {n.arg for n in nodes if isinstance(n, ast.arg)}
-    if clash := names & (stored | taken) | stored & taken:
-        return f"{clash} mean two things"
-    told = [tell(task, random.Random(seed)) for seed in range(3)]
-    for e in told:
-        if not e.name.isidentifier() or e.name in taken | names:
-            return f"its function may be called {e.name}"
-        if re.search(r"[<>|]\w+[<>|]|\b[A-Z]{2,}\b(?<!LEN)", re.sub("'.*?'", "", e.doc)):
-            return f"a choice or parameter is left in {e.doc!r}"
-        if not e.doc.endswith((".", "?", ")")):
-            return f"{e.doc!r} is no sentence"
-        if max(map(len, source(e).splitlines())) > 100:
-            return "a line is too long"
-    return ""
-
-
 def test_every_task_is_well_formed():
-    faults = {str(task): fault_of(task) for task in TASKS[::3]}
-    assert not {task: fault for task, fault in faults.items() if fault}
-
-
-def test_every_concept_has_several_wordings():
-    for task in (tasks[0] for tasks in CONCEPTS.values()):
-        assert len({tell(task, random.Random(seed)).doc for seed in range(12)}) > 1, str(task)
+    assert len(ALL) == len(FAMILIES) + len(CONCEPTS) >= 185
+    assert len({str(task) for task in TASKS}) == len(TASKS) >= 16_000
+    taken = {*dir(builtins), *keyword.kwlist} - {"_"}  # which a doctest of another test may set
+    for task in TASKS[::4]:
+        kinds = [{*KINDS[kind].names.split()} for kind in task.args.split()]
+        names = set().union(*kinds)
+        assert len(names) == sum(map(len, kinds)), f"{task}: two arguments may have one name"
+        body = exercises.fill(task.body.replace("$f", "_f"), ("_a", "_b", "_c"))
+        nodes = [*ast.walk(ast.parse("def _f():\n" + textwrap.indent(body, "    ")))]
+        stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        stored |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+        assert not names & (stored | taken) | stored & taken, f"{task}: a name means two things"
+        for e in (tell(task, random.Random(seed)) for seed in range(3)):
+            assert e.name.isidentifier(), f"{task} as {e.name}"
+            assert e.name not in taken | names, f"{task} as {e.name}"
+            assert re.fullmatch(r"(?!.*<[^<>]*\|).*[.?)]", e.doc), e.doc
+            assert max(map(len, source(e).splitlines())) <= 100, f"{task}: a line is too long"
 
 
 @pytest.mark.parametrize("families", [SOME, CONCEPTS], ids=["families", "concepts"])
@@ -115,22 +93,10 @@ def test_a_docstring_determines_the_answer_and_the_body_gives_it(families):
             assert known.setdefault((task.args, doc), results) == results, (str(task), doc)
 
 
-@pytest.mark.parametrize("label", ["in_base", "find", "both", "list_then", "nested_walk"])
-def test_a_wrong_body_is_caught(label):
-    wrong = replace(ALL[label][0], body="return None if 0 else []")
-    with pytest.raises(AssertionError, match=label):
-        run_tasks({label: [wrong]})
-
-
-def test_values_of_a_parameter():
-    assert values_of("2..4; 9") == [2, 3, 4, 9]
-    assert values_of("a ~ -1; b c ~ ''") == [("a", -1), ("b c", "")]
-    assert [str(t) for t in values_of("SAME; LENGTH")] == ["x", "len(x)"]
-    assert [(s, str(t)) for s, t in values_of("int ~ 1..2")] == [("int", "1"), ("int", "2")]
-
-
-def test_an_oracle_merges_intervals():
-    assert unite([(5, 1), (5, 7), (8, 8)]) == [(1, 7), (8, 8)]
+def test_a_wrong_body_is_caught():
+    for label in ("in_base", "find", "both", "list_then", "nested_walk"):
+        with pytest.raises(AssertionError, match=label):
+            run_tasks({label: [replace(ALL[label][0], body="return None if 0 else []")]})
 
 
 # ---- Training, and what is held out
@@ -139,25 +105,19 @@ def test_an_oracle_merges_intervals():
 def test_examples_in_docstrings_are_right(train):
     shown = [e for e in train if e.example]
     assert 0.05 < len(shown) / len(train) < 0.2
-    runner, parser = doctest.DocTestRunner(verbose=False), doctest.DocTestParser()
     for e in shown:
         namespace = {}
         exec(source(e), namespace)
-        function = namespace[e.name]
-        assert runner.run(parser.get_doctest(function.__doc__, namespace, e.name, "", 0)) == (0, 1)
+        (example,) = doctest.DocTestParser().get_examples(namespace[e.name].__doc__)
+        assert repr(eval(example.source, namespace)) == example.want.strip()
 
 
 def test_solution_key_ignores_names_and_nothing_else():
     one = 'def f(xs):\n    """A."""\n    return [x + 1 for x in xs if x in "ab"]\n'
     same = 'def g(n):\n    """B."""\n    return [y + 1 for y in n if y in "ab"]\n'
     assert solution_key(one) == solution_key(same)
-    for other in (
-        one.replace("+ 1", "+ 2"),
-        one.replace("[x", "[xs"),
-        one.replace('"ab"', '"x"'),
-        one.replace("return [", "return sum([").replace('ab"]', 'ab"])'),
-    ):
-        assert solution_key(other) != solution_key(one)
+    for old, new in [("+ 1", "+ 2"), ("[x", "[xs"), ('"ab"', '"x"'), ("xs if", "xs[1:] if")]:
+        assert solution_key(one.replace(old, new)) != solution_key(one)
 
 
 def test_heldout_does_not_leak_and_is_made_of_what_training_shows(problems, train, outputs):
@@ -170,40 +130,29 @@ def test_heldout_does_not_leak_and_is_made_of_what_training_shows(problems, trai
     families = Counter(p["family"] for p in problems.values())
     assert set(families) <= {e.task.family for e in train}
     assert len(families) >= 40
-    assert max(families.values()) <= 200 / len(families) * 2
     shown = {str(p) for task in left for p in task.params}
     for task in outputs:
         if str(task) in problems:
             assert {str(p) for p in task.params if not isinstance(p, int)} <= shown
-
-
-def passes(check, candidate):
-    try:
-        check(candidate)
-    except Exception:
-        return False
-    return True
+    few = exercises.hold_out(outputs, 60, NONE)
+    assert list(few.items()) == list(problems.items())[:60]
 
 
 def test_heldout_tests_pass_the_reference_only(problems, outputs):
-    siblings = defaultdict(list)
-    for task in outputs:
-        siblings[task.family, task.args].append(task)
-    for task in outputs:
-        if not (problem := problems.get(str(task))):
-            continue
-        namespace, wanted = {}, []
+    for task in (task for task in outputs if str(task) in problems):
+        problem, namespace, wanted = problems[str(task)], {}, []
         exec(problem["prompt"] + problem["canonical_solution"] + "\n" + problem["test"], namespace)
         check, solution = namespace["check"], namespace[problem["entry_point"]]
         check(lambda *a, f=solution, seen=wanted: seen.append(f(*a)) or seen[-1])
         assert len(wanted) == exercises.TESTS
         assert Counter(map(repr, wanted)).most_common(1)[0][1] <= exercises.MAX_SAME
-        for value in wanted:
-            assert not passes(check, lambda *a, value=value: value), f"{task}: constant {value!r}"
-        for i in range(len(task.args.split())):
-            assert not passes(check, lambda *a, i=i: a[i]), f"{task}: echo"
-        for other in siblings[task.family, task.args]:
-            assert other is task or not passes(check, other.oracle), f"{task}: {other} passes"
+        rivals = [t for t in outputs if (t.family, t.args) == (task.family, task.args)]
+        wrong = [t.oracle for t in rivals if t is not task]
+        wrong += [lambda *a, value=value: value for value in wanted]
+        wrong += [lambda *a, i=i: a[i] for i in range(len(task.args.split()))]
+        for candidate in wrong:
+            with pytest.raises(Exception):  # noqa: B017
+                check(candidate)
 
 
 def test_a_test_that_a_trivial_body_passes_is_refused():
@@ -216,11 +165,6 @@ def test_a_test_that_a_trivial_body_passes_is_refused():
     assert exercises.choose_tests(task, [x == 1 for x in inputs], [], rng) == []
 
 
-def test_a_smaller_split_is_the_beginning_of_a_larger_one(outputs, problems):
-    few = exercises.hold_out(outputs, 60, NONE)
-    assert list(few.items()) == list(problems.items())[:60]
-
-
 def test_too_large_a_count_is_refused(outputs, monkeypatch):
     monkeypatch.setattr(exercises, "MOST_MISSES", 300)
     some = {task: v for task, v in outputs.items() if task.family == "runs"}
@@ -230,9 +174,7 @@ def test_too_large_a_count_is_refused(outputs, monkeypatch):
 
 def test_shuffled_docstrings_keep_the_solutions(train):
     shuffled = exercises.shuffle_docstrings(train, 0)
-    assert [(e.solution(), e.arguments) for e in shuffled] == [
-        (e.solution(), e.arguments) for e in train
-    ]
+    assert [e.solution() for e in shuffled] == [e.solution() for e in train]
     pairs = lambda es: Counter((e.task.args, e.name, e.doc, e.example) for e in es)  # noqa: E731
     assert pairs(shuffled) == pairs(train)
     assert sum(a.doc != b.doc for a, b in zip(train, shuffled)) > 0.9 * len(train)
@@ -247,13 +189,9 @@ def test_unseen_families_do_not_leak(outputs):
     assert exercises.UNSEEN == {p["family"] for p in unseen.values()}
     assert not exercises.UNSEEN & {task.family for task in seen}
     assert len(seen) > 0.7 * len(outputs)
-    hidden = [task for task in outputs if task.family in exercises.UNSEEN]
-    made = {(task.args, repr(outputs[task])) for task in hidden}
-    assert not made & {(task.args, repr(outputs[task])) for task in seen}
-    assert not {exercises.key(task) for task in hidden} & {exercises.key(task) for task in seen}
-
-
-def test_a_task_that_does_what_an_unseen_one_does_is_left_out():
+    hidden = {exercises.key(task) for task in outputs if task.family in exercises.UNSEEN}
+    assert not hidden & {exercises.key(task) for task in seen}
+    # A task that does what one of an unseen family does is left out
     unseen = next(t for t in FAMILIES["windows"] if str(t) == "windows(sum(x), 3)")
     body = "return [sum($a[i:i + 3]) for i in range(0, len($a) - 2)]"
     others = [
@@ -297,11 +235,9 @@ def test_command_writes_the_same_bytes_for_a_seed(tmp_path):
     flags = ("--count=400", "--heldout=20")
     a, documents, summary = generate(tmp_path / "a", *flags, hash_seed="1")
     assert a == generate(tmp_path / "b", *flags, hash_seed="2")[0]
-    c, shuffled, other = generate(
-        tmp_path / "c", *flags, "--seed=1", "--shuffle_docstrings", hash_seed="1"
-    )
+    flags += ("--seed=1", "--shuffle_docstrings")
+    c, _, other = generate(tmp_path / "c", *flags, hash_seed="1")
     assert a["heldout.jsonl"] == c["heldout.jsonl"]
-    assert documents != shuffled
     assert other["docstrings_exchanged"] > 200 > summary["docstrings_exchanged"] == 0
     heldout = list(read_jsonl(tmp_path / "a/heldout.jsonl"))
     assert len(documents) == summary["documents"] == sum(summary["train_by_family"].values()) == 400
@@ -309,27 +245,22 @@ def test_command_writes_the_same_bytes_for_a_seed(tmp_path):
     # The demo's numbers are of these very exercises
     assert sha256("".join(d["text"] for d in documents).encode()).hexdigest() == TRAIN_SHA256
     assert sha256("".join(map(json.dumps, heldout)).encode()).hexdigest() == HELDOUT_SHA256
-    for d in documents:
-        assert d["text"] == d["prompt"] + d["solution"]
-        assert d["origin"] == "exercises:" + d["family"]
-        assert d["prompt"].startswith(f"def {d['entry_point']}(")
+    assert all(d["text"] == d["prompt"] + d["solution"] for d in documents)
     assert {d["family"] for d in documents} == set(FEW)
 
 
 def test_command_varies_damages_and_leaves_families_out(tmp_path):
     flags = ("--count=300", "--heldout=10", "--unseen=12", "--forms=varied")
     more = ["windows", "unclosed"]
-    a, damaged, summary = generate(
-        tmp_path / "a", *flags, "--damage_frac=0.4", hash_seed="1", more=more
-    )
     c, sound, _ = generate(tmp_path / "c", *flags, hash_seed="3", more=more)
+    flags += ("--damage_frac=0.4",)
+    a, damaged, summary = generate(tmp_path / "a", *flags, hash_seed="1", more=more)
     assert all(a[name] == c[name] for name in ("heldout.jsonl", "unseen.jsonl"))
     unseen = list(read_jsonl(tmp_path / "a/unseen.jsonl"))
     assert sum(d.get("damaged", False) for d in damaged) == summary["damaged"] == 120
     assert len(unseen) == summary["unseen"] == 12
     assert {p["family"] for p in unseen} == {*more}
     assert {d["family"] for d in damaged} == set(FEW)
-    assert not any("damaged" in d for d in sound)
     for a, b in zip(damaged, sound, strict=True):
         assert all(a[k] == b[k] for k in ("prompt", "entry_point", "family", "task", "origin"))
         assert (a["solution"] != b["solution"]) == a.get("damaged", False)
@@ -344,7 +275,6 @@ def test_command_varies_damages_and_leaves_families_out(tmp_path):
     [
         ("--count=0", "want a --count of 1 or more"),
         ("--heldout=100000", "--heldout 100000: only"),
-        ("--unseen=5", "--unseen 5: only 0 tasks qualify"),
         ("--damage_frac=1.5", "--damage_frac 1.5: want a share"),
         ("--forms=other", "--forms 'other': want plain or varied"),
         ("--benchmarks=nowhere.jsonl", "nowhere.jsonl: no such file"),
@@ -364,74 +294,48 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, in_process, flag, message)
 # ---- Benchmarks
 
 ABOVE_NINE = {
-    "task_id": "HumanEval/0",
     "prompt": 'def above_nine(xs):\n    """Tell me how many of the given whole numbers are '
     'found to be larger than nine."""\n',
     "entry_point": "above_nine",
-    "test": "def check(candidate):\n    assert candidate([10, 9, 3]) == 1\n"
-    "    assert candidate([11, 12, -20]) == 2\n    assert candidate([5]) == 0\n",
+    "test": "assert f([10, 9, 3]) == 1\nassert f([11, 12, -20]) == 2\nassert f([5]) == 0\n",
 }
 LIMIT = {
     "task_id": 1,
     "text": "Write a function to limit n to the range from 0 to 10.",
     "test_setup_code": "",
-    "code": "def limit_it(n):\r\n  return min(max(n, 0), 10)",
-    "test_list": ["assert limit_it(-3) == 0", "assert limit_it(7) == 7"],
-}
-LARGER = {
-    "task_id": 2,
-    "text": "The larger ones.",
-    "test_setup_code": "",
-    "code": "def larger(a, b):\n    pass",
+    "code": "def limit_it(a, b):\r\n    pass",
     "test_list": [
-        "assert larger([1, 5], [2, 3]) == [2, 5]",
-        "assert larger([7], [7]) == [7]",
-        "assert larger([0, -1, 4], [3, -2, 9]) == [3, -1, 9]",
+        "assert limit_it([1, 5], [2, 3]) == [2, 5]",
+        "assert limit_it([7], [7]) == [7]",
+        "assert limit_it([0, -1, 4], [3, -2, 9]) == [3, -1, 9]",
     ],
 }
 
 
 def test_benchmark_problems_are_found_by_name_text_and_behaviour(tmp_path):
     (tmp_path / "humaneval.jsonl").write_text(json.dumps(ABOVE_NINE))
-    (tmp_path / "mbpp.json").write_text(json.dumps([LIMIT, LARGER]))
+    (tmp_path / "mbpp.json").write_text(json.dumps([LIMIT]))
     benchmarks = Benchmarks((tmp_path / "humaneval.jsonl", tmp_path / "mbpp.json"))
     exercise = tell(FAMILIES["clamp"][0], random.Random(0))
     varied = exercises.vary(FAMILIES["clamp"][0], random.Random(0))
-    assert benchmarks.overlap(exercise) == benchmarks.overlap(varied) == ""
-    assert "name" in benchmarks.overlap(replace(exercise, name="limit_it"))
-    for name in ("above_nine", "aboveNine", "above_Nine", "Above_nine"):
-        assert "name" in benchmarks.overlap(replace(varied, name=name))
     benchmarks.names.add("solve")
-    assert benchmarks.overlap(replace(varied, name="solve")) == ""  # it tells nothing
-    assert "name" in benchmarks.overlap(replace(exercise, name="solve"))
-    same = replace(exercise, doc="Limit $a to the range from 0 to 10.", arguments=("n",))
-    assert "docstring" in benchmarks.overlap(same)
-    shared = "how many of the given whole numbers are found to be"
-    assert "docstring" in benchmarks.overlap(replace(exercise, doc=f"Say {shared} small."))
-    assert benchmarks.overlap(replace(exercise, doc=f"Say {shared[:-6]} small.")) == ""
-    dressed = replace(varied.form, prose="You are given a number n. Please limit it.")
-    core = replace(varied, doc="Limit n to the range from 0 to 10.", form=dressed)
-    assert "docstring" in benchmarks.overlap(core)
-    dressed = replace(varied.form, prose=f"Please say {shared} small.")
-    assert "docstring" in benchmarks.overlap(replace(varied, form=dressed))
-    found = {
-        str(task)
-        for task in FAMILIES["count"] + FAMILIES["combine"]
-        if benchmarks.has(task, exercises.results(task))
-    }
-    assert {"count(ints, x > 9)", "combine(two lists, max(x, y), [{e} {loop}])"} <= found
-    assert not found & {"count(ints, x > 8)", "count(ints, x > 10)", "count(ints, x < 9)"}
-    assert not [task for task in found if task.startswith("combine") and "max(x, y)" not in task]
-
-
-def test_hardly_a_wording_overlaps_with_humaneval_or_mbpp(shared_eval):
-    names = ("HumanEval.jsonl.gz", "mbpp.jsonl", "sanitized-mbpp.json")
-    benchmarks = Benchmarks(tuple(shared_eval / name for name in names))
-    assert len(benchmarks.names) > 1000
-    for tasks in SOME.values():
-        for task in tasks:
-            exercise = tell(task, random.Random(0))
-            assert not benchmarks.overlap(exercise), (exercise.name, exercise.doc)
-    told = [tell(task, random.Random(0)) for tasks in CONCEPTS.values() for task in tasks]
-    close = [e.doc for e in told if "docstring" in benchmarks.overlap(e)]
-    assert len(close) <= len(told) // 200, close
+    shared, limit = "how many of the given whole numbers are found to be", "Limit n to the range"
+    for told, why in [
+        (exercise, ""),
+        (varied, ""),
+        (replace(exercise, name="limit_it"), "name"),
+        (replace(varied, name="aboveNine"), "name"),
+        (replace(varied, name="Above_nine"), "name"),
+        (replace(exercise, name="solve"), "name"),
+        (replace(varied, name="solve"), ""),  # it tells nothing
+        (replace(exercise, doc=f"{limit} from 0 to 10."), "docstring"),
+        (replace(varied, doc=f"{limit} from 0 to 10."), "docstring"),
+        (replace(exercise, doc=f"Say {shared} small."), "docstring"),
+        (replace(exercise, doc=f"Say {shared[:-6]} small."), ""),
+        (replace(varied, form=replace(varied.form, prose=f"Say {shared} small.")), "docstring"),
+    ]:
+        found = benchmarks.overlap(told)
+        assert why in found if why else not found, told
+    tasks = FAMILIES["count"] + FAMILIES["combine"]
+    found = [str(task) for task in tasks if benchmarks.has(task, exercises.results(task))]
+    assert found == ["count(ints, x > 9)", "combine(two lists, max(x, y), [{e} {loop}])"]
