@@ -110,7 +110,7 @@ def step_bytes(c: ModelConfig, batch: int, positions: float, itemsize: int) -> f
 
 def roof_frac(c: Config, model: Phi, batch: int, copy_bytes_per_s: float) -> tuple[float, float]:
     """(bytes/s of the steps alone, that over the copy's)."""
-    decoder = TritonDecoder(model, batch, c.prompt_tokens + c.new_tokens, c.new_tokens)
+    decoder = TritonDecoder(model, batch, c.prompt_tokens + c.new_tokens)
     for row in range(batch):
         decoder.load(row, [1] * c.prompt_tokens, torch.zeros(1))
     decoder.steps(batch, c.prompt_tokens, GREEDY)  # captures the graph
