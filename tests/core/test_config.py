@@ -115,9 +115,10 @@ def test_every_config_file_loads(path):  # ladder.toml is experiments/ladder.py'
 
 def test_every_field_is_read_and_has_help():
     source = "".join((ROOT / f).read_text() for f in ("train.py", "model.py", "common/runlog.py"))
+    comments = _comments(train.TrainConfig)
     for name in train.TrainConfig.__dataclass_fields__:
         assert f"c.{name}" in source or f'"{name}"' in source, f"nothing reads {name}"
-        assert _comments(train.TrainConfig).get(name)
+        assert comments[name]
 
 
 def test_error_is_one_line_and_status_2(in_process):

@@ -6,7 +6,7 @@ from three_way import DEVICE
 
 from common.config import UserError
 from model import ModelConfig, Phi
-from sample import GREEDY, Generator, Sampling, TorchDecoder, TritonDecoder, choose, grouped_linear
+from sample import GREEDY, Generator, Sampling, TorchDecoder, TritonDecoder, choose
 from tokenizer import Tokenizer
 
 PROMPTS = ["def append_0(", "x", "    return y * append + 9\n", "class", "def f(a, b):\n    if a"]
@@ -45,14 +45,6 @@ def test_greedy_equals_the_whole_forward(generator, batch_size):
 
 def test_stops_at_the_context(generator):
     assert generator.generate(["x"], 1000) == [greedy_without_a_cache(generator, "x", 1000)]
-
-
-def test_stop_strings_cut_the_text(generator):
-    [whole] = generator.generate(["def f"], 30)
-    for stop in (whole[5:8], whole[3], whole[10:12]):
-        assert generator.generate(["def f"], 30, stop=("never there", stop)) == [
-            whole[: whole.index(stop)]
-        ]
 
 
 def test_sampling_depends_on_the_seed_and_the_prompts_index_alone(generator):
@@ -205,42 +197,21 @@ def test_a_decoder_s_greedy_tokens_are_the_model_s(new_decoder):
     assert tokens == [by_the_model(model, prompt, 4) for prompt in ids]
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_bits_do_not_depend_on_the_batch(top_p):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_do_not_depend_on_the_batch(threads):
     """At the demo's width: every row alone has the logits that it has among 33."""
-    model = large(ModelConfig(2048, 64, 2, 6, 192, 768, 16))
-    ids, sampling = random_ids(33, 2048, 40), Sampling(0.8, top_p)
-    tokens, logits = steps(model, ids, 6, sampling)
-    for rows in ([0], [7, 3], [32, 20, 1], list(range(5, 22))):
-        some, theirs = steps(model, [ids[row] for row in rows], 6, sampling)
-        assert some == [tokens[row] for row in rows]
-        for step in range(6):
-            assert torch.equal(theirs[step][: len(rows)], logits[step][rows]), (rows, step)
-
-
-@pytest.mark.usefixtures("threads")
-@torch.inference_mode()
-def test_same_rows_agree():
-    """What the probe of a decoder promises, for rows that it has not seen."""
-    decoder = TorchDecoder(Phi(ModelConfig(2048, 64, 1, 6, 192, 768, 16)), 1, 64)
-    tile = decoder.same
-    assert tile in range(2, 65, 2)
-    _, _, w_in, _, w_out, _ = decoder.layers[0]
-    for w in (w_in, w_out, decoder.w_head):
-        x, bias = torch.randn(2 * tile, len(w)), torch.randn(w.shape[1])
-        want = grouped_linear(x, w, bias, tile)
-        for rows in range(2, tile + 1, 2):
-            assert torch.equal(grouped_linear(x[:rows], w, bias, tile), want[:rows])
-            assert torch.equal(grouped_linear(x[-rows:], w, bias, tile), want[-rows:])
+    torch.set_num_threads(threads)
+    try:
+        model = large(ModelConfig(2048, 64, 2, 6, 192, 768, 16))
+        ids, sampling = random_ids(33, 2048, 40), Sampling(0.8, 0.9)
+        tokens, logits = steps(model, ids, 6, sampling)
+        for rows in ([0], [7, 3], [32, 20, 1], list(range(5, 22))):
+            some, theirs = steps(model, [ids[row] for row in rows], 6, sampling)
+            assert some == [tokens[row] for row in rows]
+            for step in range(6):
+                assert torch.equal(theirs[step][: len(rows)], logits[step][rows]), (rows, step)
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("most", [1, 30, 512])

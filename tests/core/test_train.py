@@ -1,5 +1,4 @@
 import json
-import math
 import shutil
 import sys
 import types
@@ -31,6 +30,7 @@ def reference(tiny, tokens, tmp_path_factory):
     return out
 
 
+GOLDEN = [6.2279, 6.1711, 6.1049, 6.0833, 6.0442, 6.0535]  # of the reference run
 LIKE_PHI1_SMALL = ["--seq_len=256", "--n_layer=4", "--n_head=16", "--width=1024",
                    "--mlp_width=4096", "--rotary_dim=32"]  # fmt: skip
 
@@ -41,8 +41,7 @@ def weights(run):
 
 def test_learns_and_keeps_the_best(reference):
     losses = [r["loss"] for r in read_metrics(reference) if "loss" in r]
-    assert losses[0] == pytest.approx(math.log(512), rel=0.02)  # uniform over the vocabulary
-    assert losses[-1] < losses[0] - 0.05
+    assert losses == pytest.approx(GOLDEN, abs=2e-3)
     best = json.loads((reference / "best.json").read_text())
     vals = {r["step"]: r["val_loss"] for r in read_metrics(reference) if "val_loss" in r}
     assert list(vals) == [4, 8, 12]
@@ -79,7 +78,7 @@ def test_half_precision_resumes_bitwise(
 
 
 def test_resume_is_bitwise(tiny, tokens, reference, tmp_path):
-    # The run as it was at step 8: later checkpoints gone, later lines in the log.
+    # The run as it was at step 8, with later lines in the log.
     shutil.copytree(reference, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000012")
     (tmp_path / "run/checkpoints/tmp-step-00000012").mkdir()  # of a save that was killed
