@@ -3,14 +3,14 @@
     x -> embed -> n_layer x [ x + attention(ln(x)) + mlp(ln(x)) ] -> ln_f -> head -> logits
 
 Rotary embedding on the first `rotary_dim` of the head dimensions, tanh-GELU, biases on every linear
-layer, the head included, no weight tying. Every shape is written B batch, T time, C width, H heads,
-D head dim, R rotary dims, M MLP width, V vocabulary, L layers, S positions in the cache.
+layer, no weight tying. Shapes: B batch, T time, C width, H heads, D head dim, R rotary dims,
+M MLP width, V vocabulary, L layers.
 
-The two projections into the block (qkv and MLP-up) read the same LayerNorm output, and the two out
-of it add into the same residual, so their weights lie side by side in `w_in` and `w_out`.
+The projections into a block (qkv and MLP-up) read the same LayerNorm output, and the two out of it
+add into the same residual, so their weights lie side by side in `w_in` and `w_out`.
 
-What you read here is the reference. `Phi(c, triton=True)` does the same sums with kernels/, a block
-in one call, and the two agree up to rounding; `select_kernels` says which a device should run.
+This is the reference. `Phi(c, triton=True)` computes the same with kernels/, a block in one call;
+the two agree up to rounding, and `select_kernels` says which one a device should run.
 """
 
 from collections.abc import Callable
@@ -92,17 +92,8 @@ def select_kernels(c: ModelConfig, device: torch.device) -> tuple[str, str]:
     raise UserError(f"kernels is triton, but {why}; try --kernels=torch")
 
 
-class KVCache:
-    """Keys and values of the positions seen so far: two [L, B, H, S, D] buffers."""
-
-    def __init__(self, c: ModelConfig, batch: int, positions: int, device, dtype):
-        shape = (c.n_layer, batch, c.n_head, positions, c.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-
-
 class Block(nn.Module):
-    """x + attention(ln(x)) + mlp(ln(x)); `fused` is kernels/block.py's version, None for torch's.
+    """x + attention(ln(x)) + mlp(ln(x)); `fused` is kernels/block.py's version, or None.
 
     With `recompute`, keep only the block's input and run the block again in backward.
     """
@@ -118,14 +109,13 @@ class Block(nn.Module):
         self.b_mlp = nn.Parameter(torch.empty(c.width))
 
     def forward(self, *args):
-        """See compute."""
         if self.recompute and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(self.compute, *args, use_reentrant=False)
         return self.compute(*args)
 
-    def compute(self, x, cos, sin, cache=None, positions=None, doc_start=None):
+    def compute(self, x, cos, sin, doc_start=None, keep=None):
         c, p = self.c, self.c.dropout if self.training else 0.0
-        if self.fused and cache is None:
+        if self.fused and keep is None:
             # On the CPU, where drawing a number does not wait for the GPU.
             seeds = torch.randint(2**62, (2,), device="cpu").tolist() if p else (0, 0)
             weights = self.w_in, self.b_in, self.w_out, self.b_attn, self.b_mlp
@@ -136,7 +126,7 @@ class Block(nn.Module):
         C, M = c.width, c.mlp_width
         h = F.linear(self.ln(x), self.w_in, self.b_in)  # [B, T, 3C + M]
         qkv, up = h.split([3 * C, M], dim=-1)
-        y = attention(qkv, c.n_head, cos, sin, p, cache, positions, doc_start)  # [B, T, C]
+        y = attention(qkv, c.n_head, cos, sin, p, doc_start, keep)  # [B, T, C]
         a = F.gelu(up, approximate="tanh")  # [B, T, M]
         w_attn, w_mlp = self.w_out.split([C, M], dim=1)
         y = F.dropout(F.linear(y, w_attn, self.b_attn), p)
@@ -144,73 +134,55 @@ class Block(nn.Module):
         return x + y + a
 
 
-def attention(
-    qkv, n_head: int, cos, sin, dropout: float = 0.0, cache=None, positions=None, doc_start=None
-):
+def attention(qkv, n_head: int, cos, sin, dropout: float = 0.0, doc_start=None, keep=None):
     """Causal rotary attention from the packed projection: [B, T, 3C] -> [B, T, C].
 
-    `cos` and `sin` are fp32, [T, R/2], or [B, T, R/2] where each row has positions of its own. With
-    a `cache` (a layer's k and v, [B, H, S, D]) the new keys and values are written at `positions`
-    [B, T], and each query attends to the cache up to its own position. With `doc_start` int32
-    [B, T], where each position's document begins in its row, a query attends from there on only.
+    `cos` and `sin` are fp32 [T, R/2]. With `doc_start` int32 [B, T], where each position's document
+    begins in its row, a query attends from there on only. Append (k, v), [B, H, T, D], to `keep`.
     """
     B, T, C3 = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # [B, H, T, D]
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if keep is not None:
+        keep.append((k, v))
     if doc_start is not None:
         t = torch.arange(T, device=qkv.device)
         seen = (t <= t[:, None]) & (t >= doc_start[:, :, None])  # [B, T, T]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], dropout_p=dropout)
-    elif cache is None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     else:
-        rows = torch.arange(B, device=qkv.device)[:, None]  # [B, 1]
-        for cached, new in zip(cache, (k, v)):
-            cached[rows, :, positions] = new.transpose(1, 2).to(cached.dtype)  # [B, T, H, D]
-        k, v = (cached.to(q.dtype) for cached in cache)
-        seen = torch.arange(k.shape[2], device=qkv.device) <= positions[:, None, :, None]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # mask [B, 1, T, S]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
 def rope_tables(T: int, R: int, theta: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 [T, R/2], of the angles: position t turns pair i by t theta^(-2i/R)."""
-    frequency = 1.0 / theta ** (torch.arange(0, R, 2, dtype=torch.float32) / max(1, R))
-    angle = torch.arange(T, dtype=torch.float32)[:, None] * frequency
+    """Return cos and sin, fp32 [T, R/2]: position t turns pair i by t theta^(-2i/R)."""
+    fp32 = {"dtype": torch.float32, "device": "cpu"}  # on every device the same bits
+    frequency = 1.0 / theta ** (torch.arange(0, R, 2, **fp32) / max(1, R))
+    angle = torch.arange(T, **fp32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x_i, x_{i + R/2}) of the first R dims of x [B, H, T, D] by their angles."""
-    if cos.dim() == 3:  # [B, T, R/2] -> [B, 1, T, R/2]
-        cos, sin = cos[:, None], sin[:, None]
+    """Turn the pairs (x_i, x_{i + R/2}) of the first R dims of x [.., T, D] by their angles."""
     half = cos.shape[-1]
     x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).to(x.dtype)
 
 
 class Phi(nn.Module):
-    """The language model. `model(idx, targets)` is the mean loss, `model(idx)` the logits.
-
-    triton      compute blocks and loss with kernels/ (not for a model with a cache)
-    recompute   see Block
-    """
+    """The language model; with `triton`, blocks and loss are those of kernels/."""
 
     def __init__(self, c: ModelConfig, triton: bool = False, recompute: bool = False):
         super().__init__()
-        self.c = c
-        fused_block = self.layernorm = self.linear_cross_entropy = None
+        self.c, self.triton = c, triton
+        fused_block = None
         if triton:  # imported here: triton is not on every machine
             from kernels.block import block as fused_block
-            from kernels.cross_entropy import linear_cross_entropy
-            from kernels.layernorm import layernorm
-
-            self.layernorm, self.linear_cross_entropy = layernorm, linear_cross_entropy
         self.embed = nn.Embedding(c.vocab_size, c.width)
         self.blocks = nn.ModuleList(Block(c, fused_block, recompute) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size)
-        for name, table in zip(("cos", "sin"), self.rope_tables()):
+        for name, table in zip(("cos", "sin"), rope_tables(c.seq_len, c.rotary_dim, c.rope_theta)):
             self.register_buffer(name, table.to(self.head.weight.device), persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -219,38 +191,32 @@ class Phi(nn.Module):
                 nn.init.zeros_(p)  # biases; LayerNorms start as the identity
 
     def _apply(self, fn, recurse=True):
-        """What .to() and the like call: the angles' tables go along, but stay fp32."""
+        """Let the angles' tables follow .to() and the like, but stay fp32."""
         super()._apply(fn, recurse)
+        c, device = self.c, self.cos.device
         if not self.cos.is_meta:
-            self.cos, self.sin = (t.to(self.cos.device) for t in self.rope_tables())
+            tables = rope_tables(c.seq_len, c.rotary_dim, c.rope_theta)
+            self.cos, self.sin = (table.to(device) for table in tables)
         return self
 
-    def rope_tables(self):
-        with torch.device("cpu"):  # on every device the same bits
-            return rope_tables(self.c.seq_len, self.c.rotary_dim, self.c.rope_theta)
-
-    def forward(
-        self, idx, targets=None, cache: KVCache | None = None, positions=None, doc_start=None
-    ):
-        """Loss, a scalar (fp32, or fp64 for an fp64 model), or logits [B, T, V] without targets.
+    def forward(self, idx, targets=None, doc_start=None, keep: list | None = None):
+        """Return the mean loss (fp32, or fp64 for an fp64 model), or without targets the logits.
 
         idx        int64 [B, T]
         targets    int64 [B, T], the next token at each position; -1 is left out of the mean
-        cache      positions already seen; `positions` int64 [B, T] then says where idx goes
         doc_start  int32 [B, T], where the document of each position begins in its row: attention
                    then stays within documents; without it, within rows
+        keep       gets each layer's rotated keys and its values, [B, H, T, D], computed by torch
         """
         T = idx.shape[1]
-        assert cache is not None or T <= self.c.seq_len
-        where = slice(T) if positions is None else positions
-        cos, sin = self.cos[where], self.sin[where]
-        triton = self.linear_cross_entropy is not None and cache is None
+        assert T <= self.c.seq_len
+        cos, sin = self.cos[:T], self.sin[:T]
+        triton = self.triton and keep is None
         x = self.embed(idx)  # [B, T, C]
         if triton and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too
-        for i, block in enumerate(self.blocks):
-            layer = None if cache is None else (cache.k[i], cache.v[i])
-            x = block(x, cos, sin, layer, positions, doc_start)
+        for block in self.blocks:
+            x = block(x, cos, sin, doc_start, keep)
         if triton and targets is not None:
             return self.fused_loss(x, targets)
         logits = self.head(self.ln_f(x))  # [B, T, V]
@@ -260,33 +226,36 @@ class Phi(nn.Module):
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
     def fused_loss(self, x, targets):
-        """The loss of the final x [B, T, C], without ever holding all of the logits."""
+        """Return the loss for the last block's x [B, T, C] without holding all of the logits."""
+        from kernels.cross_entropy import linear_cross_entropy
+        from kernels.layernorm import layernorm
+
         ln, head, targets = self.ln_f, self.head, targets.flatten().contiguous()
-        x = self.layernorm(x, ln.weight, ln.bias, ln.eps).flatten(0, 1)
-        # In fp16 gradients of the mean would underflow: those of the sum are computed, then scaled.
+        x = layernorm(x, ln.weight, ln.bias, ln.eps).flatten(0, 1)
+        # In fp16 gradients of the mean would underflow: take those of the sum, then scale them.
         expected_grad = float(len(x)) if x.dtype == torch.float16 else 1.0
-        return self.linear_cross_entropy(
+        return linear_cross_entropy(
             x, head.weight, head.bias, targets, chunk_rows=CHUNK_ROWS, expected_grad=expected_grad
         )
 
 
 def flops_per_token(c: ModelConfig) -> int:
-    """FLOPs to train on one token: 6 per matmul parameter, and causal attention 6 L C T.
+    """Count FLOPs to train on one token: 6 per matmul parameter, and causal attention 6 L C T.
 
-    Causal attention does half of the full 12 L C T; PaLM's count (arXiv 2204.02311, B) has it full.
+    That is half of full attention's 12 L C T, which PaLM counts (arXiv 2204.02311, B).
     """
     matmul = c.n_layer * (4 * c.width**2 + 2 * c.width * c.mlp_width) + c.vocab_size * c.width
     return 6 * matmul + 6 * c.n_layer * c.width * c.seq_len
 
 
 def mfu(c: ModelConfig, tokens_per_s: float, peak: float) -> float:
-    """Model FLOPs utilisation: the share of `peak` FLOP/s that training at this rate uses."""
+    """Return the share of `peak` FLOP/s that training at this rate uses."""
     return tokens_per_s * flops_per_token(c) / peak
 
 
 @lru_cache
 def parameter_count(c: ModelConfig) -> int:
-    """Parameters of `Phi(c)`, without allocating them."""
+    """Count the parameters of `Phi(c)` without allocating them."""
     with torch.device("meta"):
         return sum(p.numel() for p in Phi(c).parameters())
 

@@ -3,26 +3,21 @@
     python sample.py --checkpoint out/demo/runs/exercises --prompt "def add(a, b):"
     cat prompt.py | python sample.py --checkpoint out/demo/runs/exercises --temperature 0.8
 
-`Generator` turns prompts into completions, for the evaluators too. It keeps a batch of rows, each
-with a prompt of its own. A finished row takes the next prompt; when none is left, the last row
-moves into its place and the batch shrinks. A `Decoder` picks the next token of every row, over a
-static KV cache: in plain torch, or on a GPU with the kernels of kernels/decode.py as a CUDA graph.
+`Generator` completes a batch of rows, each with a prompt of its own. A finished row takes the next
+prompt; when none is left, the last row moves into its place and the batch shrinks. A `Decoder`
+picks the next token of every row over a static KV cache: in plain torch, or on a GPU with
+kernels/decode.py as a CUDA graph.
 
-A completion depends on its prompt, the prompt's index and the seed, never on the batch:
-
-    draws       draw i for prompt p comes from Philox keyed by (seed, p), at count i
-    choices     are integer arithmetic on exp(logit), exact in whatever order it is summed
-    attention   is by row, and by prompt in the prefill
-    products    torch: of as many rows as agree bit by bit (`same_rows`), in the prefill too, which
-                takes several prompts at once; kernels: of tiles of 16 rows with K in one order,
-                and the prefill takes one prompt at a time
+A completion depends on its prompt, the prompt's index and the seed, never on the batch: draws come
+from Philox keyed by (seed, index); probabilities are summed as integers; attention is by row, and
+by prompt in the prefill; products are of as many rows as agree bit by bit (torch: `same_rows`), or
+of tiles of 16 rows (kernels).
 """
 
-import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from model import KVCache, Phi, load_model, select_kernels
+from model import Phi, load_model, rotate, select_kernels
 from tokenizer import Tokenizer
 
 GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
@@ -50,18 +45,15 @@ class Config:
     samples: int = 1  # completions of the prompt
     stop: tuple[str, ...] = ()  # end a completion before this text ("\n" works); may be repeated
     seed: int = 0  # of the sampling
-    logprobs: bool = False  # print, instead of text, a JSON line a sample: its tokens too, their
-    # log-probabilities, and why it ended
     device: str = "auto"  # auto, cpu or cuda
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token."""
+    """How to choose the next token: see Config."""
 
-    temperature: float = 0.0  # 0 takes the likeliest token each time
-    top_p: float = 1.0  # sample from the likeliest tokens that hold this probability
-    logprobs: bool = False  # also give each token's log-probability, at temperature 1
+    temperature: float = 0.0
+    top_p: float = 1.0
 
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -72,38 +64,24 @@ GREEDY = Sampling()
 
 
 @dataclass
-class Completion:
-    """What a prompt was completed with."""
-
-    text: str  # without the prompt, cut before a stop string
-    tokens: list[int]  # whole ones: the last may hold the start of the stop string too
-    logprobs: list[float]  # of `tokens`, natural logarithm; empty unless asked for
-    finish: str  # stop (a stop string), end (<|endoftext|>), length (max_new_tokens), context
-
-
-@dataclass
 class Row:
-    """A row of the batch: the prompt it completes, and what it has generated so far."""
+    """A row of the batch: the prompt it completes, and the completion."""
 
     index: int  # of the prompt
     prompt_tokens: int
     room: int  # new tokens at most
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    sent: int = 0  # characters given to on_text
+    done: bool = False
+    text: str = ""  # of the tokens, up to a stop string, once done
 
 
 class Generator:
     """Complete prompts with a model and its tokenizer."""
 
-    def __init__(self, model: Phi, tokenizer: Tokenizer, kernels: bool | None = None):
-        """Decode with kernels/decode.py if `kernels`; by default, on a GPU, as model.py chooses.
-
-        The model's weights must stay as they are.
-        """
+    def __init__(self, model: Phi, tokenizer: Tokenizer):
+        """The model's weights must stay as they are."""
         device = model.embed.weight.device
-        if kernels is None:
-            kernels = device.type == "cuda" and select_kernels(model.c, device)[0] == "triton"
+        kernels = device.type == "cuda" and select_kernels(model.c, device)[0] == "triton"
         self.new_decoder = TritonDecoder if kernels else TorchDecoder
         self.model, self.tokenizer = model, tokenizer
         self.context_tokens = model.c.seq_len
@@ -117,9 +95,8 @@ class Generator:
         return cls(model.bfloat16() if model.embed.weight.is_cuda else model, tokenizer)
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the prompt's tokens, after the tokenizer's start; at least one in all."""
-        ids = [*self.tokenizer.start, *self.tokenizer.encode(prompt)]
-        return ids or [self.tokenizer.end_of_text]
+        """Return the tokens of the tokenizer's start and the prompt; at least one in all."""
+        return [*self.tokenizer.start, *self.tokenizer.encode(prompt)] or [self.end_of_text]
 
     def fits(self, prompt: str, new_tokens: int = 1) -> bool:
         """Return whether the context has room for the prompt and `new_tokens` more."""
@@ -131,15 +108,12 @@ class Generator:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        stop: tuple[str, ...] = (),
-        seed: int = 0,
-        batch_size: int = 64,
+        **options,
     ) -> list[str]:
-        """Return the texts that `stream` gives, in the order of `prompts`."""
-        sampling = Sampling(temperature, top_p)
-        done = self.stream(prompts, max_new_tokens, sampling, stop, seed, batch_size)
-        done = dict(tqdm(done, total=len(prompts), unit="prompt", desc="generate", disable=None))
-        return [done[index].text for index in range(len(prompts))]
+        """Return the texts that `stream` gives, in the order of `prompts`; see its options."""
+        rows = self.stream(prompts, max_new_tokens, Sampling(temperature, top_p), **options)
+        rows = dict(tqdm(rows, total=len(prompts), unit="prompt", desc="generate", disable=None))
+        return [rows[index].text for index in range(len(prompts))]
 
     def stream(
         self,
@@ -149,12 +123,10 @@ class Generator:
         stop: tuple[str, ...] = (),
         seed: int = 0,
         batch_size: int = 64,
-        on_text: Callable[[int, str], None] | None = None,
-    ) -> Iterator[tuple[int, Completion]]:
-        """Yield (index of the prompt, its completion), each when it is finished.
+    ) -> Iterator[tuple[int, Row]]:
+        """Yield (index of the prompt, its row), each when it is done.
 
-        Calls `on_text(index, text)` with new text as soon as no later token can change it or turn
-        it into a stop string. Raises UserError if a prompt fills the context.
+        Raises UserError if a prompt fills the context.
         """
         ids = [self.encode(prompt) for prompt in prompts]
         for prompt, tokens in zip(prompts, ids):
@@ -167,11 +139,10 @@ class Generator:
             return
         batch_size = min(batch_size, len(ids))
         positions = min(self.context_tokens, max(map(len, ids)) + max_new_tokens)
-        need = (batch_size, positions, max_new_tokens)
         decoder, self._decoder = self._decoder, None  # ours until we are done
-        if not (decoder and decoder.fits(*need)):
+        if not (decoder and decoder.fits(batch_size, positions)):
             decoder = None  # frees its cache before there is another
-            decoder = self.new_decoder(self.model, *need)
+            decoder = self.new_decoder(self.model, batch_size, positions)
         waiting = deque(range(len(ids)))
 
         def admit(at: int) -> Row:
@@ -185,73 +156,47 @@ class Generator:
         rows = [admit(at) for at in range(batch_size)]
         while rows:
             longest = max(row.prompt_tokens + len(row.tokens) for row in rows)
-            tokens, logprobs = decoder.steps(len(rows), longest, sampling)
-            for i in reversed(range(len(rows))):
-                row = rows[i]
-                finish = self._extend(row, tokens[i], logprobs[i], stop)
-                if finish or on_text:
-                    text = self._text(row, stop, finish)
-                if on_text and len(text) > row.sent:
-                    on_text(row.index, text[row.sent :])
-                    row.sent = len(text)
-                if not finish:
-                    continue
-                yield row.index, self._completion(row, text, finish)
+            for row, tokens in zip(rows, decoder.steps(len(rows), longest, sampling)):
+                self._extend(row, tokens, stop)
+            for at in [at for at in reversed(range(len(rows))) if rows[at].done]:
+                yield rows[at].index, rows[at]
                 if waiting:
-                    rows[i] = admit(i)
+                    rows[at] = admit(at)
                     continue
                 last = rows.pop()
-                if i < len(rows):
-                    decoder.move(len(rows), i)
-                    rows[i] = last
+                if at < len(rows):
+                    decoder.move(len(rows), at)
+                    rows[at] = last
         self._decoder = decoder
 
-    def _extend(self, row: Row, tokens: list[int], logprobs: list[float], stop) -> str:
-        """Add new tokens to a row until it is finished; return why it is, or "" if it is not."""
+    def _extend(self, row: Row, tokens: list[int], stop: tuple[str, ...]) -> None:
+        """Add new tokens to a row until it is done."""
         reach = max((len(s.encode()) for s in stop), default=0) + 1  # a token has a byte or more
-        for i, token in enumerate(tokens):
+        for token in tokens:
             if token == self.end_of_text:
-                return "end"
-            row.tokens.append(token)
-            row.logprobs += logprobs[i : i + 1]  # none if they were not asked for
-            if stop:
-                tail = self.tokenizer.decode(row.tokens[-reach:])
-                if any(s in tail for s in stop):
-                    return "stop"
-            if len(row.tokens) == row.room:
-                full = row.prompt_tokens + row.room == self.context_tokens
-                return "context" if full else "length"
-        return ""
-
-    def _text(self, row: Row, stop: tuple[str, ...], finish: str) -> str:
-        """Return a row's text up to a stop string; if it is not finished, only what is sure."""
-        text = self.tokenizer.decode(row.tokens)
-        if finish:
-            return text[: min((i for s in stop if (i := text.find(s)) >= 0), default=len(text))]
-        text = text.rstrip("\ufffd")  # a character with bytes still missing
-        for held in range(max(map(len, stop), default=1) - 1, 0, -1):
-            if any(s.startswith(text[-held:]) for s in stop):
-                return text[:-held]
-        return text
-
-    def _completion(self, row: Row, text: str, finish: str) -> Completion:
-        tokens = row.tokens  # without those that lie behind the end of the text
-        while finish == "stop" and tokens and self.tokenizer.decode(tokens[:-1]).startswith(text):
-            tokens = tokens[:-1]
-        return Completion(text, tokens, row.logprobs[: len(tokens)], finish)
+                row.done = True
+            else:
+                row.tokens.append(token)
+                tail = self.tokenizer.decode(row.tokens[-reach:]) if stop else ""
+                row.done = len(row.tokens) == row.room or any(s in tail for s in stop)
+            if row.done:
+                text = self.tokenizer.decode(row.tokens)
+                ends = [i for s in stop if (i := text.find(s)) >= 0]
+                row.text = text[: min(ends, default=len(text))]
+                return
 
 
 class Decoder:
     """Pick the next token of every row of a batch, over static buffers.
 
-    A subclass says how many rows a step of n computes (`padded`), puts the keys and values of
-    prompts into the cache (`_prefill`) and computes a step's logits (`_logits`).
+    Subclasses say how many rows a step of n computes (`padded`), put the keys and values of prompts
+    into the cache (`_prefill`) and compute a step's logits (`_logits`).
     """
 
     prefill_tokens: int  # of prompts that go through the model at once
 
-    def __init__(self, model: Phi, rows: int, positions: int, draws: int, dtype: torch.dtype):
-        """Make room for `rows` texts of up to `positions` tokens, up to `draws` of them new."""
+    def __init__(self, model: Phi, rows: int, positions: int, dtype: torch.dtype):
+        """Make room for `rows` texts of up to `positions` tokens."""
         c, device, rows = model.c, model.embed.weight.device, self.padded(rows)
         self.model = model
         self.last = min(positions, c.seq_len) - 1  # where no text goes on
@@ -259,71 +204,54 @@ class Decoder:
         self.cache = torch.zeros(shape, dtype=dtype, device=device)  # [L, k or v, B, H, S, D]
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # newest of each row
         self.position = torch.zeros_like(self.token)  # where it stands
-        self.start = torch.zeros_like(self.token)  # where the prompt's last token stands
-        self.draws = torch.zeros(rows, draws, dtype=torch.float64, device=device)
-        self.logprob = torch.zeros(rows, device=device)
-        self.prompts: list[tuple] = [()] * rows  # of each row, without the last token
-        self.waiting: set[int] = set()  # rows whose prompts still have to go through the model
+        self.draws = torch.zeros(rows, positions, dtype=torch.float64, device=device)
+        self.waiting: dict[int, tuple] = {}  # rows whose prompts have yet to go through the model
         self.graphs: dict = {}
 
-    def fits(self, rows: int, positions: int, draws: int) -> bool:
-        """Return whether the buffers have room for such a batch."""
-        most = (len(self.token), self.cache.shape[4], self.draws.shape[1])
-        return all(n <= m for n, m in zip((rows, positions, draws), most))
+    def fits(self, rows: int, positions: int) -> bool:
+        return rows <= len(self.token) and positions <= self.last + 1
 
     @torch.inference_mode()
     def load(self, row: int, ids: list[int], draws: Tensor) -> None:
-        """Put a prompt into `row`.
+        """Put a prompt into `row`; `draws` in [0, 1) are for its new tokens.
 
-        All but its last token go through the model before the next step, unless another row's
-        prompt was the same. The last one is left to the step, which so chooses every token.
+        All but its last token go through the model before the next step, the last one in it.
         """
-        prompt, last = tuple(ids[:-1]), len(ids) - 1
-        twins = [r for r, p in enumerate(self.prompts) if p == prompt and r not in self.waiting]
-        if twins:
-            self.cache[:, :, row, :, :last] = self.cache[:, :, twins[0], :, :last]
-            self.waiting.discard(row)
-        else:
-            self.waiting.add(row)
-        self.prompts[row] = prompt
-        self.token[row], self.position[row], self.start[row] = ids[-1], last, last
-        self.draws[row, : len(draws)] = draws
+        last = len(ids) - 1
+        self.waiting[row] = tuple(ids[:-1])
+        self.token[row], self.position[row] = ids[-1], last
+        self.draws[row, last : last + len(draws)] = draws
 
     @torch.inference_mode()
     def move(self, source: int, row: int) -> None:
         """Put what `source` holds into `row`."""
         self._prefill_waiting()
-        self.prompts[row] = self.prompts[source]
         self.cache[:, :, row] = self.cache[:, :, source]
-        for x in (self.token, self.position, self.start, self.draws):
+        for x in (self.token, self.position, self.draws):
             x[row] = x[source]
 
     @torch.inference_mode()
-    def steps(self, rows: int, longest: int, sampling: Sampling) -> tuple[list, list]:
-        """Return the next tokens of the first `rows` rows and their logprobs: [rows][steps].
-
-        `longest` is the length of the longest of these texts.
-        """
+    def steps(self, rows: int, longest: int, sampling: Sampling) -> list[list[int]]:
+        """Return the next tokens of the first `rows` rows, [rows][steps]; `longest` is a length."""
         self._prefill_waiting()
-        tokens, logprobs = [], []
+        tokens = []
         count, step = (GPU_STEPS, self._replay) if self.token.is_cuda else (1, self._step)
         for _ in range(count):
             step(self.padded(rows), longest, sampling)
             tokens.append(self.token[:rows].clone())
-            logprobs.append(self.logprob[:rows].clone())
-        tokens, logprobs = torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
-        return tokens, logprobs if sampling.logprobs else [[]] * rows
+        return torch.stack(tokens, 1).tolist()
 
     def _prefill_waiting(self) -> None:
         prompts: dict[tuple, list[int]] = {}  # their rows
-        for row in self.waiting:
-            prompts.setdefault(self.prompts[row], []).append(row)
+        for row, ids in self.waiting.items():
+            if ids:
+                prompts.setdefault(ids, []).append(row)
         self.waiting.clear()
-        left = [(ids, rows) for ids, rows in prompts.items() if ids]
+        left = list(prompts.items())
         while left:
-            most = max(1, self.prefill_tokens // max(len(ids) for ids, _ in left))
-            self._prefill(left[:most])
-            left = left[most:]
+            count = max(1, self.prefill_tokens // max(len(ids) for ids, _ in left))
+            self._prefill(left[:count])
+            left = left[count:]
 
     def _replay(self, n: int, _longest: int, sampling: Sampling) -> None:
         """Run a step over the whole cache as one CUDA graph, captured when first needed."""
@@ -343,16 +271,9 @@ class Decoder:
         self.graphs[n, sampling].replay()
 
     def _step(self, n: int, longest: int, sampling: Sampling) -> None:
-        logits = self._logits(n, longest)  # fp32 [n, V]
-        position, draw = self.position[:n], None
-        if sampling.temperature > 0:
-            count = (position - self.start[:n]).clamp(max=self.draws.shape[1] - 1)
-            draw = self.draws[:n].gather(1, count[:, None])[:, 0]
-        token = choose(logits, draw, sampling.temperature, sampling.top_p)
-        if sampling.logprobs:
-            chosen = logits.gather(1, token[:, None])[:, 0]
-            self.logprob[:n] = chosen - logits.logsumexp(-1)
-        self.token[:n] = token
+        logits, position = self._logits(n, longest), self.position[:n]  # fp32 [n, V]
+        draws = self.draws[:n].gather(1, position[:, None])[:, 0]
+        self.token[:n] = choose(logits, draws, sampling.temperature, sampling.top_p)
         # A row that is full is stepped on until it leaves; it then overwrites its last position.
         position.add_(1).clamp_(max=self.last)
 
@@ -363,11 +284,11 @@ class TritonDecoder(Decoder):
     prefill_tokens = 1  # each prompt goes alone
 
     @torch.inference_mode()
-    def __init__(self, model: Phi, rows: int, positions: int, draws: int):
+    def __init__(self, model: Phi, rows: int, positions: int):
         from kernels import decode  # here, as triton is not everywhere
 
         self.kernels = decode
-        super().__init__(model, rows, positions, draws, model.embed.weight.dtype)
+        super().__init__(model, rows, positions, model.embed.weight.dtype)
         rows, (_, _, _, n_head, positions, head_dim) = len(self.token), self.cache.shape
         self.b_out = [b.b_attn + b.b_mlp for b in model.blocks]
         self.scratch = decode.scratch(rows, n_head, positions, head_dim, self.cache.device)
@@ -377,12 +298,10 @@ class TritonDecoder(Decoder):
 
     def _prefill(self, prompts: list[tuple[tuple, list[int]]]) -> None:
         [(ids, rows)] = prompts
-        idx = torch.tensor([ids], device=self.token.device)
-        seen = KVCache(self.model.c, 1, len(ids), idx.device, self.cache.dtype)
-        self.model(idx, cache=seen, positions=torch.arange(len(ids), device=idx.device)[None])
-        for row in rows:
-            self.cache[:, 0, row, :, : len(ids)] = seen.k[:, 0]
-            self.cache[:, 1, row, :, : len(ids)] = seen.v[:, 0]
+        keys_and_values = []
+        self.model(torch.tensor([ids], device=self.token.device), keep=keys_and_values)
+        for cache, pair in zip(self.cache, keys_and_values):
+            cache[:, rows, :, : len(ids)] = torch.stack(pair)  # [2, 1, H, T, D] to each row
 
     def _logits(self, n: int, longest: int) -> Tensor:
         m, c, linear = self.model, self.model.c, self.kernels.linear
@@ -403,59 +322,33 @@ class TritonDecoder(Decoder):
 class TorchDecoder(Decoder):
     """Decode in plain torch, with fp32 copies of the weights (phi-1's: 5.7 GB).
 
-    BLAS chooses the order of a product's sums by its number of rows. With weights as [K, J], not
-    as the transpose of [J, K], MKL has one order for 2 to 64 rows (it has three for the transpose);
-    so the tokens of a step or of a prefill go through in products of that many.
-
-    The pairs that rotary embedding turns lie side by side in queries and keys, as complex numbers:
-    one multiplication turns them and puts q, k and v in order. `model.rotate` has the same bits in
-    a dozen operations, which cost a tenth of a step at batch 1.
+    BLAS chooses the order of a product's sums by its number of rows. With weights [K, J], MKL has
+    one order for 2 to 64 rows (three for the transpose of [J, K]): products are of that many.
     """
 
     prefill_tokens = 512
 
     @torch.inference_mode()
-    def __init__(self, model: Phi, rows: int, positions: int, draws: int):
-        self.model, c, device = model, model.c, model.embed.weight.device
-        if c.head_dim % 2 or c.mlp_width % 2:
-            raise UserError(
-                f"generation wants an even head dim (width / n_head, {c.head_dim}) and an even "
-                f"mlp_width ({c.mlp_width})"
-            )
-        order = torch.arange(3 * c.width + c.mlp_width)
-        heads = order[: 2 * c.width].view(2 * c.n_head, c.head_dim)[:, : c.rotary_dim]
-        heads.copy_(heads.unflatten(1, (2, -1)).mT.flatten(1).clone())
-
+    def __init__(self, model: Phi, rows: int, positions: int):
         def fp32(w: Tensor) -> Tensor:
             return w.t().float().contiguous()  # [J, K] -> [K, J]; a bias stays [J]
 
         self.layers = [
-            (fp32(b.ln.weight), fp32(b.ln.bias), fp32(b.w_in[order]), fp32(b.b_in[order]),
-             fp32(b.w_out), fp32(b.b_attn + b.b_mlp))
+            tuple(map(fp32, (b.ln.weight, b.ln.bias, b.w_in, b.b_in, b.w_out, b.b_attn + b.b_mlp)))
             for b in model.blocks
-        ]  # fmt: skip
+        ]
         self.embed, self.eps = model.embed.weight.float(), model.ln_f.eps
         self.ln_f = fp32(model.ln_f.weight), fp32(model.ln_f.bias)
         self.w_head, self.b_head = fp32(model.head.weight), fp32(model.head.bias)
-        # What each pair of q, k and v is multiplied with as a complex number: [3, T, 1, D/2].
-        shape = (3, c.seq_len, 1, c.head_dim // 2)
-        self.turn = torch.ones(shape, dtype=torch.complex64, device=device)
-        self.turn[:2, :, 0, : c.rotary_dim // 2] = torch.complex(model.cos, model.sin)
         self.same = same_rows([self.layers[0][2], self.layers[0][4], self.w_head])
-        positions = self.span(positions)
-        super().__init__(model, rows, positions, draws, torch.float32)
-        slot = torch.arange(2 * len(self.token) * c.n_head, device=device) * positions
-        self.slot = slot.view(2, -1, c.n_head)  # where each head's keys and values begin
-        far = torch.full((positions, positions), float("-inf"), device=device)
-        self.mask = far.triu(1)[:, None, None]  # [position, 1, 1, position that it may see]
-        self.views = {}
+        self.model = model
+        super().__init__(model, rows, self.span(positions), torch.float32)
 
     def span(self, positions: int) -> int:
         """Return how much of the cache a step reads for texts of up to `positions` tokens.
 
-        A multiple of 8, and enough for attention's products to be of 400 multiplications or more,
-        as torch has another kernel for fewer: with either otherwise, a row's bits would depend on
-        the longest row beside it.
+        A multiple of 8, and enough for products of 400 multiplications, as torch has another kernel
+        for fewer: or else a row's bits would depend on the longest row.
         """
         return -(-max(positions, 400 // self.model.c.head_dim + 1) // 8) * 8
 
@@ -466,20 +359,19 @@ class TorchDecoder(Decoder):
     def _blocks(self, token: Tensor, position: Tensor, attend: Callable) -> Tensor:
         """Return the residual stream [n, C] of tokens [n], n even, at `position` [n].
 
-        `attend(layer, qkv, y)` puts the attention of qkv [3, n, H, D] into y [n, C].
+        `attend(layer, q, k, v, y)` puts the attention of q, k and v [H, n, D] into y [n, H, D].
         """
-        x, turn = torch.embedding(self.embed, token), self.turn[:, position]
-        (n, C), (_, _, _, H, _, D), M = x.shape, self.cache.shape, self.model.c.mlp_width
-        h, ya, qkv = x.new_empty(n, 3 * C + M), x.new_empty(n, C + M), x.new_empty(3, n, H, D)
-        up, y, a = h[:, 3 * C :], ya[:, :C], ya[:, C:]
-        pairs = torch.view_as_complex(h[:, : 3 * C].view(n, 3, H, D // 2, 2)).transpose(0, 1)
-        turned = torch.view_as_complex(qkv.view(3, n, H, D // 2, 2))
+        c, x = self.model.c, F.embedding(token, self.embed)
+        n, C, H = len(x), c.width, c.n_head
+        cos, sin = self.model.cos[position], self.model.sin[position]
+        ya = x.new_empty(n, C + c.mlp_width)
         for i, (gain, bias, w_in, b_in, w_out, b_out) in enumerate(self.layers):
-            normed = torch.layer_norm(x, (C,), gain, bias, self.eps)
-            grouped_linear(normed, w_in, b_in, self.same, out=h)  # q | k | v | up
-            torch.mul(pairs, turn, out=turned)
-            attend(i, qkv, y)
-            F.gelu(up, approximate="tanh", out=a)
+            normed = F.layer_norm(x, (C,), gain, bias, self.eps)
+            h = grouped_linear(normed, w_in, b_in, self.same)  # q | k | v | up
+            q, k, v = h[:, : 3 * C].view(n, 3, H, C // H).permute(1, 2, 0, 3)
+            y, a = ya[:, :C].view(n, H, C // H), ya[:, C:]
+            attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v, y)
+            F.gelu(h[:, 3 * C :], approximate="tanh", out=a)
             x = x + grouped_linear(ya, w_out, b_out, self.same)
         return x
 
@@ -489,57 +381,51 @@ class TorchDecoder(Decoder):
         n = self.padded(len(ids))
         ids, position = (F.pad(x, (0, n - len(x))).to(self.token.device) for x in (ids, position))
 
-        def attend(layer: int, qkv: Tensor, y: Tensor) -> None:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
             at = 0
             for prompt, rows in prompts:
-                one = qkv[:, None, at : at + len(prompt)].transpose(2, 3)  # [3, 1, H, T, D]
-                for row in rows:
-                    self.cache[layer, :, row, :, : len(prompt)] = one[1:, 0]
-                one = F.scaled_dot_product_attention(*one, is_causal=True)[0]
-                y[at : at + len(prompt)].view(-1, *qkv.shape[2:]).copy_(one.transpose(0, 1))
+                part = slice(at, at + len(prompt))
+                for cache, new in zip(self.cache[layer], (k, v)):
+                    cache[rows, :, : len(prompt)] = new[:, part]
+                one = (x[None, :, part] for x in (q, k, v))
+                y[part] = F.scaled_dot_product_attention(*one, is_causal=True)[0].transpose(0, 1)
                 at += len(prompt)
 
         self._blocks(ids, position, attend)
 
     def _logits(self, n: int, longest: int) -> Tensor:
-        position, (_, _, _, H, _, D), seen = self.position[:n], self.cache.shape, self.span(longest)
-        mask = self.mask[position, ..., :seen].expand(n, H, 1, seen).reshape(n * H, 1, seen)
-        at = (self.slot[:, :n] + position[:, None]).flatten()
-        if (n, seen) not in self.views:
-            heads = self.cache[:, :, :n, :, :seen].flatten(2, 3)  # [L, k or v, n H, S, D]
-            views = [(kv.view(-1, D), k.mT, v) for kv, (k, v) in zip(self.cache, heads)]
-            self.views = {(n, seen): views}  # the last step's only
-        views = self.views[n, seen]
+        position, (_, _, _, H, _, D) = self.position[:n], self.cache.shape
+        rows, at = (torch.arange(m, device=position.device) for m in (n, self.span(longest)))
+        mask = torch.where(at <= position[:, None], 0.0, float("-inf"))  # [n, S]
+        mask = mask.repeat_interleave(H, 0)[:, None]  # [n H, 1, S]
 
-        def attend(layer: int, qkv: Tensor, y: Tensor) -> None:
-            cache, k, v = views[layer]
-            cache.index_copy_(0, at, qkv[1:].view(-1, D))
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
+            cache = self.cache[layer]
+            for kept, new in zip(cache, (k, v)):
+                kept[rows, :, position] = new.transpose(0, 1)
+            keys, values = cache[:, :n, :, : len(at)].flatten(1, 2)  # [n H, S, D]
+            q = q.transpose(0, 1).reshape(n * H, 1, D)
             # Half the time of scaled_dot_product_attention for one query a head.
-            s = torch.baddbmm(mask, qkv[0].view(n * H, 1, D), k, alpha=D**-0.5)  # [n H, 1, S]
-            y.copy_(torch.bmm(s.softmax(-1), v).view(n, H * D))
+            s = torch.baddbmm(mask, q, keys.mT, alpha=D**-0.5)  # [n H, 1, S]
+            y.copy_(torch.bmm(s.softmax(-1), values).view(n, H, D))
 
         x = self._blocks(self.token[:n], position, attend)
-        x = torch.layer_norm(x, x.shape[1:], *self.ln_f, self.eps)
+        x = F.layer_norm(x, x.shape[1:], *self.ln_f, self.eps)
         return grouped_linear(x, self.w_head, self.b_head, self.same)
 
 
-def grouped_linear(x: Tensor, w: Tensor, b: Tensor, rows: int, out: Tensor | None = None) -> Tensor:
+def grouped_linear(x: Tensor, w: Tensor, b: Tensor, rows: int) -> Tensor:
     """Return x w + b for x [n, K] and w [K, J], in products of up to `rows` rows each."""
     if len(x) <= rows:
-        return torch.addmm(b, x, w, out=out)
-    if out is None:
-        out = x.new_empty(len(x), w.shape[1])
-    for part, to in zip(x.split(rows), out.split(rows)):
-        torch.addmm(b, part, w, out=to)
-    return out
+        return torch.addmm(b, x, w)
+    return torch.cat([torch.addmm(b, part, w) for part in x.split(rows)])
 
 
 @torch.inference_mode()
 def same_rows(weights: list[Tensor]) -> int:
-    """Return how many rows a product may have for a row's bits to depend on it alone, 64 at most.
+    """Return an even number, at most 64: products of 2, 4, .. rows up to it agree bit by bit.
 
-    An even number such that products of 2, 4, .. rows up to it agree here on weights [K, J]; one
-    row would have a routine of its own. With MKL 2024.2 and AVX-512 it is 64.
+    With MKL 2024.2 and AVX-512 it is 64. One row would have a routine of its own.
     """
     most = 64
     for w in weights:
@@ -555,7 +441,7 @@ def same_rows(weights: list[Tensor]) -> int:
 
 
 @torch.inference_mode()
-def choose(logits: Tensor, draws: Tensor | None, temperature: float, top_p: float) -> Tensor:
+def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:
     """Return a token [B] for each row of logits [B, V]: its distribution inverted at draws [B].
 
     Probabilities are summed as integers: exact, and so the same however a sum is split.
@@ -581,7 +467,6 @@ def choose(logits: Tensor, draws: Tensor | None, temperature: float, top_p: floa
 
 def main() -> None:
     config = parse(Config)
-    sampling = Sampling(config.temperature, config.top_p, config.logprobs)
     if config.samples < 1 or config.max_new_tokens < 1:
         raise UserError("want samples and max_new_tokens of at least 1")
     if not config.prompt and sys.stdin.isatty():
@@ -589,30 +474,10 @@ def main() -> None:
     prompt = config.prompt or sys.stdin.read()
     generator = Generator.load(config.checkpoint, config.device)
     stop = tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in config.stop)
-    options = (config.max_new_tokens, sampling, stop, config.seed)
+    options = {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed}
     prompts = [prompt] * config.samples
-    if config.logprobs:
-        for index, completion in generator.stream(prompts, *options):
-            pieces = [generator.tokenizer.decode([token]) for token in completion.tokens]
-            print(json.dumps({"sample": index, **asdict(completion), "pieces": pieces}))
-        return
-
-    # The first sample is printed as it grows, what the others have so far when their turn comes.
-    shown, held, finished = 0, [""] * config.samples, set()
-
-    def on_text(index: int, text: str) -> None:
-        if index == shown:
-            print(text, end="", flush=True)
-        else:
-            held[index] += text
-
-    print(prompt, end="", flush=True)
-    for index, _ in generator.stream(prompts, *options, on_text=on_text):
-        finished.add(index)
-        while shown in finished:
-            shown += 1
-            rule = "-" * 40 + f"\n{prompt}{held[shown]}" if shown < config.samples else ""
-            print(f"\n{rule}", end="", flush=True)
+    texts = generator.generate(prompts, config.max_new_tokens, stop=stop, **options)
+    print(("\n" + "-" * 40 + "\n").join(prompt + text for text in texts))
 
 
 if __name__ == "__main__":

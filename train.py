@@ -5,18 +5,18 @@
     python train.py configs/demo.toml --resume                    go on from the newest checkpoint
     python train.py configs/phi1.toml --init_from=out/phi1_base   finetune another run's weights
 
-Two machines, and a job that torchrun starts again after a fault, from the newest checkpoint (the
-variable keeps the agents' store apart from the ranks', which dies with rank 0):
+On two machines, started again by torchrun after a fault, from the newest checkpoint (the variable
+keeps the agents' store apart from the ranks', which dies with rank 0):
 
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d \\
         --rdzv_endpoint=FIRST_MACHINE:29400 train.py configs/phi1_base.toml      on each of the two
 
-SIGTERM, SIGUSR1 or Ctrl-C, to any rank: the step is finished, a checkpoint is saved, the run ends.
+SIGTERM, SIGUSR1 or Ctrl-C, to any rank, finish the step, save a checkpoint and end the run.
 
-"step" is an optimiser step; it sees `seqs_per_step` sequences of `seq_len` tokens, in micro-batches
-whose gradients are accumulated. What a step sees depends on (seed, step) alone: data/loader.py.
-Within a step nothing waits for the GPU; numbers are read from it when a log line is due.
+A step is an optimiser step: `seqs_per_step` sequences of `seq_len` tokens, in micro-batches whose
+gradients are accumulated. What it sees depends on (seed, step) alone: data/loader.py. Nothing in a
+step waits for the GPU; numbers are read from it when a log line is due.
 """
 
 import os
@@ -28,18 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import checkpoint, distributed
+from common import checkpoint, distributed, runlog
 from common.config import UserError, differences, parse, run
 from common.distributed import DTYPES
-from common.runlog import (
-    RunLog,
-    environment,
-    open_run,
-    peak_flops,
-    peak_memory_gib,
-    plain,
-    run_identity,
-)
 from data.loader import Loader, Windows, arguments
 from model import ModelConfig, Phi, flops_per_token, mfu, select_kernels
 from tokenizer import Tokenizer
@@ -72,9 +63,6 @@ class TrainConfig(ModelConfig):
     eval_seqs: int = 32  # sequences of the validation split that are used
     keep: int = 2  # newest checkpoints kept, beside the best
     keep_every: int = 0  # and those of every step that this divides, 0 = none
-    max_skips: int = 20  # stop after this many steps in a row whose gradients are not finite
-    spike_nats: float = 1.0  # report a loss this far above the median of the last 10 log lines,
-    # 0 = never
     log_interval: int = 10  # steps between lines of metrics.jsonl
     seed: int = 1337  # of the weights, the data order and dropout
     device: str = "auto"  # auto, cpu or cuda
@@ -93,10 +81,10 @@ class TrainConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("max_steps", "seqs_per_step", "micro_batch", "eval_interval", "eval_seqs",
-                     "keep", "log_interval", "max_skips", "timeout_s"):  # fmt: skip
+                     "keep", "log_interval", "timeout_s"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, want at least 1")
-        for name in ("keep_every", "shard", "spike_nats", "grad_clip", "threads"):
+        for name in ("keep_every", "shard", "grad_clip", "threads"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}, want at least 0")
         if self.lr <= 0:
@@ -112,7 +100,7 @@ class TrainConfig(ModelConfig):
 
 
 def get_lr(step: int, c: TrainConfig) -> float:
-    """Linear warmup to c.lr over warmup_steps, then linear decay to final_lr_frac of it."""
+    """Warm up linearly to c.lr over warmup_steps, then decay linearly to final_lr_frac of it."""
     if step < c.warmup_steps:
         return c.lr * (step + 1) / c.warmup_steps
     left = (c.max_steps - step) / max(1, c.max_steps - c.warmup_steps)
@@ -120,7 +108,7 @@ def get_lr(step: int, c: TrainConfig) -> float:
 
 
 def make_optimizer(model: Phi, c: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices (embedding included) and leaves biases and LayerNorms alone."""
+    """Make an AdamW that decays matrices (embedding too), and no biases and LayerNorms."""
     decay = [p for p in model.parameters() if p.dim() >= 2]
     no_decay = [p for p in model.parameters() if p.dim() < 2]
     decays = (decay, c.weight_decay), (no_decay, 0.0)
@@ -130,10 +118,10 @@ def make_optimizer(model: Phi, c: TrainConfig) -> torch.optim.AdamW:
 
 @torch.no_grad()
 def evaluate(model, val: Windows, c: TrainConfig, ranks, end_of_text: int | None) -> float:
-    """Mean loss over the first eval_seqs validation windows, shared among the ranks.
+    """Return the mean loss over the first eval_seqs validation windows, shared among the ranks.
 
-    Every rank makes as many forward passes, because weights are gathered in them; one that has no
-    window left computes one whose loss does not count.
+    Every rank makes as many forward passes, as weights are gathered in them; one that has no window
+    left computes one that does not count.
     """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum of losses, sequences
@@ -214,13 +202,14 @@ def main() -> None:
     guard = distributed.Guard(device, scaled=dtype == torch.float16)
 
     # The run's folder, which is not touched before all that can be wrong with the input was found.
-    identity = run_identity(c, tokenizer, windows, init_from)
-    resume_from = ranks.from_first(lambda: open_run(c, identity, c.resume or ranks.restarts > 0))
-    roof, roof_name = ranks.from_first(lambda: peak_flops(device))
-    resolved = plain(c) | identity | {
+    identity = runlog.run_identity(c, tokenizer, windows, init_from)
+    resume = c.resume or ranks.restarts > 0
+    resume_from = ranks.from_first(lambda: runlog.open_run(c, identity, resume))
+    roof, roof_name = ranks.from_first(lambda: runlog.peak_flops(device))
+    resolved = runlog.plain(c) | identity | {
         "world_size": ranks.world_size, "compute_dtype": str(dtype)[6:], "kernels_used": kernels,
-        "parameters": parameters, "roof": roof_name} | environment()  # fmt: skip
-    log = RunLog(c, ranks, resolved)
+        "parameters": parameters, "roof": roof_name} | runlog.environment()  # fmt: skip
+    log = runlog.RunLog(c, ranks, resolved)
     log.say(banner(c, resolved, f"{device.type}, kernels: {kernels} ({why})", windows))
     groups = [distributed.cpu_group(c.timeout_s) for _ in range(2)]
     saver = checkpoint.Saver(c.out, ranks.rank, groups[0], c.keep, c.keep_every)
@@ -289,7 +278,7 @@ def main() -> None:
                 "tokens_per_s": round(tokens_per_s, 1),
                 "mfu": round(mfu(c.model, tokens_per_s, roof * ranks.world_size), 4),
                 "loader_wait_frac": round(loader.waited_s / seconds, 4),
-                "memory_gib": round(peak_memory_gib(device), 3),
+                "memory_gib": round(runlog.peak_memory_gib(device), 3),
                 "skipped": int(guard.skipped),
                 "seconds": round(state.trained_s, 2),
             }

@@ -1,18 +1,14 @@
 """Checkpoints on disk: folders that are whole or not there, and nothing in them can execute.
 
-    RUN/config.json                  the run's resolved configuration
-    RUN/best.json                    {"step", "val_loss"} of the best evaluation
     RUN/checkpoints/step-00000500/   model.safetensors   weights, fp32, whole: inference reads them
                                      tokenizer.model     what its tokens mean
                                      meta.json           step, shape, fingerprints, counters
-                                     training/           Adam's moments and RNG states: a file of
-                                                         its own for each rank's part
+                                     training/           Adam's moments, RNG states: a file a rank
                                      manifest.json       size and CRC-32 of every file above
 
-`training/` is written and read by torch.distributed.checkpoint in its safetensors format (its own
-format holds pickles), so that any number of ranks can load what another number saved; they read
-their parts of model.safetensors in the same way. A save copies the state to host memory, and the
-rest happens in a thread: write under a temporary name, flush, hash, write the manifest, rename.
+torch.distributed.checkpoint writes and reads `training/` as safetensors (its own format holds
+pickles), so any number of ranks can load what another number saved. A save copies the state to host
+memory; a thread writes it under a temporary name, flushes, hashes, adds the manifest and renames.
 """
 
 import dataclasses
@@ -39,16 +35,16 @@ from common.config import UserError
 from common.distributed import optimizer_state
 from common.files import write_json
 
-# It says so each time that a single process saves or loads.
+# torch says so each time that a single process saves or loads.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk or a quota says
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk or quota
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time, behind the training."""
+    """Write a run's checkpoints, one at a time, behind the training."""
 
-    def __init__(self, run: Path, rank: int, group, keep: int, keep_every: int):
+    def __init__(self, run: Path, rank: int, group, keep: int, keep_every: int = 0):
         """`group` is a CPU process group of all ranks that nothing else uses, None for one rank."""
         self.run, self.rank, self.group = run, rank, group
         self.keep, self.keep_every = keep, keep_every
@@ -58,30 +54,28 @@ class Saver:
     def save(self, step: int, model: nn.Module, training: dict, tokenizer, meta: dict) -> None:
         """Copy the state, and start to write RUN/checkpoints/step-XXXXXXXX.
 
-        Waits for the copy, and for the save before. `training` holds tensors only. What goes wrong
-        later is left in `problem`.
+        Waits for the save before. `training` holds tensors only. `finish` says what went wrong.
         """
         self.wait()
-        meta = {"step": step, **meta, "tokenizer": tokenizer.fingerprint}
-        meta["model"] = dataclasses.asdict(model.c)
+        meta = {"step": step, **meta, "tokenizer": tokenizer.fingerprint,
+                "model": dataclasses.asdict(model.c)}  # fmt: skip
         weights = {}
         for name, p in model.state_dict().items():  # whole on rank 0, one after the other
             whole = p.full_tensor() if isinstance(p, DTensor) else p
             if self.rank == 0:
                 weights[name] = whole.to("cpu", copy=True)
-        training = self.stager.stage(training)
-        arguments = (step, weights, training, tokenizer, meta)
+        arguments = (step, weights, self.stager.stage(training), tokenizer, meta)
         self.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written."""
+        """Wait until nothing is being written."""
         if self.thread:
             self.thread.join()
         self.thread = None
 
     def finish(self) -> str | None:
-        """Wait; what went wrong since the last call, if anything."""
+        """Wait; return what went wrong since the last call, if anything did."""
         self.wait()
         problem, self.problem = self.problem, None
         return problem
@@ -89,61 +83,67 @@ class Saver:
     def _write(self, step: int, weights: dict, training: dict, tokenizer, meta: dict) -> None:
         final = self.run / "checkpoints" / f"step-{step:08d}"
         temporary = final.with_name(f"tmp-{final.name}")
-        files, error = {}, None
+        files, error, first = {}, "", self.rank == 0
         try:  # the ranks' common part first: what fails on one of them fails on all
             writer = dcp.HuggingFaceStorageWriter(temporary / "training", save_distributed=True)
             alone = self.group is None
             dcp.save(training, storage_writer=writer, process_group=self.group, no_dist=alone)
-            if self.rank == 0:
+            if first:
                 save_file(weights, temporary / "model.safetensors")
                 tokenizer.save(temporary)
                 write_json(temporary / "meta.json", meta)
             mine = list((temporary / "training").glob(f"shard-{self.rank + 1:05d}-*"))
-            if self.rank == 0:
-                mine += [p for p in temporary.iterdir() if p.is_file()]
+            mine += [p for p in temporary.iterdir() if p.is_file() and first]
             for path in mine:
                 _flush(path)
                 files[str(path.relative_to(temporary))] = _size_and_crc(path)
-        except dcp.api.CheckpointException as e:  # no Exception; of all ranks, so one will do
-            error = next(iter(e.failures.values()))[0]
-        except Exception as e:
-            error = e
+        except (Exception, dcp.api.CheckpointException) as e:  # the latter is no Exception
+            error = _explain(e)
         try:
-            for files_there, their_error in self._gather((files, error and _explain(error))):
-                files, error = files | files_there, error or their_error
-            if self.rank == 0 and not error:
-                _finish(temporary, final, files)
-                prune(self.run, self.keep, self.keep_every)
+            everyones = [(files, error)]
+            if self.group:
+                everyones = [None] * dist.get_world_size(self.group)
+                dist.all_gather_object(everyones, (files, error), group=self.group)
+            for theirs, their_error in everyones:
+                files, error = files | theirs, error or their_error
+            if first and not error:
+                absent = [name for name in files if not (temporary / name).exists()]
+                if absent:
+                    raise UserError(f"{absent[0]} is on another machine; `out` must be shared")
+                manifest = {"files": files, "blake2b": _digest(files)}
+                write_json(temporary / "manifest.json", manifest)
+                for path in (temporary / "manifest.json", temporary / "training", temporary):
+                    _flush(path)
+                temporary.rename(final)
+                _flush(final.parent)
+                self._prune()
         except Exception as e:
-            error = e
+            error = _explain(e)
         if error:
-            error = error if isinstance(error, str) else _explain(error)
             self.problem = f"checkpoint {final} was not written: {error}"
-            if self.rank == 0:
+            if first:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _gather(self, mine: tuple) -> list[tuple]:
-        if not self.group:
-            return [mine]
-        everyone = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, mine, group=self.group)
-        return everyone
+    def _prune(self) -> None:
+        """Delete all checkpoints but the newest, the best, and those of every n-th step."""
+        best = best_step(self.run)
+        for step in steps(self.run)[: -self.keep]:
+            if step != best and not (self.keep_every and step % self.keep_every == 0):
+                shutil.rmtree(self.run / "checkpoints" / f"step-{step:08d}")
 
 
 class RunState:
-    """What the next step depends on besides the data: saved in checkpoints, restored by a resume.
+    """All that the next step depends on besides the data: saved in checkpoints and restored.
 
-    step        optimizer steps done
-    trained_s   seconds in them, up to the last log line
-    losses      fp32 [2], of this rank since the last log line: sum of the losses, steps taken
+    `facts` are JSON values for each checkpoint's meta.json.
     """
 
     def __init__(self, model, optimizer, guard, ranks, tokenizer, saver: Saver, facts: dict):
-        """`facts` are JSON values that each checkpoint's meta.json holds too."""
         self.model, self.optimizer, self.guard = model, optimizer, guard
         self.ranks, self.tokenizer, self.saver, self.facts = ranks, tokenizer, saver, facts
         self.step = self.saved_step = 0
-        self.trained_s = 0.0
+        self.trained_s = 0.0  # up to the last log line
+        # Of this rank, since the last log line: sum of the losses, steps taken.
         self.losses = torch.zeros(2, device=ranks.device)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -163,14 +163,14 @@ class RunState:
         self.saved_step = self.step
 
     def restore(self, folder: Path) -> str:
-        """Take everything from a checkpoint of this run; return what a user should know of it."""
+        """Load everything from a checkpoint of this run; return what to tell the user."""
         meta, saved, told = read_meta(folder), self.tensors(), ""
         if meta.get("data_offset"):
             raise UserError(
                 f"{folder} is of a run that left out data after a loss spike, which is not done "
                 "any more; start from its weights with --init_from"
             )
-        if meta["world_size"] != self.ranks.world_size:  # what ranks have of their own begins anew
+        if meta["world_size"] != self.ranks.world_size:  # what is a rank's own begins anew
             saved = {k: v for k, v in saved.items() if not k.startswith("rank")}
             told = f"saved by {meta['world_size']} ranks: the same batches, but new dropout masks\n"
         load_training(self.model, saved, folder)
@@ -183,19 +183,9 @@ class RunState:
         return f"{told}resuming from step {self.step:,} ({folder})"
 
 
-def _finish(temporary: Path, final: Path, files: dict) -> None:
-    """Add the manifest to a folder whose files are on disk, and give it its name."""
-    absent = [name for name in files if not (temporary / name).exists()]
-    if absent:
-        raise UserError(f"{absent[0]} of another machine is not seen here; `out` must be shared")
-    write_json(temporary / "manifest.json", {"files": files, "blake2b": _digest(files)})
-    for path in (temporary / "manifest.json", temporary / "training", temporary):
-        _flush(path)
-    temporary.rename(final)
-    _flush(final.parent)
-
-
 def _explain(e: BaseException) -> str:
+    if isinstance(e, dcp.api.CheckpointException):  # it holds every rank's
+        e = next(iter(e.failures.values()))[0]
     full = getattr(e, "errno", None) in FULL or any(f"os error {n}" in str(e) for n in FULL)
     where = f" ({e.filename})" if getattr(e, "filename", None) else ""
     text = (getattr(e, "strerror", None) or str(e) or type(e).__name__).strip().splitlines()[-1]
@@ -203,7 +193,7 @@ def _explain(e: BaseException) -> str:
 
 
 def damage(folder: Path, names: list[str] | None = None) -> str:
-    """What is wrong with a checkpoint's files (or with `names` of them), "" if nothing is."""
+    """Say what is wrong with a checkpoint's files (or with `names` of them), "" if nothing is."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         files = manifest["files"]
@@ -222,11 +212,13 @@ def damage(folder: Path, names: list[str] | None = None) -> str:
     return ""
 
 
-def newest_good(run: Path, report=print) -> Path | None:
-    """The newest checkpoint whose every file is what was written, or None.
+def newest_good(run: Path) -> Path | None:
+    """Return the newest checkpoint whose every file is what was written, or None.
 
-    Newer ones that are damaged are reported and renamed to damaged-step-XXXXXXXX.
+    Rename newer ones that are damaged to damaged-step-XXXXXXXX, and delete what killed saves left.
     """
+    for path in (run / "checkpoints").glob("tmp-step-*"):
+        shutil.rmtree(path)
     for step in reversed(steps(run)):
         folder = run / "checkpoints" / f"step-{step:08d}"
         if not (wrong := damage(folder)):
@@ -234,27 +226,13 @@ def newest_good(run: Path, report=print) -> Path | None:
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        report(f"checkpoint {folder} is damaged: {wrong}; set aside as {aside.name}")
+        print(f"checkpoint {folder} is damaged: {wrong}; set aside as {aside.name}", flush=True)
     return None
 
 
-def sweep(run: Path) -> None:
-    """Delete what killed saves left."""
-    for path in (run / "checkpoints").glob("tmp-step-*"):
-        shutil.rmtree(path)
-
-
 def steps(run: Path) -> list[int]:
-    """The steps of a run's complete checkpoints, ascending."""
+    """Return the steps of a run's complete checkpoints, ascending."""
     return sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-????????"))
-
-
-def prune(run: Path, keep: int, keep_every: int) -> None:
-    """Delete all checkpoints but the `keep` newest, the best, and those of every n-th step."""
-    best = best_step(run)
-    for step in steps(run)[:-keep]:
-        if step != best and not (keep_every and step % keep_every == 0):
-            shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
 
 
 def best_step(run: Path) -> int | None:
@@ -263,7 +241,7 @@ def best_step(run: Path) -> int | None:
 
 
 def find(path: Path, newest: bool = False) -> Path:
-    """The checkpoint folder that `path` names: itself, or of a run its best (or newest) one."""
+    """Return `path` if it is a checkpoint's folder, else the best (or newest) one of that run."""
     path = Path(path)
     if (path / "meta.json").exists():
         return path
@@ -282,9 +260,9 @@ def read_meta(folder: Path) -> dict:
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Copy the weights in `folder` into `model`, which is not sharded.
 
-    Raises UserError if the file is damaged or the shapes differ. A folder without a manifest (one
-    that was converted) is taken as it is.
+    Raises UserError if the file is damaged or the shapes differ.
     """
+    # A folder that tools.hf wrote has no manifest.
     if (folder / "manifest.json").exists() and (wrong := damage(folder, ["model.safetensors"])):
         raise UserError(f"checkpoint {folder} is damaged: {wrong}; name another")
     try:
@@ -303,17 +281,14 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load_training(model: nn.Module, training: dict, folder: Path) -> None:
-    """Fill a (sharded) model's weights and the tensors of `training` from a verified checkpoint.
-
-    Every rank calls it, and reads its own parts only. Keys that `training` lacks are left out.
-    """
+    """Fill a (sharded) model's weights and the tensors of `training`: each rank its own parts."""
     for state, where in ((model.state_dict(), folder), (training, folder / "training")):
         reader = dcp.HuggingFaceStorageReader(where)
         dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def checksum(folder: Path) -> str:
-    """CRC-32 of the weights' file, 8 hex digits."""
+    """Return the CRC-32 of the weights' file, 8 hex digits."""
     return _size_and_crc(folder / "model.safetensors")["crc32"]
 
 

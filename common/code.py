@@ -17,10 +17,9 @@ DATA = (".txt", ".json", ".jsonl")  # suffixes of files that modules read from t
 
 
 def closure(*programs: str | Path) -> list[Path]:
-    """Return the files that `programs` (dotted names or files) depend on, sorted.
+    """Return the project's files that `programs` (dotted names or files) depend on, sorted.
 
-    These are the project's modules that they import, directly or through others, and the data files
-    of those modules; see dependencies. Raises ValueError for a name that is no module of ours.
+    See dependencies. Raises ValueError for a name that is no module of ours.
     """
     found, todo = set(), set()
     for program in programs:
@@ -47,10 +46,9 @@ def code_hash(*programs: str | Path) -> str:
 def dependencies(file: Path) -> set[Path]:
     """Return the project's files that `file` depends on directly.
 
-    An import counts wherever it stands, so does a string that is a module's dotted name, as in
+    An import counts wherever it stands; so does a string that is a module's dotted name, as in
     [sys.executable, "-m", "sandbox.supervise"]. A module that mentions __file__ depends on the data
-    files in its folder and below. A file that does not parse depends on none: Python names the
-    mistake when the program runs.
+    files in and below its folder. A file that does not parse depends on none.
     """
     if file.suffix != ".py":
         return set()

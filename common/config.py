@@ -1,7 +1,6 @@
-"""Command lines and TOML files as typed, frozen dataclasses; shared by every entry point.
+"""Parse command lines and TOML files into frozen dataclasses.
 
-A command's options are the fields of one dataclass. The comment behind a field is its help text, so
-that help cannot drift from code:
+A command's options are the fields of one dataclass, and the comment behind a field is its help:
 
     @dataclass(frozen=True)
     class Config:
@@ -11,10 +10,10 @@ that help cannot drift from code:
         max_mb: float = 0.0           # megabytes of text to keep, 0 = all
         verbose: bool = False         # a bool is --verbose or --verbose=false
 
-    config = parse(Config)            # sys.argv; --max_mb=3, --max_mb 3 and --max-mb 3 are the same
+    config = parse(Config)            # --max_mb=3, --max_mb 3 and --max-mb 3 are the same
 
-Where `toml=True`, a first argument without dashes names a TOML file whose values replace the
-defaults; flags come last. Unknown keys, from file or flag, are errors that name the nearest field.
+With `toml=True`, a first argument without dashes names a TOML file whose values replace the
+defaults; flags come last. An unknown key is an error that names the nearest field.
 """
 
 import argparse
@@ -46,13 +45,14 @@ def run(main) -> None:
 
 
 def parse(cls, argv: list[str] | None = None, toml: bool = False):
-    """An instance of the dataclass `cls` from the command line (default `sys.argv[1:]`).
+    """Return an instance of the dataclass `cls` from the command line (default `sys.argv[1:]`).
 
     Raises UserError for an unknown key, a wrong type or a missing required option, from flag or
     file. `--help` prints every field with its default and meaning, and exits.
     """
     argv = sys.argv[1:] if argv is None else argv
-    types_, comments = get_type_hints(cls), _comments(cls)
+    types_, comments, fields = get_type_hints(cls), _comments(cls), dataclasses.fields(cls)
+    required = [f.name for f in fields if f.default is dataclasses.MISSING]
     parser = argparse.ArgumentParser(
         description=inspect.cleandoc(cls.__doc__),
         allow_abbrev=False,
@@ -60,15 +60,13 @@ def parse(cls, argv: list[str] | None = None, toml: bool = False):
         usage="%(prog)s" + " [CONFIG.toml]" * toml + " [--key=value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for f in dataclasses.fields(cls):
-        required = f.default is dataclasses.MISSING
-        many = get_origin(types_[f.name]) is tuple
-        default = "required" if required else f"default: {_show(f.default)}"
+    for f in fields:
+        default = "required" if f.name in required else f"default: {_show(f.default)}"
         parser.add_argument(
             f"--{f.name}",
             *{f"--{f.name.replace('_', '-')}"} - {f"--{f.name}"},
             dest=f.name,
-            action="append" if many else "store",
+            action="append" if get_origin(types_[f.name]) is tuple else "store",
             **({"nargs": "?", "const": "true"} if types_[f.name] is bool else {}),
             metavar=_type_name(types_[f.name]),
             default=argparse.SUPPRESS,
@@ -83,35 +81,27 @@ def parse(cls, argv: list[str] | None = None, toml: bool = False):
         key = unknown[0].split("=")[0]
         if toml and key.endswith(".toml"):
             raise UserError(f"the configuration {key} must be the first argument")
-        known = [f"--{f.name}" for f in dataclasses.fields(cls)]
-        raise UserError(f"unknown argument {key!r}{_nearest(key, known)}; --help lists the options")
-    values = _from_toml(cls, Path(path), types_) if path else {}
+        near = _nearest(key, [f"--{f.name}" for f in fields])
+        raise UserError(f"unknown argument {key!r}{near}; --help lists the options")
+    values = _from_toml(Path(path), types_) if path else {}
     values |= {k: _convert(v, types_[k], f"--{k}") for k, v in vars(flags).items()}
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.name not in values
-    ]
-    if missing:
+    if missing := [name for name in required if name not in values]:
         raise UserError(f"missing required option --{missing[0]}; --help lists the options")
     return cls(**values)
 
 
 def differences(config) -> dict:
-    """The fields of `config` that differ from their defaults, as {name: value}."""
-    return {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default
-    }
+    """Return the fields of `config` that differ from their defaults, as {name: value}."""
+    values = {f: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {f.name: value for f, value in values.items() if value != f.default}
 
 
-def _from_toml(cls, path: Path, types_: dict) -> dict:
+def _from_toml(path: Path, types_: dict) -> dict:
     try:
         values = tomllib.loads(path.read_text())
     except OSError as e:
         raise UserError(f"cannot read config {path}: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except ValueError as e:  # TOML, or UTF-8
         raise UserError(f"{path} is not valid TOML: {e}") from None
     for key in values:
         if key not in types_:
@@ -120,7 +110,7 @@ def _from_toml(cls, path: Path, types_: dict) -> dict:
 
 
 def _convert(value, want, where: str):
-    """`value` (a string from a flag, or a TOML value) as type `want`; only int widens, to float."""
+    """Return `value` (text of a flag, or a TOML value) as `want`; only int widens, to float."""
     if get_origin(want) is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_convert(item, get_args(want)[0], where) for item in items)
@@ -128,18 +118,12 @@ def _convert(value, want, where: str):
         want = next(t for t in get_args(want) if t is not type(None))
     error = UserError(f"{where}: got {value!r}, want {_type_name(want)}")
     if want is bool:
-        if isinstance(value, bool):
-            return value
-        if value in ("true", "false"):
-            return value == "true"
-        raise error
+        if str(value) not in ("true", "false", "True", "False"):
+            raise error
+        return str(value).lower() == "true"
     if isinstance(value, bool) or (want in (str, Path) and not isinstance(value, str)):
         raise error
-    if want is int and isinstance(value, str):
-        value = value.replace("_", "")
-        if not re.fullmatch(r"[+-]?\d+", value):
-            raise error
-    if want is int and isinstance(value, float):
+    if want is int and (isinstance(value, float) or not re.fullmatch(r"[+-]?\d[\d_]*", str(value))):
         raise error
     try:
         return want(value)
@@ -148,7 +132,7 @@ def _convert(value, want, where: str):
 
 
 def _comments(cls) -> dict[str, str]:
-    """{field: the comment behind it, with the comment lines that continue it}, from the source."""
+    """Return {field: the comment behind it and on the lines that continue it}, from the source."""
     found, name = {}, None
     for klass in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(klass).splitlines():

@@ -1,10 +1,9 @@
-"""One process or many: ranks, sharding, and what every rank must decide alike.
+"""Train with one process or many: ranks, sharding, and what every rank must decide alike.
 
-Masters and optimiser states are fp32 and sharded over `shard` ranks, and that group is replicated
-over the rest: torch's FSDP2, on a mesh of replicate x shard. A forward gathers the weights in the
-compute dtype, and they stay gathered for all micro-steps of a step. Gradients are summed in fp32
-where they arise and reduced once a step, while the last backward goes on. One process with fp32
-weights needs none of this and is not wrapped; one process in half precision is a mesh of one.
+torch's FSDP2 shards fp32 masters and optimiser states over `shard` ranks, and replicates that group
+over the rest. A forward gathers the weights in the compute dtype for all micro-steps of a step;
+gradients are summed in fp32 and reduced once a step, during the last backward. One process with
+fp32 weights is not wrapped; one process in half precision is a mesh of one.
 
 Nothing here waits for the device: the fused AdamW kernel itself unscales, clips and skips.
 """
@@ -30,7 +29,7 @@ GROWTH_STEPS = 2000  # finite steps until fp16's loss scale doubles: torch.amp.G
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together, as torchrun's environment says."""
+    """This process's place among those that train together, from torchrun's environment."""
 
     rank: int
     world_size: int
@@ -40,7 +39,7 @@ class Ranks:
     device: torch.device
 
     def from_first(self, decide: Callable):
-        """On every rank what `decide()` gives on rank 0; a UserError there is raised everywhere."""
+        """Return on every rank what `decide()` gives on rank 0, or raise its UserError."""
         answer = [None, None]
         if self.rank == 0:
             try:
@@ -83,19 +82,13 @@ def start(device: str, dtype: str, threads: int, timeout_s: int) -> tuple[Ranks,
 
 
 def cpu_group(timeout_s: int) -> dist.ProcessGroup | None:
-    """A group of all ranks for messages that no GPU takes part in; None for a single process."""
+    """Make a group of all ranks for messages between hosts; None for a single process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
-def shard_model(
-    model: nn.Module,
-    ranks: Ranks,
-    dtype: torch.dtype,
-    shard: int,
-    regather: bool,
-) -> None:
+def shard_model(model, ranks: Ranks, dtype: torch.dtype, shard: int, regather: bool) -> None:
     """Make `model`'s parameters shards on `ranks.device` that compute in `dtype`, in place.
 
     shard      ranks that share one copy of the masters and states, 0 = those of a machine
@@ -129,7 +122,7 @@ def begin_micro_step(model: nn.Module, last: bool, regather: bool) -> None:
 
 
 class Guard:
-    """Decides, on the device, which steps are taken, and keeps fp16's loss scale.
+    """Decide, on the device, which steps are taken, and keep fp16's loss scale.
 
     A step whose gradient norm is inf or NaN anywhere is skipped everywhere: the norm is global. The
     loss is scaled for fp16 only; the scale halves with each skipped step, and doubles after
@@ -178,7 +171,7 @@ class Guard:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """AdamW's tensors by name, zero where it has not stepped yet; sharded as the weights are."""
+    """Return AdamW's tensors by name, zero before its first step; sharded as the weights are."""
     tensors = {}
     for name, p in model.named_parameters():
         state = optimizer.state[p]
@@ -190,7 +183,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str,
 
 
 def lost_rank(e: Exception, rank: int) -> UserError | None:
-    """What to tell the user if `e` says that another rank is gone or does not answer."""
+    """Return what to tell the user if `e` says that another rank is gone or does not answer."""
     said = str(e)
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out")
     if isinstance(e, dist.DistError) or any(sign in said for sign in signs):
@@ -202,10 +195,10 @@ def lost_rank(e: Exception, rank: int) -> UserError | None:
 
 
 class Signals:
-    """SIGTERM, SIGUSR1 or Ctrl-C on any rank, heard by all ranks at the same step.
+    """Let all ranks hear SIGTERM, SIGUSR1 or Ctrl-C on any of them at the same step.
 
-    The message travels between the hosts while the step runs, and is read a step later: no rank
-    waits for a device. In a single process, a second Ctrl-C ends it at once.
+    The message travels between the hosts while a step runs, and is read a step later, so that no
+    rank waits for a device. In a single process, a second Ctrl-C ends it at once.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):
@@ -219,7 +212,7 @@ class Signals:
             signal.signal(number, signal.default_int_handler)
 
     def heard(self) -> int:
-        """The number of a signal that all ranks now know of, or 0. Call it once a step."""
+        """Return the number of a signal that all ranks know of, or 0. Call it once a step."""
         if self.group is None:
             return self.received
         heard = 0

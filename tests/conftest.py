@@ -16,7 +16,7 @@ WORDS = sorted({w for kind in (str, list, dict, bytes, os) for w in dir(kind) if
 
 if not torch.cuda.is_available():  # read when a kernel is imported, by whichever test is first
     os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1)  # waiting threads cost more than these sizes gain
 
 
 def pytest_collection_modifyitems(items):
@@ -119,7 +119,7 @@ def save_run(run: Path, model, tokenizer) -> Path:
     """A run folder with one checkpoint of `model`; the checkpoint's folder."""
     from common import checkpoint
 
-    saver = checkpoint.Saver(run, 0, None, keep=1, keep_every=0)
+    saver = checkpoint.Saver(run, 0, None, keep=1)
     saver.save(1, model, {"nothing": torch.zeros(1)}, tokenizer, {"world_size": 1})
     assert saver.finish() is None
     return checkpoint.find(run)

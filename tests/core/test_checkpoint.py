@@ -1,10 +1,10 @@
 import json
+import pickle
 import random
 import shutil
 
 import pytest
 import torch
-from ranks import Run, status
 from safetensors.torch import load_file
 
 from common import checkpoint, distributed
@@ -13,7 +13,7 @@ from model import ModelConfig, Phi, load_model
 from tokenizer import Tokenizer
 
 ODD = ModelConfig(61, 19, 2, 3, 42, 50, 6)
-DAMAGES = 1000  # flips and truncations tried
+DAMAGES = 300  # flips and truncations tried
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def training():
 def saved(tmp_path, tokenizer):
     """A run folder with one checkpoint, its model, and its training state."""
     model, state = Phi(ODD), training()
-    saver = checkpoint.Saver(tmp_path / "run", 0, None, keep=2, keep_every=0)
+    saver = checkpoint.Saver(tmp_path / "run", 0, None, keep=2)
     saver.save(5, model, state, tokenizer, {"world_size": 1})
     assert saver.finish() is None
     return tmp_path / "run", model, state
@@ -59,7 +59,7 @@ def test_round_trip(saved, tokenizer):
 
 def test_the_state_is_copied_before_save_returns(saved, tokenizer):
     run, model, state = saved
-    saver = checkpoint.Saver(run, 0, None, keep=2, keep_every=0)
+    saver = checkpoint.Saver(run, 0, None, keep=2)
     weights, moments = model.embed.weight.detach().clone(), state["exp_avg.x"].clone()
     saver.save(6, model, state, tokenizer, {})
     with torch.no_grad():
@@ -104,27 +104,26 @@ def _means_the_same(damaged: bytes, whole: bytes) -> bool:
 
 
 def test_damaged_weights_are_not_loaded(saved):
-    run, _, _ = saved
-    path = checkpoint.find(run) / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-9] ^= 4
-    path.write_bytes(content)
+    path = checkpoint.find(saved[0]) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"damaged: model\.safetensors was changed"):
-        load_model(run, "cpu")
+        load_model(saved[0], "cpu")
 
 
-def test_newest_good_walks_back(saved, tokenizer):
+def test_newest_good_walks_back(saved, tokenizer, capsys):
     run, model, state = saved
-    saver = checkpoint.Saver(run, 0, None, keep=9, keep_every=0)
+    saver = checkpoint.Saver(run, 0, None, keep=9)
     for step in (6, 7):
         saver.save(step, model, state, tokenizer, {})
     saver.wait()
     (run / "checkpoints/step-00000007/meta.json").write_text("{}")
     shutil.rmtree(run / "checkpoints/step-00000006/training")
-    said = []
-    assert checkpoint.newest_good(run, said.append) == run / "checkpoints/step-00000005"
+    (run / "checkpoints/tmp-step-00000008").mkdir()  # of a save that was killed
+    assert checkpoint.newest_good(run) == run / "checkpoints/step-00000005"
+    said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
     assert "meta.json has 2 bytes of" in said[0]
+    assert not list((run / "checkpoints").glob("tmp-*"))
     assert checkpoint.steps(run) == [5]
     saver.save(7, model, state, tokenizer, {})  # the name is free again
     assert saver.finish() is None
@@ -147,7 +146,7 @@ def test_retention(saved, tokenizer):
 def test_a_checkpoint_is_never_overwritten(saved, tokenizer):
     run, model, state = saved
     before = checkpoint.checksum(checkpoint.find(run))
-    saver = checkpoint.Saver(run, 0, None, keep=2, keep_every=0)
+    saver = checkpoint.Saver(run, 0, None, keep=2)
     with torch.no_grad():
         model.embed.weight.zero_()
     saver.save(5, model, state, tokenizer, {})
@@ -156,24 +155,13 @@ def test_a_checkpoint_is_never_overwritten(saved, tokenizer):
     assert not list((run / "checkpoints").glob("tmp-*"))
 
 
-class Malicious:
-    def __reduce__(self):
-        return open, ("/tmp/this-was-executed", "w")
-
-
 def test_nothing_in_a_checkpoint_is_unpickled(saved, monkeypatch):
     """Neither the loader nor torch.distributed.checkpoint reads a pickle, whatever lies there."""
-    import pickle
-
     run, model, state = saved
     folder = checkpoint.find(run)
-    (folder / "training/.metadata").write_bytes(pickle.dumps(Malicious()))
-
-    def refuse(*_):
-        raise AssertionError("a pickle was read")
-
+    (folder / "training/.metadata").write_bytes(pickle.dumps("not read"))
     for name in ("load", "loads", "Unpickler"):
-        monkeypatch.setattr(pickle, name, refuse)
+        monkeypatch.setattr(pickle, name, lambda *_: pytest.fail("a pickle was read"))
     checkpoint.load_training(model, state, folder)
     load_model(run, "cpu")
 
@@ -187,15 +175,3 @@ def test_a_run_that_left_out_data_is_refused(tmp_path):
     state = checkpoint.RunState(model, optimizer, guard, ranks, None, None, {})
     with pytest.raises(UserError, match="start from its weights with --init_from"):
         state.restore(tmp_path)
-
-
-def test_weights_do_not_depend_on_how_they_were_sharded(tiny, tokens, tmp_path):
-    """Three ranks do not divide the sizes of this model (and the step is too small to matter)."""
-    flags = [*tiny, f"--data={tokens}", "--max_steps=1", "--eval_interval=1", "--lr=1e-60",
-             "--weight_decay=0", "--seqs_per_step=6", "--micro_batch=1"]  # fmt: skip
-    for ranks in (1, 3):
-        Run(tmp_path / str(ranks), flags, ranks).finish()
-        assert status(tmp_path / str(ranks))["status"] == "done"
-    one, three = (checkpoint.find(tmp_path / n) for n in ("1", "3"))
-    assert checkpoint.checksum(one) == checkpoint.checksum(three)
-    assert len(list((three / "training").iterdir())) == 3

@@ -17,7 +17,6 @@ from ranks import Run, curve, events, status
 from safetensors.torch import load_file
 
 from common import checkpoint
-from data import loader
 from model import Phi
 
 STEPS = 12
@@ -63,12 +62,11 @@ def back_to(run, step, copy):
     return copy
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_any_moment(flags, whole, tmp_path, ranks):
-    """Three SIGKILLs of one rank."""
-    out, draw, kills = tmp_path / "run", random.Random(ranks), 0
-    for kill in range(3):
-        run = Run(out, [*flags, "--resume"], ranks)
+def test_killed_at_any_moment(flags, whole, tmp_path):
+    """Two SIGKILLs of one rank."""
+    out, draw, kills = tmp_path / "run", random.Random(2), 0
+    for kill in range(2):
+        run = Run(out, [*flags, "--resume"], 2)
         run.wait_for(2 * (kill + 1))
         time.sleep(draw.random() * 0.03)
         draw.choice(run.processes).kill()
@@ -78,14 +76,14 @@ def test_killed_at_any_moment(flags, whole, tmp_path, ranks):
             break  # it was faster
         assert sorted(p.exitcode for p in run.processes)[0] == -signal.SIGKILL
         kills += 1
-        if ranks > 1:
-            assert "lost touch with another" in run.said()
-            assert "Traceback" not in run.said()
+        assert "lost touch with another" in run.said()
+        assert "Traceback" not in run.said()
     assert kills
-    Run(out, [*flags, "--resume"], ranks).finish()
-    assert_same(out, whole(ranks))
+    Run(out, [*flags, "--resume"], 2).finish()
+    assert_same(out, whole(2))
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_given_up(flags, whole, tmp_path):
     short = [f for f in flags if "timeout" not in f] + ["--timeout_s=8"]
     run = Run(tmp_path / "run", short, 2)
@@ -102,7 +100,7 @@ def test_a_rank_that_hangs_is_given_up(flags, whole, tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "number", "told"),
-    [(1, signal.SIGTERM, [0]), (2, signal.SIGTERM, [0, 1]), (2, signal.SIGUSR1, [1])],
+    [(1, signal.SIGTERM, [0]), (2, signal.SIGUSR1, [1])],
 )
 def test_a_signal_saves_and_stops(flags, whole, tmp_path, ranks, number, told):
     run = Run(tmp_path / "run", flags, ranks)
@@ -148,25 +146,6 @@ def test_nan_on_one_rank_skips_the_step_on_all(flags, tmp_path):
     assert all(v.isfinite().all() for k, v in saved.items() if k.startswith("exp_avg"))
 
 
-def plant_strange_data(_rank):
-    """The data of steps 40 to 43 is one token, again and again, that no trained model expects."""
-    make = loader.Loader._make
-
-    def planted(self, step, micro_step):
-        batch = make(self, step, micro_step)
-        return batch.fill_(500) if 40 <= step < 44 else batch
-
-    loader.Loader._make = planted
-
-
-def test_a_loss_spike_is_reported(flags, tmp_path):
-    shape = [*flags, "--max_steps=48", "--lr=1e-2", "--log_interval=1", "--spike_nats=1",
-             "--eval_interval=12", "--dropout=0"]  # fmt: skip
-    said = Run(tmp_path / "told", shape, 1, plant_strange_data).finish()
-    assert "the loss rose to" in said
-    assert events(tmp_path / "told")[:2] == ["start", "spike"]
-
-
 def plant_full_disk(rank):
     """The second save finds the disk full, on the last rank."""
     write = checkpoint.Saver._write
@@ -180,15 +159,14 @@ def plant_full_disk(rank):
     checkpoint.Saver._write = planted
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_full_disk_costs_one_checkpoint(flags, whole, tmp_path, ranks):
+def test_a_full_disk_costs_one_checkpoint(flags, whole, tmp_path):
     out = tmp_path / "run"
-    said = Run(out, flags, ranks, plant_full_disk).finish()
+    said = Run(out, flags, 2, plant_full_disk).finish()
     assert f"checkpoint {out}/checkpoints/step-00000008 was not written: File too large" in said
     assert "free space there, or lower `keep`" in said
     assert checkpoint.steps(out) == [4, 12]
     assert not list((out / "checkpoints").glob("tmp-*"))
-    assert_same(out, whole(ranks))
+    assert_same(out, whole(2))
 
 
 def test_a_shard_damaged_while_it_is_read(flags, whole, tokens, tmp_path):
@@ -221,7 +199,7 @@ def test_a_damaged_checkpoint_is_passed_over(flags, whole, tmp_path):
     assert (out / "checkpoints/damaged-step-00000008").exists()
 
 
-@pytest.mark.parametrize(("ranks", "shard"), [(2, 2), (2, 1), (4, 2), (1, 0)])
+@pytest.mark.parametrize(("ranks", "shard"), [(2, 1), (4, 2)])
 def test_resumed_by_another_number_of_ranks(flags, tmp_path_factory, tmp_path, ranks, shard):
     flags = [*flags, "--dropout=0", "--grad_clip=0", "--micro_batch=1"]
     base = tmp_path_factory.getbasetemp() / "without-dropout"

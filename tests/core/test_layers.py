@@ -38,10 +38,6 @@ def test_every_file_has_a_layer():
     assert {p for p in found if p.relative_to(ROOT).parts[0] != "out"} <= set(FILES)
 
 
-def test_the_root_holds_three_programs():
-    assert {f.name for f in FILES if f.parent == ROOT} == {"train.py", "model.py", "sample.py"}
-
-
 def test_a_file_imports_only_leftward():
     assert [f"{f} -> {d}" for f, used in imports().items() for d in used if not allowed(f, d)] == []
 
@@ -51,14 +47,9 @@ def test_no_import_goes_round():
 
 
 @pytest.mark.parametrize("arrow", [
-    "kernels/gemm.py -> model.py", "kernels/gemm.py -> common/config.py",
-    "common/files.py -> kernels/launch.py", "sandbox/execute.py -> tokenizer/__init__.py",
-    "tokenizer/train.py -> data/base/documents.py", "model.py -> sample.py",
-    "data/base/embed.py -> model.py", "data/diversity.py -> model.py",
+    "kernels/gemm.py -> common/config.py", "model.py -> sample.py", "data/diversity.py -> model.py",
     "data/base/stage.py -> data/filter.py", "data/filter.py -> eval/harness.py",
-    "sample.py -> data/loader.py", "train.py -> data/base/stage.py", "train.py -> data/pack.py",
-    "train.py -> eval/bits.py", "tools/hf.py -> bench/step.py",
-    "bench/step.py -> experiments/jobs.py",
+    "train.py -> data/base/stage.py", "train.py -> eval/bits.py", "tools/hf.py -> bench/step.py",
 ])  # fmt: skip
 def test_wrong_imports_are_seen(arrow):
     assert not allowed(*arrow.split(" -> "))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.config import UserError
-from model import INIT_STD, KVCache, ModelConfig, Phi, flops_per_token, parameter_count
+from model import INIT_STD, ModelConfig, Phi, flops_per_token
 
 # Odd on purpose: no two sizes are equal, so a transposed or misplaced weight cannot fit.
 ODD = ModelConfig(vocab_size=61, seq_len=19, n_layer=3, n_head=3, width=42, mlp_width=50,
@@ -77,17 +77,6 @@ def test_same_logits_loss_and_gradients_as_transformers(dtype, tolerance):
     assert not ours_grads
 
 
-@pytest.mark.parametrize(
-    ("shape", "parameters"),
-    [
-        (ModelConfig(), 1_418_270_720),
-        (ModelConfig(n_layer=20, width=1024, n_head=16, mlp_width=4096), 356_794_368),
-    ],
-)
-def test_parameter_counts_of_the_paper(shape, parameters):
-    assert parameter_count(shape) == parameters
-
-
 def test_flops_per_token_of_phi1():
     # 6 x 1,312,817,152 matmul parameters + 6 x 24 layers x 2048 x 2048 of causal attention
     assert flops_per_token(ModelConfig()) == 6 * 1_312_817_152 + 6 * 24 * 2048 * 2048
@@ -99,17 +88,8 @@ def test_initialisation():
     for name, p in model.named_parameters():
         if p.dim() == 2:
             assert p.std().item() == pytest.approx(INIT_STD, rel=0.05), name
-        elif name.endswith("weight"):
-            assert (p == 1).all(), name
         else:
-            assert (p == 0).all(), name
-
-
-def test_angles_are_made_where_the_weights_are():
-    with torch.device("meta"):
-        model = Phi(ModelConfig(n_layer=1))
-    assert model.cos.is_meta
-    assert model.sin.is_meta
+            assert (p == name.endswith("weight")).all(), name
 
 
 def test_causal():
@@ -120,24 +100,6 @@ def test_causal():
     ours, changed = model(a), model(b)
     torch.testing.assert_close(ours[:, :7], changed[:, :7], rtol=0, atol=0)
     assert (ours[:, 7:] - changed[:, 7:]).abs().amax() > 1e-2
-
-
-@torch.no_grad()
-def test_cache_gives_the_same_logits():
-    model = randomised(ODD).eval()
-    idx = torch.randint(ODD.vocab_size, (3, 17))
-    whole = model(idx)
-    cache = KVCache(ODD, 3, 19, "cpu", torch.float32)
-    lengths, steps = torch.tensor([5, 9, 7]), 8
-    positions = torch.arange(9).expand(3, -1)
-    first = model(idx[:, :9], cache=cache, positions=positions)
-    for row, n in enumerate(lengths):  # what stands behind a shorter prompt is overwritten below
-        torch.testing.assert_close(first[row, :n], whole[row, :n], rtol=1e-4, atol=1e-4)
-    for i in range(steps):
-        where = (lengths + i)[:, None]
-        logits = model(idx.gather(1, where), cache=cache, positions=where)[:, 0]
-        want = whole[torch.arange(3), lengths + i]
-        torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
 
 
 def test_ignored_targets():
@@ -152,17 +114,15 @@ def test_dropout_only_in_training():
     model = randomised(dataclasses.replace(ODD, dropout=0.5))
     idx = torch.randint(ODD.vocab_size, (2, 12))
     assert (model(idx) != model(idx)).any()
-    model.eval()
-    assert (model(idx) == model(idx)).all()
+    assert (model.eval()(idx) == model(idx)).all()
 
 
 def test_overfits_one_batch():
     torch.manual_seed(0)
-    c = dataclasses.replace(ODD, dropout=0.0)
-    model = Phi(c)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    idx = torch.randint(c.vocab_size, (2, 13))
-    for _ in range(150):
+    model = Phi(dataclasses.replace(ODD, n_layer=1))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    idx = torch.randperm(ODD.vocab_size)[:18].view(2, 9)  # no two tokens follow the same one
+    for _ in range(60):
         loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
         optimizer.step()

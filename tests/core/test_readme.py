@@ -6,10 +6,7 @@ the prose names in backticks (files, flags, modules, make's targets) exists too.
 """
 
 import contextlib
-import dataclasses
 import gzip
-import importlib
-import inspect
 import json
 import os
 import re
@@ -20,11 +17,10 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
-
-from common.config import run
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +64,10 @@ NEEDS_GPU = r"^make gpu|bench\.(ops|tune)"
 LEFT_OUT = {
     r"^make (test|check)": "the tests that this is one of",
     r"^make demo-full": "more of what make train runs",
-    r"^make .*ladder": "takes hours; test_ladder.py makes a tiny one",
-    r"^make report": "reads what make ladder has made; test_report.py draws one",
+    r"^make ladder": "takes hours",
+    r"^make report": "reads what make ladder has made; test_ladder_page.py draws one",
     r"^make best": "takes an hour, and both benchmarks",
+    r"experiments\.ladder .*--only": "takes minutes, and a ladder to compare with: test_ladder.py",
 }
 
 ELSEWHERE = {  # what the prose names that is of other projects, or the reader's own
@@ -78,13 +75,9 @@ ELSEWHERE = {  # what the prose names that is of other projects, or the reader's
 }
 
 
-@dataclasses.dataclass
-class Command:
+class Command(NamedTuple):
     line: int  # of README.md, from 1
     text: str  # as it stands there, without comments
-
-    def __str__(self):
-        return f"{self.line}: {' '.join(self.text.split())[:60]}"
 
 
 def blocks() -> list[tuple[int, str, str]]:
@@ -210,7 +203,7 @@ def made_small(command: str) -> str:
     return command
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: f"{c.line}: {c.text:.60}")
 def test_command(command, copy):
     script = made_small(command.text)
     why = next((why for p, why in LEFT_OUT.items() if re.search(p, command.text)), "")
@@ -241,29 +234,6 @@ def spans() -> list[list[str]]:
     return [span.split() for span in re.findall(r"`([^`]+)`", prose())]
 
 
-def module_of(word: str) -> str:
-    """data.pack for data.pack, train for train.py; nothing for what is no module of the project."""
-    path = word.removesuffix(".py") if word.endswith(".py") else word.replace(".", "/")
-    return path.replace("/", ".") if (ROOT / f"{path}.py").exists() else ""
-
-
-def flags(module: str) -> set[str]:
-    """Fields of the dataclasses in it, and flags that it looks for by itself."""
-    held = importlib.import_module(module)
-    classes = filter(dataclasses.is_dataclass, vars(held).values())
-    literal = re.findall(r'"--(\w+)"', inspect.getsource(held))
-    return {f.name for c in classes for f in dataclasses.fields(c)} | set(literal)
-
-
-PACKAGES = "bench|common|data|eval|experiments|kernels|sandbox|tokenizer|tools"
-
-
-def every_flag() -> set[str]:
-    paths = [*ROOT.glob("*.py"), *(p for p in ROOT.glob("*/*.py") if p.parent.name != "tests")]
-    files = [p.relative_to(ROOT) for p in paths if "__main__" in p.read_text()]
-    return set().union(*(flags(".".join(file.with_suffix("").parts)) for file in files))
-
-
 def exists(name: str, copy: Path) -> bool:
     """A file of the project or of what its commands wrote; X stands for any digit."""
     name = re.sub("X{2,}", "*", name.removeprefix("~/").rstrip("/"))
@@ -282,57 +252,6 @@ def test_named_files_and_folders_exist(copy):
     missing = {w for w in named if w not in ELSEWHERE and not exists(w, copy)}
     assert not missing
     assert len(named) > 20
-
-
-def test_the_tree_has_every_file_and_folder_of_the_top():
-    tree = {word for _, _, b in blocks() if is_tree(b) for word in b.split()}
-    top = {p.name for p in ROOT.glob("*.py")} | {f"{p.parent.name}/" for p in ROOT.glob("*/*.py")}
-    assert top - tree == set()
-
-
-def test_named_modules_and_flags_exist():
-    wrong, every = [], every_flag()
-    for span in spans():
-        owner = next((m for m in map(module_of, span) if m), "")
-        known = flags(owner) if owner else every
-        wrong += [w for w in span if (m := re.match(r"--(\w+)", w)) and m[1] not in known]
-        wrong += [w for w in span if re.match(rf"({PACKAGES})\.\w+$", w)
-                  and not module_of(w) and w != "tokenizer.model"]  # fmt: skip
-    assert not wrong
-
-
-def makefiles() -> str:
-    return "".join(p.read_text() for p in [ROOT / "Makefile", *ROOT.glob("experiments/*.mk")])
-
-
-def test_named_targets_and_variables_exist():
-    makefile = makefiles()
-    files = [*ROOT.glob("*.py"), *ROOT.glob("[a-s]*/*.py")]  # not the tests
-    sources = makefile + "".join(p.read_text() for p in files)
-    targets = set(re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE))
-    targets |= {f"{name}=" for name in re.findall(r"^(\w+) *[?:]=", makefile, re.MULTILINE)}
-    for span in [*spans(), *(c.text.split() for c in COMMANDS)]:
-        if span[0] == "make":
-            words = [word for word in span[1:] if word != "-j2"]
-            assert {re.sub("=.*", "=", word) for word in words} <= targets
-        for word in span:
-            if m := re.match(r"([A-Z]+(_[A-Z0-9]+)+)(=|$)", word):
-                assert m[1] in sources, word
-
-
-# ---- what `make train` made, and when it is made again ----
-
-
-def test_the_report_holds_both_arms_and_nothing_from_outside(copy):
-    page = (copy / "out/demo/report.html").read_text()
-    assert "then exercises" in page
-    assert page.count("<svg") == 2
-    for outside in ('src="http', 'href="http', "@import", "url(http"):
-        assert outside not in page.replace('xmlns:xlink="http', "")
-    for arm in ("exercises", "pairs"):
-        result = json.loads((copy / "out/demo/eval" / arm / "results.json").read_text())
-        assert result["problems"] == 4
-        assert result["pass@1"] == 0  # five steps teach nothing
 
 
 def test_only_what_changed_is_made_again(copy):
@@ -356,29 +275,3 @@ def test_only_what_changed_is_made_again(copy):
         said = would("-W", touched)
         assert all(word in said for word in runs), (touched, said)
         assert not any(word in said for word in rests), (touched, said)
-
-
-def test_help_lists_every_target():
-    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
-    phony = re.findall(r"^\.PHONY:((?:.*\\\n)*.*)", makefiles(), re.MULTILINE)
-    targets = " ".join(phony).replace("\\", "").split()
-    assert len(targets) > 20
-    for target in targets:
-        assert f"\n{target} " in f"\n{text}", target
-
-
-@pytest.mark.parametrize("command", [
-    "data.collect", "data.filter", "experiments.pairs", "data.exercises", "data.pack",
-    "tools.report", "eval.exercises", "eval.humaneval", "eval.mbpp", "tokenizer.train", "train",
-    "sample",
-])  # fmt: skip
-def test_every_command_has_help_and_names_typos(command, monkeypatch, capsys):
-    main = importlib.import_module(command).main
-    monkeypatch.setattr("sys.argv", [command, "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        run(main)
-    assert f"usage: {command}" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", [command, "--outt=x"])
-    with pytest.raises(SystemExit, match="2"):
-        run(main)
-    assert capsys.readouterr().err.startswith("error: unknown argument '--outt'")

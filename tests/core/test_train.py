@@ -1,20 +1,17 @@
 import json
-import math
 import shutil
 import sys
 import types
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import read_metrics
 from ranks import Run, curve, status
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import checkpoint, distributed
 from common.config import parse
-from model import ModelConfig, Phi, load_model, parameter_count
+from model import ModelConfig, Phi, parameter_count
 from train import TrainConfig, get_lr, make_optimizer
 
 
@@ -33,6 +30,7 @@ def reference(tiny, tokens, tmp_path_factory):
     return out
 
 
+GOLDEN = [6.2279, 6.1711, 6.1049, 6.0833, 6.0442, 6.0535]  # of the reference run
 LIKE_PHI1_SMALL = ["--seq_len=256", "--n_layer=4", "--n_head=16", "--width=1024",
                    "--mlp_width=4096", "--rotary_dim=32"]  # fmt: skip
 
@@ -43,8 +41,7 @@ def weights(run):
 
 def test_learns_and_keeps_the_best(reference):
     losses = [r["loss"] for r in read_metrics(reference) if "loss" in r]
-    assert losses[0] == pytest.approx(math.log(512), rel=0.02)  # uniform over the vocabulary
-    assert losses[-1] < losses[0] - 0.05
+    assert losses == pytest.approx(GOLDEN, abs=2e-3)
     best = json.loads((reference / "best.json").read_text())
     vals = {r["step"]: r["val_loss"] for r in read_metrics(reference) if "val_loss" in r}
     assert list(vals) == [4, 8, 12]
@@ -81,7 +78,7 @@ def test_half_precision_resumes_bitwise(
 
 
 def test_resume_is_bitwise(tiny, tokens, reference, tmp_path):
-    # The run as it was at step 8: later checkpoints gone, later lines in the log.
+    # The run as it was at step 8, with later lines in the log.
     shutil.copytree(reference, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000012")
     (tmp_path / "run/checkpoints/tmp-step-00000012").mkdir()  # of a save that was killed
@@ -91,14 +88,14 @@ def test_resume_is_bitwise(tiny, tokens, reference, tmp_path):
     assert weights(tmp_path / "run") == weights(reference)
 
 
-def test_two_ranks_see_the_same_as_one(tiny, tokens, tmp_path):
-    flags = ["--max_steps=6", "--eval_interval=3", "--log_interval=1", "--grad_clip=0"]
-    train(tiny, tokens, tmp_path / "one", *flags)
-    train(tiny, tokens, tmp_path / "two", *flags, ranks=2)
-    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
-    assert len(one) == len(two) == 8
-    for a, b in zip(one, two):
-        assert a == pytest.approx(b, rel=1e-5)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
+def test_two_ranks_see_the_same_as_one(tiny, tokens, tmp_path, dtype, tolerance):
+    flags = ["--max_steps=6", "--eval_interval=3", "--log_interval=1", "--grad_clip=0",
+             f"--dtype={dtype}"]  # fmt: skip
+    for ranks in (1, 2):
+        train(tiny, tokens, tmp_path / str(ranks), *flags, ranks=ranks)
+    for a, b in zip(curve(tmp_path / "1"), curve(tmp_path / "2"), strict=True):
+        assert a == pytest.approx(b, rel=tolerance)
 
 
 def test_init_from_starts_at_the_other_runs_loss(tiny, tokens, reference, tmp_path):
@@ -107,16 +104,6 @@ def test_init_from_starts_at_the_other_runs_loss(tiny, tokens, reference, tmp_pa
           f"--init_from={reference}")  # fmt: skip
     best = json.loads((reference / "best.json").read_text())["val_loss"]
     assert read_metrics(out)[-1]["val_loss"] == pytest.approx(best, abs=1e-3)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_mixed_precision_learns(tiny, tokens, tmp_path, dtype):
-    train(tiny, tokens, tmp_path / "run", "--max_steps=6", "--eval_interval=6",
-          "--log_interval=1", f"--dtype={dtype}", "--lr=5e-3")  # fmt: skip
-    losses = [r["loss"] for r in read_metrics(tmp_path / "run") if "loss" in r]
-    assert losses[-1] < losses[0] - 0.05
-    loaded, _, _ = load_model(tmp_path / "run", "cpu")
-    assert loaded.embed.weight.dtype == torch.float32  # masters stay fp32
 
 
 def test_a_run_is_not_overwritten(tiny, tokens, reference, tmp_path):
@@ -149,9 +136,7 @@ def test_restart_leaves_a_folder_that_is_no_run(tiny, tokens, tmp_path):
         (["--seqs_per_step=5"], "seqs_per_step 5 is not divisible by micro_batch 2 x 1 ranks"),
         (["--data=nowhere"], "data nowhere: no such folder"),
         (["--vocab_size=100"], "has 512 pieces, more than the model's vocab_size 100"),
-        (["--seq_len=100000"], "fewer than one sequence of 100,000 + 1"),
         (["--init_from=nowhere"], "no checkpoint at nowhere"),
-        (["--dtype=float8"], "dtype is 'float8'"),
         (["--lr=0"], "lr is 0.0"),
     ],
 )
@@ -162,27 +147,22 @@ def test_bad_input(tiny, tokens, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_shape_and_another_tokenizer(cli, tiny, tokens, corpus, reference, tmp_path):
+def test_another_shape_and_another_tokenizer(tiny, tokens, reference, tmp_path):
     said = train(tiny, tokens, tmp_path / "a", f"--init_from={reference}", "--mlp_width=48",
                  ok=False)  # fmt: skip
     assert "blocks.0.b_in is [160] there, [144] here" in said
-    for args in (
-        ["-m", "tokenizer.train", "--source", corpus, "--vocab_size", 512, "--max_mb", 0.02,
-         "--out", tmp_path / "tok"],
-        ["-m", "data.pack", "--source", corpus, "--tokenizer", tmp_path / "tok",
-         "--out", tmp_path / "bin", "--val_frac", 0.1],
-    ):  # fmt: skip
-        assert cli(*args).returncode == 0
-    said = train(tiny, tmp_path / "bin", tmp_path / "b", f"--init_from={reference}", ok=False)
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint.find(reference), other)
+    (other / "meta.json").write_text('{"tokenizer": "another"}')
+    said = train(tiny, tokens, tmp_path / "a", f"--init_from={other}", ok=False)
     assert "trained with another tokenizer" in said
     assert not (tmp_path / "a").exists()
-    assert not (tmp_path / "b").exists()
 
 
 def test_gradients_that_stay_not_finite_stop_the_run(tiny, tokens, tmp_path):
     said = train(tiny, tokens, tmp_path / "run", "--lr=1e30", "--warmup_steps=1",
-                 "--grad_clip=0", "--log_interval=1", "--max_skips=3", ok=False)  # fmt: skip
-    assert "the gradients of 3 steps in a row, up to step 4, were not finite" in said
+                 "--grad_clip=0", "--log_interval=1", ok=False)  # fmt: skip
+    assert "the gradients of 20 steps in a row, up to step 21, were not finite" in said
     assert status(tmp_path / "run")["status"] == "failed"
 
 
@@ -213,22 +193,21 @@ def test_paper_presets():
         assert parameter_count(c.model) == parameters
 
 
+TWO = ["--max_steps=4", "--eval_interval=4", "--log_interval=1", "--dropout=0.1", "--micro_batch=1"]
+
+
 @pytest.fixture(scope="module")
 def of_two(tiny, tokens, tmp_path_factory):
     """A run of two ranks and two micro-steps, with dropout."""
     out = tmp_path_factory.mktemp("two") / "run"
-    train(tiny, tokens, out, "--max_steps=4", "--eval_interval=4", *TWO, ranks=2)
+    train(tiny, tokens, out, *TWO, ranks=2)
     return out
 
 
-TWO = ["--log_interval=1", "--dropout=0.1", "--micro_batch=1"]
-
-
-@pytest.mark.parametrize("flags", [["--recompute"], ["--regather"], ["--shard=1"],
-                                   ["--recompute", "--regather"]])  # fmt: skip
+@pytest.mark.parametrize("flags", [["--recompute", "--regather"], ["--shard=1"]])
 def test_where_things_are_kept_changes_nothing(tiny, tokens, of_two, tmp_path, flags):
     out = tmp_path / "run"
-    train(tiny, tokens, out, "--max_steps=4", "--eval_interval=4", *TWO, *flags, ranks=2)
+    train(tiny, tokens, out, *TWO, *flags, ranks=2)
     # With replicas, the norm that clips is summed in another order.
     if "--shard=1" in flags:
         assert [r["loss"] for r in curve(out) if "loss" in r] == pytest.approx(
@@ -237,49 +216,6 @@ def test_where_things_are_kept_changes_nothing(tiny, tokens, of_two, tmp_path, f
     else:
         assert curve(out) == curve(of_two)
         assert weights(out) == weights(of_two)
-
-
-def plant_counts(rank):
-    """The ranks' collectives so far, written down at the start of each step."""
-    totals, heard = [], distributed.Signals.heard
-    counts = Counter()
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            counts[func.name()] += 1
-            return func(*args, **(kwargs or {}))
-
-    Count().__enter__()
-
-    def begin_step(self):
-        totals.append({name: n for name, n in counts.items() if "c10d" in name})
-        [out] = (a.removeprefix("--out=") for a in sys.argv if a.startswith("--out="))
-        Path(f"{out}/counts{rank}.json").write_text(json.dumps(totals))
-        return heard(self)
-
-    distributed.Signals.heard = begin_step
-
-
-@pytest.mark.parametrize(("flags", "gathers"), [([], 3), (["--regather"], 10)])
-def test_gradients_are_reduced_once_a_step(tiny, tokens, tmp_path, flags, gathers):
-    """Two micro-steps of two blocks and the rest. Blocks are gathered once, or for each use."""
-    flags = [*tiny, f"--data={tokens}", "--max_steps=3", "--micro_batch=1", *flags]
-    Run(tmp_path / "run", flags, 2, plant_counts).finish()
-    totals = json.loads((tmp_path / "run/counts0.json").read_text())
-    for name, each in (("reduce_scatter", 3), ("allgather", gathers)):
-        steps = [sum(n for op, n in total.items() if name in op) for total in totals]
-        assert steps[2] - steps[1] == each
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_half_precision_is_the_same_on_one_rank_and_two(tiny, tokens, tmp_path, dtype):
-    flags = ["--max_steps=4", "--eval_interval=4", "--log_interval=1", f"--dtype={dtype}"]
-    for ranks in (1, 2):
-        train(tiny, tokens, tmp_path / str(ranks), *flags, "--micro_batch=2", ranks=ranks)
-    one, two = (curve(tmp_path / n) for n in "12")
-    tolerance = {"float32": 1e-5, "float16": 2e-3}[dtype]
-    for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=tolerance)
 
 
 def test_the_loss_scale_finds_its_place():
@@ -306,22 +242,11 @@ def test_the_loss_scale_finds_its_place():
     assert master.weight.item() == pytest.approx(before - 0.2, abs=1e-5)
 
 
-def test_documents_can_be_told_apart(tiny, tokens, tmp_path):
-    flags = ["--max_steps=2", "--eval_interval=2", "--log_interval=1"]
-    for name, more in (("mixed", []), ("apart", ["--doc_mask"])):
-        train(tiny, tokens, tmp_path / name, *flags, *more)
-    mixed, apart = ([r.get("loss", r.get("val_loss")) for r in curve(tmp_path / n)]
-                    for n in ("mixed", "apart"))  # fmt: skip
-    assert mixed != apart
-    assert mixed == pytest.approx(apart, rel=0.05)
-
-
 def plant_wandb(_rank):
-    """A wandb that writes down what it is told."""
+    """Plant a wandb that writes down what it is told."""
+    told = []
 
     def init(project, id, resume, dir, config):
-        told = []
-
         def log(record, step):
             told.append([record, step])
             (Path(dir) / "told.json").write_text(json.dumps([project, resume, told]))
@@ -334,21 +259,5 @@ def plant_wandb(_rank):
 def test_wandb_gets_every_record(tiny, tokens, tmp_path):
     flags = [*tiny, f"--data={tokens}", "--max_steps=2", "--eval_interval=2", "--wandb=mine"]
     Run(tmp_path / "run", flags, 1, plant_wandb).finish()
-    project, resume, told = json.loads((tmp_path / "run/told.json").read_text())
-    assert (project, resume) == ("mine", "allow")
-    assert [record for record, _ in told] == read_metrics(tmp_path / "run")
-    assert [step for _, step in told] == [2, 2]
-
-
-def test_tensorboard_gets_every_record(tiny, tokens, tmp_path):
-    pytest.importorskip("tensorboard")
-    flags = ["--max_steps=2", "--eval_interval=2", "--tensorboard"]
-    train(tiny, tokens, tmp_path / "run", *flags)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    read = EventAccumulator(str(tmp_path / "run/tensorboard"))
-    read.Reload()
-    [record] = [r for r in read_metrics(tmp_path / "run") if "loss" in r]
-    [event] = read.Scalars("loss")
-    assert event.step == 2
-    assert event.value == pytest.approx(record["loss"])
+    told = [[record, 2] for record in read_metrics(tmp_path / "run")]
+    assert json.loads((tmp_path / "run/told.json").read_text()) == ["mine", "allow", told]
