@@ -64,10 +64,9 @@ NEEDS_GPU = r"^make gpu|bench\.(ops|tune)"
 LEFT_OUT = {
     r"^make (test|check)": "the tests that this is one of",
     r"^make demo-full": "more of what make train runs",
-    r"^make ladder": "takes hours",
-    r"^make report": "reads what make ladder has made; test_ladder_page.py draws one",
+    r"^make .*ladder": "takes hours; test_ladder.py makes a tiny one",
+    r"^make report": "reads what make ladder has made; test_report.py draws one",
     r"^make best": "takes an hour, and both benchmarks",
-    r"experiments\.ladder .*--only": "takes minutes, and a ladder to compare with: test_ladder.py",
 }
 
 ELSEWHERE = {  # what the prose names that is of other projects, or the reader's own
