@@ -75,7 +75,7 @@ $(OUT)/.settings/%:
 
 # $(call code,X): program X and the files that it imports, directly or through others.
 CODE := $(shell $(if $(shell command -v $(PYTHON)),$(PYTHON),python3) -m common.code data.collect data.filter data.exercises \
-          experiments.pairs tokenizer.train data.pack train eval.exercises tools.report)
+          experiments.pairs tokenizer.train data.pack train eval.humaneval tools.report)
 $(if $(CODE),,$(warning common.code failed: edits of code will not be seen))
 code = $(patsubst $(1):%,%,$(filter $(1):%,$(CODE)))
 
@@ -122,8 +122,8 @@ $(eval $(call run,base,filtered,BASE_STEPS))
 $(eval $(call run,exercises,exercises,FINETUNE_STEPS,base))
 $(eval $(call run,pairs,pairs,FINETUNE_STEPS,base))
 
-$(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json $(call code,eval.exercises)
-	$(PYTHON) -m eval.exercises --checkpoint $(OUT)/runs/$* \
+$(OUT)/eval/%/results.json: $(OUT)/runs/%/summary.json $(call code,eval.humaneval)
+	$(PYTHON) -m eval.humaneval --checkpoint $(OUT)/runs/$* \
 	  --problems $(OUT)/exercises/heldout.jsonl --out $(@D) --max_new_tokens 128 --sandbox $(SANDBOX)
 
 results = $(foreach x,$(1),$(OUT)/eval/$(x)/results.json)

@@ -38,23 +38,11 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
 
 
-def read(source: Path) -> list[str]:
-    """Return the documents' texts. Raises UserError if there is none."""
-    texts = [record["text"] for record in read_documents([source])]
-    if not texts:
-        raise UserError(f"--source {source}: no document there; name a folder that has some")
-    return texts
-
-
 @torch.inference_mode()
-def predict(
-    model: Phi, end_of_text: int, texts: list[list[int]]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return for the token ids [n] of each text the loss of each token, float32 nats [n], and the
-    likeliest token in its place and after the last, int64 [n + 1]."""
+def token_nats(model: Phi, end_of_text: int, texts: list[list[int]]) -> list[np.ndarray]:
+    """Return the loss of each token in nats, float32 [n], for the token ids [n] of each text."""
     T, device = model.c.seq_len, model.embed.weight.device
     nats = [np.zeros(len(ids) + 1, np.float32) for ids in texts]
-    likeliest = [np.zeros(len(ids) + 1, np.int64) for ids in texts]
     windows = [(i, at) for i, ids in enumerate(texts) for at in starts(len(ids) + 1, T)]
     windows.sort(key=lambda w: min(T, len(texts[w[0]]) + 1 - w[1]))  # alike in length: less padding
     rows = max(1, BATCH_TOKENS // T)
@@ -67,12 +55,11 @@ def predict(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(idx)  # [B, T, V]
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        loss, best = loss.view_as(targets).cpu().numpy(), logits.argmax(2).cpu().numpy()
+        loss = loss.view_as(targets).cpu().numpy()
         for row, (i, at) in enumerate(batch):
-            new, end = T // 2 if at else 0, len(inputs[row])  # what the window before has not
+            new, end = T // 2 if at else 0, len(inputs[row])  # skip what the window before scored
             nats[i][at + new : at + end] = loss[row, new:end]
-            likeliest[i][at + new : at + end] = best[row, new:end]
-    return [(loss[:-1], best) for loss, best in zip(nats, likeliest)]
+    return [loss[:-1] for loss in nats]
 
 
 def starts(tokens: int, context: int) -> list[int]:
@@ -82,8 +69,10 @@ def starts(tokens: int, context: int) -> list[int]:
 
 
 def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
-    """Bootstrap a 95% interval of sum(above) / sum(below) over documents [n]: the places in
-    one are not independent. Nor are those of one package, so that it is too narrow for packages."""
+    """Bootstrap a 95% interval of sum(above) / sum(below) over documents [n].
+
+    Documents of one package are not independent, so it is too narrow.
+    """
     drawn = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))
     ratios = above[drawn].sum(1) / np.maximum(below[drawn].sum(1), 1)
     return [float(q) for q in np.quantile(ratios, [0.025, 0.975])]
@@ -91,11 +80,13 @@ def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
 
 def main() -> None:
     config = parse(Config)
-    texts = read(config.source)
+    texts = [record["text"] for record in read_documents([config.source])]
+    if not texts:
+        raise UserError(f"--source {config.source}: no document there; name a folder with some")
     model, tokenizer, folder = load_model(config.checkpoint, config.device)
     ids = [tokenizer.encode(text) for text in texts]
-    found = predict(model, tokenizer.end_of_text, ids)
-    bits = np.array([loss.sum(dtype=np.float64) for loss, _ in found]) / math.log(2)
+    nats = token_nats(model, tokenizer.end_of_text, ids)
+    bits = np.array([loss.sum(dtype=np.float64) for loss in nats]) / math.log(2)
     bytes_ = np.array([len(text.encode()) for text in texts])
     result = {
         "bits_per_byte": bits.sum() / bytes_.sum(),

@@ -1,6 +1,7 @@
-"""Score a checkpoint, or samples made elsewhere, on HumanEval (Chen et al. 2021).
+"""Score a checkpoint, or samples made elsewhere, on a file of problems in HumanEval's format.
 
-python -m eval.humaneval --problems HumanEval.jsonl.gz --checkpoint out/run/checkpoint
+python -m eval.humaneval --problems HumanEval.jsonl.gz --checkpoint out/run
+python -m eval.humaneval --problems out/demo/exercises/heldout.jsonl --checkpoint out/run
 """
 
 from common.config import parse, run
@@ -10,7 +11,9 @@ from eval.harness import BODY, Evaluation, evaluate
 
 def main() -> None:
     config = parse(Evaluation)
-    evaluate(config, "HumanEval", read_problems(config.problems), BODY)
+    problems = read_problems(config.problems)
+    name = problems[0]["task_id"].partition("/")[0]  # HumanEval, exercises, unseen
+    evaluate(config, name, problems, BODY)
 
 
 if __name__ == "__main__":

@@ -125,18 +125,15 @@ score = $(eval scores += $S/$(1))$(eval $(call job,$S/$(1),$R/$(bar)/summary.jso
 ask = $(call score,$(1)/results.json,$(3),$(2) --problems $(4) --max_new_tokens $(max_new_tokens) \
   --workers $(threads) --sandbox $(SANDBOX) --self_check $(LADDER)/self_check/$(1).json)
 define score_bar
-$(call ask,heldout,exercises,$D/exercises/summary.json,$D/exercises/heldout.jsonl)
-$(call ask,unseen,exercises,$D/exercises/summary.json,$D/exercises/unseen.jsonl)
+$(call ask,heldout,humaneval,$D/exercises/summary.json,$D/exercises/heldout.jsonl)
+$(call ask,unseen,humaneval,$D/exercises/summary.json,$D/exercises/unseen.jsonl)
 $(if $(HUMANEVAL),$(call ask,humaneval,humaneval,$(HUMANEVAL),$(HUMANEVAL)))
 $(if $(MBPP),$(call ask,mbpp,mbpp,$(MBPP),$(MBPP)))
 $(if $(filter exercises-% varied-% damaged-%,$(bar)),$(call ask,robustness,robustness,\
   $D/exercises/summary.json,$D/exercises/heldout.jsonl --limit $(robustness_limit)))
 $(call score,bits.json,$D/heldout_code/summary.json,bits --source $D/heldout_code)
-$(call score,library.json,$D/heldout_code/summary.json $D/usage.json,library \
-  --source $D/heldout_code --usage $D/usage.json)
 endef
 $(eval $(foreach bar,$(made),$(score_bar)))
-$(eval $(call job,$D/usage.json,$D/raw/summary.json,eval.library --source $D/raw --out $D/usage.json))
 
 # ---- Targets
 

@@ -42,7 +42,6 @@ MEASURES = {
     "humaneval": ("humaneval/results.json", "pass@1", 100, "HumanEval: pass@1, %"),
     "mbpp": ("mbpp/results.json", "pass@1", 100, "MBPP: pass@1, %"),
     "bits": ("bits.json", "bits_per_byte", 1, "bits per byte of real code, lower is better"),
-    "library": ("library.json", "right_frac", 100, "library attributes guessed right in it, %"),
 }
 SETS = ["heldout", "unseen", "humaneval", "mbpp"]
 # Textbooks Are All You Need, arXiv 2306.11644, Figure 2.1 and Table 1: pass@1, %.
@@ -435,7 +434,7 @@ write functions that it has never seen, greedily, once each. A problem counts as
 tests pass.</p>{self.bars("exercises", SETS[:2], black)}{self.bars("benchmarks", SETS[2:], black)}
 <p>Scores with 95% intervals. A bar of a ladder again: make ladder BAR=MODEL LADDER=out/again</p>
 {table(head, rows, 2)}{CAVEATS}
-{self.bars("code", ["bits", "library"], "What exercises cost. Black: intervals over documents.")}
+{self.bars("code", ["bits"], "What exercises cost. Black: intervals over documents.")}
 <h2>Training</h2>{self.loss()}{self.compute()}{self.pruning()}{self.perturbed()}{self.paper()}
 {self.samples()}""")
 

@@ -29,7 +29,7 @@ HOLDS = {
         "sandbox/execute.py sandbox/supervise.py sandbox/candidate.py sandbox/tagged.py",
         "eval/ train.py model.py kernels/",
     ),
-    "eval.exercises": (
+    "eval.humaneval": (
         "eval/harness.py sandbox/tagged.py sample.py model.py kernels/decode.py",
         "train.py data/filter.py bench/",
     ),

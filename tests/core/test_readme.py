@@ -263,11 +263,11 @@ def test_only_what_changed_is_made_again(copy):
     assert "data.collect" in would("RAW_MB=3")
     for touched, runs, rests in [
         ("tools/report.py", ["-m tools.report"], ["train.py", "-m eval"]),
-        ("eval/harness.py", ["-m eval.exercises", "-m tools.report"], ["train.py"]),
-        ("sandbox/tagged.py", ["-m eval.exercises"], ["train.py", "-m data"]),
+        ("eval/harness.py", ["-m eval.humaneval", "-m tools.report"], ["train.py"]),
+        ("sandbox/tagged.py", ["-m eval.humaneval"], ["train.py", "-m data"]),
         ("data/filter.py", ["-m data.filter", "-m tokenizer", "train.py"], ["-m data.collect"]),
         ("data/synthetic/concepts.txt", ["-m data.exercises", "train.py"], ["-m data.filter"]),
-        ("kernels/attention.py", ["train.py", "-m eval.exercises"], ["-m data", "-m tokenizer"]),
+        ("kernels/attention.py", ["train.py", "-m eval.humaneval"], ["-m data", "-m tokenizer"]),
         ("kernels/tuning.json", ["train.py"], ["-m data", "-m tokenizer"]),
         ("bench/ops.py", [], ["-m ", "train.py"]),
     ]:

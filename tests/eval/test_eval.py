@@ -319,7 +319,7 @@ def test_benchmark_files_are_read_whole(shared_eval):
 
 def test_a_real_checkpoint_scores_zero(cli, problems, tokens, tmp_path):
     save_run(tmp_path / "run", Phi(ModelConfig(512, 64, 2, 2, 32, 64, 8)), Tokenizer(tokens))
-    done = cli("-m", "eval.exercises", "--problems", problems, "--checkpoint", tmp_path / "run",
+    done = cli("-m", "eval.humaneval", "--problems", problems, "--checkpoint", tmp_path / "run",
                "--max_new_tokens", 8, "--sandbox", TIER)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 problems x 1 sample\n" in done.stdout
