@@ -101,7 +101,7 @@ def test_a_dead_context_fails_one_test(tmp_path, capsys):
     )
     command = ["-m", "pytest", "-q", "-rf", "-pbench.gpu", "-n1", "--dist=worksteal"]
     part = Part("tests", [*command, f"--rootdir={tmp_path}", str(tmp_path)])
-    gpu.run_plan([(90, [part])], tmp_path, lambda part: None)
+    gpu.run_plan([(300, [part])], tmp_path, lambda part: None)
     assert "1 passed" in part.said
     assert "illegal address" in capsys.readouterr().out
 
