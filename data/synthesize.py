@@ -14,37 +14,34 @@ So does this. PAPER: its prompts, topics and names are undisclosed; ours are in 
 
 Run all code in the sandbox, an exercise with its tests, a lesson from first to last block. Refuse
 duplicates and near-duplicates of what was accepted before, or of `--existing`. Candidate i depends
-on i and the seed alone, so the output is the same for any number of ranks.
+on i and the seed alone. A killed run starts again, but no reply is paid for twice.
 """
 
+import contextlib
 import functools
-import itertools
 import json
 import math
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from common.files import write_json
-from data.base.documents import batched, document, source_shards
+from common.files import new_folder, write_json
+from data.base.documents import ShardWriter, batched, document, source_shards
 from data.base.llm import Client, Options, Refused
 from data.base.minhash import Index
-from data.base.ranks import say
 from data.base.readers import read_documents_of
-from data.base.stage import Part, Stage, total
 from data.exercises import Benchmarks, ngrams, normalize
 from data.synthetic import prompts, textbooks
-from data.synthetic.textbooks import AUDIENCES, LESSONS, LEVELS, TOPICS, Audience
+from data.synthetic.textbooks import AUDIENCES, LEVELS, TOPICS, Audience
 from sandbox.execute import run_programs
 
-BATCH = 100  # candidates that one rank makes and runs at a time
-SHARD = 10_000  # documents in a shard
+BATCH = 100  # candidates to run at a time
 MIN_GAIN = 0.02  # of the candidates of a round; below it, there is no more to be had
 MOST_AT_ONCE = 4  # candidates in a round for each document that is missing
 RUN_TIMEOUT_S = 10.0  # for the code of one candidate
@@ -64,7 +61,7 @@ class Config(Options):
     seed: int = 0  # of all choices
     existing: tuple[Path, ...] = ()  # documents that may not be repeated
     max_similarity: float = 0.8  # Jaccard index over 5-token shingles from which one is refused
-    workers: int = 1  # programs run at once, on each rank
+    workers: int = 1  # programs run at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,40 +147,77 @@ def reader(audience: Audience, level: str) -> str:
 def synthesize(config: Config) -> dict:
     """Write `config.out` and return its summary, or the price for a dry run. Raises UserError."""
     check(config)
-    if config.dry_run:
-        with Client(config, config.replies()) as client:  # those that are refused come on top
+    client = Client(config, config.replies()) if config.writer == "llm" else None
+    with client or contextlib.nullcontext():
+        if config.dry_run:  # requests for candidates that are refused come on top
             tokens = config.reply_tokens
             return client.price((messages(config, i), tokens) for i in range(config.count))
-    reads = [*config.existing, *getattr(config, "benchmarks", ()), LESSONS]
-    with Stage(config, [], reads) as stage:
-        candidates = accepted = batches = 0
-        refused: list[dict] = []
-        for turn in itertools.count():
-            missing = config.count - accepted
-            rate = accepted / candidates if candidates else 1.0
-            upto = candidates + math.ceil(missing / max(rate, 1 / MOST_AT_ONCE))
-            items = [[start, min(start + BATCH, upto)] for start in range(candidates, upto, BATCH)]
-            if config.writer == "llm":  # one item, so that one rank asks and holds the budget
-                stage.map("ask", [[items, batches]], lambda part: ask(config, part), first=turn)
-            refused += stage.map("make", items, lambda part: make(config, part), first=batches)
-            batches += len(items)
-            (chosen,) = stage.map("choose", [batches], lambda p: choose(config, p), first=turn)
-            gained, candidates = chosen["accepted"] - accepted, upto
-            accepted = chosen["accepted"]
-            if accepted >= config.count:
-                break
-            if gained < MIN_GAIN * sum(stop - start for start, stop in items):
+        with new_folder(config.out, [*config.existing, *getattr(config, "benchmarks", ())]) as out:
+            summary = accept(config, candidates(config, client), out)
+            if client:  # apart from the summary: a run from the cache spends nothing
+                write_json(out / "endpoint.json", client.summary())
+            write_json(out / "summary.json", summary)
+    return summary
+
+
+def accept(config: Config, made: Callable[[range], Iterator[Made]], out: Path) -> dict:
+    """Write the candidates that run and are unlike all before them; return the summary."""
+    seen = Index(config.max_similarity)
+    for path in source_shards(*config.existing):
+        for batch in batched(read_documents_of(path), BATCH):
+            seen.add([record["text"] for record in batch], always=True)
+    asked = accepted = size = 0
+    refused = Counter()
+    bar = tqdm(total=config.count, desc="accepted", disable=None)
+    with ShardWriter(out) as shards, bar:
+        while accepted < config.count:
+            # Ask for as many as should do: each reply of an endpoint costs.
+            rate, before = accepted / asked if asked else 1.0, accepted
+            missing = math.ceil((config.count - accepted) / max(rate, 1 / MOST_AT_ONCE))
+            for batch in batched(made(range(asked, asked + missing)), BATCH):
+                passed = run_all(batch, config.workers, refused)
+                reasons = seen.add([record["text"] for record in passed])
+                refused.update(filter(None, reasons))
+                new = [record for record, reason in zip(passed, reasons) if not reason]
+                for record in new[: max(0, config.count - accepted)]:
+                    shards.write(record)
+                    size += len(record["text"].encode())
+                accepted += len(new)
+                bar.update(len(new))
+            asked += missing
+            if accepted < config.count and accepted - before < MIN_GAIN * missing:
                 raise UserError(
                     f"--count {config.count}: only {accepted} different ones were found in "
-                    f"{candidates} candidates ({total([*refused, chosen])}); ask for fewer, raise "
+                    f"{asked} candidates ({dict(refused)}); ask for fewer, raise "
                     "--max_similarity, or take another --seed if --existing was made with this one"
                 )
-        places = np.load(stage.scratch / f"chosen-{turn:05d}.npy")[: config.count]
-        shards = [places[i : i + SHARD].tolist() for i in range(0, len(places), SHARD)]
-        count = total(stage.map("write", shards, write))
-        refused.append({k: v for k, v in chosen.items() if k != "accepted"})
-        reasons = dict(sorted(total(refused).items(), key=lambda kv: (-kv[1], kv[0])))
-        return stage.finish({**count, "candidates": candidates, "refused": reasons})
+    return {"documents": config.count, "bytes": size, "candidates": asked,
+            "refused": dict(refused.most_common())}  # fmt: skip
+
+
+def run_all(batch: list[Made], workers: int, refused: Counter) -> list[dict]:
+    """Return the documents of `batch` whose programs pass; count why the others are refused."""
+    refused.update(made for made in batch if isinstance(made, str))
+    made = [made for made in batch if not isinstance(made, str)]
+    verdicts = run_programs([program for _, program in made], RUN_TIMEOUT_S, workers)
+    for verdict in verdicts:
+        if verdict.status == "infrastructure":
+            raise UserError(f"the sandbox does not work here: {verdict.detail}")
+    refused.update(f"code: {v.status}" for v in verdicts if v.status != "passed")
+    return [record for (record, _), v in zip(made, verdicts) if v.status == "passed"]
+
+
+def candidates(config: Config, client: Client | None) -> Callable[[range], Iterator[Made]]:
+    """Return a function from the candidates' numbers to the candidates."""
+
+    def ask(index: int) -> Made:
+        try:
+            reply = client.ask(messages(config, index), config.reply_tokens)
+        except Refused:
+            return "refused by the endpoint"
+        return config.read(index, reply.text) if reply.complete else "cut short"
+
+    return lambda indexes: client.in_order(ask, indexes) if client else map(config.make, indexes)
 
 
 def check(config: Config) -> None:
@@ -203,89 +237,6 @@ def messages(config: Config, index: int) -> list[dict]:
     return [{"role": "user", "content": config.prompt(index)}]
 
 
-def ask(config: Config, part: Part) -> None:
-    """Ask the endpoint for the candidates of all batches, and leave the replies batch by batch."""
-    items, first = part.item
-
-    def asked(index: int) -> dict:
-        try:
-            reply = client.ask(messages(config, index), config.reply_tokens)
-        except Refused:
-            return {"refused": "refused by the endpoint"}
-        return {"text": reply.text} if reply.complete else {"refused": "cut short"}
-
-    with Client(config, config.replies()) as client:
-        indexes = (i for start, stop in items for i in range(start, stop))
-        replies = client.in_order(asked, indexes)
-        bar = tqdm(desc="replies", unit=" replies", disable=None)
-        for number, (start, stop) in enumerate(items, first):
-            with open(part.scratch / f"replies-{number:05d}.jsonl", "w", encoding="utf-8") as f:
-                for reply in itertools.islice(replies, stop - start):
-                    f.write(json.dumps(reply) + "\n")
-                    bar.update()
-                    bar.set_postfix_str(client.ledger.describe())
-        bar.close()
-        next(replies, None)  # lets it end
-        # Apart from the summary: it differs where a run was killed and went on.
-        write_json(part.stage.result / "endpoint.json", client.summary())
-
-
-def make(config: Config, part: Part) -> dict:
-    """Make a batch of candidates, run them, and leave those that pass; why the others did not."""
-    start, stop = part.item
-    if config.writer == "llm":
-        path = part.stage.scratch / f"replies-{part.index:05d}.jsonl"
-        replies = [json.loads(line) for line in path.read_text().splitlines()]
-        found = [
-            reply.get("refused") or config.read(i, reply["text"])
-            for i, reply in zip(range(start, stop), replies, strict=True)
-        ]
-    else:
-        found = [config.make(i) for i in range(start, stop)]
-    refused = Counter(f for f in found if isinstance(f, str))
-    made = [f for f in found if not isinstance(f, str)]
-    programs = [program for _, program in made]
-    verdicts = run_programs(programs, RUN_TIMEOUT_S, config.workers)
-    with open(part.scratch / f"made-{part.index:05d}.jsonl", "w", encoding="utf-8") as f:
-        for (record, _), verdict in zip(made, verdicts):
-            if verdict.status == "infrastructure":
-                raise UserError(f"the sandbox does not work here: {verdict.detail}")
-            if verdict.status == "passed":
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
-            else:
-                refused[f"code: {verdict.status}"] += 1
-    return dict(refused)
-
-
-def choose(config: Config, part: Part) -> dict:
-    """Accept, in their order, the candidates that are unlike all before them."""
-    seen = Index(config.max_similarity)
-    for path in source_shards(*config.existing):
-        for batch in batched(read_documents_of(path), BATCH):
-            seen.add([record["text"] for record in batch], always=True)
-    places, refused = [], Counter()
-    for number in range(part.item):
-        with open(part.stage.scratch / f"made-{number:05d}.jsonl", encoding="utf-8") as f:
-            texts = [json.loads(line)["text"] for line in f]
-        for line, reason in enumerate(seen.add(texts)):
-            refused[reason] += bool(reason)
-            if not reason:
-                places.append((number, line))
-    np.save(part.scratch / f"chosen-{part.index:05d}.npy", np.array(places).reshape(-1, 2))
-    return {"accepted": len(places), **{k: v for k, v in refused.items() if k}}
-
-
-def write(part: Part) -> dict:
-    """Write one shard of the accepted candidates."""
-    with part.writer() as out:
-        for number, places in itertools.groupby(part.item, key=lambda place: place[0]):
-            path = part.stage.scratch / f"made-{number:05d}.jsonl"
-            lines = path.read_text(encoding="utf-8").split("\n")
-            for _, line in places:
-                out.write(json.loads(lines[line]))
-    return {"documents": out.documents, "bytes": out.bytes}
-
-
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in KINDS:
@@ -293,11 +244,10 @@ def main() -> None:
     config = parse(KINDS[name], sys.argv[2:])
     summary = synthesize(config)
     if config.dry_run:
-        say(json.dumps(summary, indent=2))
-        return
+        return print(json.dumps(summary, indent=2))
     for reason, n in summary["refused"].items():
-        say(f"{n:9,} refused, {reason}")
-    say(
+        print(f"{n:9,} refused, {reason}")
+    print(
         f"{config.out}: {summary['documents']:,} {name} of {summary['candidates']:,} candidates, "
         f"{summary['bytes'] / 1e6:.1f} MB"
     )

@@ -110,15 +110,13 @@ class Stage:
         for folder in ("state", "result", "scratch", "tmp", "old"):
             shutil.rmtree(self.work / folder, ignore_errors=True)
 
-    def map(
-        self, name: str, items: list, work: Callable[["Part"], dict | None], first: int = 0
-    ) -> list[dict]:
+    def map(self, name: str, items: list, work: Callable[["Part"], dict | None]) -> list[dict]:
         """Return `work(part)` of every item, JSON dicts in the items' order, on every rank.
 
         `work` must depend on part.item and part.index alone. Items that an earlier run finished are
-        not repeated. Indices count from `first`, for a map in several calls.
+        not repeated.
         """
-        if first + len(items) >= MAX_ITEMS:
+        if len(items) >= MAX_ITEMS:
             raise UserError(f"{len(items):,} input shards, want below {MAX_ITEMS:,}: join some")
         mine = range(self.ranks.rank, len(items), self.ranks.size)
         paths = all(isinstance(item, Path) for item in items)
@@ -128,11 +126,11 @@ class Stage:
         done: dict[int, dict] = {}
         with tqdm(desc=name, total=sum(sizes.values()), disable=quiet, **unit) as bar:
             for i, size in sizes.items():
-                path, before = self.work / "state" / f"{name}-{first + i:05d}.json", bar.n
+                path, before = self.work / "state" / f"{name}-{i:05d}.json", bar.n
                 done[i] = read_json(path, strict=False)
                 if done[i] is None:
                     progress = bar.update if paths else lambda n: None
-                    part = Part(self, name, first + i, items[i], progress)
+                    part = Part(self, name, i, items[i], progress)
                     done[i] = part.close(work(part))
                     write_json(path, done[i])
                 bar.update(before + size - bar.n)  # less what the bar has shown of it
@@ -233,13 +231,6 @@ def lock(path: Path, out: Path) -> int:
         os.close(descriptor)
         raise UserError(f"--out {out}: another run is writing it; wait for its end") from None
     return descriptor
-
-
-def describe(path: Path) -> dict:
-    """Return the path, size in bytes and hash of a file."""
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    return {"path": str(path), "bytes": path.stat().st_size, "blake2b": digest}
 
 
 def files_in(path: Path) -> list[Path]:

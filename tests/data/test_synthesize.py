@@ -1,18 +1,13 @@
 """synthesize.py, its lessons and its requests: all that is written runs, and nothing twice."""
 
 import json
-import os
 import random
 import re
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from common.config import UserError
 from common.files import read_documents
@@ -150,22 +145,12 @@ def test_seen_refuses_what_is_like_something_before():
 # ---- The whole job
 
 
-def test_textbooks_offline_the_same_for_any_number_of_ranks(tmp_path):
+def test_textbooks_offline(tmp_path):
     summary = synthesize(Textbooks(out=tmp_path / "out", count=110))
     assert summary["documents"] == 110
     records = list(read_documents([tmp_path / "out"]))
     assert len({r["topic"] for r in records}) == 110
     assert all(r["writer"] == "builtin" and r["audience"] for r in records)
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if not mpirun:
-        pytest.skip("no mpirun")
-    command = ["-m", "mpi4py", "-m", "data.synthesize", "textbooks", "--count", "110"]
-    subprocess.run(
-        [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, *command,
-         "--out", tmp_path / "ranks"], cwd=ROOT, check=True, timeout=300,
-    )  # fmt: skip
-    assert shards(tmp_path / "ranks") == shards(tmp_path / "out")
-    assert json.loads((tmp_path / "ranks" / "summary.json").read_text()) == summary
 
 
 def test_what_exists_is_not_written_again(tmp_path):
