@@ -104,7 +104,8 @@ class Part:
                 self.said = line.strip() or self.said
                 shown += [line[:200]] * line.startswith(("FAILED ", "ERROR "))  # of pytest's
         ended = "ended by force" if self.exit is None else f"exit {self.exit}"
-        for line in [*shown, f"{ended} after {self.seconds:.0f} s: {self.said[:80]}"]:
+        last = f": {self.said[:80]}" if self.exit != 0 or not shown else ""
+        for line in [*shown, f"{ended} after {self.seconds:.0f} s{last}"]:
             print(f"{self.name:<24}{line}", flush=True)
 
     def kill(self) -> None:
