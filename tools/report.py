@@ -69,12 +69,13 @@ INK, GREY = "#1f2328", "#6e7781"
 CURVES = {"loss": "loss, nats (dots: validation)", "lr": "learning rate",
           "grad_norm": "gradient norm", "tokens_per_s": "tokens/s", "mfu": "MFU",
           "loader_wait_frac": "waiting for data, share", "memory_gib": "peak memory, GiB"}
-MARKS = {"spike": "#cf222e", "rewind": "#cf222e", "skipped": "#d9730d", "start": GREY}
+MARKS = {"skipped": "#d9730d", "start": GREY}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #d1d9e0 }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 14px }
 th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #d1d9e0 }
+td:first-child { white-space: nowrap }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 pre { background: #f6f8fa; padding: .7rem 1rem; overflow-x: auto; font-size: 13px }
 pre b { color: #1f6feb; font-weight: normal } .wide { overflow-x: auto } .pass { color: #1a7f37 }
@@ -135,7 +136,8 @@ def figure(draw: Callable, panels, *args, says: str, height=2.8, png: Path | Non
              "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
     with matplotlib.rc_context(style):
         fig = Figure(figsize=(9, height * len(panels)))
-        draw(fig.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, *args)
+        axes = fig.subplots(len(panels), sharex=True, squeeze=False, gridspec_kw={"hspace": 0.35})
+        draw(axes[:, 0], panels, *args)
         svg, raw = io.StringIO(), io.BytesIO()
         fig.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
         if png:  # with a palette, a third of the bytes
@@ -184,7 +186,7 @@ def draw_bars(axes, panels: dict[str, dict], labels: dict[str, str], sizes: dict
                     at = x + np.linspace(-0.25, 0.25, len(seeds)) * width
                     ax.plot(at, seeds, "o", color="white", markeredgecolor=INK, markersize=4)
                 ax.text(x, max(high, *seeds) + 0.02 * top, short(value), ha="center", fontsize=9)
-        ax.set_ylim(0, 1.18 * top)
+        ax.set_ylim(0, min(1.18 * top, 110) if "%" in title else 1.18 * top)
         ax.set_xlim(-0.6, len(labels) - 0.4)
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_xticks(range(len(labels)), [fill(x, 12) for x in labels.values()], fontsize=9)
@@ -226,11 +228,12 @@ def runs_page(folders: tuple[Path, ...]) -> str:
     differ = [row for row in settings if len(set(row[1:])) > 1]
     panels = {title: {r["name"]: [(x["step"], x[key]) for x in r["metrics"] if key in x]
                       for r in runs} for key, title in CURVES.items()}  # fmt: skip
-    says = "Vertical lines: red a loss spike or a rewind, orange skipped steps, grey a start."
+    says = "Vertical lines: orange skipped steps, grey a start."
     drawn = figure(draw_curves, panels, runs, says=says, height=2)
     return page("nanophi: training runs", f"""{table(head, rows, 2)}{drawn}
 <h2>What happened</h2><pre>{escape(chr(10).join(said))}</pre>
-<h2>Settings that differ</h2>{table(["setting", *(r["name"] for r in runs)], differ)}""")
+<h2>Settings that differ</h2>
+{table(["setting", *(r["name"] for r in runs)], differ, 1 + len(runs))}""")
 
 
 def draw_curves(axes, panels: dict, runs: list[dict]) -> None:
@@ -333,11 +336,13 @@ class Scores:
 
     def rows(self) -> list[list[str]]:
         """Return the table of scores, its head first."""
-        found = [["model", "tokens", *self.seeds, "FLOP", "seconds"]]
+        scores = [f"{name}, %" if name in SETS else name for name in self.seeds]
+        found = [["model", "trained on", *scores, "FLOP", "seconds"]]
         for m in self.models:
             tokens = " + ".join(f"{n / 1e6:.2f}M {data}" for data, n in m.tokens)
             cells = [percent(m.scores.get(name)) for name in self.seeds]
-            found.append([m.name, tokens, *cells, f"{m.flops:.2g}", f"{m.train_s:,.0f}"])
+            name = m.name if m.size else m.label
+            found.append([name, tokens, *cells, f"{m.flops:.2g}", f"{m.train_s:,.0f}"])
         return found
 
     def loss(self) -> str:
@@ -408,7 +413,7 @@ class Scores:
         if not (exercises / "heldout.jsonl").exists() or "heldout" not in best.scores:
             return ""
         prompts = {p["task_id"]: p["prompt"] for p in read_jsonl(exercises / "heldout.jsonl")}
-        text = f"<h2>What {escape(best.name)} writes</h2><p>The completion is blue.</p>"
+        text = f"<h2>What {escape(best.name)}, the best model, writes</h2>Completions in blue."
         for passed, kind in ((True, "pass"), (False, "fail")):
             some = list(read_jsonl(best.heldout / "samples.jsonl"))
             some = [s for s in some if s["passed"] == passed]
@@ -425,6 +430,7 @@ class Scores:
         black = (f"Problems: {asked}. Black: 95% intervals over problems. White dots: the seeds, "
                  "where there are several.")  # fmt: skip
         sizes = "; ".join(self.sizes.values())
+        again = "" if "" in self.sizes else " One again: make ladder BAR=MODEL LADDER=out/again"
         return page("nanophi: phi-1 in miniature", f"""<p class=note>{sizes}; vocabulary
 {c["vocab_size"]:,}, context {c["seq_len"]}; trained from nothing; commit {escape(c["commit"])},
 torch {escape(c["torch"])}, {escape(c["device"])}</p>
@@ -432,7 +438,7 @@ torch {escape(c["torch"])}, {escape(c["device"])}</p>
 <p>The same model, trained on different data for nearly the same number of tokens, then asked to
 write functions that it has never seen, greedily, once each. A problem counts as solved if all its
 tests pass.</p>{self.bars("exercises", SETS[:2], black)}{self.bars("benchmarks", SETS[2:], black)}
-<p>Scores with 95% intervals. A bar of a ladder again: make ladder BAR=MODEL LADDER=out/again</p>
+<p>Scores with 95% intervals.{again}</p>
 {table(head, rows, 2)}{CAVEATS}
 {self.bars("code", ["bits"], "What exercises cost. Black: intervals over documents.")}
 <h2>Training</h2>{self.loss()}{self.compute()}{self.pruning()}{self.perturbed()}{self.paper()}
