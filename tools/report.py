@@ -413,7 +413,7 @@ class Scores:
         if not (exercises / "heldout.jsonl").exists() or "heldout" not in best.scores:
             return ""
         prompts = {p["task_id"]: p["prompt"] for p in read_jsonl(exercises / "heldout.jsonl")}
-        text = f"<h2>What {escape(best.name)}, the best model, writes</h2>Completions in blue."
+        text = f"<h2>What the best model writes</h2>{escape(best.name)}; completions in blue."
         for passed, kind in ((True, "pass"), (False, "fail")):
             some = list(read_jsonl(best.heldout / "samples.jsonl"))
             some = [s for s in some if s["passed"] == passed]
