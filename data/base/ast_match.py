@@ -12,6 +12,7 @@ which is 1 for the same structure, and 0.95 for a copy with one more node in twe
 """
 
 import ast
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,31 +41,23 @@ def functions(source: str) -> list[Function]:
 
     Raises SyntaxError.
     """
-    lines = source.split("\n")
-    found = [n for n in ast.walk(parse_python(source)) if isinstance(n, FUNCTIONS)]
-    return [
-        Function(
-            node.name,
-            "\n".join(line[node.col_offset :] for line in lines[node.lineno - 1 : node.end_lineno]),
-            node_codes(node),
-        )
-        for node in sorted(found, key=lambda n: (n.lineno, n.col_offset))
-    ]
+    lines, found = source.split("\n"), []
+    nodes = [n for n in ast.walk(parse_python(source)) if isinstance(n, FUNCTIONS)]
+    for node in sorted(nodes, key=lambda n: (n.lineno, n.col_offset)):
+        own = [line[node.col_offset :] for line in lines[node.lineno - 1 : node.end_lineno]]
+        found.append(Function(node.name, "\n".join(own), node_codes(node)))
+    return found
 
 
-def functions_anywhere(text: str) -> list[Function] | None:
-    """Find the functions in Python, or in a text's fenced code blocks; None if neither parses."""
-    try:
-        return functions(text)
-    except SyntaxError:
-        found, any_python = [], False
-    for block in FENCE.findall(text):
-        try:
+def functions_anywhere(text: str) -> list[Function]:
+    """Find the functions in Python, or in a text's fenced code blocks that are Python."""
+    found = []
+    for block in (text, *FENCE.findall(text)):
+        with contextlib.suppress(SyntaxError):
             found += functions(block)
-            any_python = True
-        except SyntaxError:
-            continue
-    return found if any_python else None
+            if block is text:
+                break
+    return found
 
 
 def node_codes(tree: ast.AST) -> bytes:
