@@ -87,11 +87,10 @@ class Config(Options):
 
 
 def rule_points(text: str) -> dict[str, float]:
-    """Give 0 to 2 points for each of QUESTIONS, by what the syntax tree shows.
+    """Give 0 to 2 points for each of QUESTIONS, by what the syntax tree shows. Raises SyntaxError.
 
     The bounds of each ramp were set on half of the labels in tests/data/labels.jsonl, those whose
-    sha256 ends in 0 to 7; the other half judges them (LOG.md). Raises SyntaxError if it is not
-    Python.
+    sha256 ends in 0 to 7; the other half judges them (LOG.md).
     """
     m = measured(text)
     functions, computes = m["min_functions"], m["min_compute_frac"]
@@ -256,13 +255,10 @@ def write(part: Part, wanted: Callable[[dict], bool], client: Client | None) -> 
 
 def read_labels(path: Path) -> dict[str, float]:
     """Return {sha256: score} of a file of labels."""
-    labels = {}
-    for record in read_jsonl(path):
-        match record:
-            case {"sha256": str(sha256), "score": int() | float() as score}:
-                labels[sha256] = score
-            case _:
-                raise UserError(f"{path}: a label without sha256 and score")
+    try:
+        labels = {record["sha256"]: float(record["score"]) for record in read_jsonl(path)}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: a label without sha256 and score") from None
     if not labels:
         raise UserError(f"{path}: it holds no labels")
     return labels
@@ -273,14 +269,12 @@ def read_labels(path: Path) -> dict[str, float]:
 
 def agreement(pairs: list[tuple[float, float]]) -> dict:
     """Compare pairs of score and truth: Spearman, and AUC for a truth of at least GOOD."""
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
     scores, truth = np.array(pairs).T
-    good = truth >= GOOD
-    with np.errstate(invalid="ignore", divide="ignore"):  # nan where one side is constant
-        spearman = np.corrcoef(rankdata(scores), rankdata(truth))[0, 1]
-    return {"documents": len(scores), "good": int(good.sum()),
-            "spearman": round(float(spearman), 3), "auc": round(auc(scores, good), 3)}  # fmt: skip
+    good, spearman = truth >= GOOD, float(spearmanr(scores, truth).statistic)
+    return {"documents": len(scores), "good": int(good.sum()), "spearman": round(spearman, 3),
+            "auc": round(auc(scores, good), 3)}  # fmt: skip
 
 
 def auc(scores, positive) -> float:
@@ -300,8 +294,8 @@ def main() -> None:
     if config.dry_run:
         say(json.dumps(summary, indent=2))
         return
-    for score in sorted(map(int, summary["scores"])):
-        say(f"{summary['scores'][str(score)]:9,} scored {score}")
+    for score, count in sorted(summary["scores"].items(), key=lambda item: int(item[0])):
+        say(f"{count:9,} scored {score}")
     if "agreement" in summary:
         say(f"agreement with {config.against}: {json.dumps(summary['agreement'])}")
     say(f"{config.out}: {summary['documents']:,} documents labelled by {summary['labeller']}")

@@ -5,12 +5,9 @@
 
 The cache is append-only JSON lines: one before each request (its worst case), one after it (its
 cost and the reply). A killed run goes on with every reply that arrived, and counts what was in
-flight at its worst. The budget covers all runs that share the file.
-
-Each attempt may be billed, so the `openai` client makes one (max_retries=0) and `ask` reserves
-every retry anew. The worst case is a token per byte of the request (no byte-level BPE makes more),
-the chat template, and the longest reply. A refusal (4xx, 503) costs nothing; an attempt that is
-lost, damaged or without `usage` costs its worst case.
+flight at its worst. The budget covers all runs that share the file, and every attempt: a refusal
+(4xx, 503) costs nothing; one that is lost, damaged or without `usage` costs its worst case, a token
+per byte of the request (no byte-level BPE makes more), the chat template, and the longest reply.
 """
 
 import contextlib
@@ -18,6 +15,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import threading
@@ -151,9 +149,8 @@ class Ledger:
         return (tokens["prompt"] * o.usd_per_m_in + tokens["reply"] * o.usd_per_m_out) / 1e6
 
     def fits(self, tokens: Counter) -> bool:
-        o = self.options
-        in_usd = not o.budget_usd or self.usd(tokens) <= o.budget_usd
-        return in_usd and (not o.budget_tokens or tokens.total() <= o.budget_tokens)
+        usd, most = self.options.budget_usd, self.options.budget_tokens
+        return self.usd(tokens) <= (usd or math.inf) and tokens.total() <= (most or math.inf)
 
 
 class Client(AbstractContextManager):

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -58,23 +57,6 @@ JUNK = {
 @pytest.mark.parametrize("name", JUNK)
 def test_rules_score_junk_low_and_what_teaches_high(name):
     assert by_rules(JUNK[name])["score"] < 4.5 < 8 < by_rules(TAUGHT)["score"]
-
-
-def test_each_question_is_answered_by_what_it_asks_about():
-    good = by_rules(TAUGHT)["points"]
-    worse = {
-        "self_contained": "from far.away import mean_of, total_of\n\n\n"
-        + TAUGHT.replace("total +=", "total += mean_of(x) +").replace("len(", "total_of("),
-        "computes": TAUGHT.replace("    for x in numbers:\n        total += x", "    total = 1"),
-        "clear": TAUGHT.replace("        total += x", "        total += x\n" * 40 + " " * 8 + "x"),
-        "explained": TAUGHT[: TAUGHT.index('    """')] + TAUGHT[TAUGHT.index("    total = 0") :],
-        "basic": textwrap.indent(TAUGHT.replace("(numbers)", "(self, numbers)"), "    "),
-    }  # fmt: skip
-    worse["basic"] = "class Mean:\n" + worse["basic"]
-    for question, text in worse.items():
-        points = by_rules(text)["points"]
-        assert points[question] < good[question] - 0.2, question
-        assert all(0 <= p <= 2 for p in points.values())
 
 
 def test_rules_agree_with_hand_labels_better_than_the_filters_verdict():
