@@ -86,22 +86,12 @@ class Matcher:
 
     def match(self, sequences: list[bytes]) -> Iterator[tuple[int, int, float]]:
         """Yield (pattern's index, sequence's index, match rate), both indexes ascending."""
-        where: dict[bytes, list[int]] = {}  # each different sequence is compared once
-        for index, sequence in enumerate(sequences):
-            where.setdefault(sequence, []).append(index)
-        different = sorted(where, key=len)
-        lengths = np.array([len(sequence) for sequence in different])
-        for number, pattern in enumerate(self.patterns):
-            # No rate exceeds the shorter length over the longer.
-            low = np.searchsorted(lengths, len(pattern) * self.min_rate - 1e-9)
-            high = np.searchsorted(lengths, len(pattern) / self.min_rate + 1e-9, side="right")
-            (rates,) = cdist(
-                [pattern],
-                different[low:high],
-                scorer=Levenshtein.normalized_similarity,
-                score_cutoff=self.min_rate - 1e-6,  # a rate equal to the cutoff may read 0
-                dtype=np.float64,
-            )
-            near = np.flatnonzero(rates >= self.min_rate - 1e-9)
-            found = [(i, float(rates[j])) for j in near for i in where[different[low + j]]]
-            yield from ((number, i, rate) for i, rate in sorted(found))
+        rates = cdist(
+            self.patterns,
+            sequences,
+            scorer=Levenshtein.normalized_similarity,
+            score_cutoff=self.min_rate - 1e-6,  # a rate equal to the cutoff may read 0
+            dtype=np.float64,
+        )
+        for number, index in np.argwhere(rates >= self.min_rate - 1e-9).tolist():
+            yield number, index, float(rates[number, index])
