@@ -185,9 +185,9 @@ def test_problem_files(tmp_path, shared_eval):
 HALF = '{"task_id": 1, "entry_point": "f", "canonical_solution": "", "prompt": '
 
 
-@pytest.mark.parametrize("content", ['{"task_id": 1}', HALF + '"f("}', HALF + '""}', "[1]", "{"])
+@pytest.mark.parametrize("content", ['{"task_id": 1}', HALF + '"f("}', "[1]"])
 def test_a_file_without_problems_is_refused(tmp_path, content):
-    path = tmp_path / ("a.json" if content in "[1]{" else "a.jsonl")
+    path = tmp_path / ("a.json" if content == "[1]" else "a.jsonl")
     path.write_text(content)
     with pytest.raises(UserError, match=path.name):
         read_references(path)

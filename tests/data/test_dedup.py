@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from common.config import UserError
 from common.files import read_documents, read_jsonl, shard_files
 from data.base import minhash
 from data.base.documents import ShardWriter, document
@@ -146,8 +145,3 @@ def test_empty_and_tokenless_documents_are_no_near_duplicates(tmp_path):
     (source / "shard-00001.jsonl").touch()  # a shard without documents
     dedup(Config(source=(source,), out=tmp_path / "out"))
     assert origins(tmp_path / "out") == ["a", "b", "d"]
-
-
-def test_a_wrong_threshold_is_refused(source, tmp_path):
-    with pytest.raises(UserError, match="threshold"):
-        dedup(Config(source=(source,), out=tmp_path / "out", threshold=0))
