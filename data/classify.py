@@ -144,13 +144,10 @@ def labelled(part: Part, features: Features, labels: dict[str, float] | None) ->
     """Save the features of a shard's labelled documents; return what else training needs."""
 
     def labelled_row(record: dict) -> dict | None:
-        if labels:
-            record = record | {"score": labels.get(record["sha256"]), "labeller": "file"}
-        score, labeller = record.get("score"), record.get("labeller")
-        if type(score) not in (int, float) or not isinstance(labeller, str):
-            return None
-        kept = {name: record[name] for name in ("sha256", "origin", "text")}
-        return kept | {"score": score, "labeller": labeller}
+        given = {"score": labels.get(record["sha256"]), "labeller": "file"} if labels else record
+        row = {name: record[name] for name in ("sha256", "origin", "text")}
+        row |= {name: given.get(name) for name in ("score", "labeller")}
+        return None if None in row.values() else row
 
     rows, made = [], [np.zeros((0, features.width), np.float32)]
     for batch in batched(filter(None, map(labelled_row, part.documents())), BATCH):

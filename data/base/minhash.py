@@ -151,12 +151,14 @@ class Index:
         for i, text in enumerate(texts):
             mine = hashes[starts[i] : starts[i + 1]]
             places = [(band, of_band[i]) for band, of_band in enumerate(keys)]
-            others = {n for place in places for n in self.buckets.get(place, ())[:LEADERS]}
-            alike = jaccard([mine] * len(others), [self.sets[n] for n in others])
             digest = hashlib.sha256(text.encode()).digest()
+            near = set()
+            if not always:
+                near = {n for place in places for n in self.buckets.get(place, ())[:LEADERS]}
+            alike = jaccard([mine] * len(near), [self.sets[n] for n in near])
             if digest in self.hashes:
                 reasons.append("duplicate")
-            elif not always and self.threshold <= max(alike, default=-1):
+            elif (alike >= self.threshold).any():
                 reasons.append("near-duplicate")
             else:
                 reasons.append("")
