@@ -18,11 +18,11 @@ Every document keeps its fields and gets `score`, `points` (of the five question
 """
 
 import hashlib
-import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from common.config import UserError, parse, run
 from common.files import read_documents, read_jsonl, write_json
-from data.base.documents import DocumentFile, source_shards
+from data.base.documents import source_shards
 from data.base.features import measured
 from data.base.llm import Client, Options, Refused, mark
-from data.base.ranks import say
+from data.base.ranks import Ranks, say
 from data.base.readers import read_documents_of
 from data.base.stage import Part, Stage, total
 from data.base.syntax import strip_licence
@@ -87,11 +87,10 @@ class Config(Options):
 
 
 def rule_points(text: str) -> dict[str, float]:
-    """Give 0 to 2 points for each of QUESTIONS, by what the syntax tree shows.
+    """Give 0 to 2 points for each of QUESTIONS, by what the syntax tree shows. Raises SyntaxError.
 
     The bounds of each ramp were set on half of the labels in tests/data/labels.jsonl, those whose
-    sha256 ends in 0 to 7; the other half judges them (LOG.md). Raises SyntaxError if it is not
-    Python.
+    sha256 ends in 0 to 7; the other half judges them (LOG.md).
     """
     m = measured(text)
     functions, computes = m["min_functions"], m["min_compute_frac"]
@@ -189,34 +188,42 @@ def annotate(config: Config) -> dict:
     """Write `config.out` and return its summary, or the price for a dry run. Raises UserError."""
     if config.labeller not in ("rules", "llm"):
         raise UserError(f"--labeller {config.labeller}: want rules or llm")
+    llm = config.labeller == "llm"
+    if config.dry_run and not llm:
+        raise UserError("--dry_run prices the endpoint's work; the rules cost nothing")
+    if llm and Ranks().size > 1:
+        raise UserError("--labeller llm asks from one process, which holds the budget: no mpirun")
     truth = read_labels(config.against) if config.against else {}
     shards = source_shards(config.source)
-    if config.dry_run:
-        return price(config, shards, truth)
-    with Stage(config, shards, [config.against] if config.against else []) as stage:
-        if config.sample:
-            stage.map("sample", shards, lambda part: save_keys(config, part))
-        wanted = chooser(config, truth, map(np.load, sorted(stage.scratch.glob("shard-*.npy"))))
-        # The endpoint's is one item, so that one rank asks and holds the budget.
-        items = ["all"] if config.labeller == "llm" else shards
-        count = total(stage.map("write", items, lambda part: write(config, part, wanted)))
-        if not count["documents"]:
-            raise UserError(f"--source {config.source}: nothing was labelled ({count})")
-        count["labeller"] = config.model if config.labeller == "llm" else "rules"
-        if truth:
-            records = read_documents([stage.result])
-            count["agreement"] = agreement([(r["score"], truth[r["sha256"]]) for r in records])
-        return stage.finish(count)
+    wanted = chooser(config, truth, shards)
+    with Client(config, config.replies()) if llm else nullcontext() as client:
+        if config.dry_run:
+            records = (r for shard in shards for r in read_documents_of(shard) if wanted(r))
+            return client.price((prompt(r["text"]), REPLY_TOKENS) for r in records)
+        with Stage(config, shards, [config.against] if config.against else []) as stage:
+            count = total(stage.map("label", shards, lambda part: write(part, wanted, client)))
+            if not count["documents"]:
+                raise UserError(f"--source {config.source}: nothing was labelled ({count})")
+            if client:  # apart from the summary: it differs where a run was killed and went on
+                write_json(stage.result / "endpoint.json", client.summary())
+            count["labeller"] = config.model if llm else "rules"
+            if truth:
+                records = read_documents([stage.result])
+                count["agreement"] = agreement([(r["score"], truth[r["sha256"]]) for r in records])
+            return stage.finish(count)
 
 
-def price(config: Config, shards: list[Path], truth: dict) -> dict:
-    """Return what the labels would cost; nothing is asked and nothing written."""
-    if config.labeller != "llm":
-        raise UserError("--dry_run prices the endpoint's work; the rules cost nothing")
-    wanted = chooser(config, truth, (shard_keys(config, shard) for shard in shards))
-    records = (r for shard in shards for r in read_documents_of(shard) if wanted(r))
-    with Client(config, config.replies()) as client:
-        return client.price((prompt(r["text"]), REPLY_TOKENS) for r in records)
+def chooser(config: Config, truth: dict, shards: list[Path]) -> Callable[[dict], bool]:
+    """Return the test for documents to label: those in `truth`, or those of the sample."""
+    if truth:
+        return lambda record: record["sha256"] in truth
+    if not config.sample:
+        return lambda record: True
+    smallest = np.zeros(0, np.uint64)
+    for shard in tqdm(shards, "sample", disable=None):
+        keys = np.array([key(record) for record in read_documents_of(shard)], np.uint64)
+        smallest = np.union1d(smallest, keys)[: config.sample]
+    return lambda record: key(record) <= smallest[-1]
 
 
 def key(record: dict) -> int:
@@ -224,71 +231,34 @@ def key(record: dict) -> int:
     return int.from_bytes(hashlib.sha256(f"0:{record['sha256']}".encode()).digest()[:8])
 
 
-def save_keys(config: Config, part: Part) -> None:
-    np.save(part.scratch / f"{part.name}.npy", shard_keys(config, part.item))
+def write(part: Part, wanted: Callable[[dict], bool], client: Client | None) -> dict:
+    """Write a shard's labelled documents and return counts."""
 
+    def labelled(record: dict) -> tuple[dict, dict | str]:
+        text = record["text"]
+        return record, by_endpoint(client, text) if client else by_rules(text)
 
-def shard_keys(config: Config, shard: Path) -> np.ndarray:
-    """Return the smallest keys of a shard, uint64: as many as the sample may take."""
-    keys = np.array([key(record) for record in read_documents_of(shard)], np.uint64)
-    return np.unique(keys)[: config.sample]
-
-
-def chooser(config: Config, truth: dict, keys: Iterable[np.ndarray]) -> Callable[[dict], bool]:
-    """Return the test for documents to label: those in `truth`, or of the smallest keys."""
-    if truth:
-        return lambda record: record["sha256"] in truth
-    if not config.sample:
-        return lambda record: True
-    smallest = np.zeros(0, np.uint64)
-    for of_shard in keys:
-        smallest = np.union1d(smallest, of_shard)[: config.sample]
-    return lambda record: key(record) <= smallest[-1]
-
-
-def labelled(config: Config, part: Part, wanted: Callable[[dict], bool]) -> Iterator[tuple]:
-    """Yield (shard, document, its label or why it has none), in the documents' order."""
-    if config.labeller == "rules":
-        for record in filter(wanted, part.documents()):
-            yield part.index, record, by_rules(record["text"])
-        return
-    shards = enumerate(part.stage.shards)
-    found = ((i, record) for i, shard in shards for record in filter(wanted, part.documents(shard)))
-    with Client(config, config.replies()) as client:
-        labels = client.in_order(lambda at: (*at, by_endpoint(client, at[1]["text"])), found)
-        with tqdm(labels, "labels", unit=" documents", disable=None) as bar:
-            for row in bar:
-                yield row
-                bar.set_postfix_str(client.ledger.describe())
-        # Apart from the summary: it differs where a run was killed and went on.
-        write_json(part.stage.result / "endpoint.json", client.summary())
-
-
-def write(config: Config, part: Part, wanted: Callable[[dict], bool]) -> dict:
-    """Write the labelled documents of each shard and return counts."""
-    count, scores = Counter(documents=0), Counter()
-    for shard, rows in itertools.groupby(labelled(config, part, wanted), key=lambda row: row[0]):
-        with DocumentFile(part.result / f"shard-{shard:05d}.jsonl.zst") as out:
-            for _, record, found in rows:
-                count["documents_in"] += 1
-                if isinstance(found, str):
-                    count[found] += 1
-                    continue
-                out.write(record | found)
-                scores[str(int(found["score"]))] += 1
-        count.update(documents=out.documents, bytes=out.bytes)
-    return {**count, "scores": dict(sorted(scores.items()))}
+    records = filter(wanted, part.documents())
+    count, scores = Counter(documents_in=0), Counter()
+    with part.writer() as out:
+        rows = client.in_order(labelled, records) if client else map(labelled, records)
+        for record, found in rows:
+            count["documents_in"] += 1
+            if isinstance(found, str):
+                count[found] += 1
+                continue
+            out.write(record | found)
+            scores[str(int(found["score"]))] += 1
+    counts = {"documents": out.documents, **count, "bytes": out.bytes}
+    return {**counts, "scores": dict(sorted(scores.items()))}
 
 
 def read_labels(path: Path) -> dict[str, float]:
     """Return {sha256: score} of a file of labels."""
-    labels = {}
-    for record in read_jsonl(path):
-        match record:
-            case {"sha256": str(sha256), "score": int() | float() as score}:
-                labels[sha256] = score
-            case _:
-                raise UserError(f"{path}: a label without sha256 and score")
+    try:
+        labels = {record["sha256"]: float(record["score"]) for record in read_jsonl(path)}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: a label without sha256 and score") from None
     if not labels:
         raise UserError(f"{path}: it holds no labels")
     return labels
@@ -299,14 +269,12 @@ def read_labels(path: Path) -> dict[str, float]:
 
 def agreement(pairs: list[tuple[float, float]]) -> dict:
     """Compare pairs of score and truth: Spearman, and AUC for a truth of at least GOOD."""
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
     scores, truth = np.array(pairs).T
-    good = truth >= GOOD
-    with np.errstate(invalid="ignore", divide="ignore"):  # nan where one side is constant
-        spearman = np.corrcoef(rankdata(scores), rankdata(truth))[0, 1]
-    return {"documents": len(scores), "good": int(good.sum()),
-            "spearman": round(float(spearman), 3), "auc": round(auc(scores, good), 3)}  # fmt: skip
+    good, spearman = truth >= GOOD, float(spearmanr(scores, truth).statistic)
+    return {"documents": len(scores), "good": int(good.sum()), "spearman": round(spearman, 3),
+            "auc": round(auc(scores, good), 3)}  # fmt: skip
 
 
 def auc(scores, positive) -> float:
@@ -326,8 +294,8 @@ def main() -> None:
     if config.dry_run:
         say(json.dumps(summary, indent=2))
         return
-    for score in sorted(map(int, summary["scores"])):
-        say(f"{summary['scores'][str(score)]:9,} scored {score}")
+    for score, count in sorted(summary["scores"].items(), key=lambda item: int(item[0])):
+        say(f"{count:9,} scored {score}")
     if "agreement" in summary:
         say(f"agreement with {config.against}: {json.dumps(summary['agreement'])}")
     say(f"{config.out}: {summary['documents']:,} documents labelled by {summary['labeller']}")

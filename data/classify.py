@@ -16,13 +16,12 @@ cross-validation with no package on both sides: files of one resemble each other
 data/annotate.py made the labels, an AUC shows that the plumbing works, and nothing about quality.
 
 `score` adds `quality`, the probability from 0 to 1 that a document is good, by which data/filter.py
-cuts. Read samples/*.jsonl in the output before you trust a threshold.
+cuts; read its samples before you trust a threshold.
 """
 
 import json
 import sys
 import zipfile
-from bisect import insort
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,21 +30,18 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from common.files import write_json, write_jsonl
-from data.annotate import GOOD, auc, by_rules, read_labels
+from common.files import write_json
+from data.annotate import GOOD, auc, read_labels
 from data.base.documents import batched, source_shards
 from data.base.features import Features
 from data.base.ranks import Ranks, say
 from data.base.stage import Part, Stage, total
-from data.base.syntax import strip_licence
-from data.filter import share_cut
 
 BATCH = 64  # documents whose features are made at once
 SCALE = 10  # the largest score of a label: votes are from 0 to 1
 MIN_LEAF = 2  # documents in a leaf of a tree
 RESAMPLES = 500  # of the bootstrap behind the interval of the AUC
-KEEP_FRAC = 0.2  # share to report and sample as kept; the paper kept 6 of 35 billion tokens
-SAMPLES, SAMPLE_CHARS = 20, 3000  # kept and rejected documents for a person to read
+KEEP_FRAC = 0.2  # share whose precision is reported; the paper kept 6 of 35 billion tokens
 CALIBRATION_C = 100.0  # how little the calibration is regularised
 FIELDS = {"feature": "feature", "threshold": "threshold", "left": "children_left",
           "right": "children_right", "value": "value"}  # of the file: of scikit-learn  # fmt: skip
@@ -146,25 +142,19 @@ def train(config: TrainConfig) -> dict:
 
 def labelled(part: Part, features: Features, labels: dict[str, float] | None) -> dict:
     """Save the features of a shard's labelled documents; return what else training needs."""
+
+    def labelled_row(record: dict) -> dict | None:
+        given = {"score": labels.get(record["sha256"]), "labeller": "file"} if labels else record
+        row = {name: record[name] for name in ("sha256", "origin", "text")}
+        row |= {name: given.get(name) for name in ("score", "labeller")}
+        return None if None in row.values() else row
+
     rows, made = [], [np.zeros((0, features.width), np.float32)]
-    found = (labelled_row(record, labels) for record in part.documents())
-    for batch in batched(filter(None, found), BATCH):
+    for batch in batched(filter(None, map(labelled_row, part.documents())), BATCH):
         made.append(features([row.pop("text") for row in batch]))
         rows += batch
     np.save(part.scratch / f"{part.name}.npy", np.concatenate(made))
     return {"rows": rows}
-
-
-def labelled_row(record: dict, labels: dict[str, float] | None) -> dict | None:
-    """Return what training needs of a document, None if it has no label."""
-    if labels:
-        score, labeller = labels.get(record["sha256"]), "file"
-    else:
-        score, labeller = record.get("score"), record.get("labeller")
-    if type(score) not in (int, float) or not isinstance(labeller, str):
-        return None
-    row = {name: record[name] for name in ("sha256", "origin", "text")}
-    return row | {"score": score, "labeller": labeller, "rules": by_rules(record["text"])["score"]}
 
 
 def fit(config: TrainConfig, part: Part, rows: list[dict], kind: dict) -> dict:
@@ -193,9 +183,6 @@ def fit(config: TrainConfig, part: Part, rows: list[dict], kind: dict) -> dict:
              "calibration": platt(vote, good)}  # fmt: skip
     np.savez(part.result / "forest.npz", **grow(x, target, config.trees, config.seed))
     write_json(part.result / "forest.json", about)
-    lines = ({**{k: row[k] for k in ("sha256", "origin", "score")}, "quality": round(float(q), 4)}
-             for row, q in zip(rows, quality))  # fmt: skip
-    write_jsonl(part.result / "heldout.jsonl", lines, ensure_ascii=True)
     kept = np.argsort(-vote, kind="stable")[: max(1, round(KEEP_FRAC * len(rows)))]
     return {
         "documents": len(rows),
@@ -204,7 +191,6 @@ def fit(config: TrainConfig, part: Part, rows: list[dict], kind: dict) -> dict:
         "labellers": dict(sorted(Counter(row["labeller"] for row in rows).items())),
         "auc": round(auc(vote, good), 3),
         "auc_ci95": interval(groups, vote, good),
-        "auc_of_rules": round(auc([row["rules"] for row in rows], good), 3),
         "precision_at_kept": round(float(good[kept].mean()), 3),
         "share_of_good": round(float(good.mean()), 3),
         "brier": round(float(np.mean((quality - good) ** 2)), 4),
@@ -212,7 +198,7 @@ def fit(config: TrainConfig, part: Part, rows: list[dict], kind: dict) -> dict:
 
 
 def group(origin: str) -> str:
-    """Return what files come from, as far as an origin tells: "site-packages:torch"."""
+    """Return the package of a file, as far as its origin tells: "site-packages:torch"."""
     return origin.split("/")[0]
 
 
@@ -262,40 +248,19 @@ def score(config: ScoreConfig) -> dict:
         count = total(stage.map("score", stage.shards, lambda part: score_shard(part, classifier)))
         if not count.get("documents"):
             raise UserError(f"--source {config.source[0]}: no document there")
-        quality = np.concatenate([np.load(f) for f in sorted(stage.scratch.glob("shard-*.npy"))])
-        cut = share_cut(quality, KEEP_FRAC)
-        if stage.ranks.rank == 0:
-            write_samples(stage, cut)
-        deciles = [round(float(q), 4) for q in np.quantile(quality, np.linspace(0, 1, 11))]
-        return stage.finish({**count, "deciles": deciles, "min_quality": cut})
+        return stage.finish(count)
 
 
 def score_shard(part: Part, classifier: Classifier) -> dict:
-    """Write a shard with qualities; leave them and a sample, those of the smallest hashes."""
-    scores, sample = [], []
+    """Write a shard with qualities; count them by tenths."""
+    tenths = Counter()
     with part.writer() as out:
         for batch in batched(part.documents(), BATCH):
             for record, q in zip(batch, classifier.quality([r["text"] for r in batch])):
-                scores.append(round(float(q), 4))
-                out.write(record | {"quality": scores[-1]})
-                text = strip_licence(record["text"])[:SAMPLE_CHARS]
-                insort(sample, [record["sha256"], scores[-1], record["origin"], text])
-                del sample[SAMPLES * 20 :]
-    np.save(part.scratch / f"{part.name}.npy", np.array(scores))
-    write_json(part.scratch / f"{part.name}.sample.json", sample)
-    return {"documents": out.documents, "bytes": out.bytes}
-
-
-def write_samples(stage: Stage, cut: float) -> None:
-    """Write samples/: some documents that the threshold keeps, and some that it rejects."""
-    files = stage.scratch.glob("*.sample.json")
-    sample = sorted(row for f in files for row in json.loads(f.read_text()))[: SAMPLES * 20]
-    folder = stage.result / "samples"  # a folder of its own: the next stage reads *.jsonl beside
-    folder.mkdir(exist_ok=True)
-    for name, kept in (("kept", True), ("rejected", False)):
-        rows = [row for row in sample if (row[1] >= cut) == kept][:SAMPLES]
-        lines = ({"quality": q, "origin": origin, "text": text} for _, q, origin, text in rows)
-        write_jsonl(folder / f"{name}.jsonl", lines)
+                quality = round(float(q), 4)
+                out.write(record | {"quality": quality})
+                tenths[str(int(10 * quality) / 10)] += 1
+    return {"documents": out.documents, "bytes": out.bytes, "from_quality": tenths}
 
 
 def main() -> None:
@@ -305,14 +270,14 @@ def main() -> None:
     config = parse(COMMANDS[name], sys.argv[2:])
     if name == "score":
         s = score(config)
-        say(f"{config.out}: {s['documents']:,} documents; a quality from {s['min_quality']:g} "
-            f"keeps {KEEP_FRAC:.0%} of them")  # fmt: skip
-        return
+        for quality in sorted(s["from_quality"]):
+            say(f"{s['from_quality'][quality]:9,} of quality {quality}")
+        return say(f"{config.out}: {s['documents']:,} documents")
     s = train(config)
     say(f"{config.out}: AUC {s['auc']} ({s['auc_ci95'][0]} - {s['auc_ci95'][1]}) on "
-        f"{s['documents']:,} held-out labels, {s['good']:,} of them good; the rules have "
-        f"{s['auc_of_rules']}; of the best {KEEP_FRAC:.0%}, {s['precision_at_kept']:.0%} are good, "
-        f"of all {s['share_of_good']:.0%}")  # fmt: skip
+        f"{s['documents']:,} held-out labels, {s['good']:,} of them good; of the best "
+        f"{KEEP_FRAC:.0%}, {s['precision_at_kept']:.0%} are good, of all {s['share_of_good']:.0%}"
+    )  # fmt: skip
     if s["labellers"].keys() == {"rules"}:
         say("the labels are the rules' own: this AUC shows that the plumbing works, nothing more")
 

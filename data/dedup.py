@@ -5,7 +5,7 @@
 Two documents whose Jaccard index over shingles of 5 tokens reaches `--threshold` are one (see
 base/minhash.py), and so are all that such pairs connect. Of each group the document with the
 highest score stays; without scores the longest, and of equals the first. Output shard i is input
-shard i less what was removed; removed/ has a line for each, samples.txt some pairs to read.
+shard i less what was removed; removed/ has a line for each, which names the one kept.
 
 Connected groups can drift: a is like b, b like c, a not like c. "drifted" counts the removed
 documents that are below the threshold to the one kept in their place.
@@ -23,7 +23,7 @@ import numpy as np
 
 from common.config import UserError, parse, run
 from data.base import minhash
-from data.base.documents import DocumentFile, batched, chars, side_by_side, source_shards
+from data.base.documents import DocumentFile, batched, chars, source_shards
 from data.base.minhash import Bands
 from data.base.ranks import say
 from data.base.readers import read_documents_of
@@ -32,7 +32,6 @@ from data.base.stage import Part, Stage, total
 BATCH_CHARS = 1 << 20  # of text sketched at once
 MATCH_SHINGLES = 1 << 22  # compared at once
 VERIFY_PARTS = 16  # into which candidate pairs are dealt for the exact comparison
-SAMPLES, SAMPLE_CHARS = 20, 2000  # pairs for a person to read
 FIELDS = ("shingles", "signatures", "sizes", "sha256", "score", "chars")  # what a sketch holds
 
 
@@ -50,27 +49,24 @@ class Corpus:
     """The sketches of all documents; a document's index counts through all shards."""
 
     def __init__(self, folder: Path, shards: int, threshold: float, bands: Bands):
-        of_field = {
-            name: [np.load(folder / f"{name}-{i:05d}.npy", mmap_mode="r") for i in range(shards)]
-            for name in FIELDS
-        }
+        def load(name: str) -> list[np.ndarray]:
+            return [np.load(folder / f"{name}-{i:05d}.npy", mmap_mode="r") for i in range(shards)]
+
         self.threshold, self.bands, self.scratch = threshold, bands, folder
-        self.shingles, self.signatures = of_field["shingles"], of_field["signatures"]  # by shard
-        self.sizes, self.sha256, self.score, self.chars = (
-            np.concatenate(of_field[name]) for name in FIELDS[2:]
-        )
+        self.shingles, self.signatures, sizes = map(load, FIELDS[:3])  # by shard
+        self.sizes = np.concatenate(sizes)
+        self.sha256, self.score, self.chars = (np.concatenate(load(name)) for name in FIELDS[3:])
         # Where a document's shingles begin in its shard's file, and the first document of shards.
-        self.place = np.concatenate([np.cumsum(s) - s for s in of_field["sizes"]])
-        self.begin = np.cumsum([0, *map(len, of_field["sizes"])])  # [shards + 1]
+        self.place = np.concatenate([np.cumsum(s) - s for s in sizes])
+        self.begin = np.cumsum([0, *map(len, sizes)])  # [shards + 1]
         # The first document with the same sha256; lexsort is stable: the first stays first.
         order = np.lexsort((self.sha256[:, 1], self.sha256[:, 0]))
         self.first, _ = leaders(order, self.sha256[order])
 
     def candidates(self, part: Part) -> None:
         """Leave pairs equal in the band that may, by their signatures, reach the threshold."""
-        keys = np.concatenate(
-            [minhash.band_keys(s, self.bands, part.item) for s in self.signatures]
-        )
+        keys = [minhash.band_keys(s, self.bands, part.item) for s in self.signatures]
+        keys = np.concatenate(keys)
         members = np.flatnonzero((self.first == np.arange(len(keys))) & (self.sizes > 0))
         # Of a pair at the threshold, one estimate in 700 is 3 standard deviations below it.
         sigma = (self.threshold * (1 - self.threshold) / self.bands.permutations) ** 0.5
@@ -109,15 +105,17 @@ class Corpus:
 
     def choose(self) -> dict:
         """Choose the document kept in place of each, itself or the best of its group; count."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
         edges = [np.load(self.scratch / f"edges-{i:05d}.npy") for i in range(VERIFY_PARTS)]
         i, j = np.divmod(np.concatenate(edges), len(self.sizes))
         every = np.arange(len(self.sizes))
-        group = minhash.components(len(every), np.r_[i, self.first], np.r_[j, every])
+        ends = np.r_[i, self.first], np.r_[j, every]
+        graph = coo_array((np.ones(len(ends[0]), bool), ends), (len(every), len(every)))
+        group = connected_components(graph, directed=False)[1]
         order = np.lexsort((-self.chars, -self.score, group))  # stable
         self.keeper, sizes = leaders(order, group[order])
-        near = np.flatnonzero(self.first[self.keeper] != self.first)
-        near = near[np.argsort(self.sha256[near, 0], kind="stable")[:SAMPLES]]
-        self.samples = list(zip(self.keeper[near].tolist(), near.tolist()))
         return {"groups": int((sizes > 1).sum()), "largest_group": int(sizes.max())}
 
     def write(self, part: Part) -> dict:
@@ -125,15 +123,12 @@ class Corpus:
         mine = np.arange(*self.begin[part.index : part.index + 2])
         gone = mine[self.keeper[mine] != mine]
         jaccard = dict(zip(gone.tolist(), self.jaccard(gone, self.keeper[gone]).tolist()))
-        texts, wanted = {}, {index for pair in self.samples for index in pair}
         count = Counter(documents=0, bytes=0, exact=0, near=0, drifted=0)
         (part.result / "removed").mkdir()
         removed = part.result / "removed" / f"{part.name}.jsonl.zst"
         with part.writer() as kept, DocumentFile(removed) as lines:
             records = read_documents_of(part.item, progress=part.progress)  # sketch counted the bad
             for index, record in zip(mine.tolist(), records, strict=True):
-                if index in wanted:
-                    texts[str(index)] = [record["origin"], record["text"][:SAMPLE_CHARS]]
                 if index not in jaccard:
                     kept.write(record)
                     continue
@@ -145,16 +140,7 @@ class Corpus:
                 line = {"id": record["id"], "origin": record["origin"]}
                 line["kept"] = f"{self.sha256[keeper, 0]:016x}"
                 lines.write(line | {"jaccard": round(alike, 4)})
-        return {**count, "documents": kept.documents, "bytes": kept.bytes, "texts": texts}
-
-    def write_samples(self, path: Path, texts: dict[str, list[str]]) -> None:
-        """Write some removed documents beside the ones kept in their place."""
-        with open(path, "w", encoding="utf-8") as f:
-            for pair in self.samples:
-                (alike,) = self.jaccard(pair[:1], pair[1:])
-                (left, left_text), (right, right_text) = (texts[str(index)] for index in pair)
-                f.write(f"Jaccard {alike:.3f}; kept {left} | removed {right}\n")
-                f.write(side_by_side(left_text, right_text) + "\n")
+        return {**count, "documents": kept.documents, "bytes": kept.bytes}
 
 
 def leaders(order: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -180,9 +166,6 @@ def dedup(config: Config) -> dict:
         stage.map("verify", [*range(VERIFY_PARTS)], corpus.verify)
         groups = corpus.choose()
         written = stage.map("write", stage.shards, corpus.write)
-        texts = {k: v for result in written for k, v in result.pop("texts").items()}
-        if stage.ranks.rank == 0:
-            corpus.write_samples(stage.result / "samples.txt", texts)
         options = {"threshold": config.threshold, "bands": bands.bands, "rows": bands.rows}
         return stage.finish(total(read) | total(written) | groups | {"options": options})
 
@@ -211,10 +194,9 @@ def main() -> None:
     config = parse(Config)
     s = dedup(config)
     say(
-        f"{config.out}: {s['documents']:,} of {s['documents_in']:,} documents, "
-        f"{s['bytes'] / 1e6:.1f} of {s['bytes_in'] / 1e6:.1f} MB; removed {s['exact']:,} exact "
-        f"and {s['near']:,} near duplicates in {s['groups']:,} groups, the largest of "
-        f"{s['largest_group']:,}; {s['drifted']:,} are below the threshold to what was kept"
+        f"{config.out}: {s['documents']:,} of {s['documents_in']:,} documents; removed "
+        f"{s['exact']:,} exact and {s['near']:,} near duplicates in {s['groups']:,} groups, the "
+        f"largest of {s['largest_group']:,}; {s['drifted']:,} are below the threshold to the kept"
     )
 
 

@@ -31,12 +31,9 @@ class Config:
 def read_report(path: Path) -> dict[str, dict[str, int]]:
     """Return {task_id: {tau: how many exercises are close}}. Raises UserError."""
     try:
-        close = {row["task_id"]: dict(row["close"]) for row in read_jsonl(path)}
+        return {row["task_id"]: dict(row["close"]) for row in read_jsonl(path)}
     except (KeyError, TypeError) as e:
         raise UserError(f"{path}: {e!r}; want data.decontaminate's report/problems.jsonl") from None
-    if not close:
-        raise UserError(f"{path}: no problems in it")
-    return close
 
 
 def split(rates: dict[str, float], close: dict[str, dict[str, int]], tau: str) -> dict:
@@ -60,11 +57,9 @@ def table(folder: Path, report: Path) -> dict:
     """Split an evaluation's score at each tau of the report. Raises UserError."""
     close, result = read_report(report), read_result(folder)
     rates = result.rates()
-    if unknown := [task_id for task_id in rates if task_id not in close]:
-        raise UserError(
-            f"{folder}: {len(unknown)} of {len(rates)} problems are not in {report}, as "
-            f"{unknown[0]!r}; give data.decontaminate the --benchmarks that this is a score of"
-        )
+    if unknown := rates.keys() - close:
+        raise UserError(f"{folder}: {min(unknown)!r} is not in {report}; give data.decontaminate "
+                        "the --benchmarks that this is a score of")  # fmt: skip
     taus = sorted(next(iter(close.values())), key=float, reverse=True)
     return {
         "folder": str(folder),

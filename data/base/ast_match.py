@@ -12,6 +12,7 @@ which is 1 for the same structure, and 0.95 for a copy with one more node in twe
 """
 
 import ast
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,31 +41,23 @@ def functions(source: str) -> list[Function]:
 
     Raises SyntaxError.
     """
-    lines = source.split("\n")
-    found = [n for n in ast.walk(parse_python(source)) if isinstance(n, FUNCTIONS)]
-    return [
-        Function(
-            node.name,
-            "\n".join(line[node.col_offset :] for line in lines[node.lineno - 1 : node.end_lineno]),
-            node_codes(node),
-        )
-        for node in sorted(found, key=lambda n: (n.lineno, n.col_offset))
-    ]
+    lines, found = source.split("\n"), []
+    nodes = [n for n in ast.walk(parse_python(source)) if isinstance(n, FUNCTIONS)]
+    for node in sorted(nodes, key=lambda n: (n.lineno, n.col_offset)):
+        own = [line[node.col_offset :] for line in lines[node.lineno - 1 : node.end_lineno]]
+        found.append(Function(node.name, "\n".join(own), node_codes(node)))
+    return found
 
 
-def functions_anywhere(text: str) -> list[Function] | None:
-    """Find the functions in Python, or in a text's fenced code blocks; None if neither parses."""
-    try:
-        return functions(text)
-    except SyntaxError:
-        found, any_python = [], False
-    for block in FENCE.findall(text):
-        try:
+def functions_anywhere(text: str) -> list[Function]:
+    """Find the functions in Python, or in a text's fenced code blocks that are Python."""
+    found = []
+    for block in (text, *FENCE.findall(text)):
+        with contextlib.suppress(SyntaxError):
             found += functions(block)
-            any_python = True
-        except SyntaxError:
-            continue
-    return found if any_python else None
+            if block is text:
+                break
+    return found
 
 
 def node_codes(tree: ast.AST) -> bytes:
@@ -93,22 +86,12 @@ class Matcher:
 
     def match(self, sequences: list[bytes]) -> Iterator[tuple[int, int, float]]:
         """Yield (pattern's index, sequence's index, match rate), both indexes ascending."""
-        where: dict[bytes, list[int]] = {}  # each different sequence is compared once
-        for index, sequence in enumerate(sequences):
-            where.setdefault(sequence, []).append(index)
-        different = sorted(where, key=len)
-        lengths = np.array([len(sequence) for sequence in different])
-        for number, pattern in enumerate(self.patterns):
-            # No rate exceeds the shorter length over the longer.
-            low = np.searchsorted(lengths, len(pattern) * self.min_rate - 1e-9)
-            high = np.searchsorted(lengths, len(pattern) / self.min_rate + 1e-9, side="right")
-            (rates,) = cdist(
-                [pattern],
-                different[low:high],
-                scorer=Levenshtein.normalized_similarity,
-                score_cutoff=self.min_rate - 1e-6,  # a rate equal to the cutoff may read 0
-                dtype=np.float64,
-            )
-            near = np.flatnonzero(rates >= self.min_rate - 1e-9)
-            found = [(i, float(rates[j])) for j in near for i in where[different[low + j]]]
-            yield from ((number, i, rate) for i, rate in sorted(found))
+        rates = cdist(
+            self.patterns,
+            sequences,
+            scorer=Levenshtein.normalized_similarity,
+            score_cutoff=self.min_rate - 1e-6,  # a rate equal to the cutoff may read 0
+            dtype=np.float64,
+        )
+        for number, index in np.argwhere(rates >= self.min_rate - 1e-9).tolist():
+            yield number, index, float(rates[number, index])

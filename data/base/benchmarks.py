@@ -19,9 +19,8 @@ def read_problems(path: Path) -> list[dict]:
     """Read a file in HumanEval's format. Raises UserError for a missing field or repeated id."""
     problems = list(read_jsonl(path))
     for number, problem in enumerate(problems, 1):
-        for field in FIELDS:
-            if not isinstance(problem.get(field), str):
-                raise UserError(f"{path} problem {number}: no {field!r} string; want {FIELDS}")
+        if missing := [f for f in FIELDS if not isinstance(problem.get(f), str)]:
+            raise UserError(f"{path} problem {number}: no {missing[0]!r} string; want {FIELDS}")
     check_ids(path, problems)
     return problems
 

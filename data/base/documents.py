@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +19,6 @@ from common.config import UserError
 from common.files import SUFFIXES, shard_files
 
 T = TypeVar("T")
-COLUMN = 78  # characters of each side of side_by_side
 FORMATS = (*SUFFIXES, ".parquet", "Posts.xml", "Posts.xml.gz", "Posts.xml.zst")  # readers.py
 
 
@@ -102,15 +100,3 @@ def batched(
 
 def chars(record: dict) -> int:
     return len(record["text"])
-
-
-def side_by_side(left: str, right: str) -> str:
-    """Set two texts in columns of COLUMN characters for a person to compare; long lines go on."""
-
-    def cut(line: str) -> list[str]:
-        line = line.expandtabs(4)
-        return [line[i : i + COLUMN] for i in range(0, max(len(line), 1), COLUMN)]
-
-    columns = [[part for line in text.split("\n") for part in cut(line)] for text in (left, right)]
-    rows = zip_longest(*columns, fillvalue="")
-    return "".join(f"{a:{COLUMN}} | {b}".rstrip() + "\n" for a, b in rows)

@@ -1,7 +1,7 @@
 """Texts as vectors: by their syntax tree, by the words they use, by a checkpoint's hidden states.
 
 The paper's classifier takes the output embedding of a code model (arXiv 2306.11644, sections 2.1
-and 5) and does not say how it pools: `Hidden` takes the mean over a text's tokens. torch and the
+and 5) and does not say how it pools: `Features` takes the mean over a text's tokens. torch and the
 model are imported where a checkpoint is named: they take seconds to load.
 """
 
@@ -33,11 +33,8 @@ PER_FUNCTION = {
     "branches": (ast.If, ast.IfExp, ast.BoolOp),
     "computes": COMPUTES,
 }
-COUNTED = {
-    **{"nodes": ast.AST, "statements": ast.stmt, "attributes": ast.Attribute},
-    **PER_STATEMENT,
-    **PER_FUNCTION,
-}
+COUNTED = {"nodes": ast.AST, "statements": ast.stmt, "attributes": ast.Attribute}
+COUNTED |= PER_STATEMENT | PER_FUNCTION
 
 
 @functools.cache
@@ -62,10 +59,8 @@ def measured(text: str) -> dict[str, float]:
             arguments.append([a.arg for a in (*node.args.args, *node.args.kwonlyargs)])
             doc = docstring(node)
             lines += node.end_lineno - (doc.end_lineno if doc else node.lineno)
-    statements, functions, used = (
-        max(n, 1) for n in (c["statements"], c["functions"], names.total())
-    )
-    m |= {name: c[name] / statements for name in PER_STATEMENT}
+    functions, used = max(c["functions"], 1), max(names.total(), 1)
+    m |= {name: c[name] / max(c["statements"], 1) for name in PER_STATEMENT}
     m |= {name: c[name] / functions for name in PER_FUNCTION}
     plain = sum(given[:1] not in (["self"], ["cls"]) for given in arguments)
     return m | {
@@ -104,53 +99,44 @@ class Features:
 
     def __init__(self, path: Path | None, rank: int):
         """Take a run or checkpoint folder, or None for the syntax tree's features."""
-        self.path, self.hidden = path, None
+        self.path, self.model = path, None
         self.kind, self.width = {"features": "structure"}, len(STRUCTURE)
         if path is None:
             return
         import torch
 
         from common.checkpoint import checksum
+        from model import load_model
 
         device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
         if device == "cpu":  # a rank is one core, and one thread's sums depend on no other core
             torch.set_num_threads(1)
-        self.hidden = Hidden(path, [], device)
-        self.width = self.hidden.model.c.width
-        self.kind = {"features": "hidden", "weights": checksum(self.hidden.folder)}
+        self.model, self.tokenizer, folder = load_model(path, device)
+        self.model.head = torch.nn.Identity()  # so that a forward pass ends at the hidden states
+        self.kind = {"features": "hidden", "weights": checksum(folder)}
+        self.width = self.model.c.width
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """Return float32 [texts, width]."""
         texts = [strip_licence(text) for text in texts]
-        if self.hidden is None:
+        if self.model is None:
             return np.array([structure(text) for text in texts], np.float32)
-        cut = [pieces(text, self.hidden.model.c.seq_len * CHARS_PER_TOKEN) for text in texts]
-        vectors = self.hidden.vectors([piece for of_text in cut for piece in of_text])
+        cut = [pieces(text, self.model.c.seq_len * CHARS_PER_TOKEN) for text in texts]
+        vectors = self.hidden([piece for of_text in cut for piece in of_text])
         counts = np.array([len(of_text) for of_text in cut])
         return np.add.reduceat(vectors, np.cumsum(counts) - counts) / counts[:, None]
 
+    def hidden(self, texts: list[str]) -> np.ndarray:
+        """Return the mean of the last hidden states, after the final LayerNorm, of each text.
 
-class Hidden:
-    """The mean of a checkpoint's last hidden states, after the final LayerNorm."""
-
-    def __init__(self, path: Path, problems: list[str], device: str = "auto"):
-        """Load the run or checkpoint folder `path`; `distances` are to `problems`."""
-        import torch
-
-        from model import load_model
-
-        self.model, self.tokenizer, self.folder = load_model(path, device)
-        self.model.head = torch.nn.Identity()  # so that a forward pass ends at the hidden states
-        self.problems = self.vectors(problems)
-
-    def vectors(self, texts: list[str]) -> np.ndarray:
-        """Return float32 [texts, width], rows of length 1; a text is cut to the model's context."""
+        float32 [texts, width], rows of length 1; a text is cut to the model's context.
+        """
         import torch
 
         limit, end = self.model.c.seq_len, self.tokenizer.end_of_text
         device = self.model.embed.weight.device
         ids = [[end, *self.tokenizer.encode(text)][:limit] for text in texts]
-        out = np.empty((len(texts), self.model.c.width), np.float32)
+        out = np.empty((len(texts), self.width), np.float32)
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         while by_length:
             longest = len(ids[by_length[-1]])
@@ -165,10 +151,6 @@ class Hidden:
             mean = (hidden * inside).sum(1) / lengths
             out[rows] = torch.nn.functional.normalize(mean, dim=1).numpy()
         return out
-
-    def distances(self, texts: list[str]) -> np.ndarray:
-        """Return L2 distances float32 [texts, problems], from 0 to 2."""
-        return l2_distances(self.vectors(texts) @ self.problems.T)
 
 
 class Lexical:
@@ -195,7 +177,7 @@ class Lexical:
         for i, text in enumerate(texts):
             known, weights, length = self._weigh(text)
             cosine[i] = weights @ self.problems[known] / length
-        return l2_distances(cosine)
+        return np.sqrt(np.maximum(2 - 2 * cosine, 0), dtype=np.float32)
 
     def _weigh(self, text: str) -> tuple[list[int], np.ndarray, float]:
         """Return rows and weights of the words that problems have, and the vector's length."""
@@ -212,8 +194,3 @@ def words(text: str) -> Counter:
     """
     found = (word.lower() for word in WORD.findall(text))
     return Counter(word for word in found if not keyword.iskeyword(word))
-
-
-def l2_distances(cosine: np.ndarray) -> np.ndarray:
-    """Return the L2 distances between vectors of length 1 with these cosines."""
-    return np.sqrt(np.maximum(2 - 2 * cosine, 0), dtype=np.float32)

@@ -5,12 +5,9 @@
 
 The cache is append-only JSON lines: one before each request (its worst case), one after it (its
 cost and the reply). A killed run goes on with every reply that arrived, and counts what was in
-flight at its worst. The budget covers all runs that share the file.
-
-Each attempt may be billed, so the `openai` client makes one (max_retries=0) and `ask` reserves
-every retry anew. The worst case is a token per byte of the request (no byte-level BPE makes more),
-the chat template, and the longest reply. A refusal (4xx, 503) costs nothing; an attempt that is
-lost, damaged or without `usage` costs its worst case.
+flight at its worst. The budget covers all runs that share the file, and every attempt: a refusal
+(4xx, 503) costs nothing; one that is lost, damaged or without `usage` costs its worst case, a token
+per byte of the request (no byte-level BPE makes more), the chat template, and the longest reply.
 """
 
 import contextlib
@@ -18,6 +15,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import threading
@@ -90,19 +88,17 @@ class Ledger:
             self.file.write(b"\n" * bool(path.stat().st_size))  # its last line may be cut short
         for line in path.read_bytes().splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or damaged
-                self.replay(json.loads(line))
+                record = json.loads(line)
+                tokens = Counter(prompt=record["prompt"], reply=record["reply"])
+                if "sent" in record:
+                    self.last = record["sent"]
+                    self.open[self.last] = ("", tokens)
+                    continue
+                if "key" in record:
+                    self.replies[record["key"]] = Reply(record["text"], record["complete"])
+                self.open.pop(record["settled"], None)
+                self.spent += tokens
         self.spent, self.open = self.committed(), {}  # a kill left these open
-
-    def replay(self, record: dict) -> None:
-        tokens = Counter(prompt=record["prompt"], reply=record["reply"])
-        if "sent" in record:
-            self.last = record["sent"]
-            self.open[self.last] = ("", tokens)
-            return
-        if "key" in record:
-            self.replies[record["key"]] = Reply(record["text"], record["complete"])
-        self.open.pop(record["settled"], None)
-        self.spent += tokens
 
     def reserve(self, key: str, worst: Counter) -> Reply | int:
         """Set `worst` aside and return the request's number, or the reply if `key` has one.
@@ -118,9 +114,11 @@ class Ledger:
                     self.open[self.last] = (key, worst)
                     return self.last
                 if not self.open:
+                    c, o = self.committed(), self.options
                     raise UserError(
-                        f"the budget is reached: {self.describe()}. Raise it, or ask for less, and "
-                        f"run again: what was paid for is kept in {self.path}"
+                        f"the budget is reached: {c.total():,} of {o.budget_tokens:,} tokens, "
+                        f"{self.usd(c):.4f} of {o.budget_usd:g} USD (0: no limit). Raise it; what "
+                        f"was paid for is kept in {self.path}"
                     )
                 self.changed.wait()
             return self.replies[key]
@@ -151,14 +149,8 @@ class Ledger:
         return (tokens["prompt"] * o.usd_per_m_in + tokens["reply"] * o.usd_per_m_out) / 1e6
 
     def fits(self, tokens: Counter) -> bool:
-        o = self.options
-        in_usd = not o.budget_usd or self.usd(tokens) <= o.budget_usd
-        return in_usd and (not o.budget_tokens or tokens.total() <= o.budget_tokens)
-
-    def describe(self) -> str:
-        c, o = self.committed(), self.options
-        told = f"{c.total():,} tokens" + (f" of {o.budget_tokens:,}" if o.budget_tokens else "")
-        return told + (f", {self.usd(c):.4f} of {o.budget_usd:g} USD" if o.budget_usd else "")
+        usd, most = self.options.budget_usd, self.options.budget_tokens
+        return self.usd(tokens) <= (usd or math.inf) and tokens.total() <= (most or math.inf)
 
 
 class Client(AbstractContextManager):
@@ -174,8 +166,7 @@ class Client(AbstractContextManager):
             raise UserError("--model is missing: the name that the endpoint knows its model by")
         priceless = o.budget_usd > 0 and not o.usd_per_m_in + o.usd_per_m_out > 0
         if priceless or not (o.dry_run or o.budget_usd > 0 or o.budget_tokens > 0):
-            raise UserError("no budget: give --budget_tokens, or --budget_usd with --usd_per_m_in "
-                            "and --usd_per_m_out")  # fmt: skip
+            raise UserError("no budget: give --budget_tokens, or --budget_usd and --usd_per_m_*")
         try:
             self.extra = dict(json.loads(o.extra or "{}"))
             import openai
@@ -230,22 +221,22 @@ class Client(AbstractContextManager):
             finally:  # also for what is raised: a reservation left open would count for ever
                 self.ledger.settle(sent, used, reply)
             if not used <= worst:
-                raise UserError(f"{self.url} counts {dict(used)} for a request of at most "
-                                f"{dict(worst)}: no budget can be held with it")  # fmt: skip
+                told = f"{dict(used)} for a request of at most {dict(worst)}"
+                raise UserError(f"{self.url} counts {told}: no budget can be held with it")
             if reply:
                 return reply
-        raise UserError(f"{self.url}: {TRIES} tries failed, the last with {error}; run the same "
-                        "command again to go on from here")  # fmt: skip
+        told = f"{TRIES} tries failed, the last with {error}"
+        raise UserError(f"{self.url}: {told}; run the same command again to go on from here")
 
     def request(self, messages: list[dict], limit: int, draw: int) -> tuple[dict, str, Counter]:
         """Return a request's arguments, its key in the cache and its worst case."""
         o = self.options
         rest = {"temperature": o.temperature, o.limit_field: limit, **self.extra}
-        body = {"model": o.model, "messages": messages, **rest}
-        sent = json.dumps(body, ensure_ascii=False, sort_keys=True).encode()
+        asked = {"model": o.model, "messages": messages}
+        sent = json.dumps(asked | rest, ensure_ascii=False, sort_keys=True).encode()
         key = hashlib.sha256(sent + b"\n%d" % draw).hexdigest()
         worst = Counter(prompt=len(sent) + TEMPLATE_TOKENS, reply=limit)
-        return {"model": o.model, "messages": messages, "extra_body": rest}, key, worst
+        return {**asked, "extra_body": rest}, key, worst
 
     def in_order(self, ask: Callable, items: Iterable) -> Iterator:
         """Yield ask(item) for each item in order, `concurrency` at a time.
@@ -265,17 +256,18 @@ class Client(AbstractContextManager):
         """Price the (messages, max_reply_tokens), at most and about; ask nothing."""
         asked = [self.request(messages, limit, 0)[1:] for messages, limit in requests]
         new = [worst for key, worst in asked if key not in self.ledger.replies]
+        price = {"requests": len(asked), "in_cache": len(asked) - len(new), **self.summary()}
         most = sum(new, Counter())
         about = Counter(prompt=int(most["prompt"] / BYTES_PER_TOKEN), reply=most["reply"])
-        told = {name: {"tokens": tokens.total(), "usd": self.ledger.usd(tokens)}
-                for name, tokens in (("at_most", most), ("about", about))}  # fmt: skip
-        return {"requests": len(asked), "in_cache": len(asked) - len(new), **told, **self.summary()}
+        for name, tokens in (("at_most", most), ("about", about)):
+            price[name] = {"tokens": tokens.total(), "usd": self.ledger.usd(tokens)}
+        return price
 
     def summary(self) -> dict:
         """Return what was spent, over all runs with this cache."""
-        c, ledger = self.ledger.committed(), self.ledger
-        spent = {"prompt_tokens": c["prompt"], "reply_tokens": c["reply"],
-                 "usd": round(ledger.usd(c), 6), "replies": len(ledger.replies)}  # fmt: skip
+        c = self.ledger.committed()
+        usd = round(self.ledger.usd(c), 6)
+        spent = {"prompt_tokens": c["prompt"], "reply_tokens": c["reply"], "usd": usd}
         return {"model": self.options.model, "spent": spent}
 
 

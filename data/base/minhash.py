@@ -130,15 +130,6 @@ def jaccard(sets: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
     return common / np.maximum(sizes - common, 1)
 
 
-def components(count: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Number the connected components of `count` nodes, int32 [count], by edges (i, j)."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    edges = coo_array((np.ones(len(i), bool), (i, j)), (count, count))
-    return connected_components(edges, directed=False)[1]
-
-
 class Index:
     """The texts accepted so far, to find near-duplicates as texts come in (data/synthesize.py)."""
 
@@ -158,12 +149,16 @@ class Index:
         keys = [band_keys(signature, self.bands, b).tolist() for b in range(self.bands.bands)]
         reasons = []
         for i, text in enumerate(texts):
-            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
             mine = hashes[starts[i] : starts[i + 1]]
             places = [(band, of_band[i]) for band, of_band in enumerate(keys)]
+            digest = hashlib.sha256(text.encode()).digest()
+            near = set()
+            if not always:
+                near = {n for place in places for n in self.buckets.get(place, ())[:LEADERS]}
+            alike = jaccard([mine] * len(near), [self.sets[n] for n in near])
             if digest in self.hashes:
                 reasons.append("duplicate")
-            elif not always and self.near(mine, places):
+            elif (alike >= self.threshold).any():
                 reasons.append("near-duplicate")
             else:
                 reasons.append("")
@@ -172,11 +167,6 @@ class Index:
                     self.buckets[place].append(len(self.sets))
                 self.sets.append(mine)
         return reasons
-
-    def near(self, mine: np.ndarray, places: list[tuple[int, int]]) -> bool:
-        others = {i for place in places for i in self.buckets.get(place, ())[:LEADERS]}
-        alike = jaccard([mine] * len(others), [self.sets[i] for i in others])
-        return bool((alike >= self.threshold).any())
 
 
 def _tokens(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -12,12 +12,12 @@ from conftest import save_run
 
 import data.filter
 from common.config import UserError
-from common.files import read_documents, read_jsonl
+from common.files import read_documents
 from data import classify
 from data.annotate import Config as AnnotateConfig
 from data.annotate import annotate, auc
 from data.base.documents import ShardWriter, document
-from data.base.features import STRUCTURE, WINDOWS, Features, Hidden, pieces, structure
+from data.base.features import STRUCTURE, WINDOWS, Features, pieces, structure
 from data.classify import Classifier, ScoreConfig, TrainConfig, score, train
 from data.filter import filter_documents, share_cut
 from model import ModelConfig, Phi
@@ -80,35 +80,26 @@ def trained(labelled, tmp_path_factory) -> tuple[Path, dict]:
 # ---- The forest
 
 
-def noisy(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features of which two matter, together only (an exclusive or), and a noisy target."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, 6)).astype(np.float32)
-    y = ((x[:, 1] > 0.3) ^ (x[:, 4] > -0.2) ^ (rng.random(n) < 0.1)).astype(float)
-    return x, y
-
-
 def test_a_stored_forest_votes_as_scikit_learns_does_to_the_bit(tmp_path):
     from sklearn.ensemble import RandomForestRegressor
 
-    x, y = noisy(400, seed=3)
-    held, truth = noisy(400, seed=4)
+    x = np.random.default_rng(3).normal(size=(800, 6)).astype(np.float32)
+    y = ((x[:, 1] > 0.3) ^ (x[:, 4] > -0.2)).astype(float)
+    (x, held), (y, truth) = np.split(x, 2), np.split(y, 2)
     np.savez(tmp_path / "forest.npz", **classify.grow(x, y, 30, seed=5))
     with np.load(tmp_path / "forest.npz", allow_pickle=False) as forest:
         votes = classify.predict(dict(forest), held)
     theirs = RandomForestRegressor(30, max_features="sqrt", min_samples_leaf=2, random_state=5)
     assert (votes == theirs.fit(x, y).predict(held)).all()
-    assert auc(votes, truth) > 0.8  # 0.9 is what the noise leaves
+    assert auc(votes, truth) > 0.9
 
 
 # ---- Features, calibration, interval
 
 
 def test_structure_of_a_small_text():
-    found = structure(teaching(3))
-    known = dict(zip(STRUCTURE[16:], found[16:]))
-    assert len(found) == len(STRUCTURE) == len(structure("print 1"))
-    assert set(structure("print 1")) == {-1.0}
+    known = dict(zip(STRUCTURE, structure(teaching(3)), strict=True))
+    assert structure("print 1") == [-1.0] * len(STRUCTURE)
     assert known["plain"] == known["arguments"] == known["loops"] == known["examples"] == 1
     assert known["returns"] == pytest.approx(1 / 7)  # of the statements, the docstring too
     assert known["lines"] == 5
@@ -116,34 +107,30 @@ def test_structure_of_a_small_text():
 
 
 def test_pieces_reach_from_the_first_to_the_last_character():
-    assert pieces("abc", 10) == ["abc"]
     assert pieces("", 10) == [""]
     text = "".join(chr(i) for i in range(1000))
     cut = pieces(text, 100)
     assert len(cut) == WINDOWS
-    assert all(len(piece) == 100 for piece in cut)
-    assert cut[0] == text[:100]
-    assert cut[-1] == text[-100:]
+    assert (cut[0], cut[-1]) == (text[:100], text[-100:])
     assert pieces(text[:150], 100) == [text[:100], text[50:150]]
 
 
-def test_hidden_features_are_the_mean_over_pieces(model):
+def test_hidden_features_are_the_mean_over_tokens_then_over_pieces(model):
     texts = [teaching(1), teaching(2) * 5, ""]
-    found = Features(model, 0)(texts)
+    features, states = Features(model, 0), []
+    found = features(texts)
     assert found.shape == (3, 32)
-    hidden = Hidden(model, [], "cpu")
+    features.model.ln_f.register_forward_hook(lambda module, args, output: states.append(output))
     for text, row in zip(texts, found):
-        alone = hidden.vectors(pieces(text, 32 * 3)).mean(0)
-        assert row == pytest.approx(alone, abs=1e-5)
+        means = []
+        for piece in pieces(text, 32 * 3):
+            ids = [features.tokenizer.end_of_text, *features.tokenizer.encode(piece)][:32]
+            with torch.inference_mode():
+                features.model(torch.tensor([ids]))
+            mean = states.pop()[0].mean(0)
+            means.append((mean / mean.norm()).numpy())
+        assert row == pytest.approx(np.mean(means, 0), abs=1e-5)
     assert not np.allclose(found[0], found[1], atol=1e-3)
-
-
-def test_platt_finds_the_probabilities_behind_the_votes():
-    rng = np.random.default_rng(0)
-    vote = rng.random(20_000)
-    truth = classify.sigmoid(vote, 6.0, -4.0)
-    fitted = classify.platt(vote, rng.random(20_000) < truth)
-    assert abs(classify.sigmoid(vote, *fitted) - truth).max() < 0.03
 
 
 def test_the_interval_counts_packages_not_files():
@@ -163,18 +150,14 @@ def test_the_interval_counts_packages_not_files():
 def test_labels_by_rules_are_learned_and_said_to_be_the_rules_own(
     trained, labelled, in_process, tmp_path
 ):
-    out, summary = trained
+    summary = trained[1]
     assert summary["documents"] == 60
     assert summary["good"] == 30
     assert summary["labellers"] == {"rules": 60}
     assert summary["auc"] > 0.95
     assert summary["brier"] < 0.125  # 0.25 is what knowing the share of good ones gives
-    held = list(read_jsonl(out / "heldout.jsonl"))
-    good = [h["quality"] for h in held if h["score"] >= 6]
-    assert min(good) > max(h["quality"] for h in held if h["score"] < 6)
     command = ("train", "--source", labelled, "--out", tmp_path / "f", "--trees=2")
-    status, said, _ = in_process(classify.main, *command)
-    assert (status, "plumbing" in said) == (0, True)
+    assert "plumbing" in in_process(classify.main, *command)[1]
 
 
 def test_a_package_is_never_on_both_sides(tmp_path):
@@ -197,7 +180,6 @@ def test_labels_of_a_file_decide_where_it_is_given(labelled, tmp_path):
     summary = train(config)
     assert summary["documents"] == 50
     assert summary["labellers"] == {"file": 50}
-    assert summary["auc_of_rules"] < 0.2  # what the rules find good is called bad here
     assert Classifier(config.out, None, 0).quality([glue(1)]) > 0.5
 
 
@@ -209,10 +191,7 @@ def test_scores_then_the_filters_cut(trained, labelled, tmp_path):
     good = [r["quality"] for r in records if r["text"].startswith("def")]
     bad = [r["quality"] for r in records if not r["text"].startswith("def")]
     assert min(good) > 0.5 > max(bad)
-    for name, begins in (("kept", "def"), ("rejected", "from")):
-        sample = list(read_jsonl(tmp_path / "scored" / "samples" / f"{name}.jsonl"))
-        assert len(sample) == 20
-        assert all(s["text"].startswith(begins) for s in sample)
+    assert sum(summary["from_quality"].values()) == 60
     config = data.filter.Config(
         source=tmp_path / "scored", out=tmp_path / "kept", keep_frac=0.5, rules=False
     )
@@ -220,7 +199,6 @@ def test_scores_then_the_filters_cut(trained, labelled, tmp_path):
     assert filtered["documents"] == 30
     assert filtered["rejected"] == {"min_quality": 30}
     assert filtered["options"]["min_quality"] == min(good)
-    assert all(r["text"].startswith("def") for r in read_documents([tmp_path / "kept"]))
 
 
 def test_the_filter_wants_qualities_where_it_cuts_by_them(labelled, tmp_path):
@@ -230,7 +208,6 @@ def test_the_filter_wants_qualities_where_it_cuts_by_them(labelled, tmp_path):
 
 
 def test_equals_stay_together_at_a_cut():
-    assert share_cut(np.array([0.1, 0.5, 0.5, 0.9]), 0.25) == 0.9
     assert share_cut(np.array([0.1, 0.5, 0.5, 0.9]), 0.5) == 0.5
     assert share_cut(np.array([0.3]), 0.01) == 0.3
 
@@ -248,19 +225,15 @@ def test_too_few_labels_and_wrong_models_are_refused(trained, model, labelled, t
 
 def outputs(folder: Path) -> dict[str, bytes]:
     """All files of a stage but those that tell of one run."""
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name not in ("timing.json", "lineage.json")
-    }
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "lineage.json")
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 @pytest.mark.skipif(not MPIRUN, reason="no mpirun")
 def test_any_number_of_ranks_gives_the_same_bytes(trained, labelled, tmp_path):
     score(ScoreConfig(source=(labelled,), forest=trained[0], out=tmp_path / "score1"))
-    command = [MPIRUN, "--oversubscribe", "-n", "2", sys.executable, "-m", "mpi4py",
-               "-m", "data.classify"]  # fmt: skip
-    command[1:1] = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m",
+               "mpi4py", "-m", "data.classify"]  # fmt: skip
     for one, options in (
         (trained[0], ["train", "--source", labelled, "--trees=10"]),
         (tmp_path / "score1", ["score", "--source", labelled, "--forest", trained[0]]),

@@ -1,8 +1,5 @@
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +9,6 @@ from data.base.ast_match import functions
 from data.base.benchmarks import read_references
 from data.base.documents import document
 from data.decontaminate import FAR, Config, Finder, decontaminate, ngrams
-
-MPIRUN = Path(sys.executable).with_name("mpirun")
-ROOT = Path(__file__).parents[2]
 
 LONG = '''def running_balance(entries, limit):
     """Return the largest balance that is reached before the account is closed because the sum
@@ -71,7 +65,6 @@ STATEMENT = (
     "# The largest balance that is\n# reached, before the account: IS CLOSED because the_total\n"
     "def g():\n    return 1\n"
 )
-OTHER = 'def area(width, height):\n    """Multiply."""\n    return width * height\n'
 DOCUMENTS = {
     "renamed": RENAMED,
     "short near": SHORT_NEAR,
@@ -81,7 +74,7 @@ DOCUMENTS = {
     "markdown": f"How it works:\n\n```python\n{RENAMED}```\n\nThat is all, isn't it.\n",
     "one edit": RENAMED.replace("c += 1", "c -= 1"),
     "many edits": RENAMED.replace("c += 1", "c -= i * 3").replace("max(b, a)", "b or a[0]"),
-    "other": OTHER,
+    "other": 'def area(width, height):\n    """Multiply."""\n    return width * height\n',
     "no python": "Plain text, and nothing else.",
 }
 
@@ -104,9 +97,11 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def out(source, problems, tmp_path_factory):
+def out(source, problems, tmp_path_factory, cli):
     out = tmp_path_factory.mktemp("out") / "clean"
-    decontaminate(Config(source=(source,), benchmarks=(problems,), out=out))
+    done = cli("-m", "data.decontaminate", "--source", source, "--benchmarks", problems,
+               "--out", out)  # fmt: skip
+    assert "0.95         5  50.00%        2 / 1\n" in done.stdout, done.stderr
     return out
 
 
@@ -117,7 +112,6 @@ def removed(folder):
 def test_what_is_removed_and_why(out):
     gone = removed(out)
     assert gone.keys() == {"renamed", "short near", "statement", "method", "markdown", "one edit"}
-    assert {d["origin"] for d in read_documents([out])} == DOCUMENTS.keys() - gone.keys()
     assert {name: d["task_id"] for name, d in gone.items()} == {
         name: "T/1" if name == "short near" else "T/0" for name in gone
     }
@@ -127,7 +121,9 @@ def test_what_is_removed_and_why(out):
     assert gone["statement"]["words"] == words
     assert gone["statement"]["match_rate"] == 0
     assert gone["renamed"]["words"] == ""
-    assert {d["origin"]: d["text"] for d in read_documents([out])}.items() <= DOCUMENTS.items()
+    assert gone["short near"]["function"] == SHORT_NEAR.rstrip()
+    stay = {d["origin"]: d["text"] for d in read_documents([out])}
+    assert stay == {name: text for name, text in DOCUMENTS.items() if name not in gone}
 
 
 def test_the_table(out):
@@ -139,13 +135,6 @@ def test_the_table(out):
     lines = list(read_jsonl(out / "report" / "problems.jsonl"))
     assert [p["task_id"] for p in lines] == ["T/0", "T/1", "T/2"]
     assert [p["close"]["0.95"] for p in lines] == [4, 1, 0]
-    assert lines[0]["nearest"]["words"]
-    assert lines[1]["nearest"]["origin"] == "short near"
-    assert lines[2]["nearest"] is None
-    pairs = (out / "report" / "pairs.txt").read_text()
-    assert "def vowels_in(text):" in pairs
-    assert "| def count_vowels(s):" in pairs
-    assert "| # reached, before the account: IS CLOSED because the_total" in pairs
 
 
 @pytest.mark.parametrize(
@@ -171,40 +160,15 @@ def test_thresholds(out, source, problems, tmp_path, monkeypatch, constant, valu
 def test_near_is_measured_on_the_problems(problems):
     known = read_references(problems)
     assert Finder(known, 0.8).near == FAR  # unrelated to each other
-    alike = known[1]
-    text = alike.function.text.replace("vowels", "consonants")
-    other = replace(alike, function=replace(alike.function, text=text))
-    assert 0 < Finder([alike, other], 0.8).near < FAR
-    assert Finder([alike], 0.8).near == FAR
-
-
-def files(folder):
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name not in ("timing.json", "lineage.json")  # inputs' paths
-    }
-
-
-@pytest.mark.skipif(not MPIRUN.exists(), reason="needs mpirun beside python")
-def test_ranks_write_the_same_bytes(out, source, problems, tmp_path):
-    done = subprocess.run(
-        [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m",
-         "mpi4py", "-m", "data.decontaminate", "--source", source, "--out", tmp_path / "two",
-         "--benchmarks", problems],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert " 0.95         5  50.00%        2 / 1\n" in done.stdout
-    assert done.stdout.count("4 of 10 documents") == 1
-    assert files(tmp_path / "two") == files(out)
+    text = known[1].function.text.replace("vowels", "consonants")
+    other = replace(known[1], function=replace(known[1].function, text=text))
+    assert 0 < Finder([known[1], other], 0.8).near < FAR
 
 
 def test_ngrams_are_of_words():
     words = [f"w{i}" for i in range(14)]
     text = "É, ".join(words[:7]).upper() + "_" + "\n# ".join(words[7:])
     assert list(ngrams(text)) == [tuple(words[:13]), tuple(words[1:])]
-    assert list(ngrams(" ".join(words[:12]))) == []
 
 
 def test_problem_files(tmp_path, shared_eval):
@@ -221,15 +185,9 @@ def test_problem_files(tmp_path, shared_eval):
 HALF = '{"task_id": 1, "entry_point": "f", "canonical_solution": "", "prompt": '
 
 
-@pytest.mark.parametrize("content", ['{"task_id": 1}', HALF + '"f("}', HALF + '""}', "[1]", "{"])
-def test_a_file_without_problems_is_refused(source, tmp_path, content):
-    path = tmp_path / ("a.json" if content in "[1]{" else "a.jsonl")
+@pytest.mark.parametrize("content", ['{"task_id": 1}', HALF + '"f("}', "[1]"])
+def test_a_file_without_problems_is_refused(tmp_path, content):
+    path = tmp_path / ("a.json" if content == "[1]" else "a.jsonl")
     path.write_text(content)
     with pytest.raises(UserError, match=path.name):
-        decontaminate(Config(source=(source,), benchmarks=(path,), out=tmp_path / "o"))
-    assert not (tmp_path / "o").exists()
-
-
-def test_tau_is_not_small(source, problems, tmp_path):
-    with pytest.raises(UserError, match="tau"):
-        decontaminate(Config(source=(source,), benchmarks=(problems,), out=tmp_path, tau=0.2))
+        read_references(path)

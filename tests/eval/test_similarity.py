@@ -68,6 +68,5 @@ def test_errors(command, report, tmp_path):
     assert "'z'" in command(unknown, "--report", report)[2]
     assert "at least one folder" in command("--report", report)[2]
     assert "results.json" in command(tmp_path, "--report", report)[2]
-    for rows, message in (([{"task_id": "a"}], "data.decontaminate's"), ([], "no problems")):
-        path = write(tmp_path / "bad.jsonl", rows)
-        assert message in command(unknown, "--report", path)[2]
+    path = write(tmp_path / "bad.jsonl", [{"task_id": "a"}])
+    assert "data.decontaminate's" in command(unknown, "--report", path)[2]
