@@ -7,7 +7,7 @@ The phi-1 paper says that good ways to measure diversity and redundancy are miss
 2306.11644, section 6). No number here is one; together they tell what a set lacks, and they compare
 sets. So what grows with the amount of text is measured on the same amount of each set: of the
 documents with the smallest hashes, each cut to EACH_CHARS characters, as many as the smallest set
-can give. OUT/summary.json has the table; data.dedup tells how many documents are near-duplicates.
+can give. OUT/summary.json has the table, diversity.png the topics; data.dedup counts near-copies.
 """
 
 import keyword
@@ -69,6 +69,8 @@ def diversity(config: Config) -> dict:
         compared = min(VENDI_DOCUMENTS, *(found["documents"] for found in looks))
         measures = stage.map("measure", sets, lambda part: measure(part, chars, compared))
         measured = {n: {**found, **more} for n, found, more in zip(names, looks, measures)}
+        if stage.ranks.rank == 0:
+            draw(measured, stage.result / "diversity.png")
         alike = {"chars": chars, "vendi_documents": compared, "sample": SAMPLE}
         return stage.finish({"measured_on": alike, "sets": measured})
 
@@ -126,6 +128,22 @@ def vendi(texts: list[str]) -> float:
     return math.exp(-(p * np.log(p)).sum())
 
 
+def draw(sets: dict[str, dict], path: Path) -> None:
+    """Draw the share of each set's documents that have something of each topic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    axes, height = figure.subplots(), 0.8 / len(sets)
+    for i, (name, found) in enumerate(sets.items()):
+        shares = [100 * found["topics"][topic] for topic in TOPICS]
+        axes.barh(np.arange(len(TOPICS)) + i * height, shares, height, label=name)
+    axes.set_yticks(np.arange(len(TOPICS)) + 0.4 - height / 2, TOPICS)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of documents with something of the topic")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     config = parse(Config)
     sets = diversity(config)["sets"]
@@ -133,8 +151,7 @@ def main() -> None:
     say("".ljust(28) + "".join(f"{name:>{width}}" for name in sets))
     for key, title in TITLES.items():
         say(f"{title:28}" + "".join(f"{measured[key]!s:>{width}}" for measured in sets.values()))
-    for topic in TOPICS:
-        say(f"  {topic:26}" + "".join(f"{m['topics'][topic]:{width}.1%}" for m in sets.values()))
+    say(f"figure: {config.out / 'diversity.png'}")
 
 
 if __name__ == "__main__":
