@@ -29,7 +29,6 @@ from common.config import UserError
 from data.shards import HEADER_BYTES, MIXTURE, open_shard, read_header
 
 PREFETCH = 4  # micro-batches made ahead of the one in use
-ORDER = 4096  # sequences whose places are computed at once: numpy is slow on a few
 ROUNDS = 4  # of the Feistel network; 4 give a permutation indistinguishable from random
 
 
@@ -73,12 +72,12 @@ class Windows:
         try:
             sources = json.loads(content)["sources"]
             epochs = [float(source["epochs"]) for source in sources]
-            named = [name for source in sources for name in source["shards"]]
             shards = [0, *itertools.accumulate(len(source["shards"]) for source in sources)]
-            if not all(0 < e < np.inf for e in epochs) or named != files:
-                raise ValueError(f"epochs {epochs} of {named}")
         except (ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{path} does not describe {folder} ({e!r}); pack it again") from None
+            raise UserError(f"{path} is damaged ({e!r}); pack the data again") from None
+        named = [name for source in sources for name in source["shards"]]
+        if named != files or not all(0 < e < np.inf for e in epochs):
+            raise UserError(f"{path} does not describe {folder}; pack the data again")
         return shards, epochs
 
     def __len__(self) -> int:
@@ -139,18 +138,13 @@ class Loader:
         self.seqs_per_step, self.micro_batch = seqs_per_step, micro_batch
         self.rank, self.world_size, self.end_of_text = rank, world_size, end_of_text
         self.micro_steps = seqs_per_step // (micro_batch * world_size)
-        self.order, self.order_from = np.empty(0, np.int64), 0  # a part of the run's order
         self.waited_s = 0.0  # time the training loop spent waiting here
 
     def sequences(self, step: int, micro_step: int) -> np.ndarray:
         """Return the window of each row of this rank's micro-batch, int64 [micro_batch]."""
         row = (micro_step * self.world_size + self.rank) * self.micro_batch
-        i = step * self.seqs_per_step + row - self.order_from
-        if not 0 <= i <= len(self.order) - self.micro_batch:
-            self.order_from, i = self.order_from + i, 0
-            g = self.order_from + np.arange(max(ORDER, self.micro_batch))
-            self.order = self.windows.order(g, self.seed)
-        return self.order[i : i + self.micro_batch]
+        g = step * self.seqs_per_step + row + np.arange(self.micro_batch)
+        return self.windows.order(g, self.seed)
 
     def stream(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield micro-batches from `start_step` on, without end, made ahead by a thread.

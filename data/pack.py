@@ -8,11 +8,9 @@ Writes `train_00000.bin`, ..., `val_00000.bin` (format: data/shards.py) and a co
 A document is in the validation split if the first bytes of its sha256 say so, so that equal texts
 fall on the same side in every packing, and no document is in both.
 
-With `--epochs` or `--weight`, given once for each source, the folder is a mixture: every source
-starts train shards of its own, and `mixture.json` tells data/loader.py how often a pass sees it.
-`--epochs 4` is four times; `--weight` is a share of the tokens that training sees, and the source
-that this draws on most is seen once a pass. The validation documents of all sources are in the
-order of their hashes, so that the first ones are a fair sample.
+With `--epochs`, given once for each source, the folder is a mixture: every source starts train
+shards of its own, and `mixture.json` tells data/loader.py how often a pass sees it. The validation
+documents of all sources are in the order of their hashes: the first ones are a fair sample.
 """
 
 import contextlib
@@ -46,13 +44,19 @@ class Config:
     tokenizer: Path  # folder with tokenizer.model
     val_frac: float = 0.02  # share of the documents held out for the validation loss
     epochs: tuple[float, ...] = ()  # of each source, in a pass over the mixture of them
-    weight: tuple[float, ...] = ()  # of each source, as a share of the tokens that training sees
     threads: int = 2  # threads that encode
 
 
 def pack(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError for a split without documents."""
-    check(config)
+    mixed = bool(config.epochs)
+    if not 0 < config.val_frac < 1:
+        raise UserError(f"--val_frac {config.val_frac}: want a share between 0 and 1")
+    if mixed and len(config.epochs) != len(config.source):
+        given = f"{len(config.epochs)} for {len(config.source)} sources"
+        raise UserError(f"--epochs: got {given}; give one each")
+    if not all(0 < epochs < math.inf for epochs in config.epochs):
+        raise UserError(f"--epochs: got {min(config.epochs):g}, want more than 0")
     tokenizer = Tokenizer(config.tokenizer)
     by_source = [source_shards(source) for source in config.source]
     inputs = list(itertools.chain(*by_source))
@@ -65,12 +69,12 @@ def pack(config: Config) -> dict:
                     f"no document in the {split} split ({count['train_documents']} to train on); "
                     "add documents or change --val_frac"
                 )
-        mixed, everything = bool(config.epochs or config.weight), list(range(len(inputs)))
+        everything = list(range(len(inputs)))
         ends = np.cumsum([0, *map(len, by_source)]).tolist()
         groups = [everything[a:b] for a, b in itertools.pairwise(ends)] if mixed else [everything]
         train = [list(cut(stage, "train", group)) for group in groups]
-        files = [("train", n, *shard) for n, shard in enumerate(itertools.chain(*train))]
         val = cut(stage, "val", everything, by_hash=mixed)
+        files = [("train", n, *shard) for n, shard in enumerate(itertools.chain(*train))]
         files += [("val", n, *shard) for n, shard in enumerate(val)]
         stage.map("write", files, lambda part: write_tokens(tokenizer, part))
         tokens = count["train_tokens"] + count["val_tokens"]
@@ -90,31 +94,21 @@ def pack(config: Config) -> dict:
         return stage.finish(summary)
 
 
-def check(config: Config) -> None:
-    if not 0 < config.val_frac < 1:
-        raise UserError(f"--val_frac {config.val_frac}: want a share between 0 and 1")
-    if config.epochs and config.weight:
-        raise UserError("--epochs and --weight both say how often a source is seen; give one")
-    given = config.epochs or config.weight
-    if given and len(given) != len(config.source):
-        raise UserError(
-            f"--epochs, --weight: got {len(given)} for {len(config.source)} sources; give one each"
-        )
-    if not all(0 < value < math.inf for value in given):
-        raise UserError(f"--epochs, --weight: got {min(given):g}, want more than 0")
-
-
 def encode_shard(config: Config, tokenizer: Tokenizer, part: Part) -> dict:
     """Write the tokens of one shard's documents to scratch, with a row of numbers for each.
 
     shard-I.SPLIT.tokens is uint16; .rows is uint64 [documents, 2], hash and length.
     """
     keys = ("train_tokens", "train_documents", "val_tokens", "val_documents", "bytes")
-    count, files = Counter(dict.fromkeys(keys, 0)), {}
+    count = Counter(dict.fromkeys(keys, 0))
     with contextlib.ExitStack() as stack:
-        for of in itertools.product(("train", "val"), ("tokens", "rows")):
-            path = part.scratch / ".".join((part.name, *of))
-            files[of] = stack.enter_context(open(path, "wb"))
+        files = {
+            (split, what): stack.enter_context(
+                open(part.scratch / f"{part.name}.{split}.{what}", "wb")
+            )
+            for split in ("train", "val")
+            for what in ("tokens", "rows")
+        }
         for batch in batched(part.documents(), BATCH_CHARS, chars):
             texts = [document["text"] for document in batch]
             count["bytes"] += sum(len(text.encode()) for text in texts)
@@ -137,8 +131,8 @@ def cut(
 
     Yields the (input, first token, tokens) of a shard's documents: in their order, or by hash.
     """
-    rows = [np.fromfile(stage.scratch / f"shard-{i:05d}.{split}.rows", "<u8") for i in inputs]
-    rows = [of_input.reshape(-1, 2).astype(np.uint64) for of_input in rows]
+    files = [stage.scratch / f"shard-{i:05d}.{split}.rows" for i in inputs]
+    rows = [np.fromfile(file, "<u8").reshape(-1, 2) for file in files]
     source = np.repeat(np.array(inputs, np.uint32), [len(of_input) for of_input in rows])
     firsts = np.concatenate([np.cumsum(n) - n for n in (of_input[:, 1] for of_input in rows)])
     keys, lengths = np.concatenate(rows).T
@@ -166,22 +160,18 @@ def write_tokens(tokenizer: Tokenizer, part: Part) -> None:
 
 def mixture(config: Config, tokens: list[int], shards: list[int]) -> list[dict]:
     """Describe each source for mixture.json, by its train tokens and train shards."""
-    if 0 in tokens:
-        source = config.source[tokens.index(0)]
-        raise UserError(f"--source {source}: no document in the train split")
-    drawn = [weight / n for weight, n in zip(config.weight, tokens)]
-    epochs = config.epochs or [d / max(drawn) for d in drawn]
-    seen = sum(e * n for e, n in zip(epochs, tokens))
     names = (f"train_{n:05d}.bin" for n in itertools.count())
+    rows = list(zip(config.source, tokens, shards, config.epochs))
+    seen = sum(n * epochs for _, n, _, epochs in rows)
     return [
         {
             "source": str(source),
             "shards": list(itertools.islice(names, n_shards)),
             "tokens": n,
-            "epochs": round(e, 6),
-            "share": round(e * n / seen, 6),
+            "epochs": round(epochs, 6),
+            "share": round(n * epochs / seen, 6),
         }
-        for source, n, n_shards, e in zip(config.source, tokens, shards, epochs)
+        for source, n, n_shards, epochs in rows
     ]
 
 
