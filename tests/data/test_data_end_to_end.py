@@ -1,13 +1,10 @@
-"""The data path from a raw file to token shards, with damage planted, and killed on the way."""
+"""The data path from a raw file to token shards, with damage planted."""
 
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,7 @@ from data.shards import open_shard
 from tests.fake_endpoint import FakeEndpoint
 from tokenizer import Tokenizer
 
-KILLS, CONCURRENCY, GOOD = 9, 3, 40
+GOOD = 40
 
 PROBLEM = '''def settle(entries, limit):
     """The highest standing before two entries in a row leave it above the limit."""
@@ -75,15 +72,15 @@ def write_raw(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def commands(root: Path, raw: Path, problems: Path, url: str, cache: Path) -> list[list]:
+def commands(root: Path, raw: Path, problems: Path, url: str) -> list[list]:
     """The stages, in order; each reads what the one before wrote."""
     names = "raw labels forest scored kept unique clean tok tokens"
     at = {name: root / name for name in names.split()}
     return [
         ["data.collect", "--source", raw, "--out", at["raw"]],
         ["data.annotate", "--source", at["raw"], "--out", at["labels"], "--labeller", "llm",
-         "--model", "m", "--base_url", url, "--budget_tokens", 10**9, "--concurrency", CONCURRENCY,
-         "--cache", cache, "--backoff_s", 0.001, "--timeout_s", 0.5],
+         "--model", "m", "--base_url", url, "--budget_tokens", 10**9, "--concurrency", 3,
+         "--cache", root / "replies.jsonl", "--backoff_s", 0.001, "--timeout_s", 0.5],
         ["data.classify", "train", "--source", at["labels"], "--out", at["forest"], "--trees", 20],
         ["data.classify", "score", "--source", at["labels"], "--forest", at["forest"],
          "--out", at["scored"]],
@@ -98,19 +95,11 @@ def commands(root: Path, raw: Path, problems: Path, url: str, cache: Path) -> li
     ]  # fmt: skip
 
 
-def start(command: list) -> subprocess.Popen:
+def finish(command: list) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENAI_API_KEY": "x"}
     command = [sys.executable, "-m", *map(str, command)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
-
-
-def finish(command: list) -> float:
-    """Run it to its end; the seconds it took."""
-    began, process = time.monotonic(), start(command)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    return time.monotonic() - began
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def answer(request: dict) -> str:
@@ -119,13 +108,9 @@ def answer(request: dict) -> str:
     return reply([2 if "for x in" in content else 0 for _ in QUESTIONS])
 
 
-def packed(root: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted((root / "tokens").glob("*.bin"))}
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(folder, raw, problems, seconds of each stage) of a run to which nothing happens."""
+def root(tmp_path_factory):
+    """The folder of a run of all stages."""
     root = tmp_path_factory.mktemp("whole")
     raw, problems = root / "code.jsonl", root / "problems.jsonl"
     write_raw(raw)
@@ -133,14 +118,13 @@ def whole(tmp_path_factory):
            "entry_point": "settle", "test": "def check(candidate):\n    assert True\n"}  # fmt: skip
     problems.write_text(json.dumps(row) + "\n")
     with FakeEndpoint(answer, max_faults=2) as endpoint:
-        todo = commands(root, raw, problems, endpoint.url, root / "replies.jsonl")
-        seconds = [finish(command) for command in todo]
+        for command in commands(root, raw, problems, endpoint.url):
+            finish(command)
         assert endpoint.met.total() > 20, "an endpoint that behaves"
-    return root, raw, problems, seconds
+    return root
 
 
-def test_what_was_planted_is_found_and_the_rest_is_packed(whole):
-    root, *_ = whole
+def test_what_was_planted_is_found_and_the_rest_is_packed(root):
     summaries = {p.parent.name: json.loads(p.read_text()) for p in root.glob("*/summary.json")}
     assert sum(summaries["raw"]["quarantined"].values()) == 6
     assert summaries["raw"]["left_out"]["duplicate"] == 4
@@ -160,20 +144,3 @@ def test_what_was_planted_is_found_and_the_rest_is_packed(whole):
     ids = np.concatenate([open_shard(p, *of) for p in (root / "tokens").glob("*.bin")])
     texts = sorted(t for t in tokenizer.decode(ids.tolist()).split("def ") if t)
     assert len(texts) == GOOD
-
-
-def test_killed_at_random_the_bytes_are_the_same_and_nothing_is_paid_twice(whole, tmp_path):
-    root, raw, problems, seconds = whole
-    draw, kills = random.Random(1), Counter(random.Random(2).choices(range(len(seconds)), k=KILLS))
-    with FakeEndpoint(answer, max_faults=2) as endpoint:
-        todo = commands(tmp_path, raw, problems, endpoint.url, tmp_path / "replies.jsonl")
-        for i, command in enumerate(todo):
-            for _ in range(kills[i]):
-                process = start(command)
-                time.sleep(draw.uniform(0.2, 1.0) * seconds[i])
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
-            finish(command)
-    assert packed(tmp_path) == packed(root)
-    documents = sum(1 for _ in read_documents([root / "labels"]))
-    assert endpoint.replied.total() <= documents + kills[1] * CONCURRENCY
