@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import io
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MARK = ".nanophi"  # an empty file in every folder that a stage wrote: it may be replaced
 MAX_LINE_BYTES = 16 << 20  # of a .jsonl file: a document of 1 MiB, all of it escaped, has 6 MiB
 ZSTD_FEED_BYTES = 1 << 10  # zstd makes 128 KiB of 4 bytes: at most 32 MiB at once, whatever it is
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # raised where a file cannot be read further
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 # bad(reason, position, what stands there): the position is a line, a row or an element, from 1.
 Bad = Callable[[str, int, bytes | str], None]
@@ -135,59 +134,49 @@ def new_folder(out: Path, reads: Iterable[Path] = ()) -> Iterator[Path]:
 
 
 def lines(path: Path) -> Iterator[bytes | None]:
-    """Yield the lines of a plain, gzip or zstd file without line ends, None for one too long.
+    """Yield the lines of a file without line ends, None for one too long; raises as `chunks`."""
+    begun = bytearray()
+    for chunk in chunks(path):
+        *whole, rest = chunk.split(b"\n")
+        for part in whole:
+            begun += part
+            yield bytes(begun) if len(begun) <= MAX_LINE_BYTES else None
+            begun.clear()
+        begun += rest
+        del begun[MAX_LINE_BYTES + 1 :]  # too long already, however it goes on
+    if begun:
+        yield bytes(begun) if len(begun) <= MAX_LINE_BYTES else None
 
-    Raises one of DAMAGED where the file cannot be read further.
+
+def chunks(path: Path) -> Iterator[bytes]:
+    """Yield the content of a plain, gzip or zstd file in pieces.
+
+    Raises UserError if there is no such file, and one of DAMAGED where it cannot be read further.
     """
-    with open_packed(path) as f:
-        while line := f.readline(MAX_LINE_BYTES + 1):
-            if line.endswith(b"\n") or len(line) <= MAX_LINE_BYTES:
-                yield line.removesuffix(b"\n")
-                continue
-            while line and not line.endswith(b"\n"):
-                line = f.readline(MAX_LINE_BYTES)
-            yield None
-
-
-@contextlib.contextmanager
-def open_packed(path: Path) -> Iterator[io.BufferedIOBase]:
-    """Open a plain, gzip or zstd file to read its content. Raises UserError if there is none."""
     path = Path(path)
     try:
         f = open(path, "rb")  # noqa: SIM115
     except OSError as e:
         raise UserError(f"{path}: {e.strerror.lower()}") from None
     with f:
-        if path.suffix == ".gz":
-            f = gzip.open(f)  # noqa: SIM115
-        yield io.BufferedReader(Zstd(f), 1 << 16) if path.suffix == ".zst" else f
+        if path.suffix == ".zst":
+            yield from _zstd(f)
+            return
+        content = gzip.open(f) if path.suffix == ".gz" else f  # noqa: SIM115
+        yield from iter(lambda: content.read(1 << 16), b"")
 
 
-class Zstd(io.RawIOBase):
-    """Read zstd frames; raise EOFError where the library's own reader takes a cut for the end."""
+def _zstd(f) -> Iterator[bytes]:
+    """Yield the content of zstd frames. Raises EOFError for one that is cut short or damaged."""
+    import zstandard
 
-    def __init__(self, file):
-        import zstandard
-
-        self.file, self.content, self.error = file, b"", zstandard.ZstdError
-        self.new_frame = lambda: zstandard.ZstdDecompressor().decompressobj()
-        self.frame = self.new_frame()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self.content:
-            packed = self.frame.unused_data or self.file.read(ZSTD_FEED_BYTES)
-            if not packed:
-                if self.frame.eof:
-                    return 0
-                raise EOFError("the last zstd frame is cut short")
-            try:
-                self.frame = self.new_frame() if self.frame.eof else self.frame
-                self.content = memoryview(self.frame.decompress(packed))
-            except self.error as e:
-                raise EOFError(str(e)) from None
-        n = min(len(buffer), len(self.content))
-        buffer[:n], self.content = self.content[:n], self.content[n:]
-        return n
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    while fed := frame.unused_data or f.read(ZSTD_FEED_BYTES):
+        if frame.eof:
+            frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            yield frame.decompress(fed)
+        except zstandard.ZstdError as e:
+            raise EOFError(str(e)) from None
+    if not frame.eof:
+        raise EOFError("the last zstd frame is cut short")

@@ -100,12 +100,7 @@ def chars(record: dict) -> int:
 
 
 def side_by_side(left: str, right: str) -> str:
-    """Set two texts in columns of COLUMN characters for a person to compare; long lines go on."""
-
-    def cut(line: str) -> list[str]:
-        line = line.expandtabs(4)
-        return [line[i : i + COLUMN] for i in range(0, max(len(line), 1), COLUMN)]
-
-    columns = [[part for line in text.split("\n") for part in cut(line)] for text in (left, right)]
-    rows = zip_longest(*columns, fillvalue="")
-    return "".join(f"{a:{COLUMN}} | {b}".rstrip() + "\n" for a, b in rows)
+    """Set two texts in columns, of COLUMN characters a line, for a person to compare."""
+    left, right = (text.expandtabs(4).split("\n") for text in (left, right))
+    rows = zip_longest(left, right, fillvalue="")
+    return "".join(f"{a[:COLUMN]:{COLUMN}} | {b[:COLUMN]}".rstrip() + "\n" for a, b in rows)

@@ -13,10 +13,10 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from xml.etree.ElementTree import ParseError, iterparse
+from xml.etree.ElementTree import ParseError, XMLPullParser
 
 from common.config import UserError
-from common.files import DAMAGED, Bad, json_lines, open_packed
+from common.files import DAMAGED, Bad, chunks, json_lines
 from data.base.documents import document
 
 PARQUET_ROWS = 64  # decoded at once
@@ -99,17 +99,18 @@ def _parquet(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
 
 def _posts(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
     """Yield posts as text: title, then body with its markup taken off."""
-    number = 0
+    parser, root, number = XMLPullParser(["start", "end"]), None, 0
     try:
-        with open_packed(path) as f:
-            events = iterparse(f, ["start", "end"])
-            _, root = next(events)
-            for event, element in events:
+        for piece in chunks(path):
+            parser.feed(piece)
+            for event, element in parser.read_events():
+                root = element if root is None else root
                 if event == "end" and element.tag == "row":
                     number += 1
                     if (body := element.get("Body")) is not None:
                         yield number, {"text": post_text(element.get("Title", ""), body)}
                     root.clear()
+        parser.close()
     except (*DAMAGED, ParseError, ValueError, LookupError) as e:  # LookupError: of the encoding
         bad("damaged file", number + 1, f"cannot be read past row {number}: {e}")
 
