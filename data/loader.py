@@ -20,6 +20,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -110,35 +111,28 @@ class Windows:
         return out
 
 
+@dataclass
 class Loader:
-    """One rank's micro-batches, for steps from any start.
+    """One rank's micro-batches, for steps from any start."""
 
-    With `end_of_text`, its token, batches say where each document begins, for attention that stays
-    within documents.
-    """
+    windows: Windows
+    seqs_per_step: int
+    micro_batch: int
+    seed: int
+    rank: int
+    world_size: int
+    device: torch.device
+    end_of_text: int | None = None  # its token, for attention that stays within documents
+    waited_s: float = 0.0  # time the training loop spent waiting here
 
-    def __init__(
-        self,
-        windows: Windows,
-        seqs_per_step: int,
-        micro_batch: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        end_of_text: int | None = None,
-    ):
-        micro_batch = min(micro_batch, max(1, seqs_per_step // world_size))
-        if seqs_per_step % (micro_batch * world_size):
+    def __post_init__(self):
+        self.micro_batch = min(self.micro_batch, max(1, self.seqs_per_step // self.world_size))
+        self.micro_steps = self.seqs_per_step // (self.micro_batch * self.world_size)
+        if self.seqs_per_step != self.micro_steps * self.micro_batch * self.world_size:
             raise UserError(
-                f"seqs_per_step {seqs_per_step} is not divisible by micro_batch {micro_batch} x "
-                f"{world_size} ranks; change micro_batch or the number of ranks"
+                f"seqs_per_step {self.seqs_per_step} is not divisible by micro_batch "
+                f"{self.micro_batch} x {self.world_size} ranks; change micro_batch"
             )
-        self.windows, self.seed, self.device = windows, seed, device
-        self.seqs_per_step, self.micro_batch = seqs_per_step, micro_batch
-        self.rank, self.world_size, self.end_of_text = rank, world_size, end_of_text
-        self.micro_steps = seqs_per_step // (micro_batch * world_size)
-        self.waited_s = 0.0  # time the training loop spent waiting here
 
     def sequences(self, step: int, micro_step: int) -> np.ndarray:
         """Return the window of each row of this rank's micro-batch, int64 [micro_batch]."""

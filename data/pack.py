@@ -13,10 +13,9 @@ shards of its own, and `mixture.json` tells data/loader.py how often a pass sees
 documents of all sources are in the order of their hashes: the first ones are a fair sample.
 """
 
-import contextlib
 import itertools
 import math
-from collections import Counter
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,32 +94,22 @@ def pack(config: Config) -> dict:
 
 
 def encode_shard(config: Config, tokenizer: Tokenizer, part: Part) -> dict:
-    """Write the tokens of one shard's documents to scratch, with a row of numbers for each.
-
-    shard-I.SPLIT.tokens is uint16; .rows is uint64 [documents, 2], hash and length.
-    """
-    keys = ("train_tokens", "train_documents", "val_tokens", "val_documents", "bytes")
-    count = Counter(dict.fromkeys(keys, 0))
-    with contextlib.ExitStack() as stack:
-        files = {
-            (split, what): stack.enter_context(
-                open(part.scratch / f"{part.name}.{split}.{what}", "wb")
-            )
-            for split in ("train", "val")
-            for what in ("tokens", "rows")
-        }
+    """Leave the tokens of one shard's documents, with a row of each: hash, length, held out?"""
+    rows, bytes_ = array("Q"), 0
+    with open(part.scratch / f"{part.name}.tokens", "wb") as f:
         for batch in batched(part.documents(), BATCH_CHARS, chars):
             texts = [document["text"] for document in batch]
-            count["bytes"] += sum(len(text.encode()) for text in texts)
+            bytes_ += sum(len(text.encode()) for text in texts)
             for document, ids in zip(batch, tokenizer.encode_batch(texts, config.threads)):
-                held_out = int(document["sha256"][:8], 16) < config.val_frac * 2**32
-                split = "val" if held_out else "train"
                 tokens = np.array([*ids, tokenizer.end_of_text], "<u2")
-                row = np.array([int(document["sha256"][:16], 16), len(tokens)], "<u8")
-                files[split, "tokens"].write(tokens.data)
-                files[split, "rows"].write(row.data)
-                count[f"{split}_tokens"] += len(tokens)
-                count[f"{split}_documents"] += 1
+                f.write(tokens.data)
+                hash_ = int(document["sha256"][:16], 16)
+                rows.extend((hash_, len(tokens), hash_ >> 32 < config.val_frac * 2**32))
+    rows = np.array(rows, np.uint64).reshape(-1, 3)
+    np.save(part.scratch / f"{part.name}.npy", rows)
+    count = {"bytes": bytes_}
+    for split, lengths in (("train", rows[rows[:, 2] == 0, 1]), ("val", rows[rows[:, 2] == 1, 1])):
+        count |= {f"{split}_tokens": int(lengths.sum()), f"{split}_documents": len(lengths)}
     return count
 
 
@@ -131,12 +120,13 @@ def cut(
 
     Yields the (input, first token, tokens) of a shard's documents: in their order, or by hash.
     """
-    files = [stage.scratch / f"shard-{i:05d}.{split}.rows" for i in inputs]
-    rows = [np.fromfile(file, "<u8").reshape(-1, 2) for file in files]
+    rows = [np.load(stage.scratch / f"shard-{i:05d}.npy") for i in inputs]
     source = np.repeat(np.array(inputs, np.uint32), [len(of_input) for of_input in rows])
     firsts = np.concatenate([np.cumsum(n) - n for n in (of_input[:, 1] for of_input in rows)])
-    keys, lengths = np.concatenate(rows).T
-    order = np.argsort(keys, kind="stable") if by_hash else np.arange(len(keys))
+    keys, lengths, held_out = np.concatenate(rows).T
+    order = np.flatnonzero(held_out == (split == "val"))
+    if by_hash:
+        order = order[np.argsort(keys[order], kind="stable")]
     ends, a = np.cumsum(lengths[order].astype(np.int64)), 0
     while a < len(order):
         filled = ends[a - 1] + SHARD_TOKENS if a else SHARD_TOKENS
@@ -149,7 +139,7 @@ def write_tokens(tokenizer: Tokenizer, part: Part) -> None:
     """Write one token shard from the tokens in scratch."""
     split, number, *documents = part.item
     inputs = {
-        i: np.memmap(part.stage.scratch / f"shard-{i:05d}.{split}.tokens", "<u2", "r")
+        i: np.memmap(part.stage.scratch / f"shard-{i:05d}.tokens", "<u2", "r")
         for i in np.unique(documents[0]).tolist()
     }
     rows = zip(*(column.tolist() for column in documents))
