@@ -7,9 +7,9 @@ Files come in the order of a hash of their origin, a shuffle that is the same on
 `--max_mb` cuts that order short: a small sample is the beginning of a larger one, and each source
 gives in proportion to its size. The documents of one file stay in their order.
 
-Only what is certain without parsing is left out: tests and vendored copies by their path, generated
-files by what their first lines say, exact copies, and text that is no text. Files are read in
-groups of about 16 MB, each by one rank, and what is left of a group becomes a shard.
+Left out are tests and vendored copies by their path, generated files by what their first lines say,
+exact copies, and text that is no text. Files are read in groups of about 16 MB, each by one rank,
+and what is left of a group becomes a shard.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.config import UserError, parse, run
-from data.base.documents import document, source_shards
+from data.base.documents import batched, document, source_shards
 from data.base.ranks import Ranks, say
 from data.base.stage import Part, Stage, size_and_time, total
 from data.base.unique import Candidates, choose, write_chosen
@@ -57,8 +57,7 @@ class Config:
 
     out: Path  # folder to write
     source: tuple[str, ...] = tuple(SYSTEM)  # stdlib, site-packages, a folder (its *.py files or,
-    # where it has none, its shards), or a shard: .jsonl (.gz, .zst) or .parquet with text or
-    # content, or StackExchange's Posts.xml (.gz, .zst); may be given several times
+    # where it has none, its shards), or a shard: .jsonl, .parquet, Posts.xml; several may be given
     max_mb: float = 0.0  # stop after the document that reaches this many 10^6 bytes, 0 = take all
 
 
@@ -94,14 +93,7 @@ def list_groups(config: Config) -> tuple[list[list[File]], Counter]:
     left_out: Counter = Counter()
     listed = [file for s in dict.fromkeys(config.source) for file in list_files(s, left_out)]
     listed.sort(key=lambda f: hashlib.sha256(f"0:{f.origin}".encode()).digest())
-    groups, room = [], 0
-    for file in listed:
-        if room <= 0:
-            groups.append([])
-            room = GROUP_BYTES
-        groups[-1].append(file)
-        room -= file.bytes
-    return groups, left_out
+    return list(batched(listed, GROUP_BYTES, lambda file: file.bytes)), left_out
 
 
 def list_files(source: str, left_out: Counter) -> Iterator[File]:
@@ -139,10 +131,7 @@ def left_out_path(inside: str) -> bool:
 
 
 def read_group(part: Part, max_bytes: float) -> dict:
-    """Write the candidates of a group of files to scratch; return counts of the rest.
-
-    Stops at `max_bytes` of them: whatever the groups before hold, no more is needed.
-    """
+    """Write up to `max_bytes` of candidates of a group to scratch; return counts of the rest."""
     left_out, seen = Counter(), set()
     with Candidates(part) as candidates:
         for text, origin in (text for file in part.item for text in read_texts(part, file)):
@@ -165,16 +154,15 @@ def read_texts(part: Part, file: File) -> Iterator[tuple[str, str]]:
     if file.path.suffix != ".py":
         for record in part.documents(file.path, file.origin):
             yield record["text"], record["origin"]
-        return
-    if file.bytes > MAX_DOCUMENT_BYTES:
+    elif file.bytes > MAX_DOCUMENT_BYTES:
         part.bad("too large", file.origin, 1)
-        return
-    try:
-        if not file.path.is_file():  # a dangling link, or a named pipe, which would block
-            raise OSError
-        yield file.path.read_bytes().decode("utf-8-sig"), file.origin
-    except (OSError, UnicodeDecodeError) as e:
-        part.bad("unreadable" if isinstance(e, OSError) else "not UTF-8", file.origin, 1)
+    else:
+        try:
+            if not file.path.is_file():  # a dangling link, or a named pipe, which would block
+                raise OSError
+            yield file.path.read_bytes().decode("utf-8-sig"), file.origin
+        except (OSError, UnicodeDecodeError) as e:
+            part.bad("unreadable" if isinstance(e, OSError) else "not UTF-8", file.origin, 1)
 
 
 def why_not(text: str) -> str:

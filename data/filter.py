@@ -14,8 +14,6 @@ it, before the rules; with --rules=false it decides alone, as the paper's random
 Read `samples/rejected.jsonl` and `samples/kept.jsonl` in the output before you trust it.
 """
 
-import itertools
-from bisect import insort
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +78,9 @@ def filter_documents(config: Config) -> dict:
     with Stage(config, source_shards(config.source)) as stage:
         cut = quality_cut(config, stage)
         results = stage.map("filter", stage.shards, lambda part: filter_shard(config, part, cut))
-        samples = [result.pop("samples") for result in results]
+        samples: dict[str, list] = {}
+        for result in results:
+            add_samples(samples, result.pop("samples"))
         count = total(results)
         reasons = Counter(count.pop("rejected", {}))
         if not count.get("documents"):
@@ -137,24 +137,21 @@ def filter_shard(config: Config, part: Part, cut: float) -> dict:
                 reasons[reason] += 1
             else:
                 kept.write(record | document(text, record["origin"]))
-            add_sample(samples, reason, record["sha256"], record["origin"], text[:SAMPLE_CHARS])
+            sample = [record["sha256"], record["origin"], text[:SAMPLE_CHARS]]
+            add_samples(samples, {reason: [sample]})
     written = {"documents": kept.documents, "bytes": kept.bytes}
     return {**count, **written, "rejected": reasons, "samples": samples}
 
 
-def add_sample(samples: dict[str, list], reason: str, *sample: str) -> None:
-    """Keep (sha256, origin, text) if it is among the smallest hashes: no order matters to that."""
-    keep = samples.setdefault(reason, [])
-    insort(keep, list(sample))
-    del keep[REJECTED_SAMPLES if reason else KEPT_SAMPLES :]
+def add_samples(samples: dict[str, list], more: dict[str, list]) -> None:
+    """Keep of each reason the few with the smallest hashes: no order matters to that."""
+    for reason, rows in more.items():
+        n = REJECTED_SAMPLES if reason else KEPT_SAMPLES
+        samples[reason] = sorted([*samples.get(reason, []), *rows])[:n]
 
 
-def write_samples(folder: Path, of_shards: list[dict[str, list]]) -> None:
-    """Write kept.jsonl and rejected.jsonl from the samples of all shards."""
-    samples: dict[str, list] = {}
-    for reason, rows in itertools.chain.from_iterable(of.items() for of in of_shards):
-        for row in rows:
-            add_sample(samples, reason, *row)
+def write_samples(folder: Path, samples: dict[str, list]) -> None:
+    """Write kept.jsonl and rejected.jsonl."""
     folder.mkdir(exist_ok=True)  # a folder of its own: the next stage reads *.jsonl beside
     for name, of in (("kept", [""]), ("rejected", sorted(samples.keys() - {""}))):
         rows = [{"reason": reason, "origin": origin, "text": text}

@@ -5,8 +5,8 @@
         --keep heldout
 
 The two commands share out one folder's documents: a package ("stdlib:json", "site-packages:numpy")
-goes to one side as a whole, as its files resemble each other. Packages come in the order of a hash
-of their names; those larger than MAX_SHARE of the wanted bytes stay in training.
+goes to one side as a whole, in the order of a hash of their names. Those larger than MAX_SHARE of
+the wanted bytes stay in training.
 """
 
 import hashlib
