@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_filter import GOOD
 
 from common.config import UserError
 from common.files import read_documents
@@ -295,24 +294,3 @@ run(data.filter.main)
     assert not (tmp_path / "filtered").exists()
     done = mpirun(2, "-m", "data.filter", *args, mpi4py=False)
     assert "mpirun -n 2 python -m mpi4py" in done.stderr
-
-
-def test_memory_does_not_grow_with_the_shard(cli, tmp_path):
-    """data.filter over 2 MB and 20 MB: documents of long lines, which it need not parse."""
-    code = (
-        "import resource, sys; from common.config import parse; import data.filter as f\n"
-        "f.filter_documents(parse(f.Config))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    peaks = []
-    for n in (200, 2000):
-        folder = tmp_path / f"{n}"
-        folder.mkdir()
-        with ShardWriter(folder, shard_bytes=1 << 40) as writer:
-            writer.write(document(GOOD, "good"))
-            for i in range(n):
-                writer.write(document(f"x = '{i}' + '{'a' * 10_000}'\n", f"long:{i}"))
-        done = cli("-c", code, "--source", folder, "--out", tmp_path / f"out{n}")
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split()[-1]))
-    assert peaks[1] < 1.2 * peaks[0], peaks
