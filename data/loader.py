@@ -73,12 +73,12 @@ class Windows:
         try:
             sources = json.loads(content)["sources"]
             epochs = [float(source["epochs"]) for source in sources]
-            shards = [0, *itertools.accumulate(len(source["shards"]) for source in sources)]
+            named = [source["shards"] for source in sources]
+            if not all(0 < e < np.inf for e in epochs) or list(itertools.chain(*named)) != files:
+                raise ValueError(f"epochs {epochs} of {named}")
         except (ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{path} is damaged ({e!r}); pack the data again") from None
-        named = [name for source in sources for name in source["shards"]]
-        if named != files or not all(0 < e < np.inf for e in epochs):
-            raise UserError(f"{path} does not describe {folder}; pack the data again")
+            raise UserError(f"{path} does not describe {folder} ({e!r}); pack it again") from None
+        shards = [0, *itertools.accumulate(map(len, named))]
         return shards, epochs
 
     def __len__(self) -> int:

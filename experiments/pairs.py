@@ -65,11 +65,10 @@ def pairs(config: Config) -> dict:
 
 def cut_shard(part: Part) -> dict:
     """Write the pairs of one shard to scratch, copies among them; return counts of the rest."""
-    count = Counter(too_long=0, does_not_parse=0, documents_in=0, bytes_in=0)
+    count = Counter(too_long=0, does_not_parse=0, documents_in=0)
     with Candidates(part) as candidates:
         for source in part.documents():
             count["documents_in"] += 1
-            count["bytes_in"] += len(source["text"].encode())
             try:
                 for line, name, prompt, solution in cut_pairs(source["text"]):
                     if len(prompt + solution) > MAX_CHARS:

@@ -150,14 +150,6 @@ def test_groups_change_nothing(tmp_path, monkeypatch):
         assert len(list((tmp_path / "whole").glob("shard-*"))) == 1
 
 
-def test_the_cap_holds_inside_a_jsonl_file(tmp_path):
-    lines = "".join(json.dumps({"text": f"x = {i:06}\n"}) + "\n" for i in range(1000))
-    tree(tmp_path, {"dump.jsonl": lines})
-    summary, documents = run_collect(tmp_path / "out", tmp_path / "dump.jsonl", max_mb=0.001)
-    assert len(documents) == 91  # of 11 bytes each
-    assert summary["bytes"] == 1001
-
-
 @pytest.mark.parametrize(
     ("files", "source", "message"),
     [

@@ -1,9 +1,8 @@
 import pytest
+from test_filter import write_source
 
-from common.config import UserError
 from common.files import read_documents
-from data.base.documents import ShardWriter, document
-from experiments import pairs as script
+from data.base.documents import document
 from experiments.pairs import Config, cut_pairs, pairs
 
 SOURCE = '''import functools
@@ -48,14 +47,6 @@ async def asynchronous():
 
 def cut(text):
     return [(name, prompt, solution) for _, name, prompt, solution in cut_pairs(text)]
-
-
-def write_source(folder, texts):
-    folder.mkdir()
-    with ShardWriter(folder) as writer:
-        for i, text in enumerate(texts):
-            writer.write(document(text, f"code:{i}.py"))
-    return folder
 
 
 def test_functions_methods_and_nested_functions():
@@ -103,14 +94,3 @@ def test_a_run(tmp_path):
     assert {k: summary[k] for k in counts} == counts
     assert summary["left_out"] == {"duplicate": 5}
     assert summary["bytes"] == sum(len(d["text"]) for d in found)
-
-
-def test_max_chars_is_of_prompt_and_solution(tmp_path, monkeypatch):
-    source = write_source(tmp_path / "raw", [SOURCE])
-    size = len("def inner(z):\n    'Inner.'\n    return z\n")
-    monkeypatch.setattr(script, "MAX_CHARS", size)
-    summary = pairs(Config(source=source, out=tmp_path / "out"))
-    assert (summary["documents"], summary["too_long"]) == (1, 2)
-    monkeypatch.setattr(script, "MAX_CHARS", size - 1)
-    with pytest.raises(UserError, match="'too_long': 3"):
-        pairs(Config(source=source, out=tmp_path / "out"))

@@ -34,13 +34,10 @@ def test_every_flipped_bit_and_every_cut_is_caught(shard):
         path.write_bytes(bad)
         with pytest.raises(UserError, match=r"a\.bin"):
             open_shard(path, 500, FINGERPRINT)
-    for size in [0, 1, HEADER_BYTES - 1, HEADER_BYTES, len(good) - 1, len(good) - 2]:
-        path.write_bytes(good[:size])
+    for bad in [*(good[:size] for size in (0, 1, HEADER_BYTES, len(good) - 2)), good + b"\0"]:
+        path.write_bytes(bad)
         with pytest.raises(UserError, match=r"a\.bin"):
             open_shard(path, 500, FINGERPRINT)
-    path.write_bytes(good + b"\0")
-    with pytest.raises(UserError, match="damaged"):
-        open_shard(path, 500, FINGERPRINT)
 
 
 def test_other_tokenizer_and_vocabulary(shard):
