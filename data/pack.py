@@ -8,9 +8,11 @@ Writes `train_00000.bin`, ..., `val_00000.bin` (format: data/shards.py) and a co
 A document is in the validation split if the first bytes of its sha256 say so, so that equal texts
 fall on the same side in every packing, and no document is in both.
 
-With `--epochs`, given once for each source, the folder is a mixture: every source starts train
-shards of its own, and `mixture.json` tells data/loader.py how often a pass sees it. The validation
-documents of all sources are in the order of their hashes: the first ones are a fair sample.
+With `--epochs` or `--weight`, given once for each source, the folder is a mixture: every source
+starts train shards of its own, and `mixture.json` tells data/loader.py how often a pass sees it.
+`--epochs 4` is four times; `--weight` is a share of the tokens that training sees, and the source
+that this draws on most is seen once a pass. The validation documents of all sources are in the
+order of their hashes: the first ones are a fair sample.
 """
 
 import itertools
@@ -43,19 +45,23 @@ class Config:
     tokenizer: Path  # folder with tokenizer.model
     val_frac: float = 0.02  # share of the documents held out for the validation loss
     epochs: tuple[float, ...] = ()  # of each source, in a pass over the mixture of them
+    weight: tuple[float, ...] = ()  # of each source, as a share of the tokens that training sees
     threads: int = 2  # threads that encode
 
 
 def pack(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError for a split without documents."""
-    mixed = bool(config.epochs)
+    given = config.epochs or config.weight
+    mixed = bool(given)
     if not 0 < config.val_frac < 1:
         raise UserError(f"--val_frac {config.val_frac}: want a share between 0 and 1")
-    if mixed and len(config.epochs) != len(config.source):
-        given = f"{len(config.epochs)} for {len(config.source)} sources"
-        raise UserError(f"--epochs: got {given}; give one each")
-    if not all(0 < epochs < math.inf for epochs in config.epochs):
-        raise UserError(f"--epochs: got {min(config.epochs):g}, want more than 0")
+    if config.epochs and config.weight:
+        raise UserError("--epochs and --weight both say how often a source is seen; give one")
+    if mixed and len(given) != len(config.source):
+        n = len(config.source)
+        raise UserError(f"--epochs, --weight: got {len(given)} for {n} sources; give one each")
+    if not all(0 < value < math.inf for value in given):
+        raise UserError(f"--epochs, --weight: got {min(given):g}, want more than 0")
     tokenizer = Tokenizer(config.tokenizer)
     by_source = [source_shards(source) for source in config.source]
     inputs = list(itertools.chain(*by_source))
@@ -150,8 +156,13 @@ def write_tokens(tokenizer: Tokenizer, part: Part) -> None:
 
 def mixture(config: Config, tokens: list[int], shards: list[int]) -> list[dict]:
     """Describe each source for mixture.json, by its train tokens and train shards."""
+    if 0 in tokens:
+        source = config.source[tokens.index(0)]
+        raise UserError(f"--source {source}: no document in the train split")
+    drawn = [weight / n for weight, n in zip(config.weight, tokens)]
+    epochs = config.epochs or [d / max(drawn) for d in drawn]
     names = (f"train_{n:05d}.bin" for n in itertools.count())
-    rows = list(zip(config.source, tokens, shards, config.epochs))
+    rows = list(zip(config.source, tokens, shards, epochs))
     seen = sum(n * epochs for _, n, _, epochs in rows)
     return [
         {

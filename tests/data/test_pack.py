@@ -45,6 +45,7 @@ def test_bad_input_leaves_the_old_output(corpus, tokens, tmp_path, in_process):
         (["--source", tmp_path / "empty.jsonl"], "no document in the train split"),
         (["--source", corpus, "--val_frac", 0], "--val_frac 0.0"),
         (["--source", corpus, "--epochs", 1, "--epochs", 2], "got 2 for 1 sources"),
+        (["--source", corpus, "--weight", 0], "got 0, want more"),
         (["--source", corpus, "--tokenizer", tmp_path], "no tokenizer at"),
     ]:
         status, _, stderr = in_process(pack.main, *arguments, *args)
@@ -94,3 +95,11 @@ def test_a_mixture_holds_every_document_once_and_keeps_its_sources_apart(mixed, 
     assert (a["epochs"], b["epochs"]) == (3, 0.5)
     assert a["share"] == pytest.approx(3 * a["tokens"] / (3 * a["tokens"] + b["tokens"] / 2), 1e-4)
     assert a["share"] + b["share"] == pytest.approx(1)
+
+
+def test_weights_are_shares_of_what_is_seen(mixed):
+    _, manifest = mixed(weight=(3, 1))
+    a, b = manifest["sources"]
+    assert (a["share"], b["share"]) == (0.75, 0.25)
+    assert a["epochs"] == 1
+    assert b["epochs"] == pytest.approx(a["tokens"] / b["tokens"] / 3, 1e-4)
