@@ -15,12 +15,10 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MARK = ".nanophi"  # an empty file in every folder that a stage wrote: it may be replaced
 MAX_LINE_BYTES = 16 << 20  # of a .jsonl file: a document of 1 MiB, all of it escaped, has 6 MiB
 ZSTD_FEED_BYTES = 1 << 10  # zstd makes 128 KiB of 4 bytes: at most 32 MiB at once, whatever it is
-PIECE_BYTES = 1 << 16  # split into lines at once: a bomb may be lines of nothing
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what `chunks` raises
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 # bad(reason, position, what stands there): the position is a line, a row or an element, from 1.
 Bad = Callable[[str, int, bytes | str], None]
-Progress = Callable[[int], None]  # told how many bytes of a file were read since the last call
 
 
 def read_json(path: Path, strict: bool = True):
@@ -63,13 +61,11 @@ def read_jsonl(path: Path) -> Iterator[dict]:
     return (record for _, record in json_lines(path, bad))
 
 
-def json_lines(
-    path: Path, bad: Bad, progress: Progress = lambda n: None
-) -> Iterator[tuple[int, dict]]:
+def json_lines(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
     """Yield (line number, object); tell `bad` about all else, and go on."""
     number = 0
     try:
-        for number, line in enumerate(lines(path, progress), 1):
+        for number, line in enumerate(lines(path), 1):
             if line is None:
                 bad("line too long", number, f"over {MAX_LINE_BYTES:,} bytes")
             elif line.strip():
@@ -137,40 +133,37 @@ def new_folder(out: Path, reads: Iterable[Path] = ()) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def lines(path: Path, progress: Progress = lambda n: None) -> Iterator[bytes | None]:
-    """Yield the lines of a plain, gzip or zstd file without line ends, None for one too long.
-
-    Raises UserError if there is no such file, and one of DAMAGED where it cannot be read further.
-    """
-    begun, too_long = bytearray(), False  # the line that is not yet whole
-    for chunk in chunks(path, progress):
+def lines(path: Path) -> Iterator[bytes | None]:
+    """Yield the lines of a file without line ends, None for one too long; raises as `chunks`."""
+    begun = bytearray()
+    for chunk in chunks(path):
         *whole, rest = chunk.split(b"\n")
         for part in whole:
             begun += part
-            yield None if too_long or len(begun) > MAX_LINE_BYTES else bytes(begun)
+            yield bytes(begun) if len(begun) <= MAX_LINE_BYTES else None
             begun.clear()
-            too_long = False
         begun += rest
-        if len(begun) > MAX_LINE_BYTES:
-            begun.clear()
-            too_long = True
-    if begun or too_long:
-        yield None if too_long else bytes(begun)
+        del begun[MAX_LINE_BYTES + 1 :]  # too long already, however it goes on
+    if begun:
+        yield bytes(begun) if len(begun) <= MAX_LINE_BYTES else None
 
 
-def chunks(path: Path, progress: Progress = lambda n: None) -> Iterator[bytes]:
-    """Yield the content of a plain, gzip or zstd file in pieces of up to PIECE_BYTES."""
-    path, told = Path(path), 0
+def chunks(path: Path) -> Iterator[bytes]:
+    """Yield the content of a plain, gzip or zstd file in pieces.
+
+    Raises UserError if there is no such file, and one of DAMAGED where it cannot be read further.
+    """
+    path = Path(path)
     try:
-        with open(path, "rb") as f:
-            stream = gzip.open(f) if path.suffix == ".gz" else f  # noqa: SIM115
-            plain = iter(lambda: stream.read(PIECE_BYTES), b"")
-            for chunk in _zstd(f) if path.suffix == ".zst" else plain:
-                yield from (chunk[i : i + PIECE_BYTES] for i in range(0, len(chunk), PIECE_BYTES))
-                progress(f.tell() - told)
-                told = f.tell()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
+        f = open(path, "rb")  # noqa: SIM115
+    except OSError as e:
         raise UserError(f"{path}: {e.strerror.lower()}") from None
+    with f:
+        if path.suffix == ".zst":
+            yield from _zstd(f)
+            return
+        content = gzip.open(f) if path.suffix == ".gz" else f  # noqa: SIM115
+        yield from iter(lambda: content.read(1 << 16), b"")
 
 
 def _zstd(f) -> Iterator[bytes]:
@@ -178,14 +171,12 @@ def _zstd(f) -> Iterator[bytes]:
     import zstandard
 
     frame = zstandard.ZstdDecompressor().decompressobj()
-    while fed := f.read(ZSTD_FEED_BYTES):
-        while fed:
-            if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-            try:
-                yield frame.decompress(fed)
-            except zstandard.ZstdError as e:
-                raise EOFError(str(e)) from None
-            fed = frame.unused_data
+    while fed := frame.unused_data or f.read(ZSTD_FEED_BYTES):
+        if frame.eof:
+            frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            yield frame.decompress(fed)
+        except zstandard.ZstdError as e:
+            raise EOFError(str(e)) from None
     if not frame.eof:
         raise EOFError("the last zstd frame is cut short")

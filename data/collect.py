@@ -7,9 +7,9 @@ Files come in the order of a hash of their origin, a shuffle that is the same on
 `--max_mb` cuts that order short: a small sample is the beginning of a larger one, and each source
 gives in proportion to its size. The documents of one file stay in their order.
 
-Only what is certain without parsing is left out: tests and vendored copies by their path, generated
-files by what their first lines say, exact copies, and text that is no text. Files are read in
-groups of about 16 MB, each by one rank, and what is left of a group becomes a shard.
+Left out are tests and vendored copies by their path, generated files by what their first lines say,
+exact copies, and text that is no text. Files are read in groups of about 16 MB, each by one rank,
+and what is left of a group becomes a shard.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import shard_files
-from data.base.documents import FORMATS, document
+from data.base.documents import batched, document, source_shards
 from data.base.ranks import Ranks, say
 from data.base.stage import Part, Stage, size_and_time, total
 from data.base.unique import Candidates, choose, write_chosen
@@ -57,13 +57,11 @@ class Config:
 
     out: Path  # folder to write
     source: tuple[str, ...] = tuple(SYSTEM)  # stdlib, site-packages, a folder (its *.py files or,
-    # where it has none, its shards), or a shard: .jsonl (.gz, .zst) or .parquet with text or
-    # content, or StackExchange's Posts.xml (.gz, .zst); may be given several times
+    # where it has none, its shards), or a shard: .jsonl, .parquet, Posts.xml; several may be given
     max_mb: float = 0.0  # stop after the document that reaches this many 10^6 bytes, 0 = take all
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
     """A file to read: a document if it is a *.py, else a shard of documents."""
 
     path: Path
@@ -73,19 +71,16 @@ class File:
 
 def collect(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError for a source without files."""
-    if not config.max_mb >= 0:
-        raise UserError(f"--max_mb: got {config.max_mb:g}, want 0 (all) or more")
     ranks, max_bytes = Ranks(), config.max_mb * 1e6 or math.inf
     groups, by_path = ranks.gather(list_groups(config) if ranks.rank == 0 else None)[0]
     with Stage(config, [file.path for group in groups for file in group]) as stage:
         read, chosen = [], {"documents": 0, "bytes": 0, "left_out": {}, "items": []}
         while len(read) < len(groups) and chosen["bytes"] < max_bytes:
             # As many groups as should suffice: a matter of their sizes, not of the number of ranks.
-            first = len(read)
-            sizes = np.cumsum([sum(file.bytes for file in group) for group in groups[first:]])
-            wave = groups[first : first + 1 + int((sizes < max_bytes - chosen["bytes"]).sum())]
-            read += stage.map("read", wave, lambda part: read_group(part, max_bytes), first)
-            [chosen] = stage.map("choose", [len(read)], lambda p: choose(p, max_bytes), first)
+            sizes = np.cumsum([sum(file.bytes for file in group) for group in groups[len(read) :]])
+            n = len(read) + 1 + int((sizes < max_bytes - chosen["bytes"]).sum())
+            read = stage.map("read", groups[:n], lambda part: read_group(part, max_bytes))
+            [chosen] = stage.map(f"choose-{n}", [len(read)], lambda part: choose(part, max_bytes))
         left_out = total([by_path, *read, chosen.pop("left_out")])
         if not chosen["documents"]:
             raise UserError(f"no document in {', '.join(config.source)}; left out: {left_out}")
@@ -94,18 +89,11 @@ def collect(config: Config) -> dict:
 
 
 def list_groups(config: Config) -> tuple[list[list[File]], Counter]:
-    """List all files to read, in order and in groups; count those that their path rules out."""
+    """List all files to read, in groups; count those that their path rules out."""
     left_out: Counter = Counter()
     listed = [file for s in dict.fromkeys(config.source) for file in list_files(s, left_out)]
     listed.sort(key=lambda f: hashlib.sha256(f"0:{f.origin}".encode()).digest())
-    groups, room = [], 0
-    for file in listed:
-        if room <= 0:
-            groups.append([])
-            room = GROUP_BYTES
-        groups[-1].append(file)
-        room -= file.bytes
-    return groups, left_out
+    return list(batched(listed, GROUP_BYTES, lambda file: file.bytes)), left_out
 
 
 def list_files(source: str, left_out: Counter) -> Iterator[File]:
@@ -114,33 +102,26 @@ def list_files(source: str, left_out: Counter) -> Iterator[File]:
     An origin holds no absolute path: "stdlib:json/decoder.py", "code:pkg/module.py" for ~/code.
     Links to folders are not followed.
     """
-    path = Path(os.path.expanduser(source))  # a shell leaves the ~ of --source=~/code as it is
+    path = Path(source).expanduser()  # a shell leaves the ~ of --source=~/code as it is
     if source not in SYSTEM and not path.is_dir():
-        if not path.exists():
-            raise UserError(f"--source {source}: no such file, nor stdlib or site-packages")
-        if not path.name.endswith(FORMATS):
-            raise UserError(f"--source {source}: a file must be one of {', '.join(FORMATS)}")
-        yield File(path, path.name, path.stat().st_size)
+        yield from (File(file, file.name, file.stat().st_size) for file in source_shards(path))
         return
     roots = [Path(sysconfig.get_path(key)) for key in SYSTEM.get(source, ())] or [path]
     name = source if source in SYSTEM else path.resolve().name
-    found, unreadable = 0, lambda error: left_out.update(["unreadable folder"])
+    found = source in SYSTEM  # an environment without packages is no error
     for root in dict.fromkeys(root.resolve() for root in roots):  # purelib is often platlib
-        for folder, subfolders, files in os.walk(root, onerror=unreadable):
+        for folder, subfolders, files in os.walk(root):
             subfolders[:] = [s for s in subfolders if not NOT_OF_THE_SOURCE.fullmatch(s)]
             for file in (Path(folder, file) for file in files if file.endswith(".py")):
-                found += 1
+                found = True
                 # A file name need not be UTF-8, but an origin is written as UTF-8.
                 inside = os.fsencode(file.relative_to(root).as_posix()).decode(errors="replace")
                 if left_out_path(inside):
                     left_out["path"] += 1
                 else:
                     yield File(file, f"{name}:{inside}", size_and_time(file)[0])
-    for file in shard_files(path, FORMATS) if not found and source not in SYSTEM else ():
-        found += 1
+    for file in [] if found else source_shards(path):
         yield File(file, f"{name}:{file.name}", file.stat().st_size)
-    if not found and source not in SYSTEM:
-        raise UserError(f"--source {source}: no *.py there, nor {', '.join(FORMATS)}")
 
 
 def left_out_path(inside: str) -> bool:
@@ -150,10 +131,7 @@ def left_out_path(inside: str) -> bool:
 
 
 def read_group(part: Part, max_bytes: float) -> dict:
-    """Write the candidates of a group of files to scratch; return counts of the rest.
-
-    Stops at `max_bytes` of them: whatever the groups before hold, no more is needed.
-    """
+    """Write up to `max_bytes` of candidates of a group to scratch; return counts of the rest."""
     left_out, seen = Counter(), set()
     with Candidates(part) as candidates:
         for text, origin in (text for file in part.item for text in read_texts(part, file)):
@@ -176,16 +154,15 @@ def read_texts(part: Part, file: File) -> Iterator[tuple[str, str]]:
     if file.path.suffix != ".py":
         for record in part.documents(file.path, file.origin):
             yield record["text"], record["origin"]
-        return
-    if file.bytes > MAX_DOCUMENT_BYTES:
+    elif file.bytes > MAX_DOCUMENT_BYTES:
         part.bad("too large", file.origin, 1)
-        return
-    try:
-        if not file.path.is_file():  # a dangling link, or a named pipe, which would block
-            raise OSError
-        yield file.path.read_bytes().decode("utf-8-sig"), file.origin
-    except (OSError, UnicodeDecodeError) as e:
-        part.bad("unreadable" if isinstance(e, OSError) else "not UTF-8", file.origin, 1)
+    else:
+        try:
+            if not file.path.is_file():  # a dangling link, or a named pipe, which would block
+                raise OSError
+            yield file.path.read_bytes().decode("utf-8-sig"), file.origin
+        except (OSError, UnicodeDecodeError) as e:
+            part.bad("unreadable" if isinstance(e, OSError) else "not UTF-8", file.origin, 1)
 
 
 def why_not(text: str) -> str:
@@ -203,10 +180,8 @@ def main() -> None:
     config = parse(Config)
     s = collect(config)
     left_out = ", ".join(f"{n:,} {why}" for why, n in s["left_out"].items() if n)
-    say(
-        f"{config.out}: {s['documents']:,} documents, {s['bytes'] / 1e6:.1f} MB; left out: "
-        f"{left_out or 'nothing'}"
-    )
+    mb = s["bytes"] / 1e6
+    say(f"{config.out}: {s['documents']:,} documents, {mb:.1f} MB; left out: {left_out or 'none'}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from data.base import minhash
 from data.base.documents import DocumentFile, batched, chars, source_shards
 from data.base.minhash import Bands
 from data.base.ranks import say
-from data.base.readers import read_documents_of
 from data.base.stage import Part, Stage, total
 
 BATCH_CHARS = 1 << 20  # of text sketched at once
@@ -127,7 +126,7 @@ class Corpus:
         (part.result / "removed").mkdir()
         removed = part.result / "removed" / f"{part.name}.jsonl.zst"
         with part.writer() as kept, DocumentFile(removed) as lines:
-            records = read_documents_of(part.item, progress=part.progress)  # sketch counted the bad
+            records = part.documents()
             for index, record in zip(mine.tolist(), records, strict=True):
                 if index not in jaccard:
                     kept.write(record)

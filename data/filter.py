@@ -14,7 +14,6 @@ it, before the rules; with --rules=false it decides alone, as the paper's random
 Read `samples/rejected.jsonl` and `samples/kept.jsonl` in the output before you trust it.
 """
 
-from bisect import insort
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError, parse, run
-from common.files import read_json, write_json, write_jsonl
+from common.files import write_jsonl
 from data.base.documents import document, source_shards
 from data.base.ranks import say
 from data.base.stage import Part, Stage, total
@@ -78,7 +77,11 @@ def filter_documents(config: Config) -> dict:
         raise UserError(f"--keep_frac {config.keep_frac:g}: want above 0 and at most 1")
     with Stage(config, source_shards(config.source)) as stage:
         cut = quality_cut(config, stage)
-        count = total(stage.map("filter", stage.shards, lambda p: filter_shard(config, p, cut)))
+        results = stage.map("filter", stage.shards, lambda part: filter_shard(config, part, cut))
+        samples: dict[str, list] = {}
+        for result in results:
+            add_samples(samples, result.pop("samples"))
+        count = total(results)
         reasons = Counter(count.pop("rejected", {}))
         if not count.get("documents"):
             found = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
@@ -87,7 +90,7 @@ def filter_documents(config: Config) -> dict:
                 "a reason is an option to loosen, but for syntax: is it Python 3?"
             )
         if stage.ranks.rank == 0:
-            merge_samples(stage)
+            write_samples(stage.result / "samples", samples)
         rejected = dict(reasons.most_common())
         return stage.finish({**count, "rejected": rejected, "options": {"min_quality": cut}})
 
@@ -98,9 +101,9 @@ def quality_cut(config: Config, stage: Stage) -> float:
         return 0.0
     stage.map("quality", stage.shards, save_qualities)
     quality = np.concatenate([np.load(f) for f in sorted(stage.scratch.glob("quality-*.npy"))])
-    if n := int(np.isnan(quality).sum()):
+    if np.isnan(quality).any():
         raise UserError(
-            f"--source {config.source}: {n:,} documents without `quality`; "
+            f"--source {config.source}: {np.isnan(quality).sum():,} documents without `quality`; "
             "run `python -m data.classify score` on it first"
         )
     share = share_cut(quality, config.keep_frac) if len(quality) and config.keep_frac < 1 else 0.0
@@ -134,27 +137,22 @@ def filter_shard(config: Config, part: Part, cut: float) -> dict:
                 reasons[reason] += 1
             else:
                 kept.write(record | document(text, record["origin"]))
-            add_sample(samples, reason, record["sha256"], record["origin"], text[:SAMPLE_CHARS])
-    write_json(part.scratch / f"{part.name}.samples.json", samples)
-    return {**count, "documents": kept.documents, "bytes": kept.bytes, "rejected": reasons}
+            sample = [record["sha256"], record["origin"], text[:SAMPLE_CHARS]]
+            add_samples(samples, {reason: [sample]})
+    written = {"documents": kept.documents, "bytes": kept.bytes}
+    return {**count, **written, "rejected": reasons, "samples": samples}
 
 
-def add_sample(samples: dict[str, list], reason: str, *sample: str) -> None:
-    """Keep (sha256, origin, text) if it is among the smallest hashes: no order matters to that."""
-    keep = samples.setdefault(reason, [])
-    insort(keep, list(sample))
-    del keep[REJECTED_SAMPLES if reason else KEPT_SAMPLES :]
+def add_samples(samples: dict[str, list], more: dict[str, list]) -> None:
+    """Keep of each reason the few with the smallest hashes: no order matters to that."""
+    for reason, rows in more.items():
+        n = REJECTED_SAMPLES if reason else KEPT_SAMPLES
+        samples[reason] = sorted([*samples.get(reason, []), *rows])[:n]
 
 
-def merge_samples(stage: Stage) -> None:
-    """Write samples/kept.jsonl and samples/rejected.jsonl from those of all shards."""
-    samples: dict[str, list] = {}
-    for path in sorted(stage.scratch.glob("*.samples.json")):
-        for reason, of in read_json(path).items():
-            for sample in of:
-                add_sample(samples, reason, *sample)
-    folder = stage.result / "samples"  # a folder of its own: the next stage reads *.jsonl beside
-    folder.mkdir(exist_ok=True)
+def write_samples(folder: Path, samples: dict[str, list]) -> None:
+    """Write kept.jsonl and rejected.jsonl."""
+    folder.mkdir(exist_ok=True)  # a folder of its own: the next stage reads *.jsonl beside
     for name, of in (("kept", [""]), ("rejected", sorted(samples.keys() - {""}))):
         rows = [{"reason": reason, "origin": origin, "text": text}
                 for reason in of for _, origin, text in samples[reason]]  # fmt: skip

@@ -20,6 +20,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ from common.config import UserError
 from data.shards import HEADER_BYTES, MIXTURE, open_shard, read_header
 
 PREFETCH = 4  # micro-batches made ahead of the one in use
-ORDER = 4096  # sequences whose places are computed at once: numpy is slow on a few
 ROUNDS = 4  # of the Feistel network; 4 give a permutation indistinguishable from random
 
 
@@ -73,12 +73,12 @@ class Windows:
         try:
             sources = json.loads(content)["sources"]
             epochs = [float(source["epochs"]) for source in sources]
-            named = [name for source in sources for name in source["shards"]]
-            shards = [0, *itertools.accumulate(len(source["shards"]) for source in sources)]
-            if not all(0 < e < np.inf for e in epochs) or named != files:
+            named = [source["shards"] for source in sources]
+            if not all(0 < e < np.inf for e in epochs) or list(itertools.chain(*named)) != files:
                 raise ValueError(f"epochs {epochs} of {named}")
         except (ValueError, TypeError, KeyError) as e:
             raise UserError(f"{path} does not describe {folder} ({e!r}); pack it again") from None
+        shards = [0, *itertools.accumulate(map(len, named))]
         return shards, epochs
 
     def __len__(self) -> int:
@@ -111,46 +111,34 @@ class Windows:
         return out
 
 
+@dataclass
 class Loader:
-    """One rank's micro-batches, for steps from any start.
+    """One rank's micro-batches, for steps from any start."""
 
-    With `end_of_text`, its token, batches say where each document begins, for attention that stays
-    within documents.
-    """
+    windows: Windows
+    seqs_per_step: int
+    micro_batch: int
+    seed: int
+    rank: int
+    world_size: int
+    device: torch.device
+    end_of_text: int | None = None  # its token, for attention that stays within documents
+    waited_s: float = 0.0  # time the training loop spent waiting here
 
-    def __init__(
-        self,
-        windows: Windows,
-        seqs_per_step: int,
-        micro_batch: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        end_of_text: int | None = None,
-    ):
-        micro_batch = min(micro_batch, max(1, seqs_per_step // world_size))
-        if seqs_per_step % (micro_batch * world_size):
+    def __post_init__(self):
+        self.micro_batch = min(self.micro_batch, max(1, self.seqs_per_step // self.world_size))
+        self.micro_steps = self.seqs_per_step // (self.micro_batch * self.world_size)
+        if self.seqs_per_step != self.micro_steps * self.micro_batch * self.world_size:
             raise UserError(
-                f"seqs_per_step {seqs_per_step} is not divisible by micro_batch {micro_batch} x "
-                f"{world_size} ranks; change micro_batch or the number of ranks"
+                f"seqs_per_step {self.seqs_per_step} is not divisible by micro_batch "
+                f"{self.micro_batch} x {self.world_size} ranks; change micro_batch"
             )
-        self.windows, self.seed, self.device = windows, seed, device
-        self.seqs_per_step, self.micro_batch = seqs_per_step, micro_batch
-        self.rank, self.world_size, self.end_of_text = rank, world_size, end_of_text
-        self.micro_steps = seqs_per_step // (micro_batch * world_size)
-        self.order, self.order_from = np.empty(0, np.int64), 0  # a part of the run's order
-        self.waited_s = 0.0  # time the training loop spent waiting here
 
     def sequences(self, step: int, micro_step: int) -> np.ndarray:
         """Return the window of each row of this rank's micro-batch, int64 [micro_batch]."""
         row = (micro_step * self.world_size + self.rank) * self.micro_batch
-        i = step * self.seqs_per_step + row - self.order_from
-        if not 0 <= i <= len(self.order) - self.micro_batch:
-            self.order_from, i = self.order_from + i, 0
-            g = self.order_from + np.arange(max(ORDER, self.micro_batch))
-            self.order = self.windows.order(g, self.seed)
-        return self.order[i : i + self.micro_batch]
+        g = step * self.seqs_per_step + row + np.arange(self.micro_batch)
+        return self.windows.order(g, self.seed)
 
     def stream(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield micro-batches from `start_step` on, without end, made ahead by a thread.

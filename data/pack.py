@@ -12,13 +12,12 @@ With `--epochs` or `--weight`, given once for each source, the folder is a mixtu
 starts train shards of its own, and `mixture.json` tells data/loader.py how often a pass sees it.
 `--epochs 4` is four times; `--weight` is a share of the tokens that training sees, and the source
 that this draws on most is seen once a pass. The validation documents of all sources are in the
-order of their hashes, so that the first ones are a fair sample.
+order of their hashes: the first ones are a fair sample.
 """
 
-import contextlib
 import itertools
 import math
-from collections import Counter
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,17 @@ class Config:
 
 def pack(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError for a split without documents."""
-    check(config)
+    given = config.epochs or config.weight
+    mixed = bool(given)
+    if not 0 < config.val_frac < 1:
+        raise UserError(f"--val_frac {config.val_frac}: want a share between 0 and 1")
+    if config.epochs and config.weight:
+        raise UserError("--epochs and --weight both say how often a source is seen; give one")
+    if mixed and len(given) != len(config.source):
+        n = len(config.source)
+        raise UserError(f"--epochs, --weight: got {len(given)} for {n} sources; give one each")
+    if not all(0 < value < math.inf for value in given):
+        raise UserError(f"--epochs, --weight: got {min(given):g}, want more than 0")
     tokenizer = Tokenizer(config.tokenizer)
     by_source = [source_shards(source) for source in config.source]
     inputs = list(itertools.chain(*by_source))
@@ -65,12 +74,12 @@ def pack(config: Config) -> dict:
                     f"no document in the {split} split ({count['train_documents']} to train on); "
                     "add documents or change --val_frac"
                 )
-        mixed, everything = bool(config.epochs or config.weight), list(range(len(inputs)))
+        everything = list(range(len(inputs)))
         ends = np.cumsum([0, *map(len, by_source)]).tolist()
         groups = [everything[a:b] for a, b in itertools.pairwise(ends)] if mixed else [everything]
         train = [list(cut(stage, "train", group)) for group in groups]
-        files = [("train", n, *shard) for n, shard in enumerate(itertools.chain(*train))]
         val = cut(stage, "val", everything, by_hash=mixed)
+        files = [("train", n, *shard) for n, shard in enumerate(itertools.chain(*train))]
         files += [("val", n, *shard) for n, shard in enumerate(val)]
         stage.map("write", files, lambda part: write_tokens(tokenizer, part))
         tokens = count["train_tokens"] + count["val_tokens"]
@@ -90,43 +99,23 @@ def pack(config: Config) -> dict:
         return stage.finish(summary)
 
 
-def check(config: Config) -> None:
-    if not 0 < config.val_frac < 1:
-        raise UserError(f"--val_frac {config.val_frac}: want a share between 0 and 1")
-    if config.epochs and config.weight:
-        raise UserError("--epochs and --weight both say how often a source is seen; give one")
-    given = config.epochs or config.weight
-    if given and len(given) != len(config.source):
-        raise UserError(
-            f"--epochs, --weight: got {len(given)} for {len(config.source)} sources; give one each"
-        )
-    if not all(0 < value < math.inf for value in given):
-        raise UserError(f"--epochs, --weight: got {min(given):g}, want more than 0")
-
-
 def encode_shard(config: Config, tokenizer: Tokenizer, part: Part) -> dict:
-    """Write the tokens of one shard's documents to scratch, with a row of numbers for each.
-
-    shard-I.SPLIT.tokens is uint16; .rows is uint64 [documents, 2], hash and length.
-    """
-    keys = ("train_tokens", "train_documents", "val_tokens", "val_documents", "bytes")
-    count, files = Counter(dict.fromkeys(keys, 0)), {}
-    with contextlib.ExitStack() as stack:
-        for of in itertools.product(("train", "val"), ("tokens", "rows")):
-            path = part.scratch / ".".join((part.name, *of))
-            files[of] = stack.enter_context(open(path, "wb"))
+    """Leave the tokens of one shard's documents, with a row of each: hash, length, held out?"""
+    rows, bytes_ = array("Q"), 0
+    with open(part.scratch / f"{part.name}.tokens", "wb") as f:
         for batch in batched(part.documents(), BATCH_CHARS, chars):
             texts = [document["text"] for document in batch]
-            count["bytes"] += sum(len(text.encode()) for text in texts)
+            bytes_ += sum(len(text.encode()) for text in texts)
             for document, ids in zip(batch, tokenizer.encode_batch(texts, config.threads)):
-                held_out = int(document["sha256"][:8], 16) < config.val_frac * 2**32
-                split = "val" if held_out else "train"
                 tokens = np.array([*ids, tokenizer.end_of_text], "<u2")
-                row = np.array([int(document["sha256"][:16], 16), len(tokens)], "<u8")
-                files[split, "tokens"].write(tokens.data)
-                files[split, "rows"].write(row.data)
-                count[f"{split}_tokens"] += len(tokens)
-                count[f"{split}_documents"] += 1
+                f.write(tokens.data)
+                hash_ = int(document["sha256"][:16], 16)
+                rows.extend((hash_, len(tokens), hash_ >> 32 < config.val_frac * 2**32))
+    rows = np.array(rows, np.uint64).reshape(-1, 3)
+    np.save(part.scratch / f"{part.name}.npy", rows)
+    count = {"bytes": bytes_}
+    for split, lengths in (("train", rows[rows[:, 2] == 0, 1]), ("val", rows[rows[:, 2] == 1, 1])):
+        count |= {f"{split}_tokens": int(lengths.sum()), f"{split}_documents": len(lengths)}
     return count
 
 
@@ -137,12 +126,13 @@ def cut(
 
     Yields the (input, first token, tokens) of a shard's documents: in their order, or by hash.
     """
-    rows = [np.fromfile(stage.scratch / f"shard-{i:05d}.{split}.rows", "<u8") for i in inputs]
-    rows = [of_input.reshape(-1, 2).astype(np.uint64) for of_input in rows]
+    rows = [np.load(stage.scratch / f"shard-{i:05d}.npy") for i in inputs]
     source = np.repeat(np.array(inputs, np.uint32), [len(of_input) for of_input in rows])
     firsts = np.concatenate([np.cumsum(n) - n for n in (of_input[:, 1] for of_input in rows)])
-    keys, lengths = np.concatenate(rows).T
-    order = np.argsort(keys, kind="stable") if by_hash else np.arange(len(keys))
+    keys, lengths, held_out = np.concatenate(rows).T
+    order = np.flatnonzero(held_out == (split == "val"))
+    if by_hash:
+        order = order[np.argsort(keys[order], kind="stable")]
     ends, a = np.cumsum(lengths[order].astype(np.int64)), 0
     while a < len(order):
         filled = ends[a - 1] + SHARD_TOKENS if a else SHARD_TOKENS
@@ -155,7 +145,7 @@ def write_tokens(tokenizer: Tokenizer, part: Part) -> None:
     """Write one token shard from the tokens in scratch."""
     split, number, *documents = part.item
     inputs = {
-        i: np.memmap(part.stage.scratch / f"shard-{i:05d}.{split}.tokens", "<u2", "r")
+        i: np.memmap(part.stage.scratch / f"shard-{i:05d}.tokens", "<u2", "r")
         for i in np.unique(documents[0]).tolist()
     }
     rows = zip(*(column.tolist() for column in documents))
@@ -171,17 +161,18 @@ def mixture(config: Config, tokens: list[int], shards: list[int]) -> list[dict]:
         raise UserError(f"--source {source}: no document in the train split")
     drawn = [weight / n for weight, n in zip(config.weight, tokens)]
     epochs = config.epochs or [d / max(drawn) for d in drawn]
-    seen = sum(e * n for e, n in zip(epochs, tokens))
     names = (f"train_{n:05d}.bin" for n in itertools.count())
+    rows = list(zip(config.source, tokens, shards, epochs))
+    seen = sum(n * epochs for _, n, _, epochs in rows)
     return [
         {
             "source": str(source),
             "shards": list(itertools.islice(names, n_shards)),
             "tokens": n,
-            "epochs": round(e, 6),
-            "share": round(e * n / seen, 6),
+            "epochs": round(epochs, 6),
+            "share": round(n * epochs / seen, 6),
         }
-        for source, n, n_shards, e in zip(config.source, tokens, shards, epochs)
+        for source, n, n_shards, epochs in rows
     ]
 
 

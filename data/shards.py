@@ -24,10 +24,9 @@ VERIFY_TOKENS = 1 << 24  # tokens a verification step reads: 32 MiB
 
 
 def write_shard(
-    path: Path, tokens: np.ndarray | list, vocab_size: int, documents: int, fingerprint: str
+    path: Path, parts: list[np.ndarray], vocab_size: int, documents: int, fingerprint: str
 ) -> None:
-    """Write `tokens`, an array of integers below `vocab_size` or a list of such, as a shard."""
-    parts = tokens if isinstance(tokens, list) else [tokens]
+    """Write the tokens in `parts`, arrays of integers below `vocab_size`, as a shard."""
     header = np.zeros(HEADER_INTS, "<i4")
     header[:5] = MAGIC, VERSION, sum(map(len, parts)), vocab_size, documents
     header[8:16] = np.frombuffer(fingerprint.encode(), "<i4")
@@ -47,13 +46,10 @@ def write_shard(
 
 def read_header(path: Path) -> np.ndarray:
     """Return the header of a shard, int32 [256]. Raises UserError if the file has none."""
-    with open(path, "rb") as f:
-        header = f.read(HEADER_BYTES)
-    if len(header) == HEADER_BYTES:
-        slots = np.frombuffer(header, "<i4").copy()
-        if slots[0] == MAGIC and slots[1] == VERSION:
-            return slots
-    raise UserError(f"{path} is not a token shard (magic {MAGIC}, version {VERSION})")
+    header = np.fromfile(path, "<i4", HEADER_INTS)
+    if len(header) < HEADER_INTS or header[:2].tolist() != [MAGIC, VERSION]:
+        raise UserError(f"{path} is not a token shard (magic {MAGIC}, version {VERSION})")
+    return header
 
 
 def open_shard(path: Path, vocab_size: int, fingerprint: str) -> np.ndarray:
@@ -61,25 +57,19 @@ def open_shard(path: Path, vocab_size: int, fingerprint: str) -> np.ndarray:
 
     Raises UserError if it is no shard, cut short, damaged, or made by another tokenizer.
     """
-    header = read_header(path)
-    n, size = int(header[2]), Path(path).stat().st_size
-    if size != HEADER_BYTES + 2 * n:
-        raise UserError(
-            f"{path} is damaged: its header says {n:,} tokens, {HEADER_BYTES + 2 * n:,} bytes, but "
-            f"the file has {size:,} bytes; make it again with data.pack"
-        )
-    tokens = np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(n,))
+    header, damaged = read_header(path), UserError(f"{path} is damaged; pack the data again")
+    if Path(path).stat().st_size != HEADER_BYTES + 2 * int(header[2]):
+        raise damaged
+    tokens = np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
     checksum, header[5] = int(header[5:6].view(np.uint32)[0]), 0
     found, largest = zlib.crc32(header.data), 0
-    for i in range(0, n, VERIFY_TOKENS):
+    for i in range(0, len(tokens), VERIFY_TOKENS):
         part = tokens[i : i + VERIFY_TOKENS]
         found, largest = zlib.crc32(part.data, found), max(largest, int(part.max()))
     if found != checksum:
-        raise UserError(f"{path} is damaged: checksum differs; make it again with data.pack")
-    if largest >= vocab_size:
-        raise UserError(f"{path} holds token {largest}, beyond the vocabulary of {vocab_size}")
+        raise damaged
     made_by = header[8:16].tobytes().decode("ascii", "replace")
-    if made_by != fingerprint:
+    if made_by != fingerprint or largest >= vocab_size:
         raise UserError(
             f"{path} was made by tokenizer {made_by[:8]}..., not {fingerprint[:8]}...; "
             "pack the data again with this tokenizer"

@@ -5,8 +5,8 @@
         --keep heldout
 
 The two commands share out one folder's documents: a package ("stdlib:json", "site-packages:numpy")
-goes to one side as a whole, as its files resemble each other. Packages come in the order of a hash
-of their names; those larger than MAX_SHARE of the wanted bytes stay in training.
+goes to one side as a whole, in the order of a hash of their names. Those larger than MAX_SHARE of
+the wanted bytes stay in training.
 """
 
 import hashlib
@@ -40,10 +40,7 @@ def holdout(config: Config) -> dict:
         sizes = total(stage.map("weigh", stage.shards, weigh))
         chosen = choose(sizes, config.heldout_mb * 1e6)
         if not 0 < len(chosen) < len(sizes):
-            raise UserError(
-                f"--source {config.source}: {len(sizes)} packages of {sum(sizes.values()):,} bytes "
-                f"cannot be shared out; change --heldout_mb {config.heldout_mb:g} or add code"
-            )
+            raise UserError(f"--heldout_mb {config.heldout_mb:g}: {sizes} cannot be shared out so")
         count = total(stage.map("write", stage.shards, lambda part: write(part, config, chosen)))
         return stage.finish({**count, "packages": len(sizes), "heldout_packages": sorted(chosen)})
 
@@ -75,10 +72,8 @@ def write(part: Part, config: Config, chosen: set[str]) -> dict:
 def main() -> None:
     config = parse(Config)
     s = holdout(config)
-    say(
-        f"{config.out}: {s['documents']:,} documents, {s['bytes'] / 1e6:.1f} MB; "
-        f"{len(s['heldout_packages'])} of {s['packages']} packages are held out"
-    )
+    held_out = f"{len(s['heldout_packages'])} of {s['packages']} packages are held out"
+    say(f"{config.out}: {s['documents']:,} documents, {s['bytes'] / 1e6:.1f} MB; {held_out}")
 
 
 if __name__ == "__main__":

@@ -41,12 +41,9 @@ def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
     lines = text.split("\n")
     functions = [n for n in ast.walk(parse_python(text)) if isinstance(n, ast.FunctionDef)]
     for node in sorted(functions, key=lambda n: n.lineno):
-        doc = docstring(node)
-        if not doc:
-            continue
-        indent = lines[node.lineno - 1][: node.col_offset]
+        indent, doc = lines[node.lineno - 1][: node.col_offset], docstring(node)
         cut = lines[node.lineno - 1 : node.end_lineno]
-        if not all(line.startswith(indent) or not line.strip() for line in cut):
+        if not doc or any(line.strip() and not line.startswith(indent) for line in cut):
             continue
         cut = [line[len(indent) :] for line in cut]
         split = doc.end_lineno - node.lineno + 1
@@ -58,24 +55,20 @@ def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
 def pairs(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError if there is no pair."""
     with Stage(config, source_shards(config.source)) as stage:
-        cut = total(stage.map("pairs", stage.shards, cut_shard))
+        count = total(stage.map("pairs", stage.shards, cut_shard))
         [chosen] = stage.map("choose", [len(stage.shards)], choose)
         if not chosen["documents"]:
-            raise UserError(
-                f"--source {config.source}: no documented function of up to {MAX_CHARS} "
-                f"characters in {cut['documents_in']} documents ({cut['too_long']} longer ones)"
-            )
+            raise UserError(f"--source {config.source}: no documented function in it ({count})")
         stage.map("write", chosen.pop("items"), write_chosen)
-        return stage.finish({**chosen, **cut})
+        return stage.finish({**chosen, **count})
 
 
 def cut_shard(part: Part) -> dict:
     """Write the pairs of one shard to scratch, copies among them; return counts of the rest."""
-    count = Counter(too_long=0, does_not_parse=0, documents_in=0, bytes_in=0)
+    count = Counter(too_long=0, does_not_parse=0, documents_in=0)
     with Candidates(part) as candidates:
         for source in part.documents():
             count["documents_in"] += 1
-            count["bytes_in"] += len(source["text"].encode())
             try:
                 for line, name, prompt, solution in cut_pairs(source["text"]):
                     if len(prompt + solution) > MAX_CHARS:
@@ -92,11 +85,9 @@ def cut_shard(part: Part) -> dict:
 def main() -> None:
     config = parse(Config)
     s = pairs(config)
-    say(
-        f"{config.out}: {s['documents']:,} pairs, {s['bytes'] / 1e6:.1f} MB, from "
-        f"{s['documents_in']:,} documents, {s['bytes_in'] / 1e6:.1f} MB; left out: "
-        f"{s['too_long']:,} too long, {s['left_out']['duplicate']:,} duplicates"
-    )
+    told = f"{s['documents']:,} pairs from {s['documents_in']:,} documents"
+    left_out = f"{s['too_long']:,} too long, {s['left_out']['duplicate']:,} duplicates"
+    say(f"{config.out}: {told}, {s['bytes'] / 1e6:.1f} MB; left out: {left_out}")
 
 
 if __name__ == "__main__":

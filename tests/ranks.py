@@ -23,13 +23,10 @@ server = multiprocessing.get_context("forkserver")
 
 def start_server() -> None:
     """Python looks for what it preloads on PYTHONPATH, not on sys.path."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT)
-    server.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
-    forkserver.ensure_running()
-    del os.environ["PYTHONPATH"]
-    if before is not None:
-        os.environ["PYTHONPATH"] = before
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("PYTHONPATH", str(ROOT))
+        server.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
+        forkserver.ensure_running()
 
 
 class Run:

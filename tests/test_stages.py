@@ -5,9 +5,10 @@ import json
 from conftest import ROOT, TINY
 
 import sample
-from data import collect, exercises, filter, pack, pairs
+from data import collect, exercises, filter, pack
 from data.shards import open_shard
-from eval import exercises as evaluate
+from eval import humaneval
+from experiments import pairs
 from tokenizer import Tokenizer
 from tokenizer import train as tokenizer_train
 from tools import report
@@ -41,7 +42,7 @@ def test_raw_code_to_an_evaluated_model_and_its_page(in_process, cli, monkeypatc
     prompt = "def f(x):"
     assert do(sample.main, "--checkpoint", run, "--prompt", prompt, "--max_new_tokens", 4,
               "--device=cpu").startswith(prompt)  # fmt: skip
-    do(evaluate.main, "--checkpoint", run, "--problems", heldout, "--max_new_tokens", 4,
+    do(humaneval.main, "--checkpoint", run, "--problems", heldout, "--max_new_tokens", 4,
        "--out", scores)  # fmt: skip
 
     tokenizer = Tokenizer(out["tokenizer"])

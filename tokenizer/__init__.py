@@ -42,17 +42,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return token ids of `text`, never END_OF_TEXT. Raises UserError for lone surrogates."""
+        if text != text.encode(errors="ignore").decode():
+            raise UserError(f"lone surrogates cannot be encoded: {text!r:.60}")
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """Encode many texts, on several threads."""
-        try:
-            return self.backend.encode(texts, threads)
-        except (UnicodeEncodeError, RuntimeError, TypeError):  # it differs by library and version
-            for text in texts:
-                if text != text.encode(errors="ignore").decode():
-                    raise UserError(f"lone surrogates cannot be encoded: {text!r:.60}") from None
-            raise
+        """Encode many texts, which UTF-8 must be able to encode, on several threads."""
+        return self.backend.encode(texts, threads)
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`; END_OF_TEXT decodes to nothing, broken UTF-8 to U+FFFD."""

@@ -14,18 +14,14 @@ PROBE = "\n    def é(e\u0301):\r\n\t\treturn  '漢😀\u2581\ufeff\0' <0x41> <u
 class ByteLevelBPE:
     """Text to token ids and back, by a tokenizer.json that loses nothing."""
 
-    def __init__(self, path: Path, end_of_text: str, text: str | None = None):
-        """Load `path`, or `text` as if read from it.
-
-        Raises UserError where it is no tokenizer.json, loses text, or has no token `end_of_text`.
-        """
+    def __init__(self, path: Path, end_of_text: str):
+        """Load `path`. Raises UserError where it loses text or has no token `end_of_text`."""
         try:
             import tokenizers
         except ImportError:
             raise UserError(f"{path} needs tokenizers, an extra: pip install tokenizers") from None
         try:
-            text = path.read_text(encoding="utf-8") if text is None else text
-            self._model = tokenizers.Tokenizer.from_str(text)
+            self._model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises nothing more special
             raise UserError(f"{path} is not a tokenizer.json: {e}") from None
         self._model.no_padding()

@@ -66,15 +66,11 @@ def main() -> None:
                 f"{str(e).splitlines()[-1]}"
             ) from None
         (folder / MODEL_FILE).write_bytes(model.getvalue())
-        tokenizer = Tokenizer(folder / MODEL_FILE)
-        summary = {
-            "vocab_size": tokenizer.vocab_size,
-            "fingerprint": tokenizer.fingerprint,
-            "source_bytes": used,
-        }
-        write_json(folder / "summary.json", summary)
+        made = Tokenizer(folder / MODEL_FILE)
+        summary = {"vocab_size": made.vocab_size, "fingerprint": made.fingerprint}
+        write_json(folder / "summary.json", {**summary, "source_bytes": used})
     mb = sum(used.values()) / 1e6
-    print(f"tokenizer: {tokenizer.vocab_size} pieces from {mb:.1f} MB -> {config.out}")
+    print(f"tokenizer: {made.vocab_size} pieces from {mb:.1f} MB -> {config.out}")
 
 
 def chunks(sources: tuple[Path, ...], max_mb: float, used: dict[str, int]) -> Iterator[str]:
@@ -86,8 +82,7 @@ def chunks(sources: tuple[Path, ...], max_mb: float, used: dict[str, int]) -> It
                 break
             used[source.name] += len(document["text"].encode())
             # The trainer strips a NUL's sentence short and takes U+2581 for a space.
-            text = re.sub(f"[\0{SPACE_MARK}]", "", document["text"])
-            chunk = ""
+            text, chunk = re.sub(f"[\0{SPACE_MARK}]", "", document["text"]), ""
             for line in text.splitlines(keepends=True):
                 for start in range(0, len(line), CHUNK_CHARS):
                     part = line[start : start + CHUNK_CHARS]

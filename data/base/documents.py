@@ -13,12 +13,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
 
 from common.config import UserError
 from common.files import SUFFIXES, shard_files
 
-T = TypeVar("T")
 FORMATS = (*SUFFIXES, ".parquet", "Posts.xml", "Posts.xml.gz", "Posts.xml.zst")  # readers.py
 
 
@@ -39,7 +37,7 @@ def source_shards(*sources: Path) -> list[Path]:
     for source in sources:
         found = shard_files(source, FORMATS)
         if not found or not all(p.is_file() and p.name.endswith(FORMATS) for p in found):
-            there = "no such file or folder" if not source.exists() else "no shard there"
+            there = "no shard there" if source.exists() else "no such file or folder"
             raise UserError(f"--source {source}: {there}; want {', '.join(FORMATS)}")
         shards += found
     return shards
@@ -71,8 +69,7 @@ class ShardWriter(ExitStack):
 
     def __init__(self, folder: Path, shard_bytes: int = 64 << 20):
         super().__init__()
-        self.folder, self.shard_bytes = Path(folder), shard_bytes
-        self.shards, self._file = 0, None
+        self.folder, self.shard_bytes, self.shards, self._file = folder, shard_bytes, 0, None
 
     def write(self, record: dict) -> None:
         if self._file is None or self._file.line_bytes >= self.shard_bytes:
@@ -83,9 +80,7 @@ class ShardWriter(ExitStack):
         self._file.write(record)
 
 
-def batched(
-    items: Iterable[T], limit: int, size: Callable[[T], int] = lambda item: 1
-) -> Iterator[list[T]]:
+def batched(items: Iterable, limit: int, size: Callable = lambda item: 1) -> Iterator[list]:
     """Yield lists of items, each just long enough for its sizes to add up to `limit`."""
     batch, filled = [], 0
     for item in items:

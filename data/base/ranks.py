@@ -2,12 +2,8 @@
 
 import os
 import sys
-from typing import TypeVar
 
 from common.config import UserError
-from data.base.documents import digest_key  # noqa: F401
-
-T = TypeVar("T")
 
 
 class Ranks:
@@ -35,11 +31,6 @@ class Ranks:
     def gather(self, value) -> list:
         """Return `value` of every rank, in the order of ranks, on every rank."""
         return self.comm.allgather(value) if self.comm else [value]
-
-    def gather_items(self, values: dict[int, T]) -> list[T]:
-        """Return the values of items 0, 1, ..., each of which one rank brings, on every rank."""
-        joined = {i: value for of_rank in self.gather(values) for i, value in of_rank.items()}
-        return [joined[i] for i in range(len(joined))]
 
 
 def say(text: str) -> None:

@@ -24,6 +24,7 @@ import os
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from common.code import ROOT, code_hash
 from common.config import UserError
-from common.files import MARK, Progress, check_out, read_json, write_json
+from common.files import MARK, check_out, read_json, read_jsonl, write_json
 from data.base.documents import DocumentFile
 from data.base.ranks import Ranks
 from data.base.readers import read_documents_of
@@ -50,8 +51,6 @@ class Stage:
         self.work = self.out.with_name(f".{self.out.name}.work")
         self.result, self.scratch = self.work / "result", self.work / "scratch"
         self.old = self.work / "old"  # the former OUT, for a moment
-        self.quarantined: dict[str, int] = {}  # unreadable things, by reason
-        self.read: set[str] = set()  # files that an earlier map read
 
     def __enter__(self) -> "Stage":
         if self.ranks.rank == 0:
@@ -64,7 +63,12 @@ class Stage:
         check_out(self.config.out, [*self.shards, *self.reads])
         self.work.mkdir(parents=True, exist_ok=True)
         (self.work / MARK).touch()
-        self.lock = lock(self.work / "lock", self.config.out)
+        self.lock = open(self.work / "lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            out = self.config.out
+            raise UserError(f"--out {out}: another run is writing it; wait for its end") from None
         if self.old.exists() and not self.out.exists():  # killed between the two renames
             self.old.rename(self.out)
         self.identity = self.identify()
@@ -81,13 +85,13 @@ class Stage:
 
     def __exit__(self, kind, error, trace) -> None:
         if self.ranks.rank == 0:
-            for reason, n in self.quarantined.items():
+            for reason, n in quarantined(self.result if kind else self.out).items():
                 print(f"quarantined: {n:,} {reason}", file=sys.stderr)
             # After a user's mistake another command comes; anything else may go on from here.
             if kind is None or issubclass(kind, UserError):
                 self.forget()
                 shutil.rmtree(self.work, ignore_errors=True)
-            os.close(self.lock)
+            self.lock.close()
 
     def identify(self) -> dict:
         """Return what decides the output: an interrupted run goes on only if all is equal."""
@@ -119,30 +123,22 @@ class Stage:
         if len(items) >= MAX_ITEMS:
             raise UserError(f"{len(items):,} input shards, want below {MAX_ITEMS:,}: join some")
         mine = range(self.ranks.rank, len(items), self.ranks.size)
-        paths = all(isinstance(item, Path) for item in items)
-        sizes = {i: items[i].stat().st_size if paths else 1 for i in mine}
-        unit = {"unit": "B", "unit_scale": True} if paths else {}
-        quiet = None if self.ranks.rank == 0 else True
         done: dict[int, dict] = {}
-        with tqdm(desc=name, total=sum(sizes.values()), disable=quiet, **unit) as bar:
-            for i, size in sizes.items():
-                path, before = self.work / "state" / f"{name}-{i:05d}.json", bar.n
+        with tqdm(mine, name, unit=" items", disable=True if self.ranks.rank else None) as bar:
+            for i in bar:
+                path = self.work / "state" / f"{name}-{i:05d}.json"
                 done[i] = read_json(path, strict=False)
                 if done[i] is None:
-                    progress = bar.update if paths else lambda n: None
-                    part = Part(self, name, i, items[i], progress)
+                    part = Part(self, name, i, items[i], bar)
                     done[i] = part.close(work(part))
                     write_json(path, done[i])
-                bar.update(before + size - bar.n)  # less what the bar has shown of it
-        states = self.ranks.gather_items(done)
-        self.quarantined = total([self.quarantined, *(state["quarantined"] for state in states)])
-        self.read |= {path for state in states for path in state["read"]}
-        return [state["result"] for state in states]
+        joined = {i: result for of in self.ranks.gather(done) for i, result in of.items()}
+        return [joined[i] for i in range(len(items))]
 
     def finish(self, summary: dict) -> dict:
-        """Add quarantined counts to `summary`, write it, and give the folder its name."""
-        summary = {**summary, "quarantined": self.quarantined}
+        """Write `summary` with the quarantined counts, and give the folder its name."""
         if self.ranks.rank == 0:
+            summary = {**summary, "quarantined": quarantined(self.result)}
             del self.identity["inputs"]  # times of files, which differ where their content does not
             write_json(self.result / "lineage.json", self.identity)
             write_json(self.result / "summary.json", summary)
@@ -156,8 +152,8 @@ class Stage:
 class Part:
     """The work on one item: where it reads, writes, and reports what it cannot read."""
 
-    def __init__(self, stage: Stage, name: str, index: int, item, progress: Progress):
-        self.stage, self.index, self.item, self.progress = stage, index, item, progress
+    def __init__(self, stage: Stage, name: str, index: int, item, bar: tqdm):
+        self.stage, self.index, self.item, self.bar = stage, index, item, bar
         self.folder = stage.work / "tmp" / f"{name}-{index:05d}"
         shutil.rmtree(self.folder, ignore_errors=True)
         # Files written in these two appear under the same names in stage.result and stage.scratch.
@@ -165,40 +161,34 @@ class Part:
         self.result.mkdir(parents=True)
         self.scratch.mkdir()
         self.name = f"shard-{index:05d}"
-        self.read: list[str] = []
-        self.quarantined: dict[str, int] = {}
 
     def documents(self, path: Path | None = None, name: str = "") -> Iterator[dict]:
         """Yield the documents of `path` (default: the item), for origins named `name`.
 
         The unreadable go to quarantine.
         """
-        path = str(path or self.item)
-        again = path in self.stage.read  # an earlier map has counted the bad ones
-        self.read.append(path)
-
-        def bad(reason: str, position: int, what: bytes | str) -> None:
-            if not again:
-                self.bad(reason, path, position, what)
-
-        yield from read_documents_of(Path(path), bad, self.progress, name)
+        path = Path(path or self.item)
+        found = read_documents_of(path, lambda why, *at: self.bad(why, str(path), *at), name)
+        for n, record in enumerate(found, 1):
+            if n % 1000 == 0:
+                self.bar.set_postfix_str(f"{n:,} documents of {path.name}")
+            yield record
 
     def writer(self) -> DocumentFile:
         """Open result/shard-INDEX.jsonl.zst; without a document there is no file."""
         return DocumentFile(self.result / f"{self.name}.jsonl.zst")
 
     def bad(self, reason: str, path: str, position: int, what: bytes | str = b"") -> None:
-        """Count something unreadable, and write down where it stands."""
-        self.quarantined[reason] = self.quarantined.get(reason, 0) + 1
+        """Write down where something unreadable stands; a later map may tell it again."""
         start = what[:200] if isinstance(what, str) else what[:200].decode(errors="replace")
         line = {"path": path, "position": position, "reason": reason, "start": start}
         folder = self.result / "quarantine"
         folder.mkdir(exist_ok=True)
-        with open(folder / f"{self.folder.name}.jsonl", "a", encoding="utf-8") as f:
+        with open(folder / f"{self.name}.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
 
     def close(self, result: dict | None) -> dict:
-        """Move written files into place; return the item's state."""
+        """Move written files into place; return `result`."""
         for name in ("result", "scratch"):
             for file in files_in(self.folder / name):
                 with open(file, "rb+") as f:
@@ -207,7 +197,7 @@ class Part:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(target)
         shutil.rmtree(self.folder)
-        return {"result": result or {}, "read": self.read, "quarantined": self.quarantined}
+        return result or {}
 
 
 def total(counts: Iterable[dict]) -> dict:
@@ -222,15 +212,10 @@ def total(counts: Iterable[dict]) -> dict:
     return added
 
 
-def lock(path: Path, out: Path) -> int:
-    """Return an open file that no other process can lock until this one ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise UserError(f"--out {out}: another run is writing it; wait for its end") from None
-    return descriptor
+def quarantined(folder: Path) -> dict[str, int]:
+    """Count the unreadable things in an output, by reason."""
+    files = sorted((folder / "quarantine").glob("*.jsonl"))
+    return Counter(line["reason"] for file in files for line in read_jsonl(file))
 
 
 def files_in(path: Path) -> list[Path]:

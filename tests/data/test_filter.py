@@ -43,10 +43,8 @@ LETTERS = "abcdefghijklmnopqrst"
 UNDOCUMENTED = "".join(f"def f_{a}(x):\n    return x + x * x if x > 1 else -x\n" for a in LETTERS)
 
 
-def functions(
-    names, body="    return x + 1\n", doc='    """Adds one to the number it is given."""\n'
-):
-    return "".join(f"def {name}(x):\n{doc}{body}\n" for name in names)
+def functions(names, body="    return x + 1\n", doc="Adds one to the number it is given."):
+    return "".join(f'def {name}(x):\n    """{doc}"""\n{body}\n' for name in names)
 
 
 # Each fails by one rule alone: without that rule, it would be kept.
@@ -57,7 +55,7 @@ REJECTED = {
     "max_digit_frac": GOOD + "".join(f"\n# {i:040}" for i in range(5)),
     "min_ascii_frac": GOOD + "\n# " + "Ω" * 60 + "\n",
     "syntax": GOOD + "\nprint 'hello'\n",
-    "min_doc_frac": UNDOCUMENTED + functions("abc", doc='    """Add."""\n'),
+    "min_doc_frac": UNDOCUMENTED + functions("abc", doc="Add."),
     "max_doc_frac": '"""' + "All about it.\n" * 300 + '"""\n' + GOOD,
     "min_functions": "# Adds them up, one after the other.\nif x > 1:\n    y += x\n" * 10,
     "min_documented_frac": UNDOCUMENTED.replace("    return", "    # Doubles it.\n    return"),
@@ -82,18 +80,12 @@ def write_source(folder, texts):
 @pytest.mark.parametrize("reason", REJECTED)
 def test_each_rule_rejects(reason):
     assert rejection(GOOD, CONFIG) == ""
+    assert {option for option, _ in measures(GOOD)} == set(REJECTED) - {"syntax"}
     text = REJECTED[reason]
     assert rejection(text, CONFIG) == reason
     if reason != "syntax":
         measured = dict(measures(text))[reason]
         assert rejection(text, dataclasses.replace(CONFIG, **{reason: measured})) == ""
-
-
-def test_every_rule_has_an_option_and_every_option_a_rule():
-    asked = [option for option, _ in measures(GOOD)]
-    others = ("source", "out", "min_quality", "keep_frac", "rules")  # those of data/classify.py
-    options = [f.name for f in dataclasses.fields(Config) if f.name not in others]
-    assert sorted(asked) == sorted(options) == sorted(set(REJECTED) - {"syntax"})
 
 
 def test_measures_of_a_text_counted_by_hand():
@@ -126,10 +118,9 @@ def test_measures_of_a_text_counted_by_hand():
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    "text",
-    ["(" * 100_000, "x" + "+x" * 100_000, "x = " + "1" * 5000, "x\0", "'\ud800'", "print 'x'"],
-    ids=["parentheses", "recursion", "digits", "NUL", "surrogate", "Python 2"],
-)
+    "text", ["(" * 100_000, "x" + "+x" * 100_000, "x\0", "'\ud800'", "print 'x'"],
+    ids=["parentheses", "recursion", "NUL", "surrogate", "Python 2"],
+)  # fmt: skip
 def test_what_does_not_parse_is_a_syntax_error(text):
     with pytest.raises(SyntaxError):
         parse_python(text)
@@ -139,11 +130,9 @@ def test_what_does_not_parse_is_a_syntax_error(text):
 @pytest.mark.parametrize(
     ("text", "stripped"),
     [
-        ("# Copyright 2020 A\n# Licensed so\n\nimport os\n", "import os\n"),
         ("#!/usr/bin/python\n# SPDX-License-Identifier: MIT\nimport os\n", "import os\n"),
         ("# Copyright A\n\n# How this works.\nimport os\n", "# How this works.\nimport os\n"),
         ("# How this works.\n\n# (c) Copyright A\nimport os\n", "# How this works.\n\nimport os\n"),
-        ("\n\n# How this works.\nimport os\n", "\n\n# How this works.\nimport os\n"),
         ("import os\n# Copyright A\n", "import os\n# Copyright A\n"),
         ("# Copyright A\n", ""),
     ],
@@ -176,23 +165,11 @@ def test_a_run_counts_samples_and_keeps(tmp_path):
     assert len(list(read_jsonl(tmp_path / "out" / "samples" / "kept.jsonl"))) == 2
 
 
-def test_the_samples_do_not_depend_on_the_order(tmp_path):
-    short = [f"x = {i}\n" for i in range(40)]
-    found = []
-    for name, texts in (("a", [GOOD, *short]), ("b", [*short[::-1], GOOD])):
-        source = write_source(tmp_path / name, texts)
-        filter_documents(Config(source=source, out=tmp_path / f"{name}-out"))
-        samples = read_jsonl(tmp_path / f"{name}-out" / "samples" / "rejected.jsonl")
-        found.append([sample["text"] for sample in samples])
-    assert found[0] == found[1] != short[:5]
-
-
 def test_quality_cuts_before_the_rules(tmp_path):
     source = tmp_path / "raw.jsonl"
     scored = [document(f"{GOOD}# {i}\n", f"{i}", quality=i / 10) for i in range(10)]
     source.write_text("".join(json.dumps(d) + "\n" for d in scored))
-    for options, kept in [({"keep_frac": 0.3}, 3), ({"min_quality": 0.5}, 5),
-                          ({"keep_frac": 0.3, "min_quality": 0.85}, 1)]:  # fmt: skip
+    for options, kept in [({"keep_frac": 0.3}, 3), ({"min_quality": 0.5}, 5)]:
         summary = filter_documents(Config(source, tmp_path / "out", **options))
         assert summary["documents"] == kept
         assert summary["rejected"] == {"min_quality": 10 - kept}
@@ -201,14 +178,8 @@ def test_quality_cuts_before_the_rules(tmp_path):
         filter_documents(Config(source, tmp_path / "out", keep_frac=0.3))
 
 
-def test_where_nothing_is_left_the_error_says_why_and_the_old_output_stays(tmp_path, cli):
-    good = write_source(tmp_path / "good", [GOOD, "x = 1\n"])
-    done = cli("-m", "data.filter", "--source", good, "--out", tmp_path / "out")
-    assert "1 of 2 documents" in done.stdout
-    bad = write_source(
-        tmp_path / "bad", [UNDOCUMENTED, UNDOCUMENTED + "\n", "x = 1\n", "print 'x'" * 60]
-    )
-    done = cli("-m", "data.filter", "--source", bad, "--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert "2 min_doc_frac, 1 min_chars, 1 max_line_chars" in done.stderr
-    assert len(list(read_documents([tmp_path / "out"]))) == 1
+def test_where_nothing_is_left_the_error_says_why(tmp_path):
+    texts = [UNDOCUMENTED, UNDOCUMENTED + "\n", "x = 1\n", "print 'x'" * 60]
+    source = write_source(tmp_path / "bad", texts)
+    with pytest.raises(UserError, match="2 min_doc_frac, 1 min_chars, 1 max_line_chars"):
+        filter_documents(Config(source, tmp_path / "out"))

@@ -34,13 +34,11 @@ def test_packages_go_to_one_side_as_a_whole(tmp_path):
 def test_more_is_a_superset():
     sizes = {f"p{i}": 10 for i in range(200)}
     assert choose(sizes, 500) < choose(sizes, 1000)
-    assert choose(sizes, 500) == choose(dict(reversed(sizes.items())), 500)
     assert len(choose(sizes, 500)) == 50
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"keep": "both"}, "--keep 'both'"), ({"heldout_mb": 0}, "shared out"),
-    ({"heldout_mb": 1e-6}, "shared out"), ({"heldout_mb": 5, "keep": "heldout"}, "shared out"),
 ])  # fmt: skip
 def test_what_cannot_be(corpus, tmp_path, options, message):
     with pytest.raises(UserError, match=message):

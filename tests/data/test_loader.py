@@ -15,8 +15,8 @@ T = 8
 @pytest.fixture
 def folder(tmp_path):
     """Two shards of consecutive numbers, so that a window shows where it came from."""
-    write_shard(tmp_path / "train_00000.bin", np.arange(100), 500, 1, FINGERPRINT)
-    write_shard(tmp_path / "train_00001.bin", np.arange(200, 261), 500, 1, FINGERPRINT)
+    write_shard(tmp_path / "train_00000.bin", [np.arange(100)], 500, 1, FINGERPRINT)
+    write_shard(tmp_path / "train_00001.bin", [np.arange(200, 261)], 500, 1, FINGERPRINT)
     return tmp_path
 
 
@@ -24,7 +24,7 @@ def windows(folder):
     return Windows(folder, "train", T, 500, FINGERPRINT)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 65, 1000, 4097])
+@pytest.mark.parametrize("n", [1, 2, 17, 64, 1000, 4097])
 def test_permute_is_a_permutation(n):
     drawn = [permute(np.arange(n), n, *key) for key in [(0, 0), (0, 1), (1, 0)]]
     for order in drawn:
@@ -40,14 +40,6 @@ def test_windows_overlap_by_one_token_and_stay_in_their_shard(folder):
     assert rows.shape == (len(w), T + 1)
     assert (np.diff(rows, axis=1) == 1).all()  # no window crosses from one shard to the next
     assert rows[0, -1] == rows[1, 0]
-
-
-def test_every_window_once_an_epoch(folder):
-    w = windows(folder)
-    loader = Loader(w, 4, 4, 0, 0, 1, torch.device("cpu"))
-    seen = np.concatenate([loader.sequences(step, 0) for step in range(3 * len(w))])
-    for epoch in range(len(seen) // len(w)):
-        assert sorted(seen[epoch * len(w) : (epoch + 1) * len(w)]) == list(range(len(w)))
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (1, 1), (2, 4), (2, 2), (8, 1)])
@@ -85,28 +77,23 @@ def test_documents_begin_at_the_token_before_them():
 
 def test_every_change_to_a_shard_in_use_is_noticed(folder):
     w = windows(folder)
-    every = np.arange(len(w))
-    expected = w[every]
-    file = folder / "train_00001.bin"
+    every, file = np.arange(len(w)), folder / "train_00001.bin"
     whole = file.read_bytes()
     used = 1024 + 2 * ((61 - 1) // T * T + 1)  # the rest of the shard is no window
-    for byte in range(1024, used):
-        file.write_bytes(whole[:byte] + bytes([whole[byte] ^ 16]) + whole[byte + 1 :])
+    flipped = [whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1 :] for i in range(1024, used)]
+    for content in [*flipped, b"", whole[:1026], whole[: used - 1]]:
+        file.write_bytes(content)
         with pytest.raises(UserError, match=r"train_00001\.bin was damaged while it was in use"):
             w[every]
-    for size in (0, 1024, 1026, used - 1):
-        file.write_bytes(whole[:size])
-        with pytest.raises(UserError, match="was damaged while it was in use"):
-            w[every]
-    file.write_bytes(whole)
-    np.testing.assert_array_equal(w[every], expected)
 
 
-def test_clear_errors(folder, tmp_path):
+def test_clear_errors(folder):
     with pytest.raises(UserError, match=r"no val_\*\.bin"):
         Windows(folder, "val", T, 500, FINGERPRINT)
     with pytest.raises(UserError, match="fewer than one sequence"):
         Windows(folder, "train", 4096, 500, FINGERPRINT)
+    with pytest.raises(UserError, match="61 tokens, fewer than one sequence"):
+        mixture(folder, 1, 0.01)
 
 
 def mixture(folder, *epochs):
@@ -150,17 +137,10 @@ BOTH = ["train_00000.bin", "train_00001.bin"]
     [
         [{"shards": BOTH[:1], "epochs": 1}],
         [{"shards": BOTH, "epochs": float("nan")}],
-        [{"shards": BOTH, "epochs": -1}],
         [{"shards": BOTH}],
-        3,
     ],
 )
 def test_a_mixture_that_is_wrong(folder, sources):
     (folder / "mixture.json").write_text(json.dumps({"sources": sources}))
-    with pytest.raises(UserError, match="does not describe"):
+    with pytest.raises(UserError, match=r"mixture\.json does not describe"):
         windows(folder)
-
-
-def test_a_source_without_a_window(folder):
-    with pytest.raises(UserError, match="61 tokens, fewer than one sequence"):
-        mixture(folder, 1, 0.01)

@@ -1,6 +1,7 @@
 import contextlib
 import gzip
 import hashlib
+import itertools
 import json
 import random
 
@@ -11,7 +12,6 @@ from common.files import MAX_LINE_BYTES
 from data.base.documents import document
 from data.base.readers import post_text, read_documents_of
 
-DAMAGED = 400  # inputs
 TEXTS = [f"def f{i}(x):\n    return 'é' + x * {i}\n" for i in range(12)]
 OURS = [document(text, f"code:{i}.py", score=i) for i, text in enumerate(TEXTS)]
 POSTS = b"""<?xml version="1.0" encoding="utf-8"?>
@@ -37,12 +37,6 @@ def read(path, data=None):
     bad = []
     documents = list(read_documents_of(path, lambda why, at, what: bad.append((why, at))))
     return documents, bad
-
-
-def test_documents_of_others_are_named_by_file_and_line(tmp_path):
-    found, bad = read(tmp_path / "a.jsonl.gz", lines({"text": "a"}, {"content": "b", "n": 1}))
-    assert found == [document("a", "a.jsonl.gz:1"), document("b", "a.jsonl.gz:2")]
-    assert not bad
 
 
 @pytest.mark.parametrize(
@@ -88,13 +82,12 @@ def test_posts(tmp_path):
     first = "How to add?\n\nWith <b>:\n\ndef f():\n    return 1\n"
     assert [d["text"] for d in found] == [first, "one\ntwo\n"]
     assert [d["origin"] for d in found] == ["Posts.xml.gz:1", "Posts.xml.gz:3"]
+    assert read(tmp_path / "Posts.xml", POSTS[:-20])[1] == [("damaged file", 3)]
 
 
 @pytest.mark.parametrize(
     ("markup", "text"),
     [
-        ("plain", "plain\n"),
-        ("<p>a</p>\n\n\n<p>b</p>", "a\n\nb\n"),
         ("a<br>b<br/>c<hr />d", "a\nb\nc\n\nd\n"),
         ("<pre><code>if x:\n    y &lt; z\n\n\n    w</code></pre>", "if x:\n    y < z\n\n    w\n"),
         ('<a href="x" title="y">link</a> &amp;amp; <kbd>k</kbd>', "link &amp; k\n"),
@@ -103,28 +96,6 @@ def test_posts(tmp_path):
 )
 def test_markup(markup, text):
     assert post_text("", markup) == text
-
-
-@pytest.mark.parametrize("hostile", ["<", "<a", "<a" + "a" * 99, " ", "&", "<!--", "\n", " <p"])
-def test_hostile_markup_takes_no_time(hostile):
-    # Some of these take minutes with an expression that backtracks.
-    post_text("", hostile * (200_000 // len(hostile)) + "x")
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b'<!DOCTYPE p [<!ENTITY a "aa">]><posts><row Body="&a;"/></posts>', "damaged file"),
-        (b'<!DOCTYPE p SYSTEM "file:///etc/passwd"><posts/>', "damaged file"),
-        (POSTS[:-20], "damaged file"),
-        (b'<posts><row Body="' + b"a" * (1 << 19) + b'"/></posts>', "document too long"),
-        (b'<posts><row Body="' + b"a" * (1 << 22), "damaged file"),
-    ],
-    ids=["entity", "external", "cut", "long body", "endless attribute"],
-)  # fmt: skip
-def test_posts_that_are_bad(tmp_path, data, reason):
-    _, bad = read(tmp_path / "Posts.xml", data)
-    assert [why for why, _ in bad] == [reason]
 
 
 def test_parquet_as_the_stack_has_it(tmp_path):
@@ -145,84 +116,41 @@ def test_parquet_as_the_stack_has_it(tmp_path):
     assert read(tmp_path / "b.parquet") == ([], [("no text or content", 1)])
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "times"),
-    [
-        ("a.jsonl.gz", bytes(1 << 20), 200),
-        ("a.jsonl.zst", b"\n" * (1 << 20), 4),
-        ("Posts.xml.zst", b"<a>" * (1 << 19), 50),
-        ("Posts.xml.zst", b"<row Body='" + b"a" * (1 << 20), 200),
-    ],
-    ids=["zeros", "empty lines", "nesting", "attribute"],
-)
-def test_a_bomb_takes_no_memory(tmp_path, cli, name, data, times):
-    """`data`, compressed, `times` times: up to 200 MB from a file of kilobytes."""
-    path = tmp_path / name
-    packed = {".gz": gzip.compress, ".zst": zstandard.compress}[path.suffix](data)
-    path.write_bytes(packed * times)
+def test_a_bomb_takes_no_memory(tmp_path, cli):
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(bytes(1 << 20)) * 200)
     code = (
         "import resource, sys; from pathlib import Path\n"
         "from data.base.readers import read_documents_of\n"
         "before, bad = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []\n"
-        "assert not list(read_documents_of(Path(sys.argv[1]), lambda *a: bad.append(1)))\n"
-        "print(len(bad), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "assert not list(read_documents_of(Path(sys.argv[1]), lambda *a: bad.append(a[0])))\n"
+        "print(*bad, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    bad, grown_kb = map(int, cli("-c", code, path).stdout.split())
-    assert grown_kb < 100_000
-    assert bad or not data.strip()
-
-
-def damage(data: bytes, rng: random.Random) -> bytes:
-    """`data` with one to four faults."""
-    data = bytearray(data)
-    nasty = [b"\0", b"\xff", b"\\ud800", b"[" * 5000, b'{"a":' * 3000, b"9" * 5000, b"\n" * 100,
-             b"<!DOCTYPE a>", b"&#0;", b"<row ", b'"', b"PAR1", bytes(300), b"\x28\xb5\x2f\xfd",
-             b"\x1f\x8b\x08"]  # fmt: skip
-    for _ in range(rng.randint(1, 4)):
-        at, to = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-        match rng.randrange(6):
-            case 0 if data:
-                data[at % len(data)] ^= 1 << rng.randrange(8)
-            case 1:
-                del data[at:]
-            case 2:
-                del data[at : min(to, at + 50)]
-            case 3:
-                data[at:at] = rng.choice(nasty)
-            case 4:
-                data[at:to] = rng.randbytes(rng.randrange(40))
-            case 5:
-                data[at:at] = data[at:to]
-    return bytes(data)
+    *said, grown_kb = cli("-c", code, tmp_path / "a.jsonl.zst").stdout.split()
+    assert (said, int(grown_kb) < 100_000) == (["line", "too", "long"], True)
 
 
 def test_no_damage_stops_a_reader(tmp_path):
     rng = random.Random(0)
-    foreign = lines(*({"content": text, "stars": i / 3} for i, text in enumerate(TEXTS)))
-    good = {"ours.jsonl": lines(*OURS), "theirs.jsonl": foreign, "Posts.xml": POSTS}
+    good = {"ours.jsonl": lines(*OURS), "Posts.xml": POSTS}
     for name in list(good):
         good[f"{name}.gz"] = gzip.compress(good[name], mtime=0)
         good[f"{name}.zst"] = zstandard.compress(good[name])
     with contextlib.suppress(ImportError):
         import pyarrow.parquet
 
-        table = pyarrow.table({"content": TEXTS * 20})
-        pyarrow.parquet.write_table(table, tmp_path / "a", compression="zstd", row_group_size=60)
+        pyarrow.parquet.write_table(pyarrow.table({"content": TEXTS * 20}), tmp_path / "a")
         good["a.parquet"] = (tmp_path / "a").read_bytes()
-    for i in range(DAMAGED):
-        name = rng.choice(list(good))
-        path, bad = tmp_path / name, []
-        inner = good[name.rsplit(".", 1)[0]] if name.endswith((".gz", ".zst")) else None
-        if inner and rng.random() < 0.5:  # damage beneath the compression
-            packed = gzip.compress if name.endswith(".gz") else zstandard.compress
-            path.write_bytes(packed(damage(inner, rng)))
-        else:
-            path.write_bytes(damage(good[name], rng))
-        for found in read_documents_of(path, lambda *what, bad=bad: bad.append(what)):
-            assert found["sha256"] == hashlib.sha256(found["text"].encode()).hexdigest(), i
+    for name, i in itertools.product(good, range(40)):
+        data, bad = bytearray(good[name]), []
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(data))
+            if i % 2:
+                data[at] ^= 1 << rng.randrange(8)
+            else:
+                data[at : at + rng.randrange(40)] = rng.randbytes(rng.randrange(40))
+        (tmp_path / name).write_bytes(data)
+        for found in read_documents_of(tmp_path / name, lambda *what, bad=bad: bad.append(what)):
+            assert found["sha256"] == hashlib.sha256(found["text"].encode()).hexdigest()
             assert "\0" not in found["text"]
             json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
-        for reason, position, what in bad:
-            assert reason
-            assert position >= 1
-            assert len(what) <= max(200, MAX_LINE_BYTES)
+        assert all(reason and position >= 1 for reason, position, _ in bad)
