@@ -411,7 +411,7 @@ def shuffle_docstrings(exercises: list[Exercise], seed: int) -> list[Exercise]:
     for args, group in groups.items():
         others[args] = iter(random.Random(seed).sample(group, len(group)))
     return [
-        replace(e, name=o.name, doc=o.doc, example=o.example)
+        replace(e, name=o.name, doc=o.doc, prose=o.prose, lines=o.lines, end=o.end)
         for e in exercises
         for o in [next(others[e.task.args])]
     ]
@@ -437,12 +437,12 @@ class Benchmarks:
     def add(self, row: dict) -> None:
         if "entry_point" in row:
             text = " ".join(re.findall(r'"""(.*?)"""|$', row["prompt"], re.S))
-            self.names.add(row["entry_point"])
+            self.names.add(fold(row["entry_point"]))
             tests = row["test"]
         else:
             mbpp = Mbpp.of(row)
             text, tests = mbpp.text, "\n".join(mbpp.tests)
-            self.names.update(re.findall(r"^def (\w+)", mbpp.code, re.M))
+            self.names.update(map(fold, re.findall(r"^def (\w+)", mbpp.code, re.M)))
         words = normalize(text)
         self.texts.add(tuple(words))
         self.ngrams.update(ngrams(words))
@@ -455,15 +455,10 @@ class Benchmarks:
 
     def overlap(self, exercise: Exercise) -> str:
         """Return why this exercise must be dropped, or ""."""
-        known = exercise.name in self.names
-        texts = [fill(exercise.doc, exercise.arguments)]  # without the form's dressing ...
-        if exercise.form:  # in any case and spelling; a generic name tells nothing of the problem
-            known = fold(exercise.name) in map(fold, self.names) and exercise.name not in GENERIC
-            texts.append(exercise.form.prose)  # ... and with it
-        if known:
+        if exercise.name not in GENERIC and fold(exercise.name) in self.names:
             return "exercise: function name of a benchmark problem"
-        for text in texts:
-            words = normalize(text)
+        for text in {exercise.doc, exercise.prose}:  # without and with the frame around it
+            words = normalize(fill(text, exercise.arguments))
             if tuple(words) in self.texts or not self.ngrams.isdisjoint(ngrams(words)):
                 return "exercise: docstring like a benchmark problem's"
         return ""

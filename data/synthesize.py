@@ -36,7 +36,7 @@ from data.base.documents import ShardWriter, batched, document, source_shards
 from data.base.llm import Client, Options, Refused
 from data.base.minhash import Index
 from data.base.readers import read_documents_of
-from data.exercises import Benchmarks, ngrams, normalize
+from data.exercises import Benchmarks, fold, ngrams, normalize
 from data.synthetic import prompts, textbooks
 from data.synthetic.textbooks import AUDIENCES, LEVELS, TOPICS, Audience
 from sandbox.execute import run_programs
@@ -126,7 +126,7 @@ class Exercises(Config):
         if why_not:
             return why_not
         benchmarks, told = benchmarks_of(self.benchmarks), normalize(fields["prompt"])
-        if name in benchmarks.names or not benchmarks.ngrams.isdisjoint(ngrams(told)):
+        if fold(name) in benchmarks.names or not benchmarks.ngrams.isdisjoint(ngrams(told)):
             return "like a benchmark problem"
         code = fields["prompt"] + fields["solution"]
         fields |= {"words": words, "writer": self.model}

@@ -48,7 +48,8 @@ from dataclasses import dataclass
 from functools import reduce  # noqa: F401
 from itertools import islice  # noqa: F401
 
-from data.synthetic.kinds import LETTERS, blocks_of
+from data.synthetic.kinds import LETTERS
+from data.synthetic.texts import blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +173,7 @@ def expand(text: str) -> list:
 
 
 TABLES: dict[str, list] = {}
-for block in blocks_of("tables.txt"):
+for block in blocks("tables.txt"):
     label, *lines = block.split("\n")
     TABLES[label] = [row for line in lines for row in rows_of(label, line)]
 
@@ -185,7 +186,7 @@ def read_families(name: str, scope: dict, limit: int = 0, braces: bool = False) 
     Oracles and what is in braces are evaluated in `scope`; a family has `limit` tasks at most.
     """
     found, shared = {}, {}
-    for block in blocks_of(name):
+    for block in blocks(name):
         label, head = block.split("\n")[0].split(" = ", 1)
         assert label not in found, f"two families {label}"
         try:

@@ -5,7 +5,8 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+
+from data.synthetic.texts import blocks
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -115,15 +116,8 @@ def letters_of(alphabet: str, low: int, high: int):
     return lambda rng: "".join(rng.choices(alphabet, k=rng.randint(low, high)))
 
 
-def blocks_of(name: str) -> list[str]:
-    """Return what blank lines part in a file of this folder, without its comments."""
-    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
-    text = re.sub("^# .*\n", "", text, flags=re.M)
-    return re.split(r"\n\n+", text.strip())
-
-
 LISTS = ([], [0], [1], [-3], [2, 2, 2], [1, 2, 3, 4], [5, 3, 8, 3], [-1, -2, -6], [10, 21, 7, 4])
 KINDS: dict[str, Kind] = {}
-for line in blocks_of("kinds.txt")[0].split("\n"):
+for line in blocks("kinds.txt")[0].split("\n"):
     label, names, sample, edges, *bounds = re.split("  +", line)
     KINDS[label] = eval(f"Kind({names!r}, {sample}, ({edges},), {''.join(bounds)})")

@@ -141,9 +141,7 @@ class Writer:
         return re.sub(r"\$(\w+)", lambda m: self.filled[m[1]], text)
 
     def choose(self, text: str) -> str:
-        while m := re.search(r"<([^<>`]*\|[^<>`]*)>", text):
-            text = text[: m.start()] + self.rng.choice(m[1].split("|")) + text[m.end() :]
-        return self.fill(text)
+        return self.fill(texts.choose(text, self.rng))
 
     def prose(self, text: str) -> str:
         """Return `text` with its choices made, one line to each of its paragraphs."""
