@@ -39,22 +39,10 @@ LEVELS = dict(line.split(": ") for line in SAY["levels"])
 MOST_DRAFTS = 8  # of a lesson
 
 
-@dataclass(frozen=True)
-class Audience:
-    """Who reads, and the world that their examples come from."""
-
-    who: str
-    one: str
-    many: str
-    measure: str  # of one of them, a whole number
-    unit: str
-    words: list[str]  # what single ones are called
-
-
-AUDIENCES = [
-    Audience(*columns, words.split())
-    for *columns, words in (line.split(" | ") for line in SAY["audiences"])
-]
+# Who reads, and the world that their examples come from: one of its things, many of them, a measure
+# of one, a whole number, and its unit, and words that single ones are called
+COLUMNS = ("who", "one", "many", "measure", "unit", "words")
+AUDIENCES = [dict(zip(COLUMNS, line.split(" | "), strict=True)) for line in SAY["audiences"]]
 
 
 @dataclass(frozen=True)
@@ -71,12 +59,8 @@ class Topic:
         return [text for k, text in self.sections if k == kind]
 
 
-def read_topics(text: str) -> list[Topic]:
-    """Return the topics in a text written as the head of this file says."""
-    return [read_topic(part) for part in re.split(r"^=====+\n", text, flags=re.MULTILINE)]
-
-
 def read_topic(text: str) -> Topic:
+    """Read a topic written as the head of this file says."""
     head, *rest = re.split(r"^== (\w+)\n", text.strip("\n"), flags=re.MULTILINE)
     title, *lines = head.strip().split("\n")
     names = dict(line.split(": ") for line in lines if re.match(r"\w+: ", line))
@@ -87,15 +71,14 @@ def read_topic(text: str) -> Topic:
     return Topic(title, difficulty, chosen, values, sections)
 
 
-LESSONS = Path(__file__).with_name("lessons")
 TOPICS = [
-    topic
-    for path in sorted(LESSONS.glob("*.txt"))
-    for topic in read_topics(path.read_text(encoding="utf-8"))
+    read_topic(part)
+    for path in sorted(Path(__file__).with_name("lessons").glob("*.txt"))
+    for part in re.split(r"^=====+\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
 ]
 
 
-def write(topic: Topic, audience: Audience, level: str, rng: random.Random) -> str:
+def write(topic: Topic, audience: dict[str, str], level: str, rng: random.Random) -> str:
     """Return a lesson on `topic` as Markdown, its code in ```python fences.
 
     Raises whatever its code raises: a mistake in lessons/, which the tests look for.
@@ -111,11 +94,10 @@ def write(topic: Topic, audience: Audience, level: str, rng: random.Random) -> s
 class Writer:
     """A topic with its names and values chosen, and the namespace that its code runs in."""
 
-    def __init__(self, topic: Topic, audience: Audience, level: str, rng: random.Random):
+    def __init__(self, topic: Topic, audience: dict[str, str], level: str, rng: random.Random):
         self.topic, self.audience, self.level, self.rng = topic, audience, level, rng
         self.namespace: dict = {}
-        self.filled = {k: v for k, v in vars(audience).items() if k != "words"}
-        self.filled |= {"ones": audience.many, "title": topic.title.lower()}
+        self.filled = audience | {"ones": audience["many"], "title": topic.title.lower()}
         taken: set[str] = set()
         for key, names in topic.names.items():
             name = rng.choice([n for n in map(self.fill, names) if n not in taken])
@@ -124,7 +106,7 @@ class Writer:
         makers: dict[str, Callable] = {
             "ints": lambda n, low, high: [rng.randint(low, high) for _ in range(n)],
             "distinct": lambda n, low, high: rng.sample(range(low, high + 1), n),
-            "words": lambda n: rng.sample(audience.words, n),
+            "words": lambda n: rng.sample(audience["words"].split(), n),
             "number": rng.randint,
             "pick": lambda *options: rng.choice(options),
             "sorted": sorted,
@@ -134,8 +116,6 @@ class Writer:
         for key, expression in topic.values.items():
             expression = self.fill(expression)
             self.filled[key] = repr(eval(expression, {"__builtins__": {}, **makers}))
-
-    # ---- Text with its choices made
 
     def fill(self, text: str) -> str:
         return re.sub(r"\$(\w+)", lambda m: self.filled[m[1]], text)
