@@ -55,18 +55,8 @@ def some_ints(rng: random.Random, length: int = 0) -> list[int]:
     return [rng.randint(low, high) for _ in range(length or rng.randint(1, 8))]
 
 
-def some_grid(rng: random.Random) -> list[list[int]]:
-    width = rng.randint(3, 4)
-    return [some_ints(rng, width) for _ in range(rng.randint(1, 4))]
-
-
 def up_to(*limits: int, low: int = 0) -> Callable:
     return lambda rng: rng.randint(low, rng.choice(limits))
-
-
-def some_square(rng: random.Random) -> list[list[int]]:
-    size = rng.randint(2, 4)
-    return [[rng.randint(-5, 20) for _ in range(size)] for _ in range(size)]
 
 
 def some_numbered(rng: random.Random) -> str:
@@ -104,12 +94,6 @@ def some_mirrored(rng: random.Random) -> str:
     marks = rng.choice(["", " ", "7", "e", "U", rng.choice(LETTERS)])
     at = rng.choice([0, rng.randint(0, len(text)), len(text)])
     return text[:at] + marks + text[at:]
-
-
-def some_stock(rng: random.Random) -> dict[str, int]:
-    """Of so few names that two of them have some in common."""
-    names = rng.sample(["fig", "egg", "kiwi", "pear", "tea"], rng.randint(1, 4))
-    return {name: rng.randint(-3, 9) for name in names}
 
 
 def letters_of(alphabet: str, low: int, high: int):
