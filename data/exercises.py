@@ -232,34 +232,33 @@ def hold_out(
         copies[key(task)] += 1
     for queue in queues.values():
         random.Random(0).shuffle(queue)
-    share = 1 if unseen else FAMILY_SHARE
-    room = {family: int(len(queue) * share) for family, queue in queues.items()}
-    problems = {}
 
-    def problem_of(task: Task) -> dict | None:
-        scarce = not unseen and min(left[part] for part in parts(task)) < 2
-        if copies[key(task)] > 1 or scarce:
-            return None
-        rng = random.Random(f"heldout {task}")
-        exercise = told(task, rng)
-        indexes = choose_tests(task, outputs[task], rivals[task.args], rng)
-        if not indexes or benchmarks.overlap(exercise):
-            return None
-        left.subtract(parts(task))
-        return as_problem(exercise, outputs[task], indexes)
+    def found_in(queue: list[Task]) -> Iterator[tuple[str, dict]]:
+        room = int(len(queue) * (1 if unseen else FAMILY_SHARE))
+        while queue and room:
+            task = queue.pop()
+            scarce = not unseen and min(left[part] for part in parts(task)) < 2
+            if copies[key(task)] > 1 or scarce:
+                continue
+            rng = random.Random(f"heldout {task}")
+            exercise = told(task, rng)
+            indexes = choose_tests(task, outputs[task], rivals[task.args], rng)
+            if indexes and not benchmarks.overlap(exercise):
+                left.subtract(parts(task))
+                room -= 1
+                yield str(task), as_problem(exercise, outputs[task], indexes)
 
-    while len(problems) < wanted:
-        if not any(room[family] and queue for family, queue in queues.items()):
-            few = f"{wanted}: only {len(problems)} tasks qualify; ask for fewer"
-            raise UserError(f"--{'unseen' if unseen else 'heldout'} {few}")
-        for family, queue in queues.items():
-            found = None
-            while queue and room[family] and not found and len(problems) < wanted:
-                if found := problem_of(task := queue.pop()):
-                    room[family] -= 1
-                    task_id = f"{'unseen' if unseen else 'exercises'}/{len(problems)}"
-                    problems[str(task)] = {"task_id": task_id, **found}
-    return problems
+    rounds = itertools.zip_longest(*map(found_in, queues.values()))  # one of each family
+    each = filter(None, itertools.chain.from_iterable(rounds))
+    found = dict(itertools.islice(each, wanted))
+    if len(found) < wanted:
+        few = f"{wanted}: only {len(found)} tasks qualify; ask for fewer"
+        raise UserError(f"--{'unseen' if unseen else 'heldout'} {few}")
+    name = "unseen" if unseen else "exercises"
+    return {
+        task: {"task_id": f"{name}/{i}", **problem}
+        for i, (task, problem) in enumerate(found.items())
+    }
 
 
 def leave_families_out(outputs: dict[Task, list], dropped: Counter) -> dict[Task, list]:
@@ -461,8 +460,8 @@ def passes(task: Task, cases: list[tuple]) -> bool:
     if not cases or len(cases) < (MIN_BOOL_CASES if isinstance(cases[-1][1], bool) else MIN_CASES):
         return False
     try:
-        results = ((task.oracle(*inputs), result) for inputs, result in cases)
-        return all(got == result and type(got) is type(result) for got, result in results)
+        tried = ((task.oracle(*inputs), result) for inputs, result in cases)
+        return all(got == result and type(got) is type(result) for got, result in tried)
     except Exception:  # the oracle was written for another kind of argument
         return False
 

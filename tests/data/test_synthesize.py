@@ -59,7 +59,7 @@ def test_every_topic_is_whole_runs_and_teaches_what_is_true(topic):
 
 def test_what_a_lesson_claims_is_computed():
     text = "Half\n== why\nw\n== code\ndef half(x):\n    return x / 4\n== how\nh\n== calls\nhalf(3)"
-    topic = textbooks.read_topic(text)
+    topic = textbooks.Topic(text)
     lesson = textbooks.write(topic, textbooks.AUDIENCES[0], "beginner", random.Random(0))
     assert "assert half(3) == 0.75" in lesson
 
