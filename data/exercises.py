@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from common.config import UserError, parse, run
 from common.files import new_folder, write_json, write_jsonl
-from data.base.benchmarks import Mbpp, read_rows
+from data.base.benchmarks import Mbpp, convert, read_rows
 from data.base.documents import ShardWriter, document
 from data.synthetic.damage import damage
-from data.synthetic.families import FAMILIES, Task
+from data.synthetic.families import FAMILIES, Task, read_concepts
 from data.synthetic.forms import (
     GENERIC,
     POOL,
@@ -44,11 +44,11 @@ from data.synthetic.forms import (
     tell,
     vary,
 )
-from data.synthetic.kinds import KINDS, Kind
+from data.synthetic.kinds import KINDS
 
 TESTS = 30  # of these for each problem; with 6 in a prototype, 18 of 371 near misses passed
-MAX_SAME = 24  # of the TESTS expected values may be equal: a test that mostly wants False is weak
 FAMILY_SHARE = 0.2  # of a family's tasks may be held out
+MAX_SAME = 24  # of the TESTS expected values may be equal: a test that mostly wants False is weak
 MOST_MISSES = 10_000  # draws in a row that give nothing new, before the command ends
 NGRAM = 10  # words in a row that a docstring may not have in common with a benchmark's
 MIN_CASES = 3  # a task that passes this many test cases of a benchmark problem, and all that it can
@@ -84,12 +84,9 @@ def main() -> None:
     if config.shuffle_docstrings and config.forms != "plain":
         raise UserError("--shuffle_docstrings: only with --forms plain")
     if config.concepts:
-        from data.synthetic.concepts import CONCEPTS
-
-        FAMILIES.update(CONCEPTS)
-    plain = config.forms == "plain"
-    told = tell if plain else vary
-    asked = tell if plain else functools.partial(vary, mbpp_frac=0)  # as HumanEval does
+        FAMILIES.update(read_concepts())
+    told = tell if config.forms == "plain" else vary
+    asked = tell if told is tell else functools.partial(vary, mbpp_frac=0)  # as HumanEval does
     benchmarks = Benchmarks(config.benchmarks)
     outputs, dropped = run_tasks(benchmarks)
     unseen = hold_out(outputs, config.unseen, benchmarks, asked, unseen=True)
@@ -103,33 +100,29 @@ def main() -> None:
     }
     allowed = lambda task, wrong: key(task, wrong) not in hidden  # noqa: E731
     exercises = damage(exercises, config.damage_frac, config.seed, allowed)
-    exchanged = 0
     if config.shuffle_docstrings:
-        drawn, exercises = exercises, shuffle_docstrings(exercises, config.seed)
-        exchanged = sum(a.doc != b.doc for a, b in zip(drawn, exercises))
-    texts = [e.prompt() + e.solution() for e in exercises]
+        exercises = shuffle_docstrings(exercises, config.seed)
+    records = [training_record(exercise) for exercise in exercises]
     summary = {
-        "documents": len(exercises),
-        "bytes": sum(len(text.encode()) for text in texts),
+        "documents": len(records),
+        "bytes": sum(len(record["text"].encode()) for record in records),
         "tasks": len({e.task for e in exercises}),
         "heldout": len(problems),
-        "heldout_families": len({problem["family"] for problem in problems.values()}),
         "unseen": len(unseen),
-        "docstrings_exchanged": exchanged,
         "damaged": sum(bool(e.wrong) for e in exercises),
         "dropped": dropped,
         "train_by_family": Counter(e.task.family for e in exercises),
-        "heldout_by_family": Counter(problem["family"] for problem in problems.values()),
         "args": {k: v for k, v in vars(config).items() if k not in ("out", "benchmarks")},
         "benchmarks": [path.name for path in config.benchmarks],
     }
     with new_folder(config.out) as out:
         (out / "train").mkdir()
         with ShardWriter(out / "train") as shards:
-            for exercise, text in zip(exercises, texts):
-                shards.write(record(exercise, text))
-        for name, split in [("heldout", problems), *([("unseen", unseen)] if unseen else [])]:
-            write_jsonl(out / f"{name}.jsonl", split.values())
+            for record in records:
+                shards.write(record)
+        write_jsonl(out / "heldout.jsonl", problems.values())
+        if unseen:
+            write_jsonl(out / "unseen.jsonl", unseen.values())
         write_json(out / "summary.json", summary)
     for why, n in dropped.items():
         print(f"{n:9,} dropped, {why}")
@@ -140,19 +133,14 @@ def main() -> None:
     )
 
 
-def record(exercise: Exercise, text: str) -> dict:
+def training_record(exercise: Exercise) -> dict:
     """Return the training document of an exercise."""
-    damaged = {"damaged": True} if exercise.wrong else {}
-    return document(
-        text,
-        f"exercises:{exercise.task.family}",
-        prompt=exercise.prompt(),
-        solution=exercise.solution(),
-        entry_point=exercise.name,
-        family=exercise.task.family,
-        task=str(exercise.task),
-        **damaged,
-    )
+    prompt, solution = exercise.prompt(), exercise.solution()
+    fields = {"prompt": prompt, "solution": solution, "entry_point": exercise.name}
+    fields |= {"family": exercise.task.family, "task": str(exercise.task)}
+    if exercise.wrong:
+        fields["damaged"] = True
+    return document(prompt + solution, f"exercises:{exercise.task.family}", **fields)
 
 
 # ---- Execute and compare
@@ -244,70 +232,70 @@ def hold_out(
         copies[key(task)] += 1
     for queue in queues.values():
         random.Random(0).shuffle(queue)
-    share = 1 if unseen else FAMILY_SHARE
-    room = {family: int(len(queue) * share) for family, queue in queues.items()}
-    split, problems = "unseen" if unseen else "heldout", {}
-    while len(problems) < wanted and any(queues.values()):
-        for family, queue in queues.items():
-            while queue and room[family] and len(problems) < wanted:
-                task = queue.pop()
-                scarce = not unseen and min(left[part] for part in parts(task)) < 2
-                if copies[key(task)] > 1 or scarce:
-                    continue
-                rng = random.Random(f"heldout {task}")
-                exercise = told(task, rng)
-                indexes = choose_tests(task, outputs[task], rivals[task.args], rng)
-                if indexes and not benchmarks.overlap(exercise):
-                    left.subtract(parts(task))
-                    room[family] -= 1
-                    problem = as_problem(exercise, outputs[task], indexes)
-                    name = "unseen" if unseen else "exercises"
-                    problems[str(task)] = {"task_id": f"{name}/{len(problems)}", **problem}
-                    break
-            else:
-                queue.clear()
-    if len(problems) < wanted:
-        raise UserError(f"--{split} {wanted}: only {len(problems)} tasks qualify; ask for fewer")
-    return problems
+
+    def found_in(queue: list[Task]) -> Iterator[tuple[str, dict]]:
+        room = int(len(queue) * (1 if unseen else FAMILY_SHARE))
+        while queue and room:
+            task = queue.pop()
+            scarce = not unseen and min(left[part] for part in parts(task)) < 2
+            if copies[key(task)] > 1 or scarce:
+                continue
+            rng = random.Random(f"heldout {task}")
+            exercise = told(task, rng)
+            indexes = choose_tests(task, outputs[task], rivals[task.args], rng)
+            if indexes and not benchmarks.overlap(exercise):
+                left.subtract(parts(task))
+                room -= 1
+                yield str(task), as_problem(exercise, outputs[task], indexes)
+
+    rounds = itertools.zip_longest(*map(found_in, queues.values()))  # one of each family
+    each = filter(None, itertools.chain.from_iterable(rounds))
+    found = dict(itertools.islice(each, wanted))
+    if len(found) < wanted:
+        few = f"{wanted}: only {len(found)} tasks qualify; ask for fewer"
+        raise UserError(f"--{'unseen' if unseen else 'heldout'} {few}")
+    name = "unseen" if unseen else "exercises"
+    return {
+        task: {"task_id": f"{name}/{i}", **problem}
+        for i, (task, problem) in enumerate(found.items())
+    }
 
 
 def leave_families_out(outputs: dict[Task, list], dropped: Counter) -> dict[Task, list]:
     """Keep the tasks that are of no UNSEEN family and do the same as no task of one."""
-    hidden = [task for task in outputs if task.family in UNSEEN]
-    keys, seen = {key(task) for task in hidden}, {}
-    by_args = defaultdict(list)
-    for task in hidden:
-        by_args[task.args].append(outputs[task])
+    keys, hidden, seen = set(), defaultdict(list), {}
+    for task in outputs:
+        if task.family in UNSEEN:
+            keys.add(key(task))
+            hidden[task.args].append(outputs[task])
 
     @functools.cache
-    def shared_inputs(args: str, other: str) -> tuple[list[tuple], set[str]]:
-        """Return inputs of `other` that tasks over `args` can take, and what hidden ones give."""
-        kinds = [KINDS[kind] for kind in args.split()]
-        can = [i for i, x in enumerate(pool(other)) if all(map(within, x, kinds))]
-        many = len(can) >= MIN_SHARED
-        made = {repr([output[i] for i in can]) for output in by_args[other]} if many else set()
-        return [pool(other)[i] for i in can], made
-
-    def same(task: Task) -> bool:
-        for other in by_args:
-            if argument_types(other) == argument_types(task.args):
-                inputs, made = shared_inputs(task.args, other)
-                if made and outcome(task, inputs) in made:
-                    return True
-        return key(task) in keys
+    def hidden_results(args: str) -> list[tuple[list[tuple], set[str]]]:
+        """Return inputs that tasks over `args` can take, and what hidden tasks give for them."""
+        found = []
+        for other, results_there in hidden.items():
+            can = [i for i, inputs in enumerate(pool(other)) if within(inputs, args)]
+            if argument_types(other) == argument_types(args) and len(can) >= MIN_SHARED:
+                made = {repr([result[i] for i in can]) for result in results_there}
+                found.append(([pool(other)[i] for i in can], made))
+        return found
 
     for task in outputs:
         if task.family in UNSEEN:
             dropped["task: of an unseen family"] += 1
-        elif same(task):
+        elif key(task) in keys or any(
+            outcome(task, inputs) in made for inputs, made in hidden_results(task.args)
+        ):
             dropped["task: does what one of an unseen family does"] += 1
         else:
             seen[task] = outputs[task]
     return seen
 
 
-def within(value, kind: Kind) -> bool:
-    return not isinstance(value, int) or kind.low <= value <= kind.high
+def within(inputs: tuple, args: str) -> bool:
+    """Return whether no integer in `inputs` is out of the bounds of these kinds of arguments."""
+    kinds = [KINDS[kind] for kind in args.split()]
+    return all(k.low <= v <= k.high for v, k in zip(inputs, kinds) if isinstance(v, int))
 
 
 def outcome(task: Task, inputs: list[tuple]) -> str:
@@ -407,13 +395,11 @@ def shuffle_docstrings(exercises: list[Exercise], seed: int) -> list[Exercise]:
     groups = defaultdict(list)
     for exercise in exercises:
         groups[exercise.task.args].append(exercise)
-    others = {}
-    for args, group in groups.items():
-        others[args] = iter(random.Random(seed).sample(group, len(group)))
+    others = {k: iter(random.Random(seed).sample(v, len(v))) for k, v in groups.items()}
+    pairs = [(exercise, next(others[exercise.task.args])) for exercise in exercises]
     return [
-        replace(e, name=o.name, doc=o.doc, example=o.example)
-        for e in exercises
-        for o in [next(others[e.task.args])]
+        replace(e, name=o.name, doc=o.doc, prose=o.prose, lines=o.lines, end=o.end)
+        for e, o in pairs
     ]
 
 
@@ -427,22 +413,17 @@ class Benchmarks:
         self.names, self.texts, self.ngrams = set(), set(), set()
         self.problems = defaultdict(list)  # by shapes of the arguments: [(arguments, result), ...]
         for path in paths:
-            for row in read_rows(path):
-                try:
-                    self.add(row)
-                except KeyError as e:
-                    lacks = f"{path}: a problem lacks {e}; want HumanEval or MBPP"
-                    raise UserError(lacks) from None
+            convert(path, "HumanEval or MBPP", self.add, read_rows(path))
 
     def add(self, row: dict) -> None:
         if "entry_point" in row:
             text = " ".join(re.findall(r'"""(.*?)"""|$', row["prompt"], re.S))
-            self.names.add(row["entry_point"])
+            self.names.add(fold(row["entry_point"]))
             tests = row["test"]
         else:
             mbpp = Mbpp.of(row)
             text, tests = mbpp.text, "\n".join(mbpp.tests)
-            self.names.update(re.findall(r"^def (\w+)", mbpp.code, re.M))
+            self.names.update(map(fold, re.findall(r"^def (\w+)", mbpp.code, re.M)))
         words = normalize(text)
         self.texts.add(tuple(words))
         self.ngrams.update(ngrams(words))
@@ -455,45 +436,34 @@ class Benchmarks:
 
     def overlap(self, exercise: Exercise) -> str:
         """Return why this exercise must be dropped, or ""."""
-        known = exercise.name in self.names
-        texts = [fill(exercise.doc, exercise.arguments)]  # without the form's dressing ...
-        if exercise.form:  # in any case and spelling; a generic name tells nothing of the problem
-            known = fold(exercise.name) in map(fold, self.names) and exercise.name not in GENERIC
-            texts.append(exercise.form.prose)  # ... and with it
-        if known:
+        if exercise.name not in GENERIC and fold(exercise.name) in self.names:
             return "exercise: function name of a benchmark problem"
-        for text in texts:
-            words = normalize(text)
+        for text in {exercise.doc, exercise.prose}:  # without and with the frame around it
+            words = normalize(fill(text, exercise.arguments))
             if tuple(words) in self.texts or not self.ngrams.isdisjoint(ngrams(words)):
                 return "exercise: docstring like a benchmark problem's"
         return ""
 
     def has(self, task: Task, outputs: list) -> bool:
         """Return whether the oracle of a task passes a benchmark problem's test."""
-        kinds = [KINDS[kind] for kind in task.args.split()]
+        edges = [KINDS[kind].edges for kind in task.args.split()]
         types = {type(output) for output in outputs}
-        shapes = tuple(max(map(shape, kind.edges), key=len) for kind in kinds)  # of a full value
+        shapes = tuple(max(map(shape, values), key=len) for values in edges)  # of a full value
         return any(
-            type(cases[0][1]) in types and passes(task, kinds, cases)
-            for cases in self.problems[shapes]
+            type(cases[0][1]) in types and passes(task, cases) for cases in self.problems[shapes]
         )
 
 
-def passes(task: Task, kinds: list[Kind], cases: list[tuple]) -> bool:
+def passes(task: Task, cases: list[tuple]) -> bool:
     """Return whether the oracle is right on all cases that it can be tried on, and on enough."""
-    tried = 0
-    for arguments, result in cases:
-        ints = [(a, kind) for a, kind in zip(arguments, kinds) if isinstance(a, int)]
-        if not all(kind.low <= a <= kind.high for a, kind in ints):
-            continue
-        try:
-            got = task.oracle(*arguments)
-        except (ArithmeticError, LookupError, StopIteration, TypeError, ValueError):
-            return False
-        if got != result or type(got) is not type(result):
-            return False
-        tried += 1
-    return tried >= (MIN_BOOL_CASES if isinstance(result, bool) else MIN_CASES)
+    cases = [(inputs, result) for inputs, result in cases if within(inputs, task.args)]
+    if not cases or len(cases) < (MIN_BOOL_CASES if isinstance(cases[-1][1], bool) else MIN_CASES):
+        return False
+    try:
+        tried = ((task.oracle(*inputs), result) for inputs, result in cases)
+        return all(got == result and type(got) is type(result) for got, result in tried)
+    except Exception:  # the oracle was written for another kind of argument
+        return False
 
 
 @functools.cache

@@ -13,18 +13,16 @@ So does this. PAPER: its prompts, topics and names are undisclosed; ours are in 
     llm      any OpenAI-compatible endpoint, with a budget, a cache and a dry run (data/base/llm.py)
 
 Run all code in the sandbox, an exercise with its tests, a lesson from first to last block. Refuse
-duplicates and near-duplicates of what was accepted before, or of `--existing`. Candidate i depends
-on i and the seed alone. A killed run starts again, but no reply is paid for twice.
+duplicates and near-duplicates of what was accepted before. Candidate i depends on i and the seed
+alone. A killed run starts again, but no reply is paid for twice.
 """
 
 import contextlib
 import functools
 import json
-import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,18 +30,17 @@ from tqdm import tqdm
 
 from common.config import UserError, parse, run
 from common.files import new_folder, write_json
-from data.base.documents import ShardWriter, batched, document, source_shards
+from data.base.documents import ShardWriter, batched, document
 from data.base.llm import Client, Options, Refused
 from data.base.minhash import Index
-from data.base.readers import read_documents_of
-from data.exercises import Benchmarks, ngrams, normalize
+from data.exercises import Benchmarks, fold, ngrams, normalize
 from data.synthetic import prompts, textbooks
-from data.synthetic.textbooks import AUDIENCES, LEVELS, TOPICS, Audience
+from data.synthetic.textbooks import AUDIENCES, LEVELS, TOPICS
 from sandbox.execute import run_programs
 
 BATCH = 100  # candidates to run at a time
-MIN_GAIN = 0.02  # of the candidates of a round; below it, there is no more to be had
-MOST_AT_ONCE = 4  # candidates in a round for each document that is missing
+MAX_SIMILARITY = 0.8  # Jaccard index over 5-token shingles from which a candidate is refused
+MOST_BARREN = 100  # candidates in a row that give nothing new, before the command ends
 RUN_TIMEOUT_S = 10.0  # for the code of one candidate
 ASKED_WORDS = 3  # random words that a request demands
 TAIL_SHARE = 0.6  # of the function names have a third part
@@ -59,9 +56,10 @@ class Config(Options):
     count: int  # documents to write
     writer: str = "builtin"  # builtin (offline) or llm (an endpoint)
     seed: int = 0  # of all choices
-    existing: tuple[Path, ...] = ()  # documents that may not be repeated
-    max_similarity: float = 0.8  # Jaccard index over 5-token shingles from which one is refused
     workers: int = 1  # programs run at once
+
+    def messages(self, index: int) -> list[dict]:
+        return [{"role": "user", "content": self.prompt(index)}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +124,7 @@ class Exercises(Config):
         if why_not:
             return why_not
         benchmarks, told = benchmarks_of(self.benchmarks), normalize(fields["prompt"])
-        if name in benchmarks.names or not benchmarks.ngrams.isdisjoint(ngrams(told)):
+        if fold(name) in benchmarks.names or not benchmarks.ngrams.isdisjoint(ngrams(told)):
             return "like a benchmark problem"
         code = fields["prompt"] + fields["solution"]
         fields |= {"words": words, "writer": self.model}
@@ -137,8 +135,8 @@ KINDS = {"textbooks": Textbooks, "exercises": Exercises}
 benchmarks_of = functools.cache(Benchmarks)
 
 
-def reader(audience: Audience, level: str) -> str:
-    return f"{audience.who} who {LEVELS[level]}"
+def reader(audience: dict[str, str], level: str) -> str:
+    return f"{audience['who']} who {LEVELS[level]}"
 
 
 # ---- The whole job
@@ -151,73 +149,63 @@ def synthesize(config: Config) -> dict:
     with client or contextlib.nullcontext():
         if config.dry_run:  # requests for candidates that are refused come on top
             tokens = config.reply_tokens
-            return client.price((messages(config, i), tokens) for i in range(config.count))
-        with new_folder(config.out, [*config.existing, *getattr(config, "benchmarks", ())]) as out:
-            summary = accept(config, candidates(config, client), out)
+            return client.price((config.messages(i), tokens) for i in range(config.count))
+        with new_folder(config.out, getattr(config, "benchmarks", ())) as out:
+            summary = accept(config, client, out)
             if client:  # apart from the summary: a run from the cache spends nothing
                 write_json(out / "endpoint.json", client.summary())
             write_json(out / "summary.json", summary)
     return summary
 
 
-def accept(config: Config, made: Callable[[range], Iterator[Made]], out: Path) -> dict:
+def accept(config: Config, client: Client | None, out: Path) -> dict:
     """Write the candidates that run and are unlike all before them; return the summary."""
-    seen = Index(config.max_similarity)
-    for path in source_shards(*config.existing):
-        for batch in batched(read_documents_of(path), BATCH):
-            seen.add([record["text"] for record in batch], always=True)
-    asked = accepted = size = 0
-    refused = Counter()
+
+    def ask(index: int) -> Made:
+        try:
+            reply = client.ask(config.messages(index), config.reply_tokens)
+        except Refused:
+            return "refused by the endpoint"
+        return config.read(index, reply.text) if reply.complete else "cut short"
+
+    seen, refused = Index(MAX_SIMILARITY), Counter()
+    asked = accepted = size = barren = 0
     bar = tqdm(total=config.count, desc="accepted", disable=None)
     with ShardWriter(out) as shards, bar:
         while accepted < config.count:
-            # Ask for as many as should do: each reply of an endpoint costs.
-            rate, before = accepted / asked if asked else 1.0, accepted
-            missing = math.ceil((config.count - accepted) / max(rate, 1 / MOST_AT_ONCE))
-            for batch in batched(made(range(asked, asked + missing)), BATCH):
+            indexes = range(asked, asked + config.count - accepted)  # no more: each reply costs
+            asked = indexes.stop
+            made = client.in_order(ask, indexes) if client else map(config.make, indexes)
+            for batch in batched(made, BATCH):
                 passed = run_all(batch, config.workers, refused)
                 reasons = seen.add([record["text"] for record in passed])
                 refused.update(filter(None, reasons))
                 new = [record for record, reason in zip(passed, reasons) if not reason]
-                for record in new[: max(0, config.count - accepted)]:
+                for record in new:
                     shards.write(record)
                     size += len(record["text"].encode())
                 accepted += len(new)
                 bar.update(len(new))
-            asked += missing
-            if accepted < config.count and accepted - before < MIN_GAIN * missing:
+                barren = 0 if new else barren + len(batch)
+            if barren >= MOST_BARREN:
                 raise UserError(
                     f"--count {config.count}: only {accepted} different ones were found in "
-                    f"{asked} candidates ({dict(refused)}); ask for fewer, raise "
-                    "--max_similarity, or take another --seed if --existing was made with this one"
+                    f"{asked} candidates ({dict(refused)}); ask for fewer"
                 )
-    return {"documents": config.count, "bytes": size, "candidates": asked,
+    return {"documents": accepted, "bytes": size, "candidates": asked,
             "refused": dict(refused.most_common())}  # fmt: skip
 
 
 def run_all(batch: list[Made], workers: int, refused: Counter) -> list[dict]:
     """Return the documents of `batch` whose programs pass; count why the others are refused."""
-    refused.update(made for made in batch if isinstance(made, str))
-    made = [made for made in batch if not isinstance(made, str)]
+    made = [candidate for candidate in batch if not isinstance(candidate, str)]
+    refused.update(candidate for candidate in batch if isinstance(candidate, str))
     verdicts = run_programs([program for _, program in made], RUN_TIMEOUT_S, workers)
     for verdict in verdicts:
         if verdict.status == "infrastructure":
             raise UserError(f"the sandbox does not work here: {verdict.detail}")
     refused.update(f"code: {v.status}" for v in verdicts if v.status != "passed")
     return [record for (record, _), v in zip(made, verdicts) if v.status == "passed"]
-
-
-def candidates(config: Config, client: Client | None) -> Callable[[range], Iterator[Made]]:
-    """Return a function from the candidates' numbers to the candidates."""
-
-    def ask(index: int) -> Made:
-        try:
-            reply = client.ask(messages(config, index), config.reply_tokens)
-        except Refused:
-            return "refused by the endpoint"
-        return config.read(index, reply.text) if reply.complete else "cut short"
-
-    return lambda indexes: client.in_order(ask, indexes) if client else map(config.make, indexes)
 
 
 def check(config: Config) -> None:
@@ -227,14 +215,8 @@ def check(config: Config) -> None:
         raise UserError("exercises offline: use python -m data.exercises, or give --writer llm")
     if config.count < 1 or config.workers < 1:
         raise UserError("--count or --workers: want at least 1")
-    if not 0 < config.max_similarity <= 1:
-        raise UserError(f"--max_similarity {config.max_similarity:g}: want above 0 and at most 1")
     if config.dry_run and config.writer != "llm":
         raise UserError("--dry_run prices the endpoint's work; the builtin writer costs nothing")
-
-
-def messages(config: Config, index: int) -> list[dict]:
-    return [{"role": "user", "content": config.prompt(index)}]
 
 
 def main() -> None:

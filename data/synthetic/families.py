@@ -37,7 +37,7 @@ import fractions  # noqa: F401
 import functools
 import heapq  # noqa: F401
 import itertools
-import math  # noqa: F401
+import math
 import operator  # noqa: F401
 import random
 import re
@@ -48,7 +48,8 @@ from dataclasses import dataclass
 from functools import reduce  # noqa: F401
 from itertools import islice  # noqa: F401
 
-from data.synthetic.kinds import LETTERS, blocks_of
+from data.synthetic.kinds import LETTERS
+from data.synthetic.texts import blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +173,7 @@ def expand(text: str) -> list:
 
 
 TABLES: dict[str, list] = {}
-for block in blocks_of("tables.txt"):
+for block in blocks("tables.txt"):
     label, *lines = block.split("\n")
     TABLES[label] = [row for line in lines for row in rows_of(label, line)]
 
@@ -185,7 +186,7 @@ def read_families(name: str, scope: dict, limit: int = 0, braces: bool = False) 
     Oracles and what is in braces are evaluated in `scope`; a family has `limit` tasks at most.
     """
     found, shared = {}, {}
-    for block in blocks_of(name):
+    for block in blocks(name):
         label, head = block.split("\n")[0].split(" = ", 1)
         assert label not in found, f"two families {label}"
         try:
@@ -198,26 +199,21 @@ def read_families(name: str, scope: dict, limit: int = 0, braces: bool = False) 
 def read_family(
     label: str, head: str, block: str, shared: dict, scope: dict, limit: int, braces: bool
 ) -> list[Task]:
-    names, axes, hidden, never = [], [], set(), set()
-    wordings, body, where, oracle = [], [], "True", ""
+    names, axes, hidden, wordings, body = [], [], set(), [], []
+    said = {"where": ["True"], "limit": [limit], "never": [], "=": [""]}
     for line in block.replace("\n; ", "; ").split("\n")[1:]:
         if m := re.fullmatch("([A-Z]+(?: [A-Z|]+)*): (.+)", line):
             shown, _, behind = m[1].partition(" | ")
             names += [*shown.split(), *behind.split()]
             hidden |= {*behind.split()}
             axes.append(values_of(m[2]))
-        elif line.startswith("where "):
-            where = line.removeprefix("where ")
-        elif line.startswith("limit "):
-            limit = int(line.removeprefix("limit "))
-        elif line.startswith("never "):
-            never.add(f"{label}({line.removeprefix('never ')})")
+        elif m := re.fullmatch("(where|limit|never|=) (.+)", line):
+            said[m[1]].append(m[2])
         elif line.startswith('"'):
             wordings.append(line[1:-1])
-        elif line.startswith("= "):
-            oracle = line.removeprefix("= ")
         else:
             body.append(line)
+    where, oracle, limit = said["where"][-1], said["="][-1], int(said["limit"][-1])
     if head.startswith("as "):
         head, doc, code, oracle, where = shared[head.removeprefix("as ")]
     else:
@@ -265,7 +261,7 @@ def read_family(
         grid = random.Random(label).sample(grid, limit)
     flat = [sum((v if isinstance(v, tuple) else (v,) for v in values), ()) for values in grid]
     tasks = [task for values in flat if (task := make(values))]
-    return [task for task in tasks if str(task) not in never]
+    return [task for task in tasks if str(task) not in {f"{label}({v})" for v in said["never"]}]
 
 
 def singular(text: str) -> str:
@@ -276,3 +272,59 @@ def singular(text: str) -> str:
 
 ONE_ROW = {name: rows[0] for name, rows in TABLES.items() if len(rows) == 1}
 FAMILIES = read_families("families.txt", globals() | ONE_ROW, braces=True)
+
+
+def read_concepts() -> dict[str, list[Task]]:
+    """Return the families of concepts.txt: the breadth of what short functions do.
+
+    The families of families.txt compose filters, changes and gathers. These have one idea each, or
+    two in a row, told in several wordings.
+    """
+    return read_families("concepts.txt", globals(), limit=60)
+
+
+# ---- Oracles of concepts.txt that are no one-liners
+
+
+def primes_to(n: int) -> list[int]:
+    return [i for i in range(2, n + 1) if all(i % j for j in range(2, math.isqrt(i) + 1))]
+
+
+def in_base(n: int, base: int) -> list[int]:
+    """Digits, highest first."""
+    return (in_base(n // base, base) if n >= base else []) + [n % base]
+
+
+def runs_of(values) -> list[list]:
+    return [[*group] for _, group in itertools.groupby(values)]
+
+
+def unfold(start, step, n: int) -> list:
+    """start, step(start), ...: n + 1 values."""
+    return [*itertools.accumulate(range(n), lambda x, _: step(x), initial=start)]
+
+
+def flat(nested: list) -> list:
+    return [y for x in nested for y in (flat(x) if isinstance(x, list) else [x])]
+
+
+def common_start(a: str, b: str) -> str:
+    return next(a[:n] for n in range(min(len(a), len(b)), -1, -1) if a[:n] == b[:n])
+
+
+def mirror(nested):
+    return [mirror(x) for x in reversed(nested)] if isinstance(nested, list) else nested
+
+
+def keep_even(nested):
+    if isinstance(nested, int):
+        return nested
+    return [keep_even(x) for x in nested if isinstance(x, list) or not x & 1]
+
+
+def unite(pairs: list) -> list[tuple[int, int]]:
+    """Intervals merged, by marking what they cover in steps of a half."""
+    covered = {i for x, y in pairs for i in range(2 * min(x, y), 2 * max(x, y) + 1)}
+    starts = sorted(i for i in covered if i - 1 not in covered)
+    ends = sorted(i for i in covered if i + 1 not in covered)
+    return [(x // 2, y // 2) for x, y in zip(starts, ends)]

@@ -11,7 +11,7 @@ import keyword
 import random
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.synthetic import texts
 from data.synthetic.families import Task
@@ -29,6 +29,7 @@ MORE_FRAC = 0.25  # have another sentence
 SECTIONS_FRAC = 0.07  # have sections for arguments and result
 TYPO_FRAC = 0.03  # have one word misspelt
 CALL_CHARS = 76  # longest example
+ASSERTS = ["assert {call} == {result}"] * 3 + ["assert {call}=={result}"]
 
 TEXTS = texts.sections("forms.txt")
 GENERIC, VERBS, NAMED, BEFORE = (TEXTS[k].split() for k in ("generic", "verbs", "named", "before"))
@@ -46,10 +47,14 @@ MENTION = re.compile(  # a place where "the given list" can stand for a name
 
 
 @dataclass(frozen=True)
-class Form:
-    """The layout of a varied exercise; the plain form has none of this."""
+class Exercise:
+    """A task in words, with names and a layout; `$a` and `$b` still stand for the arguments."""
 
-    prose: str  # the docstring up to its examples, in one line
+    task: Task
+    name: str
+    doc: str
+    arguments: tuple[str, ...]
+    prose: str  # the docstring up to its examples, in one line: `doc`, maybe in a frame
     lines: tuple[str, ...] = ()  # what follows it
     mbpp: bool = False  # the docstring stands above the function, as eval.mbpp asks
     lead: str = ""  # what the file begins with: blank lines, imports
@@ -59,66 +64,35 @@ class Form:
     quote: str = '"""'
     begin: str = ""  # between the quotes and the prose
     end: str = ""  # a line break before the quotes that close
-    width: int = 88
+    width: int = 88  # 100 with indent and quotes
+    hyphens: bool = True  # a line may end behind one
     gap: str = ""  # a blank line below the docstring
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """A task with its wording and names chosen; `$a` and `$b` still stand for the arguments."""
-
-    task: Task
-    name: str
-    doc: str
-    arguments: tuple[str, ...]
-    example: str = ""  # a call and its result, as in an interactive session
-    form: Form | None = None
     wrong: str = ""  # a damaged body, in place of the task's
 
     def prompt(self) -> str:
-        if self.form:
-            if self.form.mbpp:
-                return "\n".join(['"""', self.form.prose, *self.form.lines, '"""\n'])
-            return self.form.lead + self._head()
-        doc = fill(self.doc, self.arguments)
-        lines = textwrap.wrap(doc, 88) if len(doc) > 88 else [doc]  # 100 with indent and quotes
-        if self.example:
-            lines += ["", *self.example.split("\n"), ""]
-        doc = "\n".join(lines).replace("\n", "\n    ").replace("\n    \n", "\n\n")
-        return f'def {self.name}({", ".join(self.arguments)}):\n    """{doc}"""\n'
+        prose = fill(self.prose, self.arguments)
+        if self.mbpp:
+            return "\n".join(['"""', prose, *self.lines, '"""\n'])
+        told = textwrap.wrap(
+            prose, self.width, break_long_words=False, break_on_hyphens=self.hyphens
+        )
+        text = "\n".join([*told, *self.lines])
+        end = self.end or "\n" * (text[-1] == self.quote[0])
+        doc = (self.begin + text + end).replace("\n", "\n" + self.indent)
+        doc = re.sub(r"\n[ \t]+(?=\n)", "\n", doc)
+        return f"{self.lead}{self._signature()}{self.indent}{self.quote}{doc}{self.quote}\n"
 
     def solution(self) -> str:
         body = (self.wrong or self.task.body).replace("$f", self.name)  # it may call itself
         body = textwrap.indent(fill(body, self.arguments), "    ") + "\n"
-        if not self.form:
-            return body
-        body = re.sub("^ +", lambda m: self.form.indent * (len(m[0]) // 4), body, flags=re.M)
-        return (self._signature() if self.form.mbpp else self.form.gap) + body
+        body = re.sub("^ +", lambda m: self.indent * (len(m[0]) // 4), body, flags=re.M)
+        return (self._signature() if self.mbpp else self.gap) + body
 
     def _signature(self) -> str:
-        *hints, result = self.form.hints or ("",) * (len(self.arguments) + 1)
+        *hints, result = self.hints or ("",) * (len(self.arguments) + 1)
         arguments = [f"{a}: {h}" if h else a for a, h in zip(self.arguments, hints)]
         result = f" -> {result}" if result else ""
-        return f"def {self.name}({self.form.comma.join(arguments)}){result}:\n"
-
-    def _head(self) -> str:
-        """Signature and docstring, laid out as the form says."""
-        form = self.form
-        lines = textwrap.wrap(
-            form.prose, form.width, break_long_words=False, break_on_hyphens=False
-        )
-        text = "\n".join([*lines, *form.lines])
-        end = form.end or "\n" * (text[-1] == form.quote[0])
-        doc = (form.begin + text + end).replace("\n", "\n" + form.indent)
-        doc = re.sub(r"\n[ \t]+(?=\n)", "\n", doc)
-        return f"{self._signature()}{form.indent}{form.quote}{doc}{form.quote}\n"
-
-
-def choose(text: str, rng: random.Random) -> str:
-    """Return `text` with one of the choices for each `<this|that>`, inner ones first."""
-    while m := re.search(r"<([^<>]*\|[^<>]*)>", text):
-        text = text[: m.start()] + rng.choice(m[1].split("|")) + text[m.end() :]
-    return text
+        return f"def {self.name}({self.comma.join(arguments)}){result}:\n"
 
 
 def fill(text: str, arguments: tuple[str, ...]) -> str:
@@ -153,18 +127,18 @@ def results(task: Task) -> list:
 
 def tell(task: Task, rng: random.Random) -> Exercise:
     """Return an exercise for `task`; `rng` chooses wording, names, and whether to show a call."""
-    name = re.sub("_+", "_", choose(task.name, rng)).strip("_")
-    doc = choose(task.doc, rng)
+    name = re.sub("_+", "_", texts.choose(task.name, rng)).strip("_")
+    doc = texts.choose(task.doc, rng)
     arguments = tuple(rng.choice(KINDS[kind].names.split()) for kind in task.args.split())
-    example = ""
+    lines = ()
     if rng.random() < EXAMPLE_SHARE:
         inputs = rng.choice(pool(task.args))
-        call = f">>> {name}({', '.join(map(repr, inputs))})"
-        result = task.oracle(*inputs)
-        example = f"{call}\n{result!r}"
-        if not all(inputs) or len(example) > EXAMPLE_CHARS or result in (None, "", [], {}):
-            example = ""
-    return Exercise(task, name, doc[0].upper() + doc[1:], arguments, example)
+        call, result = f">>> {name}({', '.join(map(repr, inputs))})", task.oracle(*inputs)
+        dull = not all(inputs) or result in (None, "", [], {})
+        if not dull and len(f"{call}\n{result!r}") <= EXAMPLE_CHARS:
+            lines = ("", call, repr(result))
+    doc = doc[0].upper() + doc[1:]
+    return Exercise(task, name, doc, arguments, doc, lines, end="\n" * bool(lines))
 
 
 # ---- Varied forms
@@ -177,17 +151,18 @@ def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exerci
     types = types_of(task)
     asserts = ()
     if rng.random() < mbpp_frac:
-        manner = rng.choice(["assert {call} == {result}"] * 3 + ["assert {call}=={result}"])
-        asserts = examples(task, name, arguments, 1, [manner], rng)
+        asserts = examples(task, name, arguments, 1, [rng.choice(ASSERTS)], rng)
     core, prose = wording(task, types, bool(asserts), rng)
     prose = fill(prose, arguments)
     for argument in arguments:  # "a list of numbers `numbers`"
         prose = re.sub(rf"\b({argument}) {argument}\b", r"\1 `\1`", prose)
     indent = rng.choices(["    ", "  ", "\t"], [84, 11, 5])[0]
     comma = "," if rng.random() < 0.06 else ", "
+    told = Exercise(
+        task, name, core, arguments, prose, asserts, bool(asserts), indent=indent, comma=comma
+    )
     if asserts:
-        form = Form(prose, asserts, mbpp=True, indent=indent, comma=comma)
-        return Exercise(task, name, core, arguments, form=form)
+        return told
     lines, lead, hints = [], rng.choices(["", "\n", "\n\n"], [55, 35, 10])[0], ()
     if rng.random() < SECTIONS_FRAC:
         lines += ["", *sections(arguments, types, rng)]
@@ -200,20 +175,18 @@ def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exerci
     quote = rng.choices(['"""', "'''"], [88, 12])[0]
     text = "\n".join([prose, *lines])
     assert '"""' not in text, f"{task}: its docstring would end early"
-    form = Form(
-        prose,
-        tuple(lines),
+    return replace(
+        told,
+        lines=tuple(lines),
         lead=lead,
         hints=hints,
-        comma=comma,
-        indent=indent,
         quote='"""' if quote in text else quote,
         begin=rng.choices(["", " ", "\n"], [50, 15, 35])[0],
         end="\n" if rng.random() < (0.9 if lines else 0.5) else "",
         width=rng.choice([60, 72, 76, 80, 88]),
+        hyphens=False,
         gap="\n" if rng.random() < 0.08 else "",
     )
-    return Exercise(task, name, core, arguments, form=form)
 
 
 # ---- Names
@@ -251,7 +224,7 @@ def argument_names(task: Task, rng: random.Random) -> tuple[str, ...]:
 def function_name(task: Task, arguments: tuple[str, ...], rng: random.Random) -> str:
     """Choose the task's name, whole or shortened, in snake or camel case, or a generic one."""
     while True:
-        name = re.sub("_+", "_", choose(task.name, rng)).strip("_")
+        name = re.sub("_+", "_", texts.choose(task.name, rng)).strip("_")
         words, r = name.split("_"), rng.random()
         if r < 0.22:
             name = rng.choice(GENERIC)
@@ -293,7 +266,8 @@ def noun(type_: str, rng: random.Random) -> str:
     return rng.choice(NOUNS.get(type_) or NOUNS.get(type_.split("[")[0]) or ["value"])
 
 
-def with_article(word: str) -> str:
+def a_noun(type_: str, rng: random.Random) -> str:
+    word = noun(type_, rng)
     return ("an " if word[0] in "aeiou" else "a ") + word
 
 
@@ -302,7 +276,7 @@ def with_article(word: str) -> str:
 
 def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str]:
     """Return the task in other words, `$a` for an argument; and the same in a frame, with more."""
-    core = choose(task.doc, rng)
+    core = texts.choose(task.doc, rng)
     core = core[0].upper() + core[1:]
     for old, new in SYNONYMS:
         if rng.random() < 0.35 and re.search(old, core):
@@ -339,7 +313,7 @@ def given_arguments(types: tuple[str, ...], tick: str, rng: random.Random) -> st
         told = [f"{['two', 'three'][len(types) - 2]} {many}{of}{rest} {names[0]}", *names[1:]]
     else:
         named = len(types) > 1 or rng.random() < 0.9
-        told = [with_article(noun(t, rng)) + f" {name}" * named for t, name in zip(types, names)]
+        told = [a_noun(t, rng) + f" {name}" * named for t, name in zip(types, names)]
     return " and ".join(", ".join(told).rsplit(", ", 1))
 
 
@@ -380,20 +354,20 @@ def mention(core: str, task, types, mbpp: bool, named: bool, rng: random.Random)
 
 def more(task: Task, types: tuple[str, ...], rng: random.Random) -> str:
     """Return one more sentence, which holds for every input of the task."""
-    said = [f"The result is {with_article(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
-    said += [f"Return {with_article(noun(types[-1], rng))}."] if types[-1] in NOUNS else []
+    said = []
+    if types[-1] in NOUNS:
+        said.append(f"The result is {a_noun(types[-1], rng)}.")
+        said.append(f"Return {a_noun(types[-1], rng)}.")
     for kind, type_, letter in zip(task.args.split(), types, "abc"):
-        said.append(f"${letter} is {with_article(noun(type_, rng))}.")
+        said.append(f"${letter} is {a_noun(type_, rng)}.")
         if KINDS[kind].low == 1:
             said.append(f"You may assume that ${letter} is positive.")
-    inputs = pool(task.args)
-    for i in range(len(inputs)):
-        if len(inputs[i]) == 1 and inputs[i][0] in ("", [], {}):
-            short = noun(types[0], rng).split(" of ")[0]
-            said.append(f"If the {short} is empty, return {results(task)[i]!r}.")
-            said.append(f"The {short} may be empty.")
-            said.append(f"For an empty {short} the answer is {results(task)[i]!r}.")
-            break
+    inputs = zip(pool(task.args), results(task))
+    if empty := [result for given, result in inputs if given in [("",), ([],), ({},)]]:
+        short = noun(types[0], rng).split(" of ")[0]
+        said.append(f"If the {short} is empty, return {empty[0]!r}.")
+        said.append(f"The {short} may be empty.")
+        said.append(f"For an empty {short} the answer is {empty[0]!r}.")
     said += ["Assume that the input is valid.", "The input must not be changed."]
     return rng.choice(said)
 
@@ -416,8 +390,7 @@ def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tup
     for _ in range(12):
         known = rng.random() < 0.25  # else an input that is not in the pool
         inputs = rng.choice(pool(task.args)) if known else [kind.sample(rng) for kind in kinds]
-        answer = task.oracle(*inputs)
-        values = [*map(repr, inputs)]
+        answer, values = task.oracle(*inputs), [*map(repr, inputs)]
         call, result = f"{name}({', '.join(values)})", repr(answer)
         dull = answer in (None, "", [], {}, 0, False) and rng.random() < 0.6
         if len(call) + len(result) > CALL_CHARS or "\\" in call + result or dull:
@@ -442,7 +415,7 @@ def shown_examples(task: Task, name: str, arguments, rng: random.Random) -> list
 def sections(arguments: tuple[str, ...], types: tuple[str, ...], rng: random.Random) -> list[str]:
     """Return what is taken and returned, in the manner of Google, Sphinx or NumPy."""
     named = [*zip(arguments, types)]
-    told = [with_article(noun(t, rng)) for t in types]
+    told = [a_noun(t, rng) for t in types]
     result = types[-1] or "the result"
     style = rng.choice(["google", "google", "sphinx", "numpy"])
     if style == "sphinx":

@@ -5,7 +5,8 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+
+from data.synthetic.texts import blocks
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -54,18 +55,8 @@ def some_ints(rng: random.Random, length: int = 0) -> list[int]:
     return [rng.randint(low, high) for _ in range(length or rng.randint(1, 8))]
 
 
-def some_grid(rng: random.Random) -> list[list[int]]:
-    width = rng.randint(3, 4)
-    return [some_ints(rng, width) for _ in range(rng.randint(1, 4))]
-
-
 def up_to(*limits: int, low: int = 0) -> Callable:
     return lambda rng: rng.randint(low, rng.choice(limits))
-
-
-def some_square(rng: random.Random) -> list[list[int]]:
-    size = rng.randint(2, 4)
-    return [[rng.randint(-5, 20) for _ in range(size)] for _ in range(size)]
 
 
 def some_numbered(rng: random.Random) -> str:
@@ -105,25 +96,12 @@ def some_mirrored(rng: random.Random) -> str:
     return text[:at] + marks + text[at:]
 
 
-def some_stock(rng: random.Random) -> dict[str, int]:
-    """Of so few names that two of them have some in common."""
-    names = rng.sample(["fig", "egg", "kiwi", "pear", "tea"], rng.randint(1, 4))
-    return {name: rng.randint(-3, 9) for name in names}
-
-
 def letters_of(alphabet: str, low: int, high: int):
     return lambda rng: "".join(rng.choices(alphabet, k=rng.randint(low, high)))
 
 
-def blocks_of(name: str) -> list[str]:
-    """Return what blank lines part in a file of this folder, without its comments."""
-    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
-    text = re.sub("^# .*\n", "", text, flags=re.M)
-    return re.split(r"\n\n+", text.strip())
-
-
 LISTS = ([], [0], [1], [-3], [2, 2, 2], [1, 2, 3, 4], [5, 3, 8, 3], [-1, -2, -6], [10, 21, 7, 4])
 KINDS: dict[str, Kind] = {}
-for line in blocks_of("kinds.txt")[0].split("\n"):
+for line in blocks("kinds.txt")[0].split("\n"):
     label, names, sample, edges, *bounds = re.split("  +", line)
     KINDS[label] = eval(f"Kind({names!r}, {sample}, ({edges},), {''.join(bounds)})")

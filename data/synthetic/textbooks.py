@@ -27,8 +27,6 @@ result that it shows or tests, each type, each round of a loop is what came out 
 
 import random
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from data.synthetic import prompts, texts, worked
@@ -39,63 +37,36 @@ LEVELS = dict(line.split(": ") for line in SAY["levels"])
 MOST_DRAFTS = 8  # of a lesson
 
 
-@dataclass(frozen=True)
-class Audience:
-    """Who reads, and the world that their examples come from."""
-
-    who: str
-    one: str
-    many: str
-    measure: str  # of one of them, a whole number
-    unit: str
-    words: list[str]  # what single ones are called
+# Who reads, and the world that their examples come from: one of its things, many of them, a measure
+# of one, a whole number, and its unit, and words that single ones are called
+COLUMNS = ("who", "one", "many", "measure", "unit", "words")
+AUDIENCES = [dict(zip(COLUMNS, line.split(" | "), strict=True)) for line in SAY["audiences"]]
 
 
-AUDIENCES = [
-    Audience(*columns, words.split())
-    for *columns, words in (line.split(" | ") for line in SAY["audiences"])
-]
-
-
-@dataclass(frozen=True)
 class Topic:
-    """One topic of lessons/."""
+    """One topic of lessons/, written as the head of this file says."""
 
-    title: str
-    difficulty: int  # 1 to 3
-    names: dict[str, list[str]]
-    values: dict[str, str]
-    sections: list[tuple[str, str]]  # (kind, text), in order
+    def __init__(self, text: str):
+        head, *rest = re.split(r"^== (\w+)\n", text.strip("\n"), flags=re.MULTILINE)
+        self.title, *lines = head.strip().split("\n")
+        names = dict(line.split(": ") for line in lines if re.match(r"\w+: ", line))
+        self.difficulty = int(names.pop("difficulty", 1))
+        self.names = {name: choices.split() for name, choices in names.items()}
+        self.values = dict(line.split(" = ", 1) for line in lines if re.match(r"\w+ = ", line))
+        self.sections = [(kind, body.strip("\n")) for kind, body in zip(rest[::2], rest[1::2])]
 
     def of(self, kind: str) -> list[str]:
         return [text for k, text in self.sections if k == kind]
 
 
-def read_topics(text: str) -> list[Topic]:
-    """Return the topics in a text written as the head of this file says."""
-    return [read_topic(part) for part in re.split(r"^=====+\n", text, flags=re.MULTILINE)]
-
-
-def read_topic(text: str) -> Topic:
-    head, *rest = re.split(r"^== (\w+)\n", text.strip("\n"), flags=re.MULTILINE)
-    title, *lines = head.strip().split("\n")
-    names = dict(line.split(": ") for line in lines if re.match(r"\w+: ", line))
-    values = dict(line.split(" = ", 1) for line in lines if re.match(r"\w+ = ", line))
-    difficulty = int(names.pop("difficulty", 1))
-    chosen = {k: v.split() for k, v in names.items()}
-    sections = [(kind, body.strip("\n")) for kind, body in zip(rest[::2], rest[1::2])]
-    return Topic(title, difficulty, chosen, values, sections)
-
-
-LESSONS = Path(__file__).with_name("lessons")
 TOPICS = [
-    topic
-    for path in sorted(LESSONS.glob("*.txt"))
-    for topic in read_topics(path.read_text(encoding="utf-8"))
+    Topic(part)
+    for path in sorted(Path(__file__).with_name("lessons").glob("*.txt"))
+    for part in re.split(r"^=====+\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
 ]
 
 
-def write(topic: Topic, audience: Audience, level: str, rng: random.Random) -> str:
+def write(topic: Topic, audience: dict[str, str], level: str, rng: random.Random) -> str:
     """Return a lesson on `topic` as Markdown, its code in ```python fences.
 
     Raises whatever its code raises: a mistake in lessons/, which the tests look for.
@@ -111,20 +82,18 @@ def write(topic: Topic, audience: Audience, level: str, rng: random.Random) -> s
 class Writer:
     """A topic with its names and values chosen, and the namespace that its code runs in."""
 
-    def __init__(self, topic: Topic, audience: Audience, level: str, rng: random.Random):
+    def __init__(self, topic: Topic, audience: dict[str, str], level: str, rng: random.Random):
         self.topic, self.audience, self.level, self.rng = topic, audience, level, rng
-        self.namespace: dict = {}
-        self.filled = {k: v for k, v in vars(audience).items() if k != "words"}
-        self.filled |= {"ones": audience.many, "title": topic.title.lower()}
-        taken: set[str] = set()
+        self.namespace = {}
+        self.filled = audience | {"ones": audience["many"], "title": topic.title.lower()}
+        taken = set()
         for key, names in topic.names.items():
-            name = rng.choice([n for n in map(self.fill, names) if n not in taken])
-            taken.add(name)
-            self.filled[key] = name
-        makers: dict[str, Callable] = {
+            self.filled[key] = rng.choice([n for n in map(self.fill, names) if n not in taken])
+            taken.add(self.filled[key])
+        makers = {
             "ints": lambda n, low, high: [rng.randint(low, high) for _ in range(n)],
             "distinct": lambda n, low, high: rng.sample(range(low, high + 1), n),
-            "words": lambda n: rng.sample(audience.words, n),
+            "words": lambda n: rng.sample(audience["words"].split(), n),
             "number": rng.randint,
             "pick": lambda *options: rng.choice(options),
             "sorted": sorted,
@@ -135,15 +104,11 @@ class Writer:
             expression = self.fill(expression)
             self.filled[key] = repr(eval(expression, {"__builtins__": {}, **makers}))
 
-    # ---- Text with its choices made
-
     def fill(self, text: str) -> str:
         return re.sub(r"\$(\w+)", lambda m: self.filled[m[1]], text)
 
     def choose(self, text: str) -> str:
-        while m := re.search(r"<([^<>`]*\|[^<>`]*)>", text):
-            text = text[: m.start()] + self.rng.choice(m[1].split("|")) + text[m.end() :]
-        return self.fill(text)
+        return self.fill(texts.choose(text, self.rng))
 
     def prose(self, text: str) -> str:
         """Return `text` with its choices made, one line to each of its paragraphs."""
@@ -229,7 +194,7 @@ class Writer:
             parts = [self.say("code"), block(f"{worked.comment(how)}\n{told}")]
         elif way == "list":
             steps = re.split(r"(?<=[.?!])\s+(?=[A-Z`])", how)
-            parts = [block(told), "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))]
+            parts = [block(told), numbered(steps)]
         elif way == "before":
             parts = [how, self.say("code"), block(told)]
         else:
@@ -275,12 +240,9 @@ class Writer:
         """Return what the variables are in each round of one of the calls, if it can be told."""
         for call in self.rng.sample(calls, len(calls)):
             if seen := worked.rounds(code, call, self.namespace):
-                lines = [
-                    f"{i}. " + ", ".join(f"`{k} = {v}`" for k, v in row.items())
-                    for i, row in enumerate(seen, 1)
-                ]
-                words = self.say("round", call=call)
-                return f"{words}\n\n" + "\n".join(lines) + f"\n\nIt returns `{self.result(call)}`."
+                told = [", ".join(f"`{k} = {v}`" for k, v in row.items()) for row in seen]
+                lines = [self.say("round", call=call), numbered(told)]
+                return "\n\n".join([*lines, f"It returns `{self.result(call)}`."])
         return ""
 
     def reminder(self) -> list[str]:
@@ -303,7 +265,7 @@ class Writer:
         if says and name and worked.function_in(answer, name[1]) and self.rng.random() < 0.6:
             told = self.documented(answer, name[1], says, checks)
         if told != answer and self.rng.random() < 0.4:
-            parts = [self.say("task") + "\n\n" + block(told)]
+            parts = [f"{self.say('task')}\n\n{block(told)}"]
         else:
             parts = [f"{self.say('task')} {asked}", self.say("answer"), block(told)]
         return [*parts, self.tested(checks)]
@@ -320,3 +282,7 @@ class Writer:
 
 def block(code: str) -> str:
     return f"```python\n{code}\n```"
+
+
+def numbered(lines: list[str]) -> str:
+    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))

@@ -1,13 +1,22 @@
-"""Read texts that stand in sections, as in forms.txt: each below a line `== name`."""
+"""Read the content files of this folder, and choose among their wordings."""
 
+import random
 import re
 from pathlib import Path
 
 
+def read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def blocks(name: str) -> list[str]:
+    """Return what blank lines part in a file, without its comments."""
+    return re.split(r"\n\n+", re.sub("^# .*\n", "", read(name), flags=re.M).strip())
+
+
 def sections(name: str) -> dict[str, str]:
-    """Return the sections of a file in this folder."""
-    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
-    _, *parts = re.split(r"^== (\w+)\n", text, flags=re.MULTILINE)
+    """Return the sections of a file, each below a line `== name`."""
+    _, *parts = re.split(r"^== (\w+)\n", read(name), flags=re.MULTILINE)
     return {kind: body.strip("\n") for kind, body in zip(parts[::2], parts[1::2])}
 
 
@@ -24,3 +33,10 @@ def lists(text: str, mark: str | None = None) -> dict[str, list[str]]:
     """Return the lists in a section, of lines such as "name: a b c", split at `mark`."""
     pairs = (line.split(": ", 1) for line in text.split("\n"))
     return {key: values.split(mark) for key, values in pairs}
+
+
+def choose(text: str, rng: random.Random) -> str:
+    """Return `text` with one of the choices for each `<this|that>`, inner ones first."""
+    while m := re.search(r"<([^<>`]*\|[^<>`]*)>", text):
+        text = text[: m.start()] + rng.choice(m[1].split("|")) + text[m.end() :]
+    return text

@@ -12,8 +12,6 @@ from collections.abc import Callable
 
 WIDTH = 79  # of a docstring's and a comment's lines
 MOST_ROUNDS, MOST_CHARS = 6, 36  # of a trace, of one value in it
-FIXED = (ast.BinOp, ast.Subscript, ast.Slice, ast.List, ast.Tuple, ast.Constant, ast.UnaryOp,
-         ast.operator, ast.unaryop, ast.expr_context)  # fmt: skip
 SCALARS = {type(None): "None", bool: "bool", int: "int", float: "float", str: "str"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -32,9 +30,9 @@ def plain(call: str) -> str:
     for node in ast.walk(ast.parse(call, mode="eval")):
         for arg in node.args if isinstance(node, ast.Call) else []:
             parts = [*ast.walk(arg)]
-            fixed = all(isinstance(part, FIXED) for part in parts)
+            named = any(isinstance(part, (ast.Name, ast.Call)) for part in parts)
             floats = any(isinstance(getattr(part, "value", None), float) for part in parts)
-            if isinstance(arg, (ast.BinOp, ast.Subscript)) and fixed and not floats:
+            if isinstance(arg, (ast.BinOp, ast.Subscript)) and not named and not floats:
                 changes.append((arg.col_offset, arg.end_col_offset, repr(eval(ast.unparse(arg)))))
     for start, end, text in sorted(changes, reverse=True):
         call = call[:start] + text + call[end:]
@@ -131,17 +129,15 @@ def documented(
             arg.annotation = ast.Name(hint)
         head = f"def {name}({ast.unparse(function.args)}) -> {types[-1]}:"
     text = textwrap.fill(says, WIDTH - 4, break_long_words=False, break_on_hyphens=False)
-    doc = [*text.split("\n")]
-    own = [call for call in calls if call.startswith(f"{name}(")]
-    examples = [(call, outcome(call, namespace)) for call in own]
+    examples = [(c, outcome(c, namespace)) for c in calls if c.startswith(f"{name}(")]
     examples = [e for e in examples if len("".join(e)) < 90 and "\\" not in "".join(e)][:told]
     if examples:
-        doc += ["", *(line for call, result in examples for line in (f">>> {call}", result))]
-    quoted = [f'    """{doc[0]}', *(f"    {line}".rstrip() for line in doc[1:])]
-    quoted = [quoted[0] + '"""'] if len(doc) == 1 else [*quoted, '    """']
+        text += "\n\n" + "\n".join(f">>> {call}\n{result}" for call, result in examples)
+    end = "\n" * ("\n" in text)
+    quoted = textwrap.indent(f'"""{text}{end}"""', "    ")
     first = function.body[0].lineno - 1
     start = function.lineno - 1
-    return imports + "\n".join([*lines[:start], head, *quoted, *lines[first:]])
+    return imports + "\n".join([*lines[:start], head, quoted, *lines[first:]])
 
 
 def imperative(task: str) -> str:

