@@ -50,7 +50,7 @@ class Parts:
     arguments: list[str]
 
     def join(self, **changes: str) -> dict:
-        """Return the prompt with another doc, quote or head, as a change of the problem."""
+        """Return the prompt with another doc or quote, as a change of the problem."""
         p = replace(self, **changes)
         return {"prompt": f"{p.head}{p.indent}{p.prefix}{p.quote}{p.doc}{p.quote}{p.tail}"}
 
@@ -215,37 +215,6 @@ def reworded(problem: dict, parts: Parts) -> dict | None:
     return change_prose(problem, parts, lambda text: OLD.sub(replacement, text))
 
 
-def split_examples(problem: dict, parts: Parts) -> tuple[list[str], list[str]] | None:
-    """Return the lines of prose and of examples, without blank ends; None if there are not both."""
-    lines, marks = parts.doc.split("\n"), example_lines(problem, parts.doc)
-    prose = tidy([line for line, mark in zip(lines, marks) if not mark])
-    examples = tidy([line for line, mark in zip(lines, marks) if mark])
-    # An example in the first line has no indentation to keep.
-    return (prose, examples) if prose and examples and not marks[0] else None
-
-
-def tidy(lines: list[str]) -> list[str]:
-    """Remove blank lines at the end, and keep one blank line of several."""
-    kept = [line for before, line in zip(["-", *lines], lines) if line.strip() or before.strip()]
-    return kept if kept and kept[-1].strip() else kept[:-1]
-
-
-@perturbation
-def examples_first(problem: dict, parts: Parts) -> dict | None:
-    if not (found := split_examples(problem, parts)):
-        return None
-    (first, *prose), examples = found
-    prose = [parts.indent + first.strip(), *prose] if first.strip() else prose
-    return parts.join(doc="\n".join(["", *examples, "", *prose, parts.indent]))
-
-
-@perturbation
-def missing_examples(problem: dict, parts: Parts) -> dict | None:
-    found = split_examples(problem, parts)
-    prose = "\n".join(found[0]) if found else ""
-    return found and parts.join(doc=prose + ("\n" + parts.indent) * ("\n" in prose))
-
-
 # ---- Layout
 
 
@@ -255,24 +224,6 @@ def other_quotes(problem: dict, parts: Parts) -> dict | None:
     quote = "'''" if parts.quote[0] == '"' else '"""'
     clash = quote in parts.doc or quote[0] in (parts.doc[:1], parts.doc[-1:])
     return None if clash else parts.join(quote=quote)
-
-
-@perturbation
-def other_spacing(problem: dict, parts: Parts) -> dict | None:
-    """Space the signature inside its brackets, not behind commas; put the docstring's text on lines
-    of its own, or behind the quotes where it was on its own."""
-    define = list(re.finditer(rf"^\s*def {problem['entry_point']}\(", parts.head, re.MULTILINE))
-    if not define:
-        return None
-    at = define[-1].end()
-    inner, bracket, rest = parts.head[at:].rpartition(")")
-    inner = f" {inner.strip().replace(', ', ',')} " if inner.strip() else " "
-    text = parts.doc.lstrip()
-    if "\n" in parts.doc[: -len(text)]:
-        doc = parts.doc if text.startswith(parts.quote[0]) else text
-    else:
-        doc = f"\n{parts.indent}{text.rstrip()}\n{parts.indent}"
-    return parts.join(doc=doc, head=parts.head[:at] + inner + bracket + rest)
 
 
 @perturbation

@@ -5,9 +5,10 @@ import json
 from conftest import ROOT, TINY
 
 import sample
-from data import collect, exercises, filter, pack, pairs
+from data import collect, exercises, filter, pack
 from data.shards import open_shard
-from eval import exercises as evaluate
+from eval import humaneval as evaluate
+from experiments import pairs
 from tokenizer import Tokenizer
 from tokenizer import train as tokenizer_train
 from tools import report

@@ -11,7 +11,7 @@ from tiers import best
 from common.config import UserError
 from common.files import write_jsonl
 from data.base.benchmarks import read_mbpp, read_problems
-from eval import exercises, humaneval, mbpp
+from eval import humaneval, mbpp
 from eval.harness import BODY
 from model import ModelConfig, Phi
 from sandbox.execute import Verdict
@@ -91,7 +91,7 @@ def test_samples_with_a_known_score(command, problems, tmp_path):
     rows += [{"task_id": "T/sub", "completion": c} for c in [good] * 9 + ["    while 1: pass\n"]]
     samples, out = write(tmp_path / "samples.jsonl", rows), tmp_path / "out"
     status, stdout, _ = command(
-        exercises, "--problems", problems, "--samples", samples, "--out", out, "--json",
+        humaneval, "--problems", problems, "--samples", samples, "--out", out, "--json",
         "--timeout_s", "0.5",
     )  # fmt: skip
     assert status == 0

@@ -8,7 +8,7 @@ from test_eval import TIER, write
 
 from data.base.benchmarks import read_problems
 from eval import robustness
-from eval.perturb import PERTURBATIONS, SYNONYMS, example_lines, split
+from eval.perturb import PERTURBATIONS, split
 from eval.robustness import paired
 from sandbox.execute import run_checks
 from sandbox.self_check import check
@@ -111,33 +111,11 @@ def test_reworded():
     assert ">>> count_near([1, 5])\n1" in doc
     named = perturbed("reworded", prompt=PROMPT.replace("limit", "result"))
     assert "and give back the result " in named["prompt"]
-    olds = " ".join(SYNONYMS)
-    assert not [w for new in SYNONYMS.values() for w in new.split() if w in olds.split("|")]
-
-
-def test_examples():
-    missing = docstring(perturbed("missing_examples")["prompt"])
-    assert ">>>" not in missing
-    assert missing.endswith("altogether.\n\nNegative numbers matter.")
-    first = docstring(perturbed("examples_first")["prompt"])
-    assert first.startswith(">>> count_near([1, 5])\n1\n>>> count_near([])\n0\n\nCount the")
-    assert first.endswith("altogether.\n\nNegative numbers matter.")
-    plain = {"prompt": 'def f(x):\n    """Double x."""\n', "entry_point": "f"}
-    assert perturbed("missing_examples", **plain) is perturbed("examples_first", **plain) is None
-    one = 'def f(x):\n    """Double x.\n\n    Example:\n      f(1) -> 2\n    """\n'
-    short = perturbed("missing_examples", prompt=one, entry_point="f")
-    assert short["prompt"] == plain["prompt"]
-    doc = "Do.\nExamples:\n  1 -> 2\n  2 -> 3\n\nThen f(3) is 4.\nBut for example this is prose."
-    assert example_lines({"entry_point": "f"}, doc) == [False, True, True, True, False, True, False]
 
 
 def test_layout():
     assert perturbed("other_quotes")["prompt"] == PROMPT.replace('"""', "'''")
     assert perturbed("other_quotes", prompt=PROMPT.replace("matter.", "'''")) is None
-    spaced = perturbed("other_spacing")["prompt"]
-    assert "def count_near( numbers: List[int],limit: int = 3 ) -> int:\n" in spaced
-    assert '    """\n    Count the' in spaced
-    assert '    """Count the' in perturbed("other_spacing", prompt=spaced)["prompt"]
     halved = perturbed("two_spaces")["prompt"]
     assert '\n  """ Count' in halved
     assert "\n  return x in numbers" in halved
@@ -172,8 +150,6 @@ def test_paired_interval():
     assert found["drop"] == pytest.approx(8 / 50)
     spread = 1.959964 * ((11 / 52 + 3 / 52 - (8 / 52) ** 2) / 52) ** 0.5
     assert found["ci95"] == pytest.approx([8 / 52 - spread, 8 / 52 + spread])
-    low, high = paired([1.0], [1.0])["ci95"]
-    assert low == -high < 0, "one pair says nothing"
 
 
 @pytest.fixture
