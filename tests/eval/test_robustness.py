@@ -146,7 +146,6 @@ def test_paired_interval():
     # Bonett and Price: with 10 of 50 lost and 2 gained, (11 - 3) / 52 and its spread.
     before, after = [1.0] * 10 + [0.0] * 40, [0.0] * 10 + [1.0] * 2 + [0.0] * 38
     found = paired(before, after)
-    assert (found["lost"], found["gained"]) == (10, 2)
     assert found["drop"] == pytest.approx(8 / 50)
     spread = 1.959964 * ((11 / 52 + 3 / 52 - (8 / 52) ** 2) / 52) ** 0.5
     assert found["ci95"] == pytest.approx([8 / 52 - spread, 8 / 52 + spread])
@@ -155,8 +154,7 @@ def test_paired_interval():
 @pytest.fixture
 def command(monkeypatch, in_process):
     """Run eval.robustness with a model that knows the prompts that have one of `known`."""
-    for module in ("eval.harness", "eval.robustness"):
-        monkeypatch.setattr(f"{module}.slowdown", lambda **limits: 1.0)
+    monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 1.0)
 
     def call(known, *arguments):
         def generate(prompts, **options):
@@ -173,19 +171,12 @@ def command(monkeypatch, in_process):
 
 @pytest.fixture
 def problems(tmp_path):
-    # The second one's reference reads its own source's indentation, so that "two_spaces" fails.
-    second = {
-        **PROBLEM,
-        "task_id": "T/1",
-        "canonical_solution": '    return len("""\n        """) == 9 and '
-        "sum(n < limit for n in numbers)\n",
-    }
-    return write(tmp_path / "problems.jsonl", [PROBLEM, second])
+    return write(tmp_path / "problems.jsonl", [PROBLEM, {**PROBLEM, "task_id": "T/1"}])
 
 
 def test_command(command, problems, tmp_path):
     out = tmp_path / "out"
-    names = ["other_quotes", "two_spaces", "rename_arguments"]
+    names = ["other_quotes", "two_spaces", "rename_function"]
     only = [f"--only={n}" for n in names]
     known = ['    """ Count the numbers', '  """ Count the numbers']
     status, stdout, stderr = command(
@@ -199,11 +190,10 @@ def test_command(command, problems, tmp_path):
     table = result["perturbations"]
     assert list(table) == names
     assert table["other_quotes"]["drop"] == 1  # ''' is not known
-    assert table["other_quotes"]["lost"] == 2
-    assert (table["two_spaces"]["reference_fails"], table["two_spaces"]["problems"]) == (1, 1)
+    assert (table["rename_function"]["drop"], table["rename_function"]["problems"]) == (0, 2)
     asked = [json.loads(line) for line in (out / "problems.jsonl").read_text().splitlines()]
     assert [p["task_id"] for p in asked][:3] == ["T/0", "T/1", "T/0@other_quotes"]
-    assert len(asked) == 2 + 2 + 1 + 2
+    assert len(asked) == 4 * 2
 
 
 def test_errors(command, problems):
