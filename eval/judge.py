@@ -96,22 +96,6 @@ def grade(client: Client, prompt: str, completion: str) -> dict:
     return {"grade": None, "assessment": last, "why": f"no reply of {DRAWS} ended with one grade"}
 
 
-def summary(grades: list[dict]) -> dict:
-    """Summarise the grades: mean with an interval, and how they go with the tests' verdicts."""
-    known = [g for g in grades if g["grade"] is not None]
-    frac = sum(g["grade"] for g in known) / 10 / len(known) if known else None
-    found = {
-        "mean_grade": frac,  # as a fraction of 10
-        "mean_grade_ci95": list(wilson(frac, len(known))) if known else None,
-        "graded": len(known),
-        "not_graded": len(grades) - len(known),
-    }
-    for name, passed in (("passed", True), ("failed", False)):
-        of = [g["grade"] for g in known if g["passed"] == passed]
-        found[f"mean_grade_of_{name}"] = sum(of) / len(of) if of else None
-    return found
-
-
 def judge(config: Config, client: Client | None) -> dict:
     """Write `config.out` and return results.json, or the price for a dry run. Raises UserError."""
     problems = read_problems(PROBLEMS)
@@ -123,14 +107,22 @@ def judge(config: Config, client: Client | None) -> dict:
         asked = [(prompts[s["task_id"]], s["completion"]) for s in samples]
         if config.dry_run:
             return client.price((messages(*pair), REPLY_TOKENS) for pair in asked)
-        files = {"samples": samples}
-        if client:
-            replies = client.in_order(lambda pair: grade(client, *pair), asked)
-            replies = tqdm(replies, "grading", len(asked), disable=None)
-            known = [{k: s[k] for k in ("task_id", "passed")} for s in samples]
-            files["grades"] = [sample | reply for sample, reply in zip(known, replies)]
-            result["judge"] = {**summary(files["grades"]), "endpoint": client.summary()}
-        write(result, **files)
+        if not client:
+            write(result, samples=samples)
+            return result
+        replies = client.in_order(lambda pair: grade(client, *pair), asked)
+        replies = tqdm(replies, "grading", len(asked), disable=None)
+        known = [{k: s[k] for k in ("task_id", "passed")} for s in samples]
+        grades = [sample | reply for sample, reply in zip(known, replies)]
+        given = [g["grade"] / 10 for g in grades if g["grade"] is not None]
+        frac = sum(given) / len(given) if given else None
+        result["judge"] = {
+            "mean_grade": frac,  # as a fraction of 10
+            "mean_grade_ci95": list(wilson(frac, len(given))) if given else None,
+            "graded": len(given),
+            "endpoint": client.summary(),
+        }
+        write(result, samples=samples, grades=grades)
     return result
 
 
@@ -148,14 +140,11 @@ def main() -> None:
     if not client:
         return print("grades     none: no endpoint was asked (--model), so the tests alone count")
     found = result["judge"]
-    print(f"grades     {found['graded']} by {config.model}; {found['not_graded']} answers got none")
+    print(f"grades     {found['graded']} of {result['problems']} answers, by {config.model}")
     if found["graded"]:
         low, high = (100 * x for x in found["mean_grade_ci95"])
         mean = f"{100 * found['mean_grade']:.1f} %   (95 % interval {low:.1f} to {high:.1f})"
         print(f"grade      {mean}")
-    for name in ("passed", "failed"):
-        if (mean := found[f"mean_grade_of_{name}"]) is not None:
-            print(f"           of those that {name} the tests: {mean:.1f} of 10")
 
 
 if __name__ == "__main__":

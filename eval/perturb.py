@@ -39,11 +39,9 @@ PERTURBATIONS: dict[str, Callable[[dict], dict | None]] = {}
 
 @dataclass(frozen=True)
 class Parts:
-    """A prompt, cut at its docstring: head + indent + prefix + quote + doc + quote + tail."""
+    """A prompt, cut at its docstring: head + quote + doc + quote + tail."""
 
-    head: str  # the lines before
-    indent: str  # of the docstring
-    prefix: str  # of the literal, such as r
+    head: str  # up to the literal's quotes
     quote: str
     doc: str  # as it stands in the source, escapes and all
     tail: str
@@ -52,7 +50,7 @@ class Parts:
     def join(self, **changes: str) -> dict:
         """Return the prompt with another doc or quote, as a change of the problem."""
         p = replace(self, **changes)
-        return {"prompt": f"{p.head}{p.indent}{p.prefix}{p.quote}{p.doc}{p.quote}{p.tail}"}
+        return {"prompt": f"{p.head}{p.quote}{p.doc}{p.quote}{p.tail}"}
 
 
 def split(problem: dict) -> Parts | None:
@@ -68,20 +66,21 @@ def split(problem: dict) -> Parts | None:
     named = [n for n in functions if n.name == problem["entry_point"]]
     if not named or not prompt.endswith("\n"):
         return None
-    for node in named[-1].body:  # one of HumanEval's has an import before its docstring
-        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
-            break
-    else:
+    # One of HumanEval's has an import before its docstring.
+    values = [n.value for n in named[-1].body if isinstance(n, ast.Expr)]
+    strings = [v for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
+    if not strings:
         return None
-    literal = ast.get_source_segment(source, node)
-    lines, first = prompt.splitlines(keepends=True), node.lineno - 1
-    indent, _, tail = "".join(lines[first:]).partition(literal)
+    literal, lines = ast.get_source_segment(source, strings[0]), prompt.splitlines(keepends=True)
+    above = "".join(lines[: strings[0].lineno - 1])
+    indent, _, tail = prompt[len(above) :].partition(literal)
     found = LITERAL.fullmatch(literal)
-    if not found or indent.strip() or node.end_lineno > len(lines):
+    if not found or indent.strip() or strings[0].end_lineno > len(lines):
         return None
     a = named[-1].args
     arguments = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
-    return Parts("".join(lines[:first]), indent, *found.groups(), tail, arguments)
+    prefix, quote, doc = found.groups()
+    return Parts(above + indent + prefix, quote, doc, tail, arguments)
 
 
 def perturbation(change: Callable[[dict, Parts], dict | None]) -> None:
@@ -151,28 +150,20 @@ def rename_tokens(source: str, names: dict[str, str]) -> str:
 # ---- Docstrings
 
 
-def example_lines(problem: dict, doc: str) -> list[bool]:
-    """Return for each line of a docstring whether it belongs to an example.
-
-    Examples are doctests up to a blank line, lines with a call of the function, and what stands
-    under a header such as "Example:" up to a blank line.
-    """
-    marks, inside = [], False
-    call = re.compile(rf"\b{re.escape(problem['entry_point'])}\(")
-    for text in map(str.strip, doc.split("\n")):
-        inside = bool(text) and (inside or text.startswith(">>>") or bool(HEADER.fullmatch(text)))
-        marks.append(inside or bool(call.search(text)))
-    return marks
-
-
 def change_prose(problem: dict, parts: Parts, change: Callable[[str], str]) -> dict | None:
-    """Apply `change` to each line's stretches of prose; None if it changes nothing."""
-    lines = parts.doc.split("\n")
-    for i, example in enumerate(example_lines(problem, parts.doc)):
-        if not example:
-            quoted = [*QUOTED.findall(lines[i]), ""]
-            prose = QUOTED.split(lines[i])
-            lines[i] = "".join(change(p) + q for p, q in zip(prose, quoted, strict=True))
+    """Apply `change` to each line's stretches of prose; None if it changes nothing.
+
+    Examples are no prose: doctests up to a blank line, lines with a call of the function, and what
+    stands under a header such as "Example:" up to a blank line.
+    """
+    lines, inside = parts.doc.split("\n"), False
+    call = re.compile(rf"\b{re.escape(problem['entry_point'])}\(")
+    for i, line in enumerate(lines):
+        text = line.strip()
+        inside = bool(text) and (inside or text.startswith(">>>") or bool(HEADER.fullmatch(text)))
+        if not inside and not call.search(line):
+            pairs = zip(QUOTED.split(line), [*QUOTED.findall(line), ""], strict=True)
+            lines[i] = "".join(change(prose) + quoted for prose, quoted in pairs)
     doc = "\n".join(lines)
     return parts.join(doc=doc) if doc != parts.doc else None
 

@@ -80,9 +80,7 @@ def self_check(problems: list[dict], timeout_s: float, **limits) -> dict[str, fl
     return seconds
 
 
-def remembered(
-    path: Path | None, problems: list[dict], work: Callable[[], dict], **limits
-) -> dict:
+def remembered(path: Path | None, problems: list[dict], work: Callable[[], dict], **limits) -> dict:
     """Return `work()`, or what `path` has of it under the same circumstances.
 
     The circumstances are the machine since it was started, Python, the code that runs programs, the
