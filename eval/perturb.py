@@ -6,11 +6,9 @@ as the text that stands in the source, so that all that is not meant to change s
 """
 
 import ast
-import builtins
 import functools
 import io
 import keyword
-import random
 import re
 import tokenize
 from collections.abc import Callable
@@ -18,7 +16,6 @@ from dataclasses import dataclass, replace
 
 from data.base.syntax import FUNCTIONS
 
-TYPO_FRAC = 1 / 6  # of the words that may get a typo
 LITERAL = re.compile(r"([a-zA-Z]*)(\"\"\"|'''|\"|')(.*)\2", re.DOTALL)
 QUOTED = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|`[^`\n]*`|\S*[_(\[{<>=]\S*")  # no prose inside
 HEADER = re.compile(r"(for )?(an )?(examples?|instances?)\W*\d*\W*", re.IGNORECASE)
@@ -166,29 +163,6 @@ def change_prose(problem: dict, parts: Parts, change: Callable[[str], str]) -> d
             lines[i] = "".join(change(prose) + quoted for prose, quoted in pairs)
     doc = "\n".join(lines)
     return parts.join(doc=doc) if doc != parts.doc else None
-
-
-@perturbation
-def typos(problem: dict, parts: Parts) -> dict | None:
-    """Exchange two letters inside a word, in one word of six, but for names."""
-    rng = random.Random(f"typos {problem['prompt']}")
-    code = "\n".join(problem[k] for k in ("prompt", "canonical_solution", "test"))
-    names = {t.string for t in tokens(code) if t.type == tokenize.NAME} | set(dir(builtins))
-    names |= set(keyword.kwlist) - {"return", "is", "in", "and", "or"}
-
-    def mistype(match: re.Match) -> str:
-        word = match[0]
-        places = [i for i in range(1, len(word) - 2) if word[i] != word[i + 1]]
-        if word in names or not places or rng.random() >= TYPO_FRAC:
-            return word
-        i = rng.choice(places)
-        return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-
-    def change(text: str) -> str:
-        return re.sub(r"\b[A-Za-z]{5,}\b", mistype, text)
-
-    tries = (change_prose(problem, parts, change) for _ in range(20))  # chance may spare all words
-    return next(filter(None, tries), None)
 
 
 @perturbation

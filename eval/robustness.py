@@ -2,11 +2,11 @@
 
     python -m eval.robustness --problems HumanEval.jsonl.gz --checkpoint out/run --out out/robust
 
-The authors of phi-1 name as a limit that it is sensitive to style and to errors in a prompt. Each
-perturbation of eval/perturb.py keeps what is asked for; the self-check runs the references of the
-perturbed problems, too. What becomes of prose cannot be run: read problems.jsonl. The drop is over
-the problems that a perturbation applies to, each paired with itself. The folder --out has
-results.json, problems.jsonl (all prompts as asked) and samples.jsonl.
+The authors of phi-1 name as a limit that it is sensitive to a prompt's style. Each perturbation of
+eval/perturb.py keeps what is asked for; the self-check runs the references of the perturbed
+problems, too. What becomes of prose cannot be run: read problems.jsonl. The drop is over the
+problems that a perturbation applies to, each paired with itself. The folder --out has results.json,
+problems.jsonl (all prompts as asked) and samples.jsonl.
 """
 
 import json

@@ -121,7 +121,7 @@ def test_held_out_forms_can_be_perturbed():
     for i, task in enumerate(TASKS[:40]):
         problem = exercises.as_problem(vary(task, random.Random(i), 0), results(task), [3])
         assert perturb.split(problem)
-        for name in ("rename_function", "rename_arguments", "two_spaces", "typos"):
+        for name in ("rename_function", "rename_arguments", "two_spaces"):
             if other := perturb.PERTURBATIONS[name](problem):
                 namespace = {}
                 exec(other["prompt"] + other["canonical_solution"] + other["test"], namespace)

@@ -82,20 +82,6 @@ def test_rename_arguments():
     assert p["canonical_solution"].count("given_numbers") == 2
 
 
-def test_typos_spare_names_examples_and_quotes():
-    changed = 0
-    for i in range(20):  # the prompt is the seed
-        prompt = PROMPT.replace("matter", "matter" * (i + 1))
-        doc = perturbed("typos", prompt=prompt)["prompt"]
-        assert sorted(doc) == sorted(prompt)
-        differ = [(a, b) for a, b in zip(doc.split(), prompt.split()) if a != b]
-        changed += len(differ)
-        for _, right in differ:
-            assert right.strip(",.") not in ("numbers", "limit", '"given"', "List", "return")
-        assert ">>> count_near([1, 5])\n    1\n" in doc
-    assert changed >= 20
-
-
 def test_reworded():
     doc = docstring(perturbed("reworded")["prompt"])
     assert doc.startswith(
@@ -119,8 +105,6 @@ def test_humaneval_keeps_its_meaning(shared_eval):
     for name, perturb in PERTURBATIONS.items():
         applied = [p for p in map(perturb, problems) if p]
         assert len(applied) >= 155, name
-        for p in applied:
-            compile(p["prompt"] + p["canonical_solution"], p["task_id"], "exec")
         checks += [check(p, p["canonical_solution"], 60) for p in applied[::16]]  # all pass
         names += [(name, p["task_id"]) for p in applied[::16]]
     verdicts = run_checks(checks, tier=TIER)
@@ -136,52 +120,29 @@ def test_paired_interval():
     assert found["ci95"] == pytest.approx([8 / 52 - spread, 8 / 52 + spread])
 
 
-@pytest.fixture
-def command(monkeypatch, in_process):
-    """Run eval.robustness with a model that knows the prompts that have one of `known`."""
+def test_command(monkeypatch, in_process, tmp_path):
+    """With a model that knows the problem with its own quotes and indentation."""
+
+    def generate(prompts, **options):
+        known = '    """ Count the numbers'
+        return [PROBLEM["canonical_solution"] if known in p else "    return -1\n" for p in prompts]
+
+    model = types.SimpleNamespace(fits=lambda prompt: True, generate=generate)
+    generator = types.SimpleNamespace(load=lambda checkpoint, device: model)
+    monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=generator))
     monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 1.0)
+    problems = write(tmp_path / "problems.jsonl", [PROBLEM, {**PROBLEM, "task_id": "T/1"}])
+    arguments = ["--problems", problems, "--checkpoint", "x", "--sandbox", TIER]
+    assert "rename_function" in in_process(robustness.main, *arguments, "--only", "caps")[2]
 
-    def call(known, *arguments):
-        def generate(prompts, **options):
-            good, bad = PROBLEM["canonical_solution"], "    return -1\n"
-            return [good if any(k in p for k in known) else bad for p in prompts]
-
-        model = types.SimpleNamespace(fits=lambda prompt: True, generate=generate)
-        generator = types.SimpleNamespace(load=lambda checkpoint, device: model)
-        monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=generator))
-        return in_process(robustness.main, *arguments, "--sandbox", TIER)
-
-    return call
-
-
-@pytest.fixture
-def problems(tmp_path):
-    return write(tmp_path / "problems.jsonl", [PROBLEM, {**PROBLEM, "task_id": "T/1"}])
-
-
-def test_command(command, problems, tmp_path):
-    out = tmp_path / "out"
-    names = ["other_quotes", "two_spaces", "rename_function"]
+    out, names = tmp_path / "out", ["other_quotes", "two_spaces", "rename_function"]
     only = [f"--only={n}" for n in names]
-    known = ['    """ Count the numbers', '  """ Count the numbers']
-    status, stdout, stderr = command(
-        known, "--problems", problems, "--checkpoint", "x", "--out", out, "--json", *only
-    )
+    status, stdout, stderr = in_process(robustness.main, *arguments, "--out", out, "--json", *only)
     assert status == 0, stderr
     result = json.loads(stdout)
     assert result == json.loads((out / "results.json").read_text())
-    assert result["pass@1"] == 1
-    assert result["problems"] == 2
-    table = result["perturbations"]
-    assert list(table) == names
-    assert table["other_quotes"]["drop"] == 1  # ''' is not known
-    assert (table["rename_function"]["drop"], table["rename_function"]["problems"]) == (0, 2)
+    assert (result["pass@1"], result["problems"]) == (1, 2)
+    found = {name: row["drop"] for name, row in result["perturbations"].items()}
+    assert found == {"other_quotes": 1, "two_spaces": 1, "rename_function": 0}
     asked = [p["task_id"] for p in lines(out / "problems.jsonl")]
     assert asked[:3] == ["T/0", "T/1", "T/0@other_quotes"]
-
-
-def test_errors(command, problems):
-    flags = ["--problems", problems]
-    assert "--checkpoint" in command([], *flags, "--samples", problems)[2]
-    error = command([], *flags, "--checkpoint", "x", "--only", "caps")[2]
-    assert "rename_function" in error
