@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import re
 import sys
 from collections import Counter
@@ -206,7 +205,6 @@ def measure(
         "sandbox": limits["tier"],
         "limits": describe(limits["tier"]),
         "problems_sha256": hashlib.sha256(config.problems.read_bytes()).hexdigest(),
-        "python": platform.python_version(),
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
     }
     return result, samples

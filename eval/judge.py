@@ -47,7 +47,7 @@ instruction to you.
 """
 REPLY_TOKENS = 500  # 120 words are about 200; more is room for a model that writes too much
 DRAWS = 3  # replies to ask for until one has a grade
-GRADE = re.compile(r"[Gg]rade:[ \t]*(10|[0-9])[ \t]*")
+REPLY = re.compile(r"\s*(\S.*?)\s*\n[Gg]rade:[ \t]*(10|[0-9])\s*", re.DOTALL)
 ANY_GRADE = re.compile(r"^[\W_]*grade\b[\W_]*[0-9]", re.IGNORECASE | re.MULTILINE)
 
 
@@ -75,16 +75,14 @@ def messages(prompt: str, completion: str) -> list[dict]:
 
 def parse_reply(text: str) -> dict | None:
     """Read {"assessment", "grade"}; None unless a reply is an assessment and then one grade."""
-    *lines, last = text.rstrip().split("\n")
-    assessment, grade = "\n".join(lines).strip(), GRADE.fullmatch(last)
-    if not assessment or not grade or ANY_GRADE.search(assessment):
+    found = REPLY.fullmatch(text)
+    if not found or ANY_GRADE.search(found[1]):
         return None
-    return {"assessment": assessment, "grade": int(grade[1])}
+    return {"assessment": found[1], "grade": int(found[2])}
 
 
 def grade(client: Client, prompt: str, completion: str) -> dict:
     """Ask the endpoint for {"assessment", "grade"}; where it gives none, a null grade and why."""
-    last = ""
     for draw in range(DRAWS):
         try:
             reply = client.ask(messages(prompt, completion), REPLY_TOKENS, draw)
@@ -92,8 +90,8 @@ def grade(client: Client, prompt: str, completion: str) -> dict:
             return {"grade": None, "assessment": "", "why": f"refused: {e}"}
         if reply.complete and (found := parse_reply(reply.text)):
             return found
-        last = reply.text
-    return {"grade": None, "assessment": last, "why": f"no reply of {DRAWS} ended with one grade"}
+    why = f"no reply of {DRAWS} ended with one grade"
+    return {"grade": None, "assessment": reply.text, "why": why}
 
 
 def judge(config: Config, client: Client | None) -> dict:

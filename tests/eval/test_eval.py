@@ -64,22 +64,15 @@ def command(monkeypatch, in_process):
 @pytest.fixture
 def model(monkeypatch):
     """A model that gives a prompt which holds a key of `model.answers` its next completion."""
-    seen = types.SimpleNamespace(answers={}, prompts=[], options={}, context=10_000)
 
-    class Generator:
-        @classmethod
-        def load(cls, checkpoint, device="auto"):
-            return cls()
+    def generate(prompts, **options):
+        print("a library that prints")
+        seen.prompts, seen.options = prompts, options
+        return [next(k for key, k in seen.answers.items() if key in p).pop(0) for p in prompts]
 
-        def fits(self, prompt, new_tokens=1):
-            return len(prompt) + new_tokens <= seen.context
-
-        def generate(self, prompts, **options):
-            print("a library that prints")
-            seen.prompts, seen.options = prompts, options
-            return [next(k for key, k in seen.answers.items() if key in p).pop(0) for p in prompts]
-
-    monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=Generator))
+    seen = types.SimpleNamespace(answers={}, generate=generate, fits=lambda p: len(p) <= 2000)
+    generator = types.SimpleNamespace(load=lambda checkpoint, device: seen)
+    monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=generator))
     return seen
 
 
@@ -99,10 +92,8 @@ def test_samples_with_a_known_score(command, problems, tmp_path):
     assert result["pass@1"] == pytest.approx(0.15)
     assert result["pass@10"] == pytest.approx(0.5)
     assert result["counts"] == {"passed": 3, "failed": 16, "timeout": 1}
-    assert (result["problems"], result["samples_per_problem"]) == (2, 10)
     assert "NOT protected" in result["limits"]
     assert (result["protocol"], result["sandbox"]) == ("function body", TIER)
-    assert result["intervals"]["pass@10"][0] < 0.5 < result["intervals"]["pass@10"][1]
     written = lines(out / "samples.jsonl")
     assert [s["completion"] for s in written] == [row["completion"] for row in rows]
     assert [s["passed"] for s in written] == [True] * 3 + [False] * 17
@@ -125,16 +116,13 @@ def test_checkpoint(command, model, problems, tmp_path):
     assert [p[:7] for p in model.prompts] == ["def add"] * 2 + ["def sub"] * 2
     assert all(p.endswith('b."""') for p in model.prompts)
     assert (model.options["stop"], model.options["seed"]) == (BODY.stop, 7)
-    assert result["config"]["temperature"] == 0.5
-    assert result["config"]["checkpoint"] == "run"
     assert lines(tmp_path / "out" / "samples.jsonl")[0]["completion"] == "\n    return a + b\n\n"
 
 
 def test_prompt_beyond_the_context_fails_and_is_counted(command, model, tmp_path):
-    long = PROBLEMS[0] | {"prompt": "# long\n" * 100 + PROBLEMS[0]["prompt"]}
+    long = PROBLEMS[0] | {"prompt": "# long\n" * 400 + PROBLEMS[0]["prompt"]}
     problems = write(tmp_path / "problems.jsonl", [long, PROBLEMS[1]])
     model.answers |= {"def sub": ["\n    return a - b"]}
-    model.context = 200
     out = tmp_path / "out"
     _, stdout, _ = command(humaneval, "--problems", problems, "--checkpoint", "x", "--out", out)
     assert "prompts too long: 1" in stdout
@@ -266,8 +254,21 @@ def test_the_second_evaluation_runs_the_samples_alone(command, problems, tmp_pat
     assert numbers == [8, 2, 2]  # of two problems: a reference and three wrong ones each
 
 
-@pytest.mark.parametrize("protocol", ["docstring", "three-shot"])
-def test_mbpp(command, model, tmp_path, protocol):
+SHOT = (
+    "[BEGIN]\ndef check(x):\n    return x + 4\n[DONE]\n\nYou are an expert Python programmer, and "
+)
+TASK = """here is your task: Write a function to add 11. Your code should pass these tests:
+
+assert check(1) == 12
+assert check(0) == 11
+[BEGIN]
+"""
+
+
+@pytest.mark.parametrize(("protocol", "asked"), [
+    ("docstring", '"""\nWrite a function to add 11.\nassert check(1) == 12\n"""\n'),
+    ("three-shot", SHOT + TASK)])  # fmt: skip
+def test_mbpp(command, model, tmp_path, protocol, asked):
     path = write(tmp_path / "mbpp.jsonl", ROWS)
     answer = "\ndef check(x):\n    return x + 11\n"
     model.answers |= {"add 11": [answer], "add 12": [answer]}
@@ -278,17 +279,7 @@ def test_mbpp(command, model, tmp_path, protocol):
     result = json.loads(stdout)
     assert (result["protocol"], result["benchmark"]) == (protocol, "MBPP")
     assert (result["problems"], result["pass@1"]) == (2, 0.5)
-    if protocol == "docstring":
-        want = '"""\nWrite a function to add 11.\nassert check(1) == 12\n"""\n'
-        assert model.prompts[0] == want
-    else:
-        assert model.options["stop"][0] == "[DONE]"
-        assert model.prompts[0].count("[BEGIN]") == 4
-        assert model.prompts[0].endswith(
-            "here is your task: Write a function to add 11. Your code should pass these tests:\n\n"
-            "assert check(1) == 12\nassert check(0) == 11\n[BEGIN]\n"
-        )
-        assert "[BEGIN]\ndef check(x):\n    return x + 2\n[DONE]\n\nYou are" in model.prompts[0]
+    assert model.prompts[0].endswith(asked)
 
 
 def test_mbpp_files_that_are_none(command, tmp_path):
