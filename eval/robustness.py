@@ -2,11 +2,11 @@
 
     python -m eval.robustness --problems HumanEval.jsonl.gz --checkpoint out/run --out out/robust
 
-The authors of phi-1 name as a limit that it is sensitive to style and to errors in a prompt. Each
-perturbation of eval/perturb.py keeps what is asked for; a problem whose reference fails under the
-perturbed prompt and test is left out, and counted. What becomes of prose cannot be run: read
-problems.jsonl. The drop is over the problems that a perturbation applies to, each paired with
-itself. The folder --out has results.json, problems.jsonl (all prompts as asked) and samples.jsonl.
+The authors of phi-1 name as a limit that it is sensitive to a prompt's style. Each perturbation of
+eval/perturb.py keeps what is asked for; the self-check runs the references of the perturbed
+problems, too. What becomes of prose cannot be run: read problems.jsonl. The drop is over the
+problems that a perturbation applies to, each paired with itself. The folder --out has results.json,
+problems.jsonl (all prompts as asked) and samples.jsonl.
 """
 
 import json
@@ -18,7 +18,6 @@ from data.base.benchmarks import read_problems
 from eval.harness import BODY, Evaluation, measure, writing
 from eval.perturb import PERTURBATIONS
 from eval.scores import Z95, mean, rates
-from sandbox.self_check import PATIENCE, check, remembered, run_all, slowdown
 
 
 @dataclass(frozen=True)
@@ -36,21 +35,6 @@ class Config(Evaluation):
                 raise UserError(f"--only {name}: want one of {', '.join(PERTURBATIONS)}")
 
 
-def sound(config: Config, problems: list[dict]) -> list[dict]:
-    """Return the perturbed problems whose references pass."""
-    limits = config.limits()
-
-    def references() -> dict[str, bool]:
-        timeout_s = PATIENCE * config.timeout_s * slowdown(**limits)
-        checks = [check(p, p["canonical_solution"], timeout_s) for p in problems]
-        verdicts = run_all(checks, progress="references", **limits)
-        return {p["task_id"]: v.status == "passed" for p, v in zip(problems, verdicts)}
-
-    where = config.self_check, "perturbed references", problems
-    passed = remembered(*where, references, timeout_s=config.timeout_s, **limits)
-    return [p for p in problems if passed[p["task_id"]]]
-
-
 def paired(before: list[float], after: list[float]) -> dict:
     """Compare `before` with `after`, pair by pair: the drop, with a 95 % interval.
 
@@ -66,8 +50,6 @@ def paired(before: list[float], after: list[float]) -> dict:
         "after": math.fsum(after) / len(after),
         "drop": math.fsum(drops) / len(drops),
         "ci95": [max(-1.0, middle - spread), min(1.0, middle + spread)],
-        "lost": sum(d > 0 for d in drops),
-        "gained": sum(d < 0 for d in drops),
     }
 
 
@@ -75,21 +57,18 @@ def robustness(config: Config) -> tuple[dict, list[dict], list[dict]]:
     """Measure (results.json, problems asked, samples). Raises UserError."""
     problems = read_problems(config.problems)[: config.limit or None]
     names = config.only or PERTURBATIONS
-    made = [(p["task_id"], name, PERTURBATIONS[name](p)) for name in names for p in problems]
-    perturbed = [{**p, "task_id": f"{task_id}@{name}"} for task_id, name, p in made if p]
-    asked = [*problems, *sound(config, perturbed)]
+    asked = list(problems)
+    for name in names:
+        changed = filter(None, map(PERTURBATIONS[name], problems))
+        asked += [{**p, "task_id": f"{p['task_id']}@{name}"} for p in changed]
     result, samples = measure(replace(config, limit=0), "robustness", asked, BODY)
     found = rates(samples)
     before, rows = {p["task_id"]: found[p["task_id"]] for p in problems}, {}
     for name in names:
         of = f"@{name}"
         after = {t.removesuffix(of): rate for t, rate in found.items() if t.endswith(of)}
-        applies = sum(p["task_id"].endswith(of) for p in perturbed)
-        rows[name] = {
-            "does_not_apply": len(problems) - applies,
-            "reference_fails": applies - len(after),
-            **(paired([before[t] for t in after], [*after.values()]) if after else {"problems": 0}),
-        }
+        pairs = [before[t] for t in after], [*after.values()]
+        rows[name] = paired(*pairs) if after else {"problems": 0}
     # What is over all prompts, perturbed ones among them, would be read as the benchmark's.
     whole = ("pass@", "ci95", "intervals", "counts")
     result = {k: v for k, v in result.items() if not k.startswith(whole)}
@@ -104,15 +83,13 @@ def main() -> None:
     if config.json:
         return print(json.dumps(result))
     print(f"{result['problems']} problems as they are: pass@1 {100 * result['pass@1']:.1f} %")
-    print("perturbed by       pairs  before   after    drop (95 % interval)   lost gained")
+    print("perturbed by       pairs  before   after    drop (95 % interval)")
     for name, row in result["perturbations"].items():
-        if row["problems"]:
-            values = [row["before"], row["after"], row["drop"], *row["ci95"]]
-            before, after, drop, low, high = (f"{100 * x:5.1f}" for x in values)
-            print(f"{name:17} {row['problems']:6}  {before}   {after}   {drop} ({low} to {high})"
-                  f"  {row['lost']:7} {row['gained']:6}")  # fmt: skip
-        if row["reference_fails"]:
-            print(f"{name:17} {row['reference_fails']:6}  left out: the reference fails")
+        if not row["problems"]:
+            continue
+        values = [row["before"], row["after"], row["drop"], *row["ci95"]]
+        before, after, drop, low, high = (f"{100 * x:5.1f}" for x in values)
+        print(f"{name:17} {row['problems']:6}  {before}   {after}   {drop} ({low} to {high})")
     print(result["limits"])
 
 

@@ -1,14 +1,11 @@
-"""Compute pass@k and how sure it is; read the scores that evaluations wrote."""
+"""Compute pass@k and how sure it is."""
 
 import itertools
 import math
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
-from common.config import UserError, parse
-from common.files import read_json, read_jsonl
+from common.config import parse
 
 KS = (1, 10, 100)  # as reported by Chen et al. 2021, arXiv 2107.03374
 Z95 = 1.959964  # 97.5 % point of the normal distribution
@@ -63,32 +60,6 @@ def by_task(samples: Iterable[dict]) -> dict[str, list[bool]]:
 def rates(samples: Iterable[dict]) -> dict[str, float]:
     """Return {task_id: the share of its samples that passed}."""
     return {task_id: sum(p) / len(p) for task_id, p in by_task(samples).items()}
-
-
-@dataclass(frozen=True)
-class Result:
-    """An evaluation's folder."""
-
-    folder: Path
-    result: dict  # results.json
-
-    @property
-    def model(self) -> str:
-        """Name what was scored: the checkpoint's folder, or the samples' file."""
-        config = self.result["config"]
-        return config.get("checkpoint") or config.get("samples") or str(self.folder)
-
-    def rates(self) -> dict[str, float]:
-        """Return {task_id: the share of its samples that passed}."""
-        return rates(read_jsonl(self.folder / "samples.jsonl"))
-
-
-def read_result(folder: Path) -> Result:
-    """Read the results.json of an evaluation. Raises UserError if `folder` has none."""
-    result = read_json(folder / "results.json") or {}
-    if not {"benchmark", "protocol", "config", "pass@1", "ci95", "problems"} <= result.keys():
-        raise UserError(f"{folder}/results.json: no evaluation's; name the --out of an evaluation")
-    return Result(folder, result)
 
 
 def parse_folders(cls, field: str):

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, run
-from common.files import read_jsonl
-from eval.scores import mean, parse_folders, percent, read_result
+from common.files import read_json, read_jsonl
+from eval.scores import mean, parse_folders, percent, rates
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,20 @@ def difference(a: dict | None, b: dict | None) -> dict | None:
 
 def table(folder: Path, report: Path) -> dict:
     """Split an evaluation's score at each tau of the report. Raises UserError."""
-    close, result = read_report(report), read_result(folder)
-    rates = result.rates()
-    if unknown := rates.keys() - close:
+    close, result = read_report(report), read_json(folder / "results.json") or {}
+    if "protocol" not in result:
+        raise UserError(f"{folder}/results.json: no evaluation's; name the --out of an evaluation")
+    rated = rates(read_jsonl(folder / "samples.jsonl"))
+    if unknown := rated.keys() - close:
         raise UserError(f"{folder}: {min(unknown)!r} is not in {report}; give data.decontaminate "
                         "the --benchmarks that this is a score of")  # fmt: skip
     taus = sorted(next(iter(close.values())), key=float, reverse=True)
     return {
         "folder": str(folder),
-        "model": result.model,
-        "benchmark": result.result["benchmark"],
-        "total": mean(list(rates.values())),
-        "taus": {tau: split(rates, close, tau) for tau in taus},
+        "model": result["config"]["checkpoint"] or result["config"]["samples"],
+        "benchmark": result["benchmark"],
+        "total": mean(list(rated.values())),
+        "taus": {tau: split(rated, close, tau) for tau in taus},
     }
 
 

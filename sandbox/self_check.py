@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common.code import code_hash
 from common.config import UserError
-from common.files import read_json, write_json
+from common.files import write_json
 from sandbox.execute import Check, Verdict, run_checks
 
 SLOW_FRAC = 0.01  # of the references may time out
@@ -80,10 +80,8 @@ def self_check(problems: list[dict], timeout_s: float, **limits) -> dict[str, fl
     return seconds
 
 
-def remembered(
-    path: Path | None, name: str, problems: list[dict], work: Callable[[], dict], **limits
-) -> dict:
-    """Return `work()`, or what `path` has under this `name` of the same circumstances.
+def remembered(path: Path | None, problems: list[dict], work: Callable[[], dict], **limits) -> dict:
+    """Return `work()`, or what `path` has of it under the same circumstances.
 
     The circumstances are the machine since it was started, Python, the code that runs programs, the
     `limits` (tier and nominal timeout among them) and the problems, word by word.
@@ -94,11 +92,10 @@ def remembered(
     here += [code_hash("sandbox.self_check"), limits, problems]
     key = hashlib.sha256(json.dumps(here).encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none to be read
-        return json.loads(path.read_text())[name][key]
+        return json.loads(path.read_text())[key]
     found = work()
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = read_json(path, strict=False)  # again: another evaluation may have written there
-    write_json(path, {**(known if isinstance(known, dict) else {}), name: {key: found}})
+    write_json(path, {key: found})
     return found
 
 

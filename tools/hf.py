@@ -71,10 +71,8 @@ class Import:
 def main() -> None:
     commands = {"export": (Export, export), "import": (Import, import_)}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("-h", "--help"):
-        return print(__doc__)
     if name not in commands:
-        raise UserError(f"got {name!r}, want one of {', '.join(commands)} first; see --help")
+        raise UserError(f"say what to do: {' or '.join(commands)}, then the options or --help")
     cls, command = commands[name]
     command(parse(cls, sys.argv[2:]))
 
@@ -160,10 +158,10 @@ def parts(model: Phi) -> dict[str, torch.Tensor]:
 def load(model: Phi, folder: Path) -> None:
     """Copy the safetensors weights in `folder`, whole or in shards, into `model`.
 
-    Raises UserError if a tensor is missing or unknown, or its shape or type does not fit.
+    Raises UserError if a tensor is missing or unknown, or its shape does not fit.
     """
     mine, where = parts(model), {}  # {name: the open file that has it}
-    for path in weight_files(folder):
+    for path in sorted(folder.glob("*.safetensors")):
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as e:
@@ -171,31 +169,16 @@ def load(model: Phi, folder: Path) -> None:
         where |= dict.fromkeys(file.keys(), file)
     for name in sorted(mine.keys() ^ where.keys()):
         problem = "is missing" if name in mine else "has no place in this model"
-        raise UserError(f"{folder}: the tensor {name} {problem}; want exactly PhiForCausalLM's")
+        raise UserError(
+            f"{folder}: the tensor {name} {problem}; want exactly PhiForCausalLM's in .safetensors "
+            "files; load and save other weights with transformers first"
+        )
     for name, part in tqdm(mine.items(), desc="import", unit="tensor", disable=None):
         tensor = where[name].get_tensor(name)
         got, want = list(tensor.shape), list(part.shape)
         if got != want:
             raise UserError(f"{folder}: {name} is {got}, and config.json makes it {want}")
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(f"{folder}: {name} is {tensor.dtype}, want float32, 16 or bfloat16")
         part.copy_(tensor)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files of `folder`: the single one, or those that its index names."""
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    if (folder / WEIGHTS_FILE).exists():
-        return [folder / WEIGHTS_FILE]
-    if not index.exists():
-        raise UserError(
-            f"{folder} has no {WEIGHTS_FILE} and no {index.name}; weights in pickles (.bin) are "
-            f"not read: load and save them with transformers first"
-        )
-    names = sorted(set(read_json(index)["weight_map"].values()))
-    if any(Path(name).name != name for name in names):
-        raise UserError(f"{index} names files outside of its folder")
-    return [folder / name for name in names]
 
 
 def phi_config(c: ModelConfig, tokenizer: Tokenizer) -> dict:
@@ -239,9 +222,6 @@ def model_config(path: Path) -> ModelConfig:
     for key, values in FIXED.items():
         check(key, h.get(key, values[0]), *values)
     shape = {ours: h.get(theirs, getattr(ModelConfig, ours)) for theirs, ours in NAMES.items()}
-    for theirs, ours in NAMES.items():
-        if type(shape[ours]) is not int:
-            raise UserError(f"{path}: {theirs} is {shape[ours]!r}, want an integer")
     c = ModelConfig(**shape, rotary_dim=0)
     check("num_key_value_heads", h.get("num_key_value_heads"), None, c.n_head)
     check("head_dim", h.get("head_dim"), None, c.head_dim)
@@ -251,43 +231,23 @@ def model_config(path: Path) -> ModelConfig:
     check("rope_type", rope.get("rope_type", "default"), "default")
     theta = rope.get("rope_theta", h.get("rope_theta", ModelConfig.rope_theta))
     factor = rope.get("partial_rotary_factor", h.get("partial_rotary_factor", 0.5))
-    rotary_dim = int(c.head_dim * factor)
-    if rotary_dim % 2 or not 0 <= rotary_dim <= c.head_dim:
-        raise UserError(f"{path}: partial_rotary_factor is {factor}: no even share of a head")
-    return ModelConfig(**shape, rotary_dim=rotary_dim, rope_theta=float(theta), dropout=dropout)
+    more = {"rope_theta": float(theta), "dropout": dropout}
+    return ModelConfig(**shape, rotary_dim=int(c.head_dim * factor), **more)
 
 
-def model_card(source: Path, c: ModelConfig, tokenizer: Tokenizer) -> str:
-    """Return README.md of an export: what the model is, where it comes from, how to use it."""
-    meta = checkpoint.read_meta(source)
-    lineage = {**meta, "weights_crc32": checkpoint.checksum(source)}
-    if source.parent.name == "checkpoints":
-        lineage["run_config"] = read_json(source.parent.parent / "config.json")
+def model_card(source: Path, model: ModelConfig, tokenizer: Tokenizer) -> str:
+    """Return README.md of an export: what the model is, and where it comes from."""
+    lineage = {**checkpoint.read_meta(source), "weights_crc32": checkpoint.checksum(source)}
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [phi, code, nanophi]
 ---
-# {Path(meta.get("run", source)).name}
-
 A decoder of phi-1's architecture (`PhiForCausalLM`, arXiv 2306.11644) trained with nanophi:
-{parameter_count(c):,} parameters in float32, {c.n_layer} layers, width {c.width}, {c.n_head} heads,
-a context of {c.seq_len} tokens, a vocabulary of {tokenizer.vocab_size} tokens.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
-prompt = tokenizer("def add(a, b):", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0], skip_special_tokens=True))
-```
-
+{parameter_count(model):,} parameters in float32, for `AutoModelForCausalLM` and `AutoTokenizer`.
 The tokenizer puts {len(tokenizer.start)} tokens before a prompt, as in training, and never reads
 `{END_OF_TEXT}` in a text as the end-of-text token; use `eos_token_id` = {tokenizer.end_of_text}.
 It completes code; it follows no instructions. Run what it writes in a sandbox only.
-
-## Lineage
 
 ```json
 {json.dumps(lineage, indent=2, ensure_ascii=False)}

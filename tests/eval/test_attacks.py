@@ -29,13 +29,8 @@ def call(result):
 # the file `reference`; both are open to all. PORT is that of a server on this machine.
 ESCAPES = {
     "fork": "os._exit(0) if os.fork() == 0 else os.wait()",
-    "fork bomb": "n = 0\nfor _ in range(50):\n if os.fork() == 0: os._exit(0)",
-    "daemon": "if os.fork() == 0:\n os.setsid()\n os._exit(0)",
     "vfork and exec": "os.posix_spawn('/bin/true', ['true'], {})",
-    "shell": "import subprocess; subprocess.run('true', shell=True, check=True)",
-    "system": "assert os.system('true') == 0",
     "exec": "os.execv('/bin/touch', ['touch', FOLDER + '/executed'])",
-    "multiprocessing": "import multiprocessing\nmultiprocessing.Process(target=int).start()",
     "thread": "t = threading.Thread(target=int)\nt.start(); t.join()",
     "clone3": "call(libc.syscall(435, 0, 0))",
     "signal to the parent": "os.kill(os.getppid(), 0)",
@@ -43,7 +38,6 @@ ESCAPES = {
     "signal through a pidfd": "signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 0)",
     "signal by owning a pipe": "import fcntl\nfcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())",
     "ptrace": "call(libc.ptrace(0, 0, 0, 0))",
-    "ptrace the parent": "call(libc.ptrace(16, os.getppid(), 0, 0))",
     "memory of the parent": "b = ctypes.create_string_buffer(16)\nclass V(ctypes.Structure):\n"
     " _fields_ = [('p', ctypes.c_void_p), ('n', ctypes.c_size_t)]\nv = V(ctypes.addressof(b), 8)\n"
     "w = V(id(None), 8)\ncall(libc.process_vm_readv(os.getppid(), ctypes.byref(v), 1, "
@@ -51,7 +45,6 @@ ESCAPES = {
     "memory through /proc": "open(f'/proc/{os.getppid()}/mem', 'rb').close()",
     "environment of others": "open('/proc/1/environ', 'rb').read()",
     "user namespace": "call(libc.unshare(0x10000000))",
-    "other namespaces": "call(libc.unshare(0x60020000))",
     "become root": "os.setuid(0); os.seteuid(0)\nassert os.geteuid() == 0",
     "stay root": "assert 0 in os.getresuid() + os.getresgid()",
     "keep capabilities": "s = open('/proc/self/status').read()\n"
@@ -65,7 +58,6 @@ ESCAPES = {
     "'../' * 20 + FOLDER + '/reference', 0, dir_fd=fd)); break\n except OSError: pass\n"
     "else: raise OSError",
     "list a folder": "os.listdir(FOLDER)",
-    "list the home": "assert os.listdir(os.path.expanduser('~'))",
     "accounts": "open('/etc/passwd').read()",
     "installed packages": "import numpy",
     "the project": "import common.config",
@@ -73,10 +65,8 @@ ESCAPES = {
     "plant a file": "open(FOLDER + '/planted', 'w').close()",
     "plant a module": "open(os.path.dirname(os.__file__) + '/planted.py', 'w').close()",
     "plant in /tmp": "import tempfile; tempfile.NamedTemporaryFile()",
-    "plant here": "open('planted', 'w').close()",
     "make a folder": "os.mkdir(FOLDER + '/made')",
     "delete": "os.unlink(FOLDER + '/reference')",
-    "delete all": "import shutil; shutil.rmtree(FOLDER)",
     "truncate": "os.truncate(FOLDER + '/reference', 0)",
     "rename": "os.rename(FOLDER + '/reference', FOLDER + '/taken')",
     "change the mode": "os.chmod(FOLDER, 0)",
@@ -88,7 +78,6 @@ ESCAPES = {
     "TCP": "socket.create_connection(('127.0.0.1', PORT), 2)",
     "UDP": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT))",
     "Unix socket": "socket.socket(socket.AF_UNIX).bind(b'\\0nanophi')",
-    "netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
     "name server": "socket.getaddrinfo('localhost', PORT)",
     "lift a limit": "import resource as r\nr.setrlimit(r.RLIMIT_AS, (-1, -1))",
     "limits of the parent": "import resource as r\nr.prlimit(os.getppid(), r.RLIMIT_NOFILE)",
@@ -152,9 +141,7 @@ FORGE = {
     **FOOLS,
     "helper redefined": "    return 5\ndef helper(x):\n    return 1729\n",
     "exit 0": "    import os\n    os._exit(0)\n",
-    "exit at once": "    pass\nimport os\nos._exit(0)\n",
     "sys.exit": "    raise SystemExit(0)\n",
-    "sys.exit at once": "    pass\nimport sys\nsys.exit(0)\n",
     "all exceptions": "    raise BaseException\n",
     "StopIteration": "    raise StopIteration\n",
     "GeneratorExit": "    raise GeneratorExit\n",
@@ -195,7 +182,6 @@ FORGE = {
     "deep recursion": "    import sys\n    sys.setrecursionlimit(10**9)\n    return f(x) + f(x)\n",
     "message that raises": "    raise E\nclass E(Exception):\n    def __str__(self): raise self\n",
     "memory": "    return len(bytearray(10**11))\n",
-    "memory in steps": "    y = []\n    while True: y.append(bytearray(10**7))\n",
     "stdin": "    return input()\n",
 }  # fmt: skip
 HANG = {
@@ -203,15 +189,12 @@ HANG = {
     "loop at once": "    pass\nwhile True: pass\n",
     "power": "    return 10**10**8\n",
     "regular expression": "    import re\n    return re.match('(a+)+$', 'a' * 40 + 'b')\n",
-    "sum of a range": "    return sum(range(10**12))\n",
     "sleep": "    import time\n    time.sleep(100)\n",
     "SIGTERM ignored": "    import signal, time\n    signal.signal(15, signal.SIG_IGN)\n"
     "    time.sleep(100)\n",
     "endless output": "    while True: print('x' * 10**6)\n",
     "endless message": "    raise E\nclass E(Exception):\n    def __str__(self):\n"
     "        while True: pass\n",
-    "exceptions swallowed": "    while True:\n        try: 1 / 0\n"
-    "        except BaseException: pass\n",
 }  # fmt: skip
 
 
@@ -248,7 +231,7 @@ def test_none_escapes(tier, target):
     assert {n: v for n, v in verdicts.items() if v.status != "failed"} == {}
     slips = "NameError|SyntaxError|IndentationError|UnboundLocal|Assertion"  # no attack at all
     bad = {n: v.detail for n, v in verdicts.items() if re.match(slips, v.detail)}
-    assert set(bad) <= {"stay root", "become root", "find the test in memory", "system"}
+    assert set(bad) <= {"stay root", "become root", "find the test in memory"}
     assert [p.name for p in target[0].iterdir()] == ["reference"]
     assert (target[0] / "reference").read_text() == "the answer"
 
@@ -258,7 +241,7 @@ def test_what_tier_c_lets_through_shows_that_the_attacks_work(target):
     need("C")
     through = (
         "read the reference", "list a folder", "accounts", "plant a file",
-        "make a folder", "link", "truncate", "rename", "TCP", "UDP", "netlink", "Unix socket",
+        "make a folder", "link", "truncate", "rename", "TCP", "UDP", "Unix socket",
     )  # fmt: skip
     checks = {name: escape(ESCAPES[name], target) for name in through}
     failed = {n: v for n, v in answers(checks, "C", workers=1).items() if v.status != "passed"}

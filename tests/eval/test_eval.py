@@ -1,22 +1,20 @@
 """The evaluators' promises, with models and samples whose scores are known."""
 
 import json
+import math
 import sys
 import types
 
 import pytest
-from conftest import save_run
 from tiers import best
 
 from common.config import UserError
 from common.files import write_jsonl
-from data.base.benchmarks import read_mbpp, read_problems
-from eval import exercises, humaneval, mbpp
+from data.base.benchmarks import read_mbpp
+from eval import humaneval, mbpp
 from eval.harness import BODY
-from model import ModelConfig, Phi
 from sandbox.execute import Verdict
-from sandbox.self_check import LOOP_S, self_check, slowdown
-from tokenizer import Tokenizer
+from sandbox.self_check import LOOP_S, remembered, run_all, self_check, slowdown
 
 TIER = best()
 PROBLEMS = [
@@ -66,32 +64,26 @@ def command(monkeypatch, in_process):
 @pytest.fixture
 def model(monkeypatch):
     """A model that gives a prompt which holds a key of `model.answers` its next completion."""
-    seen = types.SimpleNamespace(answers={}, prompts=[], options={}, context=10_000)
 
-    class Generator:
-        @classmethod
-        def load(cls, checkpoint, device="auto"):
-            return cls()
+    def generate(prompts, **options):
+        print("a library that prints")
+        seen.prompts, seen.options = prompts, options
+        return [next(k for key, k in seen.answers.items() if key in p).pop(0) for p in prompts]
 
-        def fits(self, prompt, new_tokens=1):
-            return len(prompt) + new_tokens <= seen.context
-
-        def generate(self, prompts, **options):
-            print("a library that prints")
-            seen.prompts, seen.options = prompts, options
-            return [next(k for key, k in seen.answers.items() if key in p).pop(0) for p in prompts]
-
-    monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=Generator))
+    seen = types.SimpleNamespace(answers={}, generate=generate, fits=lambda p: len(p) <= 2000)
+    generator = types.SimpleNamespace(load=lambda checkpoint, device: seen)
+    monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=generator))
     return seen
 
 
 def test_samples_with_a_known_score(command, problems, tmp_path):
-    good, bad = "    return a + b\n", "    return a * b\n"
+    good = "    return plus(a, b)\n\ndef plus(a, b):\n    return a + b\n"  # run as it stands
+    bad = "    return a * b\n"
     rows = [{"task_id": "T/add", "completion": c} for c in [good] * 3 + [bad] * 7]
     rows += [{"task_id": "T/sub", "completion": c} for c in [good] * 9 + ["    while 1: pass\n"]]
     samples, out = write(tmp_path / "samples.jsonl", rows), tmp_path / "out"
     status, stdout, _ = command(
-        exercises, "--problems", problems, "--samples", samples, "--out", out, "--json",
+        humaneval, "--problems", problems, "--samples", samples, "--out", out, "--json",
         "--timeout_s", "0.5",
     )  # fmt: skip
     assert status == 0
@@ -100,11 +92,8 @@ def test_samples_with_a_known_score(command, problems, tmp_path):
     assert result["pass@1"] == pytest.approx(0.15)
     assert result["pass@10"] == pytest.approx(0.5)
     assert result["counts"] == {"passed": 3, "failed": 16, "timeout": 1}
-    assert (result["problems"], result["samples_per_problem"]) == (2, 10)
     assert "NOT protected" in result["limits"]
     assert (result["protocol"], result["sandbox"]) == ("function body", TIER)
-    assert result["intervals"]["pass@1"] == result["ci95"]
-    assert result["intervals"]["pass@10"][0] < 0.5 < result["intervals"]["pass@10"][1]
     written = lines(out / "samples.jsonl")
     assert [s["completion"] for s in written] == [row["completion"] for row in rows]
     assert [s["passed"] for s in written] == [True] * 3 + [False] * 17
@@ -123,35 +112,23 @@ def test_checkpoint(command, model, problems, tmp_path):
     )  # fmt: skip
     result = json.loads(stdout)
     assert status == 0
-    assert (result["pass@1"], result["benchmark"]) == (0.75, "HumanEval")
+    assert (result["pass@1"], result["benchmark"]) == (0.75, "T")
     assert [p[:7] for p in model.prompts] == ["def add"] * 2 + ["def sub"] * 2
     assert all(p.endswith('b."""') for p in model.prompts)
     assert (model.options["stop"], model.options["seed"]) == (BODY.stop, 7)
-    assert result["config"]["temperature"] == 0.5
-    assert result["config"]["checkpoint"] == "run"
     assert lines(tmp_path / "out" / "samples.jsonl")[0]["completion"] == "\n    return a + b\n\n"
 
 
 def test_prompt_beyond_the_context_fails_and_is_counted(command, model, tmp_path):
-    long = PROBLEMS[0] | {"prompt": "# long\n" * 100 + PROBLEMS[0]["prompt"]}
+    long = PROBLEMS[0] | {"prompt": "# long\n" * 400 + PROBLEMS[0]["prompt"]}
     problems = write(tmp_path / "problems.jsonl", [long, PROBLEMS[1]])
     model.answers |= {"def sub": ["\n    return a - b"]}
-    model.context = 200
     out = tmp_path / "out"
     _, stdout, _ = command(humaneval, "--problems", problems, "--checkpoint", "x", "--out", out)
     assert "prompts too long: 1" in stdout
     assert " 50.0 %" in stdout
     assert model.prompts == [PROBLEMS[1]["prompt"]]
     assert "too long" in lines(out / "samples.jsonl")[0]["detail"]
-
-
-def test_samples_run_as_they_stand_and_solutions_are_whole_programs(command, problems, tmp_path):
-    helper = "    return plus(a, b)\n\ndef plus(a, b):\n    return a + b\n"
-    rows = [{"task_id": "T/add", "completion": helper}]
-    rows += [{"task_id": "T/sub", "solution": "def sub(a, b):\n    return a - b\n"}]
-    samples = write(tmp_path / "samples.jsonl", rows)
-    arguments = ("--problems", problems, "--samples", samples, "--json")
-    assert json.loads(command(humaneval, *arguments)[1])["pass@1"] == 1
 
 
 @pytest.mark.parametrize(
@@ -161,7 +138,6 @@ def test_samples_run_as_they_stand_and_solutions_are_whole_programs(command, pro
         ([COMPLETE[0], {"task_id": "T/sub"}], [], "sample 2 (T/sub): no 'completion' string"),
         (COMPLETE[:1], [], "no sample for 1 of 2 problems, as T/sub"),
         (COMPLETE, ["--checkpoint", "run"], "one of --checkpoint and --samples"),
-        (COMPLETE, ["--samples_per_problem", "5"], "needs --temperature"),
         (COMPLETE, ["--timeout_s", "0"], "--timeout_s"),
     ],
 )
@@ -186,7 +162,6 @@ def test_mistakes_are_told_and_nothing_is_written(
         ({"canonical_solution": "    return 7\n"}, "T/add: the reference failed AssertionError"),
         ({"canonical_solution": "    while 1: pass\n"}, "T/add: the reference timed out"),
         ({"test": "def check(candidate):\n    candidate(1, 2)\n"}, "T/add: the wrong solution"),
-        ({"test": "def check(candidate):\n    assert candidate(1, 2)\n"}, "(return 'wrong')"),
         ({"test": "def check(c):\n    assert not c(0, 0)\n"}, "(pass) passed"),
         (
             {"test": "def check(c):\n    try: assert c(5, 3) == 8\n    except ValueError: pass\n"},
@@ -216,41 +191,17 @@ def test_no_score_from_a_broken_sandbox(command, problems, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{k: v for k, v in PROBLEMS[0].items() if k != "test"}], "problem 1: no 'test' string"),
-        ([PROBLEMS[0], PROBLEMS[0]], "2 problems have the task_id 'T/add'"),
-        ([], "no problems"),
-    ],
-)
-def test_problems_that_are_none(tmp_path, rows, message):
-    with pytest.raises(UserError, match=message):
-        read_problems(write(tmp_path / "problems.jsonl", rows))
-
-
-@pytest.mark.parametrize(
     ("completion", "kept"),
     [
-        ("    return 1", "    return 1"),
         ("    return 1\n\nprint(f(2))\n", "    return 1\n"),
         ("    a\n\n\nx = 1", "    a\n\n\n"),
         ("\n    x = 1\n\n    return x\ndef g():\n    pass", "\n    x = 1\n\n    return x"),
         ("    a\n#\n\ndef g(): pass", "    a"),
         ("\treturn 1\r\n\r\nassert f(1)", "\treturn 1\r\n\r\n"),
         ("return 1", ""),
-        ("", ""),
-        # What the demo's base model wrote, at temperature 1 and without stop strings.
-        ("    [heamed the and cp in ``}._tensor\n)\n\n\nasserter.\n\n    red = int\n",
-         "    [heamed the and cp in ``}._tensor\n"),
-        ('    """Rerioreding function are Hity\n    """\n\n    Seb):\n        return, '
-         "chone = entultius\n\n\ndefaknew_options_exce(b_l",
-         '    """Rerioreding function are Hity\n    """\n\n    Seb):\n        return, '
-         "chone = entultius\n\n\n"),
-        ('    rame string[:52  day in x\n    "is mquest ...\n\n\nclass index FtR bes import len(ti',
-         '    rame string[:52  day in x\n    "is mquest ...\n\n'),
         ("    # 1\n    # 1\n", "    # 1\n    # 1\n"),
     ],
-)  # fmt: skip
+)
 def test_trim(completion, kept):
     assert BODY.trim(completion) == kept
 
@@ -271,8 +222,53 @@ def test_slowdown_is_the_loops_time(monkeypatch):
     assert slowdown(workers=2) == pytest.approx(0.4 / LOOP_S)
 
 
-@pytest.mark.parametrize("protocol", ["docstring", "three-shot"])
-def test_mbpp(command, model, tmp_path, protocol):
+def test_a_self_check_is_read_again_in_the_same_circumstances_alone(tmp_path, monkeypatch):
+    made = []
+
+    def ask(rows=PROBLEMS, **limits) -> bool:
+        before, work = len(made), lambda: made.append(1) or {"T/add": math.inf}
+        found = remembered(tmp_path / "new" / "checks.json", rows, work, **limits)
+        assert found == {"T/add": math.inf}
+        return len(made) > before
+
+    assert [ask(), ask(), ask(tier="B"), ask()] == [True, False, True, True]
+    for field in PROBLEMS[0]:
+        assert ask([PROBLEMS[0] | {field: "x"}, PROBLEMS[1]])
+    for name in ("platform.node", "sandbox.self_check.code_hash"):
+        ask()
+        monkeypatch.setattr(name, lambda *_: "another")
+        assert ask()
+
+
+def test_the_second_evaluation_runs_the_samples_alone(command, problems, tmp_path, monkeypatch):
+    samples, numbers = write(tmp_path / "samples.jsonl", COMPLETE), []
+
+    def counted(checks, run=run_all, **limits):
+        numbers.append(len(checks))
+        return run(checks, **limits)
+
+    monkeypatch.setattr("sandbox.self_check.run_all", counted)
+    monkeypatch.setattr("eval.harness.run_all", counted)
+    arguments = ("--problems", problems, "--samples", samples, "--self_check", tmp_path / "checks")
+    assert [command(humaneval, *arguments)[0] for _ in range(2)] == [0, 0]
+    assert numbers == [8, 2, 2]  # of two problems: a reference and three wrong ones each
+
+
+SHOT = (
+    "[BEGIN]\ndef check(x):\n    return x + 4\n[DONE]\n\nYou are an expert Python programmer, and "
+)
+TASK = """here is your task: Write a function to add 11. Your code should pass these tests:
+
+assert check(1) == 12
+assert check(0) == 11
+[BEGIN]
+"""
+
+
+@pytest.mark.parametrize(("protocol", "asked"), [
+    ("docstring", '"""\nWrite a function to add 11.\nassert check(1) == 12\n"""\n'),
+    ("three-shot", SHOT + TASK)])  # fmt: skip
+def test_mbpp(command, model, tmp_path, protocol, asked):
     path = write(tmp_path / "mbpp.jsonl", ROWS)
     answer = "\ndef check(x):\n    return x + 11\n"
     model.answers |= {"add 11": [answer], "add 12": [answer]}
@@ -283,23 +279,12 @@ def test_mbpp(command, model, tmp_path, protocol):
     result = json.loads(stdout)
     assert (result["protocol"], result["benchmark"]) == (protocol, "MBPP")
     assert (result["problems"], result["pass@1"]) == (2, 0.5)
-    if protocol == "docstring":
-        want = '"""\nWrite a function to add 11.\nassert check(1) == 12\n"""\n'
-        assert model.prompts[0] == want
-    else:
-        assert model.options["stop"][0] == "[DONE]"
-        assert model.prompts[0].count("[BEGIN]") == 4
-        assert model.prompts[0].endswith(
-            "here is your task: Write a function to add 11. Your code should pass these tests:\n\n"
-            "assert check(1) == 12\nassert check(0) == 11\n[BEGIN]\n"
-        )
-        assert "[BEGIN]\ndef check(x):\n    return x + 2\n[DONE]\n\nYou are" in model.prompts[0]
+    assert model.prompts[0].endswith(asked)
 
 
 def test_mbpp_files_that_are_none(command, tmp_path):
     for rows, options, message in [
-        ([{"task_id": 11, "text": "Add.", "code": ""}], [], "not MBPP: KeyError('test_list')"),
-        (PROBLEMS, [], "not MBPP: ValueError"),
+        (PROBLEMS, [], "not MBPP"),
         (ROWS[2:], ["--protocol", "three-shot"], "lacks task_id (2, 3, 4)"),
         (ROWS[:3], [], "no problems"),
         (ROWS, ["--protocol", "other"], "want docstring or three-shot"),
@@ -315,12 +300,3 @@ def test_benchmark_files_are_read_whole(shared_eval):
         found, rows = read_mbpp(shared_eval / file)
         assert (found, sum(row.id in mbpp.TEST_IDS for row in rows)) == (name, tests)
         assert mbpp.three_shots(file, rows).count("[DONE]") == 3
-
-
-def test_a_real_checkpoint_scores_zero(cli, problems, tokens, tmp_path):
-    save_run(tmp_path / "run", Phi(ModelConfig(512, 64, 2, 2, 32, 64, 8)), Tokenizer(tokens))
-    done = cli("-m", "eval.humaneval", "--problems", problems, "--checkpoint", tmp_path / "run",
-               "--max_new_tokens", 8, "--sandbox", TIER)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "2 problems x 1 sample\n" in done.stdout
-    assert "pass@1       0.0 %" in done.stdout

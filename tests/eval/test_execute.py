@@ -1,6 +1,5 @@
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -31,12 +30,10 @@ PASS = {
     "stdlib": "import decimal, email.message, random, sqlite3.dbapi2, encodings.idna, dataclasses\n"
     "import hashlib, json, re, collections, statistics, zoneinfo, uuid, difflib, ast, inspect",
     "no environment": "import os\nassert not os.environ",
-    "200 MB of output": "for _ in range(200): print('x' * 10**6)",
     "null device": "import os\nprint('x', file=open(os.devnull, 'w'))",
     "dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n"
     "@dataclass\nclass P:\n x: int\nassert P(1) == P(1)",
     "not main": "if __name__ == '__main__': raise ValueError",
-    "alarm": "import signal\nsignal.alarm(1)\nsignal.alarm(0)",
     "clock": "import time, datetime\ntime.sleep(0.001)\ndatetime.datetime.now()",
 }
 ADD = "def f(a, b=0):\n    return a + b\n"
@@ -125,7 +122,6 @@ def test_odd_tests(any_tier):
     cases = [
         ("def check(x):\n    return x + 1\n", named, "check", "passed", ""),
         ("def check(x):\n    return x + 2\n", named, "check", "failed", "AssertionError"),
-        ("def f(x):\n    raise ValueError\n", excuse, "f", "passed", ""),
         ("import os\ndef f(x):\n    os._exit(3)\n", excuse, "f", "failed", "exit status 3"),
         (ADD, callback, "f", "failed", "cannot enter the sandbox"),
     ]
@@ -150,24 +146,15 @@ def test_order_is_kept_and_the_hash_seed_is_fixed(any_tier):
     assert run_checks([], tier=any_tier) == []
 
 
-@pytest.mark.parametrize(
-    ("target", "value", "detail"),
-    [
-        ("sys.executable", "/no/such/python", "No such file"),
-        ("sandbox.execute.ROOT", Path("/no/such"), "No module named"),
-        ("sandbox.execute.FIRST_UID", -5, "limits not set|supervisor failed"),
-        ("memory_mb", 1 << 60, "limits not set"),
-    ],
-)
-def test_failing_sandbox_is_infrastructure(monkeypatch, any_tier, target, value, detail):
-    if "UID" in target and os.geteuid():
-        pytest.skip("needs root")
-    limits = {target: value} if target == "memory_mb" else {}
-    if not limits:
-        monkeypatch.setattr(target, value)  # the tier was tried before the damage
-    verdicts = run_programs(["", "raise ValueError"], workers=1, tier=any_tier, **limits)
-    assert {v.status for v in verdicts} == {"infrastructure"}
-    assert all(re.search(detail, v.detail) for v in verdicts)
+def test_failing_sandbox_is_infrastructure(monkeypatch, any_tier):
+    def fails(detail, **limits):
+        verdicts = run_programs(["", "raise ValueError"], workers=1, tier=any_tier, **limits)
+        assert {v.status for v in verdicts} == {"infrastructure"}
+        assert all(detail in v.detail for v in verdicts)
+
+    fails("limits not set", memory_mb=1 << 60)
+    monkeypatch.setattr("sys.executable", "/no/such/python")  # the tier was tried before
+    fails("No such file")
 
 
 def test_a_sandbox_that_dies_is_started_again(any_tier, monkeypatch):
@@ -217,10 +204,8 @@ def test_benchmark_files_pass_under_every_tier(shared_eval, tier):
     """The references whose tests need most: helpers, classes, modules, odd names and results."""
     problems = read_problems(shared_eval / "HumanEval.jsonl.gz")
     chosen = [problems[i] for i in (32, 33, 38, 50, 0, 2, 160)]
-    for file in ("mbpp.jsonl", "sanitized-mbpp.json"):
-        rows = read_mbpp(shared_eval / file)[1]
-        odd = {56, 137, 349, 367, 533, 596, 601, 927}
-        chosen += [problem(row, "") for row in rows if row.id in odd]
+    rows, odd = read_mbpp(shared_eval / "mbpp.jsonl")[1], {56, 137, 349, 367, 533, 596, 601, 927}
+    chosen += [problem(row, "") for row in rows if row.id in odd]
     verdicts = run_checks([check(p, p["canonical_solution"], 30) for p in chosen], tier=tier)
     bad = {p["task_id"]: v for p, v in zip(chosen, verdicts) if v.status != "passed"}
     assert bad == {}

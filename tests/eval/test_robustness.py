@@ -4,11 +4,11 @@ import sys
 import types
 
 import pytest
-from test_eval import TIER, write
+from test_eval import TIER, lines, write
 
 from data.base.benchmarks import read_problems
 from eval import robustness
-from eval.perturb import PERTURBATIONS, SYNONYMS, example_lines, split
+from eval.perturb import PERTURBATIONS
 from eval.robustness import paired
 from sandbox.execute import run_checks
 from sandbox.self_check import check
@@ -80,26 +80,6 @@ def test_rename_arguments():
     assert "def count_near(given_numbers: List[int], given_limit: int = 3)" in p["prompt"]
     assert "smaller than given_limit," in p["prompt"]
     assert p["canonical_solution"].count("given_numbers") == 2
-    p = perturbed("rename_arguments", entry_point="f", canonical_solution="    return a.n + n\n",
-                  prompt='def f(a, n):\n    """Add a list a.n to \\n n."""\n')  # fmt: skip
-    assert p["prompt"] == 'def f(given_a, given_n):\n    """Add a list a.n to \\n given_n."""\n'
-    assert p["canonical_solution"] == "    return given_a.n + given_n\n"
-
-
-def test_typos_spare_names_examples_and_quotes():
-    changed = 0
-    for i in range(20):  # the prompt is the seed
-        prompt = PROMPT.replace("matter", "matter" * (i + 1))
-        doc = perturbed("typos", prompt=prompt)["prompt"]
-        assert sorted(doc) == sorted(prompt)
-        differ = [(a, b) for a, b in zip(doc.split(), prompt.split()) if a != b]
-        changed += len(differ)
-        for wrong, right in differ:
-            assert wrong[0] == right[0]
-            assert right.strip(",.") not in ("numbers", "limit", '"given"', "List", "return")
-        assert doc[: doc.index('"""')] == prompt[: prompt.index('"""')]
-        assert ">>> count_near([1, 5])\n    1\n" in doc
-    assert changed >= 20
 
 
 def test_reworded():
@@ -109,45 +89,14 @@ def test_reworded():
         "Everything in any other case remaining"
     )
     assert ">>> count_near([1, 5])\n1" in doc
-    named = perturbed("reworded", prompt=PROMPT.replace("limit", "result"))
-    assert "and give back the result " in named["prompt"]
-    olds = " ".join(SYNONYMS)
-    assert not [w for new in SYNONYMS.values() for w in new.split() if w in olds.split("|")]
-
-
-def test_examples():
-    missing = docstring(perturbed("missing_examples")["prompt"])
-    assert ">>>" not in missing
-    assert missing.endswith("altogether.\n\nNegative numbers matter.")
-    first = docstring(perturbed("examples_first")["prompt"])
-    assert first.startswith(">>> count_near([1, 5])\n1\n>>> count_near([])\n0\n\nCount the")
-    assert first.endswith("altogether.\n\nNegative numbers matter.")
-    plain = {"prompt": 'def f(x):\n    """Double x."""\n', "entry_point": "f"}
-    assert perturbed("missing_examples", **plain) is perturbed("examples_first", **plain) is None
-    one = 'def f(x):\n    """Double x.\n\n    Example:\n      f(1) -> 2\n    """\n'
-    short = perturbed("missing_examples", prompt=one, entry_point="f")
-    assert short["prompt"] == plain["prompt"]
-    doc = "Do.\nExamples:\n  1 -> 2\n  2 -> 3\n\nThen f(3) is 4.\nBut for example this is prose."
-    assert example_lines({"entry_point": "f"}, doc) == [False, True, True, True, False, True, False]
 
 
 def test_layout():
     assert perturbed("other_quotes")["prompt"] == PROMPT.replace('"""', "'''")
     assert perturbed("other_quotes", prompt=PROMPT.replace("matter.", "'''")) is None
-    spaced = perturbed("other_spacing")["prompt"]
-    assert "def count_near( numbers: List[int],limit: int = 3 ) -> int:\n" in spaced
-    assert '    """\n    Count the' in spaced
-    assert '    """Count the' in perturbed("other_spacing", prompt=spaced)["prompt"]
     halved = perturbed("two_spaces")["prompt"]
     assert '\n  """ Count' in halved
-    assert "\n  return x in numbers" in halved
     assert "   " not in halved
-
-
-def test_what_cannot_be_split():
-    for prompt in ("def f(x):\n", 'def f(x): """Double x."""\n', "def g(x):\n    '''Do.'''\n"):
-        changes = {"prompt": prompt, "canonical_solution": "    pass\n", "entry_point": "f"}
-        assert split({**PROBLEM, **changes}) is None
 
 
 def test_humaneval_keeps_its_meaning(shared_eval):
@@ -156,8 +105,6 @@ def test_humaneval_keeps_its_meaning(shared_eval):
     for name, perturb in PERTURBATIONS.items():
         applied = [p for p in map(perturb, problems) if p]
         assert len(applied) >= 155, name
-        for p in applied:
-            compile(p["prompt"] + p["canonical_solution"], p["task_id"], "exec")
         checks += [check(p, p["canonical_solution"], 60) for p in applied[::16]]  # all pass
         names += [(name, p["task_id"]) for p in applied[::16]]
     verdicts = run_checks(checks, tier=TIER)
@@ -168,70 +115,34 @@ def test_paired_interval():
     # Bonett and Price: with 10 of 50 lost and 2 gained, (11 - 3) / 52 and its spread.
     before, after = [1.0] * 10 + [0.0] * 40, [0.0] * 10 + [1.0] * 2 + [0.0] * 38
     found = paired(before, after)
-    assert (found["lost"], found["gained"]) == (10, 2)
     assert found["drop"] == pytest.approx(8 / 50)
     spread = 1.959964 * ((11 / 52 + 3 / 52 - (8 / 52) ** 2) / 52) ** 0.5
     assert found["ci95"] == pytest.approx([8 / 52 - spread, 8 / 52 + spread])
-    low, high = paired([1.0], [1.0])["ci95"]
-    assert low == -high < 0, "one pair says nothing"
 
 
-@pytest.fixture
-def command(monkeypatch, in_process):
-    """Run eval.robustness with a model that knows the prompts that have one of `known`."""
-    for module in ("eval.harness", "eval.robustness"):
-        monkeypatch.setattr(f"{module}.slowdown", lambda **limits: 1.0)
+def test_command(monkeypatch, in_process, tmp_path):
+    """With a model that knows the problem with its own quotes and indentation."""
 
-    def call(known, *arguments):
-        def generate(prompts, **options):
-            good, bad = PROBLEM["canonical_solution"], "    return -1\n"
-            return [good if any(k in p for k in known) else bad for p in prompts]
+    def generate(prompts, **options):
+        known = '    """ Count the numbers'
+        return [PROBLEM["canonical_solution"] if known in p else "    return -1\n" for p in prompts]
 
-        model = types.SimpleNamespace(fits=lambda prompt: True, generate=generate)
-        generator = types.SimpleNamespace(load=lambda checkpoint, device: model)
-        monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=generator))
-        return in_process(robustness.main, *arguments, "--sandbox", TIER)
+    model = types.SimpleNamespace(fits=lambda prompt: True, generate=generate)
+    generator = types.SimpleNamespace(load=lambda checkpoint, device: model)
+    monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=generator))
+    monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 1.0)
+    problems = write(tmp_path / "problems.jsonl", [PROBLEM, {**PROBLEM, "task_id": "T/1"}])
+    arguments = ["--problems", problems, "--checkpoint", "x", "--sandbox", TIER]
+    assert "rename_function" in in_process(robustness.main, *arguments, "--only", "caps")[2]
 
-    return call
-
-
-@pytest.fixture
-def problems(tmp_path):
-    # The second one's reference reads its own source's indentation, so that "two_spaces" fails.
-    second = {
-        **PROBLEM,
-        "task_id": "T/1",
-        "canonical_solution": '    return len("""\n        """) == 9 and '
-        "sum(n < limit for n in numbers)\n",
-    }
-    return write(tmp_path / "problems.jsonl", [PROBLEM, second])
-
-
-def test_command(command, problems, tmp_path):
-    out = tmp_path / "out"
-    names = ["other_quotes", "two_spaces", "rename_arguments"]
+    out, names = tmp_path / "out", ["other_quotes", "two_spaces", "rename_function"]
     only = [f"--only={n}" for n in names]
-    known = ['    """ Count the numbers', '  """ Count the numbers']
-    status, stdout, stderr = command(
-        known, "--problems", problems, "--checkpoint", "x", "--out", out, "--json", *only
-    )
+    status, stdout, stderr = in_process(robustness.main, *arguments, "--out", out, "--json", *only)
     assert status == 0, stderr
     result = json.loads(stdout)
     assert result == json.loads((out / "results.json").read_text())
-    assert result["pass@1"] == 1
-    assert result["problems"] == 2
-    table = result["perturbations"]
-    assert list(table) == names
-    assert table["other_quotes"]["drop"] == 1  # ''' is not known
-    assert table["other_quotes"]["lost"] == 2
-    assert (table["two_spaces"]["reference_fails"], table["two_spaces"]["problems"]) == (1, 1)
-    asked = [json.loads(line) for line in (out / "problems.jsonl").read_text().splitlines()]
-    assert [p["task_id"] for p in asked][:3] == ["T/0", "T/1", "T/0@other_quotes"]
-    assert len(asked) == 2 + 2 + 1 + 2
-
-
-def test_errors(command, problems):
-    flags = ["--problems", problems]
-    assert "--checkpoint" in command([], *flags, "--samples", problems)[2]
-    error = command([], *flags, "--checkpoint", "x", "--only", "caps")[2]
-    assert "rename_function" in error
+    assert (result["pass@1"], result["problems"]) == (1, 2)
+    found = {name: row["drop"] for name, row in result["perturbations"].items()}
+    assert found == {"other_quotes": 1, "two_spaces": 1, "rename_function": 0}
+    asked = [p["task_id"] for p in lines(out / "problems.jsonl")]
+    assert asked[:3] == ["T/0", "T/1", "T/0@other_quotes"]

@@ -1,8 +1,6 @@
 import os
-import re
 import struct
 import sys
-from pathlib import Path
 
 import pytest
 from tiers import need
@@ -13,10 +11,6 @@ from sandbox.execute import Check, run_checks
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
-HEADERS = {
-    "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
-    "aarch64": Path("/usr/include/asm-generic/unistd.h"),
-}
 ALLOW, DENY, KILL = 0x7FFF0000, 0x00050001, 0x80000000
 
 
@@ -39,10 +33,7 @@ def judge(machine: str, number: int, *arguments: int, arch: int | None = None) -
             return k
 
 
-MACHINES = pytest.mark.parametrize(("column", "machine"), [(0, "x86_64"), (1, "aarch64")])
-
-
-@MACHINES
+@pytest.mark.parametrize(("column", "machine"), [(0, "x86_64"), (1, "aarch64")])
 def test_filter_allows_what_is_listed_and_nothing_else(column, machine):
     listed = {numbers[column] for numbers in isolate.CALLS.values()} - {-1}
     assert {n for n in range(600) if judge(machine, n) == ALLOW} == listed | {
@@ -59,18 +50,6 @@ def test_filter_allows_what_is_listed_and_nothing_else(column, machine):
     assert judge(machine, 0x40000000 + min(listed)) == DENY  # x32 calls
 
 
-@MACHINES
-def test_numbers_are_the_kernels(column, machine):
-    if not HEADERS[machine].exists():
-        pytest.skip(f"no kernel headers ({HEADERS[machine]})")
-    text = HEADERS[machine].read_text()
-    known = {m[1]: int(m[2]) for m in re.finditer(r"#define __NR(?:3264)?_(\w+) (\d+)\n", text)}
-    known["newfstatat"] = known.get("newfstatat", known.get("fstatat"))
-    calls = isolate.CALLS | {name: numbers for name, (numbers, *_) in isolate.ARGUMENTS.items()}
-    for name, numbers in calls.items():
-        assert numbers[column] == known.get(name, -1), name
-
-
 def test_tier_falls_back_or_says_what_is_missing(monkeypatch):
     for tier, other in ("AB", "BA"):
         monkeypatch.setattr(execute, "_missing", lambda t, tier=tier: t != tier and f"no {t}")
@@ -79,14 +58,7 @@ def test_tier_falls_back_or_says_what_is_missing(monkeypatch):
             execute.choose(other)
     monkeypatch.setattr(execute, "_missing", lambda t: f"no {t}" if t != "C" else "")
     assert execute.choose("C") == "C"  # by name only
-    for tier, message in (
-        ("auto", r"no A; tier B: no B\); --sandbox C"),
-        ("D", "want auto, A, B, C"),
-    ):
-        with pytest.raises(UserError, match=message):
-            execute.choose(tier)
-    monkeypatch.delattr("os.pidfd_open")
-    with pytest.raises(UserError, match="needs Linux"):
+    with pytest.raises(UserError, match=r"no A; tier B: no B\); --sandbox C"):
         execute.choose()
 
 
