@@ -83,9 +83,9 @@ class Generator:
         """Return the tokens of the tokenizer's start and the prompt; at least one in all."""
         return [*self.tokenizer.start, *self.tokenizer.encode(prompt)] or [self.end_of_text]
 
-    def fits(self, prompt: str, new_tokens: int = 1) -> bool:
-        """Return whether the context has room for the prompt and `new_tokens` more."""
-        return len(self.encode(prompt)) + new_tokens <= self.context_tokens
+    def fits(self, prompt: str) -> bool:
+        """Return whether the context has room for the prompt and a token more."""
+        return len(self.encode(prompt)) < self.context_tokens
 
     def generate(self, prompts: list[str], max_new_tokens: int = 256, **options) -> list[str]:
         """Return the completions of `prompts`; see `stream` for the options."""
@@ -114,12 +114,11 @@ class Generator:
         if temperature < 0 or not 0 < top_p <= 1:
             raise UserError("want temperature >= 0 and 0 < top_p <= 1")
         ids = [self.encode(prompt) for prompt in prompts]
-        for prompt, tokens in zip(prompts, ids):
-            if len(tokens) >= self.context_tokens:
-                raise UserError(
-                    f"the prompt {prompt!r:.50} has {len(tokens):,} tokens, and the model's "
-                    f"context of {self.context_tokens:,} leaves no room to answer; shorten it"
-                )
+        if too_long := [p for p in prompts if not self.fits(p)]:
+            raise UserError(
+                f"the prompt {too_long[0]!r:.50} and the model's context of "
+                f"{self.context_tokens:,} tokens leave no room to answer; shorten it"
+            )
         if not prompts:
             return
         batch_size = min(batch_size, len(ids))
