@@ -9,9 +9,9 @@ picks the next token of every row over a static KV cache: in plain torch, or on 
 kernels/decode.py as a CUDA graph.
 
 A completion depends on its prompt, the prompt's index and the seed, never on the batch: draws come
-from Philox keyed by (seed, index); probabilities are summed as integers; attention is by row, and
-by prompt in the prefill; products are of as many rows as agree bit by bit (torch: `same_rows`), or
-of tiles of 16 rows (kernels).
+from Philox keyed by (seed, index); probabilities are summed as integers; attention is by row;
+products are of as many rows as agree bit by bit (torch: `same_rows`), or of tiles of 16 rows
+(kernels).
 """
 
 import sys
@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from model import Phi, load_model, rotate, select_kernels
+from model import Phi, load_model, select_kernels
 from tokenizer import Tokenizer
 
 GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
@@ -46,21 +46,6 @@ class Config:
     stop: tuple[str, ...] = ()  # end a completion before this text ("\n" works); may be repeated
     seed: int = 0  # of the sampling
     device: str = "auto"  # auto, cpu or cuda
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose the next token: see Config."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError("want temperature >= 0 and 0 < top_p <= 1")
-
-
-GREEDY = Sampling()
 
 
 @dataclass
@@ -98,49 +83,48 @@ class Generator:
         """Return the tokens of the tokenizer's start and the prompt; at least one in all."""
         return [*self.tokenizer.start, *self.tokenizer.encode(prompt)] or [self.end_of_text]
 
-    def fits(self, prompt: str, new_tokens: int = 1) -> bool:
-        """Return whether the context has room for the prompt and `new_tokens` more."""
-        return len(self.encode(prompt)) + new_tokens <= self.context_tokens
+    def fits(self, prompt: str) -> bool:
+        """Return whether the context has room for the prompt and a token more."""
+        return len(self.encode(prompt)) < self.context_tokens
 
-    def generate(
-        self,
-        prompts: list[str],
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        **options,
-    ) -> list[str]:
-        """Return the texts that `stream` gives, in the order of `prompts`; see its options."""
-        rows = self.stream(prompts, max_new_tokens, Sampling(temperature, top_p), **options)
-        rows = dict(tqdm(rows, total=len(prompts), unit="prompt", desc="generate", disable=None))
-        return [rows[index].text for index in range(len(prompts))]
+    def generate(self, prompts: list[str], max_new_tokens: int = 256, **options) -> list[str]:
+        """Return the completions of `prompts`; see `stream` for the options."""
+        texts = [""] * len(prompts)
+        with tqdm(total=len(prompts), unit="prompt", desc="generate", disable=None) as bar:
+            for index, row in self.stream(prompts, max_new_tokens, **options):
+                if row.done:
+                    texts[index] = row.text
+                    bar.update()
+        return texts
 
     def stream(
         self,
         prompts: list[str],
         max_new_tokens: int,
-        sampling: Sampling = GREEDY,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
         stop: tuple[str, ...] = (),
         seed: int = 0,
         batch_size: int = 64,
     ) -> Iterator[tuple[int, Row]]:
-        """Yield (index of the prompt, its row), each when it is done.
+        """Yield (index of the prompt, its row) each time that the row has new tokens.
 
         Raises UserError if a prompt fills the context.
         """
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise UserError("want temperature >= 0 and 0 < top_p <= 1")
         ids = [self.encode(prompt) for prompt in prompts]
-        for prompt, tokens in zip(prompts, ids):
-            if len(tokens) >= self.context_tokens:
-                raise UserError(
-                    f"the prompt {prompt!r:.50} has {len(tokens):,} tokens, and the model's "
-                    f"context of {self.context_tokens:,} leaves no room to answer; shorten it"
-                )
+        if too_long := [p for p in prompts if not self.fits(p)]:
+            raise UserError(
+                f"the prompt {too_long[0]!r:.50} and the model's context of "
+                f"{self.context_tokens:,} tokens leave no room to answer; shorten it"
+            )
         if not prompts:
             return
         batch_size = min(batch_size, len(ids))
         positions = min(self.context_tokens, max(map(len, ids)) + max_new_tokens)
         decoder, self._decoder = self._decoder, None  # ours until we are done
-        if not (decoder and decoder.fits(batch_size, positions)):
+        if not decoder or batch_size > len(decoder.token) or positions > decoder.last + 1:
             decoder = None  # frees its cache before there is another
             decoder = self.new_decoder(self.model, batch_size, positions)
         waiting = deque(range(len(ids)))
@@ -156,10 +140,12 @@ class Generator:
         rows = [admit(at) for at in range(batch_size)]
         while rows:
             longest = max(row.prompt_tokens + len(row.tokens) for row in rows)
-            for row, tokens in zip(rows, decoder.steps(len(rows), longest, sampling)):
-                self._extend(row, tokens, stop)
-            for at in [at for at in reversed(range(len(rows))) if rows[at].done]:
-                yield rows[at].index, rows[at]
+            tokens = decoder.steps(len(rows), longest, temperature, top_p)
+            for at, row in reversed(list(enumerate(rows))):
+                self._extend(row, tokens[at], stop)
+                yield row.index, row
+                if not row.done:
+                    continue
                 if waiting:
                     rows[at] = admit(at)
                     continue
@@ -189,11 +175,9 @@ class Generator:
 class Decoder:
     """Pick the next token of every row of a batch, over static buffers.
 
-    Subclasses say how many rows a step of n computes (`padded`), put the keys and values of prompts
-    into the cache (`_prefill`) and compute a step's logits (`_logits`).
+    Subclasses say how many rows a step of n computes (`padded`), put the keys and values of a
+    prompt into the cache (`_prefill`) and compute a step's logits (`_logits`).
     """
-
-    prefill_tokens: int  # of prompts that go through the model at once
 
     def __init__(self, model: Phi, rows: int, positions: int, dtype: torch.dtype):
         """Make room for `rows` texts of up to `positions` tokens."""
@@ -205,83 +189,64 @@ class Decoder:
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # newest of each row
         self.position = torch.zeros_like(self.token)  # where it stands
         self.draws = torch.zeros(rows, positions, dtype=torch.float64, device=device)
-        self.waiting: dict[int, tuple] = {}  # rows whose prompts have yet to go through the model
         self.graphs: dict = {}
-
-    def fits(self, rows: int, positions: int) -> bool:
-        return rows <= len(self.token) and positions <= self.last + 1
 
     @torch.inference_mode()
     def load(self, row: int, ids: list[int], draws: Tensor) -> None:
         """Put a prompt into `row`; `draws` in [0, 1) are for its new tokens.
 
-        All but its last token go through the model before the next step, the last one in it.
+        All but its last token go through the model now, the last one in the next step.
         """
         last = len(ids) - 1
-        self.waiting[row] = tuple(ids[:-1])
+        if last:
+            self._prefill(row, ids[:-1])
         self.token[row], self.position[row] = ids[-1], last
         self.draws[row, last : last + len(draws)] = draws
 
     @torch.inference_mode()
     def move(self, source: int, row: int) -> None:
         """Put what `source` holds into `row`."""
-        self._prefill_waiting()
         self.cache[:, :, row] = self.cache[:, :, source]
         for x in (self.token, self.position, self.draws):
             x[row] = x[source]
 
     @torch.inference_mode()
-    def steps(self, rows: int, longest: int, sampling: Sampling) -> list[list[int]]:
+    def steps(self, rows: int, longest: int, temperature: float, top_p: float) -> list[list[int]]:
         """Return the next tokens of the first `rows` rows, [rows][steps]; `longest` is a length."""
-        self._prefill_waiting()
         tokens = []
         count, step = (GPU_STEPS, self._replay) if self.token.is_cuda else (1, self._step)
         for _ in range(count):
-            step(self.padded(rows), longest, sampling)
+            step(self.padded(rows), longest, temperature, top_p)
             tokens.append(self.token[:rows].clone())
         return torch.stack(tokens, 1).tolist()
 
-    def _prefill_waiting(self) -> None:
-        prompts: dict[tuple, list[int]] = {}  # their rows
-        for row, ids in self.waiting.items():
-            if ids:
-                prompts.setdefault(ids, []).append(row)
-        self.waiting.clear()
-        left = list(prompts.items())
-        while left:
-            count = max(1, self.prefill_tokens // max(len(ids) for ids, _ in left))
-            self._prefill(left[:count])
-            left = left[count:]
-
-    def _replay(self, n: int, _longest: int, sampling: Sampling) -> None:
+    def _replay(self, n: int, _longest: int, *sampling: float) -> None:
         """Run a step over the whole cache as one CUDA graph, captured when first needed."""
         if (n, sampling) not in self.graphs:
             longest, state = self.last + 1, [(x, x.clone()) for x in (self.token, self.position)]
             side = torch.cuda.Stream()  # torch wants a warm-up outside the default stream
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._step(n, longest, sampling)
+                self._step(n, longest, *sampling)
             torch.cuda.current_stream().wait_stream(side)
             for x, old in state:  # what the step wrote to the cache, the next one writes again
                 x.copy_(old)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._step(n, longest, sampling)
+                self._step(n, longest, *sampling)
             self.graphs[n, sampling] = graph
         self.graphs[n, sampling].replay()
 
-    def _step(self, n: int, longest: int, sampling: Sampling) -> None:
+    def _step(self, n: int, longest: int, temperature: float, top_p: float) -> None:
         logits, position = self._logits(n, longest), self.position[:n]  # fp32 [n, V]
         draws = self.draws[:n].gather(1, position[:, None])[:, 0]
-        self.token[:n] = choose(logits, draws, sampling.temperature, sampling.top_p)
+        self.token[:n] = choose(logits, draws, temperature, top_p)
         # A row that is full is stepped on until it leaves; it then overwrites its last position.
         position.add_(1).clamp_(max=self.last)
 
 
 class TritonDecoder(Decoder):
     """Decode with kernels/decode.py in the model's dtype: three launches a block."""
-
-    prefill_tokens = 1  # each prompt goes alone
 
     @torch.inference_mode()
     def __init__(self, model: Phi, rows: int, positions: int):
@@ -296,12 +261,11 @@ class TritonDecoder(Decoder):
     def padded(self, rows: int) -> int:
         return rows if rows == 1 else -(-rows // self.kernels.ROWS) * self.kernels.ROWS
 
-    def _prefill(self, prompts: list[tuple[tuple, list[int]]]) -> None:
-        [(ids, rows)] = prompts
+    def _prefill(self, row: int, ids: list[int]) -> None:
         keys_and_values = []
         self.model(torch.tensor([ids], device=self.token.device), keep=keys_and_values)
         for cache, pair in zip(self.cache, keys_and_values):
-            cache[:, rows, :, : len(ids)] = torch.stack(pair)  # [2, 1, H, T, D] to each row
+            cache[:, row, :, : len(ids)] = torch.cat(pair)  # [2, H, T, D]
 
     def _logits(self, n: int, longest: int) -> Tensor:
         m, c, linear = self.model, self.model.c, self.kernels.linear
@@ -324,24 +288,36 @@ class TorchDecoder(Decoder):
 
     BLAS chooses the order of a product's sums by its number of rows. With weights [K, J], MKL has
     one order for 2 to 64 rows (three for the transpose of [J, K]): products are of that many.
-    """
 
-    prefill_tokens = 512
+    The pairs that rotary embedding turns lie side by side here, as complex numbers: one product
+    turns them, with the bits of `model.rotate`, whose many small ones take 15% of a step of 1 row.
+    """
 
     @torch.inference_mode()
     def __init__(self, model: Phi, rows: int, positions: int):
+        self.model, c = model, model.c
+        if c.head_dim % 2 or c.mlp_width % 2:
+            raise UserError(f"want even head_dim and mlp_width, got {c.head_dim}, {c.mlp_width}")
+        order = torch.arange(3 * c.width + c.mlp_width)
+        heads = order[: 2 * c.width].view(2 * c.n_head, c.head_dim)[:, : c.rotary_dim]
+        heads.copy_(heads.unflatten(1, (2, -1)).mT.flatten(1).clone())
+        # What each pair of q, k and v is multiplied with: [3, T, 1, D/2].
+        self.turn = torch.ones(3, c.seq_len, 1, c.head_dim // 2, dtype=torch.complex64)
+        self.turn[:2, :, 0, : c.rotary_dim // 2] = torch.complex(model.cos, model.sin)
+        self.turn = self.turn.to(model.cos.device)
+
         def fp32(w: Tensor) -> Tensor:
             return w.t().float().contiguous()  # [J, K] -> [K, J]; a bias stays [J]
 
         self.layers = [
-            tuple(map(fp32, (b.ln.weight, b.ln.bias, b.w_in, b.b_in, b.w_out, b.b_attn + b.b_mlp)))
+            tuple(map(fp32, (b.ln.weight, b.ln.bias, b.w_in[order], b.b_in[order], b.w_out,
+                             b.b_attn + b.b_mlp)))
             for b in model.blocks
-        ]
+        ]  # fmt: skip
         self.embed, self.eps = model.embed.weight.float(), model.ln_f.eps
         self.ln_f = fp32(model.ln_f.weight), fp32(model.ln_f.bias)
         self.w_head, self.b_head = fp32(model.head.weight), fp32(model.head.bias)
         self.same = same_rows([self.layers[0][2], self.layers[0][4], self.w_head])
-        self.model = model
         super().__init__(model, rows, self.span(positions), torch.float32)
 
     def span(self, positions: int) -> int:
@@ -359,66 +335,66 @@ class TorchDecoder(Decoder):
     def _blocks(self, token: Tensor, position: Tensor, attend: Callable) -> Tensor:
         """Return the residual stream [n, C] of tokens [n], n even, at `position` [n].
 
-        `attend(layer, q, k, v, y)` puts the attention of q, k and v [H, n, D] into y [n, H, D].
+        `attend(layer, qkv, y)` puts the attention of qkv [3, n, H, D] into y [n, H, D].
         """
-        c, x = self.model.c, F.embedding(token, self.embed)
-        n, C, H = len(x), c.width, c.n_head
-        cos, sin = self.model.cos[position], self.model.sin[position]
-        ya = x.new_empty(n, C + c.mlp_width)
+        c, x, turn = self.model.c, F.embedding(token, self.embed), self.turn[:, position]
+        n, C, H, D = len(x), c.width, c.n_head, c.head_dim
+        h, ya = x.new_empty(n, 3 * C + c.mlp_width), x.new_empty(n, C + c.mlp_width)
+        up, y, a = h[:, 3 * C :], ya[:, :C].view(n, H, D), ya[:, C:]
+        qkv = x.new_empty(3, n, H, D)
+        pairs = torch.view_as_complex(h[:, : 3 * C].view(n, 3, H, D // 2, 2)).transpose(0, 1)
+        turned = torch.view_as_complex(qkv.view(3, n, H, D // 2, 2))
         for i, (gain, bias, w_in, b_in, w_out, b_out) in enumerate(self.layers):
-            normed = F.layer_norm(x, (C,), gain, bias, self.eps)
-            h = grouped_linear(normed, w_in, b_in, self.same)  # q | k | v | up
-            q, k, v = h[:, : 3 * C].view(n, 3, H, C // H).permute(1, 2, 0, 3)
-            y, a = ya[:, :C].view(n, H, C // H), ya[:, C:]
-            attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v, y)
-            F.gelu(h[:, 3 * C :], approximate="tanh", out=a)
+            normed = torch.layer_norm(x, (C,), gain, bias, self.eps)
+            grouped_linear(normed, w_in, b_in, self.same, h)  # q | k | v | up
+            torch.mul(pairs, turn, out=turned)
+            attend(i, qkv, y)
+            F.gelu(up, approximate="tanh", out=a)
             x = x + grouped_linear(ya, w_out, b_out, self.same)
         return x
 
-    def _prefill(self, prompts: list[tuple[tuple, list[int]]]) -> None:
-        ids = torch.tensor([token for ids, _ in prompts for token in ids])
-        position = torch.cat([torch.arange(len(ids)) for ids, _ in prompts])
-        n = self.padded(len(ids))
-        ids, position = (F.pad(x, (0, n - len(x))).to(self.token.device) for x in (ids, position))
+    def _prefill(self, row: int, ids: list[int]) -> None:
+        T, n = len(ids), self.padded(len(ids))
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
-            at = 0
-            for prompt, rows in prompts:
-                part = slice(at, at + len(prompt))
-                for cache, new in zip(self.cache[layer], (k, v)):
-                    cache[rows, :, : len(prompt)] = new[:, part]
-                one = (x[None, :, part] for x in (q, k, v))
-                y[part] = F.scaled_dot_product_attention(*one, is_causal=True)[0].transpose(0, 1)
-                at += len(prompt)
+        def attend(layer: int, qkv: Tensor, y: Tensor) -> None:
+            one = qkv[:, None, :T].transpose(2, 3)  # [3, 1, H, T, D]
+            self.cache[layer][:, row, :, :T] = one[1:, 0]
+            y[:T] = F.scaled_dot_product_attention(*one, is_causal=True)[0].transpose(0, 1)
 
-        self._blocks(ids, position, attend)
+        position = torch.arange(n, device=self.token.device) % T
+        self._blocks(torch.tensor(ids, device=position.device)[position], position, attend)
 
     def _logits(self, n: int, longest: int) -> Tensor:
-        position, (_, _, _, H, _, D) = self.position[:n], self.cache.shape
-        rows, at = (torch.arange(m, device=position.device) for m in (n, self.span(longest)))
-        mask = torch.where(at <= position[:, None], 0.0, float("-inf"))  # [n, S]
-        mask = mask.repeat_interleave(H, 0)[:, None]  # [n H, 1, S]
+        position, (L, _, B, H, S, D), seen = self.position[:n], self.cache.shape, self.span(longest)
+        slot = torch.arange(2 * B * H, device=position.device).view(2, B, H)[:, :n] * S
+        slot = (slot + position[:, None]).flatten()  # in the cache, of this step's keys and values
+        later = torch.arange(seen, device=position.device) > position[:, None]
+        mask = torch.zeros(later.shape, device=position.device).masked_fill_(later, float("-inf"))
+        mask = mask[:, None].expand(n, H, seen).reshape(n * H, 1, seen)
+        heads = self.cache[:, :, :n, :, :seen].flatten(2, 3)  # [L, k or v, n H, S, D]
+        keys, values = heads[:, 0].mT.unbind(), heads[:, 1].unbind()
+        caches = self.cache.view(L, -1, D).unbind()
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
-            cache = self.cache[layer]
-            for kept, new in zip(cache, (k, v)):
-                kept[rows, :, position] = new.transpose(0, 1)
-            keys, values = cache[:, :n, :, : len(at)].flatten(1, 2)  # [n H, S, D]
-            q = q.transpose(0, 1).reshape(n * H, 1, D)
+        def attend(layer: int, qkv: Tensor, y: Tensor) -> None:
+            caches[layer].index_copy_(0, slot, qkv[1:].view(-1, D))
+            q = qkv[0].view(n * H, 1, D)
             # Half the time of scaled_dot_product_attention for one query a head.
-            s = torch.baddbmm(mask, q, keys.mT, alpha=D**-0.5)  # [n H, 1, S]
-            y.copy_(torch.bmm(s.softmax(-1), values).view(n, H, D))
+            s = torch.baddbmm(mask, q, keys[layer], alpha=D**-0.5)  # [n H, 1, S]
+            y.copy_(torch.bmm(s.softmax(-1), values[layer]).view(n, H, D))
 
         x = self._blocks(self.token[:n], position, attend)
         x = F.layer_norm(x, x.shape[1:], *self.ln_f, self.eps)
         return grouped_linear(x, self.w_head, self.b_head, self.same)
 
 
-def grouped_linear(x: Tensor, w: Tensor, b: Tensor, rows: int) -> Tensor:
+def grouped_linear(x: Tensor, w: Tensor, b: Tensor, rows: int, out: Tensor | None = None) -> Tensor:
     """Return x w + b for x [n, K] and w [K, J], in products of up to `rows` rows each."""
     if len(x) <= rows:
-        return torch.addmm(b, x, w)
-    return torch.cat([torch.addmm(b, part, w) for part in x.split(rows)])
+        return torch.addmm(b, x, w, out=out)
+    out = x.new_empty(len(x), w.shape[1]) if out is None else out
+    for part, to in zip(x.split(rows), out.split(rows)):
+        torch.addmm(b, part, w, out=to)
+    return out
 
 
 @torch.inference_mode()
@@ -474,10 +450,21 @@ def main() -> None:
     prompt = config.prompt or sys.stdin.read()
     generator = Generator.load(config.checkpoint, config.device)
     stop = tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in config.stop)
-    options = {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed}
-    prompts = [prompt] * config.samples
-    texts = generator.generate(prompts, config.max_new_tokens, stop=stop, **options)
-    print(("\n" + "-" * 40 + "\n").join(prompt + text for text in texts))
+    options = {"temperature": config.temperature, "top_p": config.top_p, "stop": stop,
+               "seed": config.seed}  # fmt: skip
+    if config.samples > 1:
+        texts = generator.generate([prompt] * config.samples, config.max_new_tokens, **options)
+        return print(("\n" + "-" * 40 + "\n").join(prompt + text for text in texts))
+    print(prompt, end="", flush=True)
+    held, sent = max(map(len, stop), default=1) - 1, 0  # the end may be the start of a stop string
+    for _, row in generator.stream([prompt], config.max_new_tokens, **options):
+        text = row.text
+        if not row.done:  # nor is a character whole before its last byte
+            text = generator.tokenizer.decode(row.tokens).rstrip("\ufffd")
+            text = text[: max(sent, len(text) - held)]
+        print(text[sent:], end="", flush=True)
+        sent = len(text)
+    print()
 
 
 if __name__ == "__main__":

@@ -5,14 +5,8 @@
     python train.py configs/demo.toml --resume                    go on from the newest checkpoint
     python train.py configs/phi1.toml --init_from=out/phi1_base   finetune another run's weights
 
-On two machines, started again by torchrun after a fault, from the newest checkpoint (the variable
-keeps the agents' store apart from the ranks', which dies with rank 0):
-
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d \\
-        --rdzv_endpoint=FIRST_MACHINE:29400 train.py configs/phi1_base.toml      on each of the two
-
-SIGTERM, SIGUSR1 or Ctrl-C, to any rank, finish the step, save a checkpoint and end the run.
+README.md has the command for two machines. SIGTERM, SIGUSR1 or Ctrl-C, to any rank, finish the
+step, save a checkpoint and end the run.
 
 A step is an optimiser step: `seqs_per_step` sequences of `seq_len` tokens, in micro-batches whose
 gradients are accumulated. What it sees depends on (seed, step) alone: data/loader.py. Nothing in a
@@ -68,14 +62,12 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32, bfloat16 or float16 (with loss scaling); auto is bfloat16
     # on a GPU, float32 elsewhere
-    compile: bool = False  # torch.compile the blocks, where they are torch's (see kernels)
     recompute: bool = False  # keep only the blocks' inputs, and compute the rest again in backward
     shard: int = 0  # ranks that share one copy of masters and optimiser states, 0 = a machine's
     regather: bool = False  # gather a block's weights for each use, rather than once a step: less
     # memory, more communication
     timeout_s: int = 600  # seconds until a rank that does not answer is taken for lost
     threads: int = 0  # CPU threads a rank uses, 0 = cores / ranks on this machine
-    tensorboard: bool = False  # write the metrics to out/tensorboard too
     wandb: str = ""  # Weights & Biases project to send the metrics to
 
     def __post_init__(self):
@@ -111,8 +103,8 @@ def make_optimizer(model: Phi, c: TrainConfig) -> torch.optim.AdamW:
     """Make an AdamW that decays matrices (embedding too), and no biases and LayerNorms."""
     decay = [p for p in model.parameters() if p.dim() >= 2]
     no_decay = [p for p in model.parameters() if p.dim() < 2]
-    decays = (decay, c.weight_decay), (no_decay, 0.0)
-    groups = [{"params": params, "weight_decay": each} for params, each in decays]
+    groups = [{"params": decay, "weight_decay": c.weight_decay},
+              {"params": no_decay, "weight_decay": 0.0}]  # fmt: skip
     return torch.optim.AdamW(groups, c.lr, (c.beta1, c.beta2), c.adam_eps, fused=True)
 
 
@@ -191,12 +183,9 @@ def main() -> None:
     # Model and optimizer.
     kernels, why = select_kernels(c.model, device)
     torch.manual_seed(c.seed)
-    model = Phi(c.model, kernels == "triton", c.recompute).train()
+    model = Phi(c.model, kernels == "triton", c.recompute)
     init_from = load_init(model, c, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
-    if c.compile and kernels == "torch":
-        for block in model.blocks:
-            block.compile()
     distributed.shard_model(model, ranks, dtype, c.shard, c.regather)
     optimizer = make_optimizer(model, c)
     guard = distributed.Guard(device, scaled=dtype == torch.float16)
@@ -211,9 +200,9 @@ def main() -> None:
         "parameters": parameters, "roof": roof_name} | runlog.environment()  # fmt: skip
     log = runlog.RunLog(c, ranks, resolved)
     log.say(banner(c, resolved, f"{device.type}, kernels: {kernels} ({why})", windows))
-    groups = [distributed.cpu_group(c.timeout_s) for _ in range(2)]
-    saver = checkpoint.Saver(c.out, ranks.rank, groups[0], c.keep, c.keep_every)
-    signals = distributed.Signals(groups[1])
+    saving, talking = (distributed.cpu_group(c.timeout_s) for _ in range(2))
+    saver = checkpoint.Saver(c.out, ranks.rank, saving, c.keep, c.keep_every)
+    signals = distributed.Signals(talking)
     facts = {k: identity[k] for k in ("data_checksum", "code")} | {"run": str(c.out)}
     state = checkpoint.RunState(model, optimizer, guard, ranks, tokenizer, saver, facts)
     # The generators last, as anything above may draw numbers. Dropout differs between ranks.

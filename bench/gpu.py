@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 # What has tests for a GPU: files of which all count, and single tests.
 TESTED = ["kernels/test_layernorm.py", "kernels/test_attention.py", "kernels/test_cross_entropy.py",
           "kernels/test_mlp.py", "kernels/test_block.py", "kernels/test_decode.py",
-          "core/test_train.py::test_half_precision_resumes_bitwise",
+          "core/test_train.py::test_resume_is_bitwise",
           "bench/test_plan.py::test_memory_on_a_gpu"]  # fmt: skip
 TOY = ["--vocab_size=96", "--seq_len=40", "--n_layer=1", "--n_head=2", "--width=64",
        "--mlp_width=128", "--rotary_dim=16", "--device=cpu", "--dtype=float16"]  # fmt: skip

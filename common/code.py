@@ -17,10 +17,7 @@ DATA = (".txt", ".json", ".jsonl")  # suffixes of files that modules read from t
 
 
 def closure(*programs: str | Path) -> list[Path]:
-    """Return the project's files that `programs` (dotted names or files) depend on, sorted.
-
-    See dependencies. Raises ValueError for a name that is no module of ours.
-    """
+    """Return the project's files that `programs` (dotted names or files) depend on, sorted."""
     found, todo = set(), set()
     for program in programs:
         if isinstance(program, str) and not module_file(program):

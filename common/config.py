@@ -2,18 +2,13 @@
 
 A command's options are the fields of one dataclass, and the comment behind a field is its help:
 
-    @dataclass(frozen=True)
-    class Config:
-        \"\"\"What the command does, in a sentence.\"\"\"
-        out: Path                     # folder to write (a field without a default is required)
-        source: tuple[str, ...] = ()  # a tuple field may be given several times
-        max_mb: float = 0.0           # megabytes of text to keep, 0 = all
-        verbose: bool = False         # a bool is --verbose or --verbose=false
-
-    config = parse(Config)            # --max_mb=3, --max_mb 3 and --max-mb 3 are the same
+    out: Path                     # folder to write (a field without a default is required)
+    source: tuple[str, ...] = ()  # a tuple field may be given several times
+    max_mb: float = 0.0           # --max_mb=3, --max_mb 3 and --max-mb 3 are the same
+    verbose: bool = False         # a bool is --verbose or --verbose=false
 
 With `toml=True`, a first argument without dashes names a TOML file whose values replace the
-defaults; flags come last. An unknown key is an error that names the nearest field.
+defaults; flags come last.
 """
 
 import argparse
@@ -45,11 +40,7 @@ def run(main) -> None:
 
 
 def parse(cls, argv: list[str] | None = None, toml: bool = False):
-    """Return an instance of the dataclass `cls` from the command line (default `sys.argv[1:]`).
-
-    Raises UserError for an unknown key, a wrong type or a missing required option, from flag or
-    file. `--help` prints every field with its default and meaning, and exits.
-    """
+    """Return an instance of the dataclass `cls` from the command line (default `sys.argv[1:]`)."""
     argv = sys.argv[1:] if argv is None else argv
     types_, comments, fields = get_type_hints(cls), _comments(cls), dataclasses.fields(cls)
     required = [f.name for f in fields if f.default is dataclasses.MISSING]

@@ -58,16 +58,15 @@ def start(device: str, dtype: str, threads: int, timeout_s: int) -> tuple[Ranks,
 
     A single process in half precision joins a group of its own: see shard_model.
     """
-    env = {k: int(os.environ.get(k, d)) for k, d in [
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
-        ("TORCHELASTIC_RESTART_COUNT", 0)]}  # fmt: skip
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
+                "TORCHELASTIC_RESTART_COUNT": 0}  # fmt: skip
+    env = {name: int(os.environ.get(name, default)) for name, default in defaults.items()}
     use_cuda = device != "cpu" and torch.cuda.is_available()
     dtype = DTYPES[("bfloat16" if use_cuda else "float32") if dtype == "auto" else dtype]
     if device == "cuda" and not use_cuda:
         raise UserError("device is cuda, but torch sees no GPU; use --device=cpu")
-    ranks = Ranks(
-        *env.values(), torch.device("cuda", env["LOCAL_RANK"]) if use_cuda else torch.device("cpu")
-    )
+    place = torch.device("cuda", env["LOCAL_RANK"]) if use_cuda else torch.device("cpu")
+    ranks = Ranks(*env.values(), place)
     if use_cuda:
         torch.cuda.set_device(ranks.device)
         torch.set_float32_matmul_precision("high")
@@ -184,21 +183,20 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str,
 
 def lost_rank(e: Exception, rank: int) -> UserError | None:
     """Return what to tell the user if `e` says that another rank is gone or does not answer."""
-    said = str(e)
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out")
-    if isinstance(e, dist.DistError) or any(sign in said for sign in signs):
-        return UserError(
-            f"rank {rank} lost touch with another, which died or hangs: see its own message if it "
-            f"has one; --resume goes on from the newest checkpoint ({said.splitlines()[0]:.200})"
-        )
-    return None
+    if not isinstance(e, dist.DistError) and not any(sign in str(e) for sign in signs):
+        return None
+    return UserError(
+        f"rank {rank} lost touch with another, which died or hangs: see its own message if it has "
+        f"one; --resume goes on from the newest checkpoint ({str(e).splitlines()[0]:.200})"
+    )
 
 
 class Signals:
     """Let all ranks hear SIGTERM, SIGUSR1 or Ctrl-C on any of them at the same step.
 
-    The message travels between the hosts while a step runs, and is read a step later, so that no
-    rank waits for a device. In a single process, a second Ctrl-C ends it at once.
+    The message travels between the hosts while a step runs, and is read a step later. In a single
+    process, a second Ctrl-C ends it at once.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):

@@ -28,8 +28,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 MAX_SKIPS = 20  # stop after this many steps in a row whose gradients are not finite
 # What a result does not depend on.
 HOW = {"out", "resume", "restart", "micro_batch", "device", "threads", "keep", "log_interval",
-       "keep_every", "recompute", "shard", "regather", "timeout_s", "tensorboard",
-       "wandb"}  # fmt: skip
+       "keep_every", "recompute", "shard", "regather", "timeout_s", "wandb"}  # fmt: skip
 
 
 class RunLog:
@@ -45,18 +44,22 @@ class RunLog:
         """Make the folder c.out, and write `resolved`, the run's configuration, to config.json."""
         self.c, self.out, self.ranks, self.first = c, c.out, ranks, ranks.rank == 0
         self.commit = resolved["commit"]
-        self.path, self.sinks = c.out / "metrics.jsonl", []
+        self.path, self.wandb = c.out / "metrics.jsonl", None
         self.terminal = sys.stdout.isatty()
         self.full = False  # the disk, when it was last written to
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "config.json", resolved)
-            self.sinks = sinks(c, resolved)
+            self.wandb = start_wandb(c, resolved) if c.wandb else None
 
     def begin(self, state: checkpoint.RunState) -> None:
         """Drop what was logged after the state's step, and the evaluation that is repeated."""
         step = state.step
-        kept = [r for r in self.read() if r["step"] <= step - ("val_loss" in r)] if step else []
+        records = []
+        for line in self.path.read_text().splitlines() if step and self.path.exists() else []:
+            with contextlib.suppress(ValueError):  # a line that a kill or a full disk cut short
+                records.append(json.loads(line))
+        kept = [r for r in records if r["step"] <= step - ("val_loss" in r)]
         if self.first:
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
@@ -92,15 +95,14 @@ class RunLog:
         step, c = record["step"], self.c
         self.write(record)
         self.status("running", step)
-        left_tokens = (c.max_steps - step) * record["tokens"] / step
-        left_min = left_tokens / max(record["tokens_per_s"], 0.1) / 60
         if self.first and self.terminal:  # in place of the line before
-            text = (
-                f"step {step:,}/{c.max_steps:,}  loss {record.get('loss', math.nan):.4f}  "
-                f"lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tok/s  "
-                f"MFU {record['mfu']:.1%}  {left_min:.1f} min left"
-            )
-            print(f"\r\x1b[K{text}", end="", flush=True)
+            left_tokens = (c.max_steps - step) * record["tokens"] / step
+            print(
+                f"\r\x1b[Kstep {step:,}/{c.max_steps:,}  loss {record.get('loss', math.nan):.4f}  "
+                f"lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tok/s  MFU "
+                f"{record['mfu']:.1%}  {left_tokens / record['tokens_per_s'] / 60:.1f} min left",
+                end="", flush=True,
+            )  # fmt: skip
         if more := record["skipped"] - self.skipped:
             self.warn("skipped", step, f"{more} steps up to {step:,} skipped: "
                       "their gradients were not finite")  # fmt: skip
@@ -157,18 +159,10 @@ class RunLog:
                 raise lost from e
             raise
 
-    def read(self) -> list[dict]:
-        """Return the records so far, without a line that a kill or a full disk cut short."""
-        records = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-        return records
-
     def write(self, record: dict) -> None:
         self._try(_append, self.path, record)
-        for sink in self.sinks:
-            sink(record)
+        if self.wandb:
+            self.wandb.log(record, step=record["step"])
 
     def event(self, what: str, step: int, status: str = "", **details) -> None:
         """Note that something happened, and how the run then stands. `details` are JSON values."""
@@ -185,7 +179,7 @@ class RunLog:
     def status(self, status: str, step: int, **details) -> None:
         """Say how the run stands: running, done, "preempted, saved", or failed."""
         record = {"status": status, "step": step, "max_steps": self.c.max_steps} | details
-        record |= {"updated": _now(), "host": platform.node(), "pid": os.getpid()}
+        record |= {"updated": _now(), "pid": os.getpid()}
         self._try(write_json, self.out / "status.json", record)
 
     def say(self, text: str) -> None:
@@ -215,25 +209,14 @@ def _append(path: Path, record: dict) -> None:
         f.write(json.dumps(record) + "\n")
 
 
-def sinks(c, config: dict) -> list:
-    """Return functions that send a record to TensorBoard and to Weights & Biases, as asked."""
-    found = []
+def start_wandb(c, config: dict):
+    """Begin the run, or go on with it, in the Weights & Biases project that c.wandb names."""
     try:
-        if c.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            add = SummaryWriter(c.out / "tensorboard").add_scalar
-            found.append(lambda record: [add(k, v, record["step"]) for k, v in record.items()])
-        if c.wandb:
-            import wandb
-
-            name = f"{c.out.name}-{zlib.crc32(str(c.out.resolve()).encode()):08x}"  # for a resume
-            run = wandb.init(project=c.wandb, id=name, resume="allow", dir=str(c.out),
-                             config=config)  # fmt: skip
-            found.append(lambda record: run.log(record, step=record["step"]))
-    except ImportError as e:
-        raise UserError(f"{e.name} is not installed: pip install {e.name}") from None
-    return found
+        import wandb
+    except ImportError:
+        raise UserError("wandb is not installed: pip install wandb") from None
+    name = f"{c.out.name}-{zlib.crc32(str(c.out.resolve()).encode()):08x}"  # for a resume
+    return wandb.init(project=c.wandb, id=name, resume="allow", dir=str(c.out), config=config)
 
 
 def open_run(c, mine: dict, resume: bool) -> Path | None:
@@ -286,11 +269,10 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
             if word in name:
                 return peak, f"{name}, {peak / 1e12:.0f} TFLOP/s"
     n, times = 1024, []
-    a, out = torch.randn(n, n, device=device), torch.empty(n, n, device=device)
-    until = time.perf_counter() + 0.3
-    while not times or time.perf_counter() < until:  # others may be running: the best counts
+    a = torch.randn(n, n, device=device)
+    for _ in range(10):  # others may be running: the best counts
         began = time.perf_counter()
-        torch.mm(a, a, out=out)[0, 0].item()
+        torch.mm(a, a)[0, 0].item()
         times.append(time.perf_counter() - began)
     rate = 2 * n**3 / min(times)
     return rate, f"a {n} x {n} fp32 matmul measured here, {rate / 1e9:.0f} GFLOP/s"

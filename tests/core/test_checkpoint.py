@@ -1,4 +1,3 @@
-import json
 import pickle
 import random
 import shutil
@@ -7,13 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import checkpoint, distributed
+from common import checkpoint
 from common.config import UserError
 from model import ModelConfig, Phi, load_model
 from tokenizer import Tokenizer
 
 ODD = ModelConfig(61, 19, 2, 3, 42, 50, 6)
-DAMAGES = 300  # flips and truncations tried
 
 
 @pytest.fixture
@@ -21,18 +19,10 @@ def tokenizer(tokens):
     return Tokenizer(tokens)
 
 
-def training():
-    return {
-        "exp_avg.x": torch.randn(7, 5),
-        "step.x": torch.tensor(3.0),
-        "rank0.rng": torch.get_rng_state(),
-    }
-
-
 @pytest.fixture
 def saved(tmp_path, tokenizer):
     """A run folder with one checkpoint, its model, and its training state."""
-    model, state = Phi(ODD), training()
+    model, state = Phi(ODD), {"exp_avg.x": torch.randn(7, 5), "rank0.rng": torch.get_rng_state()}
     saver = checkpoint.Saver(tmp_path / "run", 0, None, keep=2)
     saver.save(5, model, state, tokenizer, {"world_size": 1})
     assert saver.finish() is None
@@ -73,41 +63,24 @@ def test_the_state_is_copied_before_save_returns(saved, tokenizer):
 
 
 def test_every_flip_and_truncation_is_caught(saved):
-    run, _, _ = saved
-    folder, draw = checkpoint.find(run), random.Random(0)
-    files = [p for p in folder.rglob("*") if p.is_file()]
-    for i in range(DAMAGES):
-        path = files[i % len(files)]
+    folder, draw = checkpoint.find(saved[0]), random.Random(0)
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"]
+    for path in files * 5:
         whole = path.read_bytes()
-        if draw.random() < 0.5:
-            at = draw.randrange(len(whole))
-            path.write_bytes(
-                whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
-            )
-        else:
-            path.write_bytes(whole[: draw.randrange(len(whole))])
-        wrong = checkpoint.damage(folder)
-        same = path.name == "manifest.json" and _means_the_same(path.read_bytes(), whole)
-        assert wrong or same, f"damage {i} to {path.name} was not seen"
+        at = draw.randrange(len(whole))
+        flipped = bytes([whole[at] ^ 1 << draw.randrange(8)])
+        for damaged in (whole[:at], whole[:at] + flipped + whole[at + 1 :]):
+            path.write_bytes(damaged)
+            assert path.name in checkpoint.damage(folder)
+            if path.name == "model.safetensors":
+                with pytest.raises(UserError, match=r"damaged: model\.safetensors"):
+                    load_model(saved[0], "cpu")
         path.write_bytes(whole)
     assert checkpoint.damage(folder) == ""
     files[0].unlink()
     assert "No such file" in checkpoint.damage(folder)
-
-
-def _means_the_same(damaged: bytes, whole: bytes) -> bool:
-    """Whether a manifest says what it said: a flipped bit of its white space does no harm."""
-    try:
-        return json.loads(damaged) == json.loads(whole)
-    except ValueError:
-        return False
-
-
-def test_damaged_weights_are_not_loaded(saved):
-    path = checkpoint.find(saved[0]) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"damaged: model\.safetensors was changed"):
-        load_model(saved[0], "cpu")
+    (folder / "manifest.json").write_text("{")
+    assert checkpoint.damage(folder) == "manifest.json cannot be read"
 
 
 def test_newest_good_walks_back(saved, tokenizer, capsys):
@@ -130,7 +103,7 @@ def test_newest_good_walks_back(saved, tokenizer, capsys):
     assert checkpoint.newest_good(run).name == "step-00000007"
 
 
-def test_retention(saved, tokenizer):
+def test_which_are_kept_and_none_is_overwritten(saved, tokenizer):
     run, model, state = saved
     saver = checkpoint.Saver(run, 0, None, keep=2, keep_every=10)
     (run / "best.json").write_text('{"step": 6, "val_loss": 1.0}')
@@ -141,17 +114,11 @@ def test_retention(saved, tokenizer):
     assert checkpoint.find(run).name == "step-00000006"
     (run / "best.json").write_text('{"step": 14, "val_loss": 1.0}')  # its save failed
     assert checkpoint.find(run).name == "step-00000013"
-
-
-def test_a_checkpoint_is_never_overwritten(saved, tokenizer):
-    run, model, state = saved
-    before = checkpoint.checksum(checkpoint.find(run))
-    saver = checkpoint.Saver(run, 0, None, keep=2)
     with torch.no_grad():
         model.embed.weight.zero_()
-    saver.save(5, model, state, tokenizer, {})
-    assert "step-00000005 was not written: Directory not empty" in saver.finish()
-    assert checkpoint.checksum(checkpoint.find(run)) == before
+    saver.save(13, model, state, tokenizer, {})
+    assert "step-00000013 was not written: Directory not empty" in saver.finish()
+    assert checkpoint.damage(checkpoint.find(run)) == ""
     assert not list((run / "checkpoints").glob("tmp-*"))
 
 
@@ -164,14 +131,3 @@ def test_nothing_in_a_checkpoint_is_unpickled(saved, monkeypatch):
         monkeypatch.setattr(pickle, name, lambda *_: pytest.fail("a pickle was read"))
     checkpoint.load_training(model, state, folder)
     load_model(run, "cpu")
-
-
-def test_a_run_that_left_out_data_is_refused(tmp_path):
-    """Older versions went back after a loss spike, and on with later data."""
-    (tmp_path / "meta.json").write_text('{"step": 1, "world_size": 1, "data_offset": 5}')
-    model, ranks = Phi(ODD), distributed.Ranks(0, 1, 0, 1, 0, torch.device("cpu"))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    guard = distributed.Guard(ranks.device, scaled=False)
-    state = checkpoint.RunState(model, optimizer, guard, ranks, None, None, {})
-    with pytest.raises(UserError, match="start from its weights with --init_from"):
-        state.restore(tmp_path)

@@ -49,16 +49,17 @@ def test_toml_then_flags(tmp_path):
     [
         ("--out a --stepz=3", "unknown argument '--stepz', did you mean '--steps'"),
         ("--out a --steps=1.5", "--steps: got '1.5', want int"),
-        ("--out a --steps=ten", "--steps: got 'ten', want int"),
         ("--out a --fast=1", "--fast: got '1', want true|false"),
         ("--out a --lr", "--lr: expected one argument"),
         ("--out a stray", "unknown argument 'stray'"),
+        ("--out a c.toml", "c.toml must be the first argument"),
+        ("nowhere.toml", "cannot read config nowhere.toml"),
         ("--lr=1", "missing required option --out"),
     ],
 )
 def test_bad_flags(argv, message):
     with pytest.raises(UserError) as e:
-        parse(Example, argv.split())
+        parse(Example, argv.split(), toml=True)
     assert message in str(e.value)
 
 
@@ -66,7 +67,6 @@ def test_bad_flags(argv, message):
     ("text", "message"),
     [
         ("stepz = 3", "unknown key 'stepz', did you mean 'steps'"),
-        ("steps = 1.5", "steps: got 1.5, want int"),
         ("steps = true", "steps: got True, want int"),
         ("steps = '3", "not valid TOML"),
         ("fast = 1", "fast: got 1, want true|false"),
@@ -80,16 +80,6 @@ def test_bad_toml(tmp_path, text, message):
         parse(Example, [str(file), "--out=a"], toml=True)
     assert message in str(e.value)
     assert str(file) in str(e.value)
-
-
-def test_the_file_goes_first():
-    with pytest.raises(UserError, match=r"c\.toml must be the first argument"):
-        parse(Example, ["--out=a", "c.toml"], toml=True)
-
-
-def test_missing_file():
-    with pytest.raises(UserError, match=r"cannot read config nowhere\.toml"):
-        parse(Example, ["nowhere.toml"], toml=True)
 
 
 def test_help_comes_from_the_comments(capsys):
