@@ -17,8 +17,8 @@ HOLDS = {
         "common/checkpoint.py common/runlog.py tokenizer/__init__.py tokenizer/byte_level.py",
         "eval/ sandbox/ tools/ bench/ data/filter.py data/base/ sample.py kernels/decode.py",
     ),
-    "data.exercises": (  # one of these is imported when it is asked for, one is text
-        "data/synthetic/families.py data/synthetic/concepts.py data/synthetic/concepts.txt",
+    "data.exercises": (
+        "data/synthetic/families.py data/synthetic/concepts.txt",
         "eval/ train.py model.py kernels/",
     ),
     "eval.humaneval": (  # some of the sandbox's files are started, not imported

@@ -109,7 +109,7 @@ def test_page_of_a_ladder(command, ladder, tmp_path):
                  ">not run<", "phi-1", "not solved: E &amp; F", "return &lt;x&gt;",
                  "<td>typos</td><td class=n>25</td>", "abc&lt;1&gt;"):  # fmt: skip
         assert word in page, word
-    assert "What exercises-large-s0 writes" in page
+    assert "exercises-large-s0; completions in blue" in page
     assert "Problems: 40 heldout, 40 humaneval." in page
     assert "pairs-small-s0" not in page
     rungs = {r["name"]: r for r in json.loads((tmp_path / "ladder.json").read_text())}
@@ -164,7 +164,7 @@ def test_page_of_two_runs(command, tmp_path):
         assert title in page
     assert page.count("done, step 30") == 2
     assert "0.3125" in page
-    assert "<td>lr</td><td class=n>0.1</td><td class=n>0.2</td>" in page
+    assert "<td>lr</td><td>0.1</td><td>0.2</td>" in page
     assert "<td>width</td>" not in page  # it is the same
     assert "step 20 skipped 1 step &amp; more" in page
     assert "fast <&>" not in page
