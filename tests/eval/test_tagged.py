@@ -95,6 +95,6 @@ def test_what_encode_cannot_have_made(message):
 def test_limits():
     with pytest.raises(OverflowError):
         dumps("x" * MAX_BYTES)
-    for line in (b"", b"1", b"[" * 100_000 + b"\n", b"9" * 5000 + b"\n"):
+    for line in (b"", b"1", b"[" * 100_000 + b"\n"):
         with pytest.raises((ValueError, RecursionError)):
             loads(line)
