@@ -15,8 +15,6 @@ from sandbox import execute
 from sandbox.execute import Check, run_checks, run_programs
 from sandbox.self_check import check
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
-
 FAIL = {
     "raise": "raise ValueError('no')",
     "assert": "assert 1 == 2",
@@ -118,12 +116,6 @@ def test_odd_tests(any_tier):
     for (*_, status, detail), verdict in zip(cases, run_checks(checks, tier=any_tier)):
         assert verdict.status == status
         assert detail in verdict.detail
-
-
-def test_timeouts(tier):
-    test = "def check(candidate):\n    while True: pass\n"
-    checks = [Check("while True: pass", timeout_s=0.3), Check(ADD, test, "f", timeout_s=0.3)]
-    assert {v.status for v in run_checks(checks, tier=tier)} == {"timeout"}
 
 
 def test_order_is_kept_and_the_hash_seed_is_fixed(any_tier):
