@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from common import checkpoint
 from common.config import UserError, parse, run
@@ -173,7 +172,7 @@ def load(model: Phi, folder: Path) -> None:
             f"{folder}: the tensor {name} {problem}; want exactly PhiForCausalLM's in .safetensors "
             "files; load and save other weights with transformers first"
         )
-    for name, part in tqdm(mine.items(), desc="import", unit="tensor", disable=None):
+    for name, part in mine.items():
         tensor = where[name].get_tensor(name)
         got, want = list(tensor.shape), list(part.shape)
         if got != want:

@@ -16,8 +16,6 @@ from tiers import need
 
 from sandbox.execute import Check, Verdict, run_checks, run_programs
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
-
 CALL = """
 import ctypes, os, signal, socket, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)

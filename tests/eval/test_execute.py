@@ -15,8 +15,6 @@ from sandbox import execute
 from sandbox.execute import Check, run_checks, run_programs
 from sandbox.self_check import check
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
-
 FAIL = {
     "raise": "raise ValueError('no')",
     "assert": "assert 1 == 2",
@@ -49,23 +47,23 @@ def any_tier():
     return best()
 
 
-def processes() -> dict[int, tuple[int, int]]:
-    """{pid: (parent, start time)} of all processes but zombies."""
+def parents() -> dict[int, int]:
+    """{pid: parent} of all processes but zombies."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            fields = path.read_bytes().rpartition(b")")[2].split()  # proc(5): from the state on
-            if fields[0] != b"Z":
-                found[int(path.parent.name)] = int(fields[1]), int(fields[19])
+            state, parent, *_ = path.read_bytes().rpartition(b")")[2].split()  # proc(5)
+            if state != b"Z":
+                found[int(path.parent.name)] = int(parent)
     return found
 
 
-def descendants(pid: int) -> set[tuple[int, int]]:
-    """(pid, start time) of all that descends from `pid`."""
-    running, family = processes(), {pid}
-    while more := {p for p, (parent, _) in running.items() if parent in family} - family:
+def descendants(pid: int) -> set[int]:
+    """All that descends from `pid`."""
+    running, family = parents(), {pid}
+    while more := {p for p, parent in running.items() if parent in family} - family:
         family |= more
-    return {(p, running[p][1]) for p in family - {pid}}
+    return family - {pid}
 
 
 def one(source: str, test: str, tier: str, entry_point: str = "f", prompt: str = "", **fields):
@@ -104,17 +102,6 @@ def check(candidate):
     assert verdict.status == "passed", verdict
 
 
-def test_helpers_of_the_prompt_run_outside(any_tier):
-    prompt = "import math\ndef poly(xs, x): return sum(c * x**i for i, c in enumerate(xs))"
-    prompt += "\ndef root(xs):\n"  # no docstring: no body either
-    test = "import copy\ndef check(candidate):\n"
-    test += "    assert abs(poly([-6, 2], candidate(copy.copy([-6, 2])))) < 1e-6\n"
-    good, bad = "    return -xs[0] / xs[1]\n", "    return 7\n"
-    assert one(prompt + good, test, any_tier, "root", prompt).status == "passed"
-    cheat = prompt + bad + "def poly(xs, x):\n    return 0\n"
-    assert one(cheat, test, any_tier, "root", prompt).status == "failed"
-
-
 def test_odd_tests(any_tier):
     named = "assert check(2) == 3\n\ndef check(candidate):\n    pass\n"
     excuse = "def check(candidate):\n    try: candidate(1)\n    except BaseException: pass\n"
@@ -129,12 +116,6 @@ def test_odd_tests(any_tier):
     for (*_, status, detail), verdict in zip(cases, run_checks(checks, tier=any_tier)):
         assert verdict.status == status
         assert detail in verdict.detail
-
-
-def test_timeouts(tier):
-    test = "def check(candidate):\n    while True: pass\n"
-    checks = [Check("while True: pass", timeout_s=0.3), Check(ADD, test, "f", timeout_s=0.3)]
-    assert {v.status for v in run_checks(checks, tier=tier)} == {"timeout"}
 
 
 def test_order_is_kept_and_the_hash_seed_is_fixed(any_tier):
@@ -195,7 +176,7 @@ def test_evaluator_ends(any_tier, number):
         time.sleep(0.05)
     evaluator.send_signal(number)
     evaluator.wait(60)
-    while left & {(pid, start) for pid, (_, start) in processes().items()}:
+    while left & parents().keys():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -121,7 +121,6 @@ def test_with_an_endpoint_that_misbehaves(command, samples, tmp_path):
 
 def test_errors(command, samples, tmp_path):
     out = ["--out", tmp_path / "out"]
-    assert "--out" in command("--samples", samples)[2]
     assert "--model" in command("--samples", samples, *out, "--dry_run")[2]
     assert "OPENAI_BASE_URL" in command("--samples", samples, *out, "--model", "m")[2]
     assert "--checkpoint" in command(*out)[2]

@@ -1,6 +1,5 @@
 import os
 import struct
-import sys
 
 import pytest
 from tiers import need
@@ -8,8 +7,6 @@ from tiers import need
 from common.config import UserError
 from sandbox import execute, isolate
 from sandbox.execute import Check, run_checks
-
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
 ALLOW, DENY, KILL = 0x7FFF0000, 0x00050001, 0x80000000
 

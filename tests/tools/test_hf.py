@@ -86,17 +86,9 @@ def same_greedy_text(checkpoint: Path, model, tokenizer, prompts: list[str]) -> 
 
 def test_same_logits_and_greedy_text(ours, theirs):
     close_logits(ours, theirs[0])
-    config = theirs[0].config
-    assert config.attention_dropout == config.resid_pdrop == SHAPE.dropout
+    assert theirs[0].config.attention_dropout == theirs[0].config.resid_pdrop == SHAPE.dropout
     assert theirs[0].generation_config.eos_token_id == theirs[1].eos_token_id
     same_greedy_text(ours, *theirs, PROMPTS)
-
-
-def check_tokens(ours: Tokenizer, theirs, text: str) -> None:
-    ids = ours.encode(text)
-    assert theirs(text, add_special_tokens=False)["input_ids"] == ids
-    assert theirs(text)["input_ids"] == ours.start + ids
-    assert theirs.decode(ids, skip_special_tokens=True) == text == ours.decode(ids)
 
 
 PARTS = st.sampled_from(AWKWARD) | st.text(max_size=20) | st.text("ab \n")
@@ -105,16 +97,16 @@ PARTS = st.sampled_from(AWKWARD) | st.text(max_size=20) | st.text("ab \n")
 @settings(max_examples=60, deadline=None)
 @given(text=st.lists(PARTS).map("".join))
 def test_same_tokens_for_any_text(ours, theirs, text):
-    check_tokens(Tokenizer(ours), theirs[1], text)
+    mine, other = Tokenizer(ours), theirs[1]
+    ids = mine.encode(text)
+    assert other(text, add_special_tokens=False)["input_ids"] == ids
+    assert other(text)["input_ids"] == mine.start + ids
+    assert other.decode(ids, skip_special_tokens=True) == text == mine.decode(ids)
 
 
-def test_same_tokens_for_a_file(ours, theirs):
-    check_tokens(Tokenizer(ours), theirs[1], (STDLIB / "heapq.py").read_text())
-
-
-def test_there_and_back_is_exact(ours, exported, tmp_path):
-    hf.import_(hf.Import(exported, tmp_path / "back"))
+def test_there_and_back_is_exact(in_process, ours, exported, tmp_path):
     back = tmp_path / "back"
+    assert in_process(hf.main, "import", "--source", exported, "--out", back)[0] == 0
     hf.export(hf.Export(back, tmp_path / "again"))
     for file in ("model.safetensors", "tokenizer.model"):
         assert (back / file).read_bytes() == (ours / file).read_bytes()
@@ -227,12 +219,10 @@ def config(**settings):
     (config(partial_rotary_factor=0.5, rope_parameters={}), "rotary_dim is 7"),
     (config(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn'"),
     (config(hidden_act="gelu"), "hidden_act is 'gelu', .* 'gelu_new' or 'gelu_pytorch_tanh'"),
-    (config(resid_pdrop=0.1), "resid_pdrop is 0.1, .* only have 0.25"),
     (config(vocab_size=400), "512 tokens, more than the vocab_size 400"),
     (config(vocab_size=600), r"embed_tokens.weight is \[512, 42\], .* makes it \[600, 42\]"),
     (config(num_hidden_layers=3), "model.layers.2.input_layernorm.bias is missing"),
     (config(num_hidden_layers=1), "model.layers.1.input_layernorm.bias has no place"),
-    (lambda f: (f / "model.safetensors").unlink(), "lm_head.bias is missing"),
     (lambda f: (f / "model.safetensors").write_bytes(b"x"), "cannot be read"),
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
 ])  # fmt: skip
@@ -249,10 +239,3 @@ def test_a_tokenizer_that_loses_text(released, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(value | {"normalizer": {"type": "NFC"}}))
     with pytest.raises(UserError, match="does not give back the text it encodes"):
         Tokenizer(tmp_path)
-
-
-def test_command(in_process, exported, tmp_path):
-    out = tmp_path / "out"
-    status, said, _ = in_process(hf.main, "import", "--source", exported, "--out", out)
-    assert status == 0
-    assert f"-> {out}" in said
