@@ -30,6 +30,7 @@ from common.config import UserError
 from data.shards import HEADER_BYTES, MIXTURE, open_shard, read_header
 
 PREFETCH = 4  # micro-batches made ahead of the one in use
+ORDER = 4096  # sequences whose places are computed at once: numpy takes a millisecond for a few too
 ROUNDS = 4  # of the Feistel network; 4 give a permutation indistinguishable from random
 
 
@@ -133,12 +134,17 @@ class Loader:
                 f"seqs_per_step {self.seqs_per_step} is not divisible by micro_batch "
                 f"{self.micro_batch} x {self.world_size} ranks; change micro_batch"
             )
+        self.order, self.order_from = np.empty(0, np.int64), 0  # a part of the run's order
 
     def sequences(self, step: int, micro_step: int) -> np.ndarray:
         """Return the window of each row of this rank's micro-batch, int64 [micro_batch]."""
         row = (micro_step * self.world_size + self.rank) * self.micro_batch
-        g = step * self.seqs_per_step + row + np.arange(self.micro_batch)
-        return self.windows.order(g, self.seed)
+        i = step * self.seqs_per_step + row - self.order_from
+        if not 0 <= i <= len(self.order) - self.micro_batch:
+            self.order_from, i = self.order_from + i, 0
+            g = self.order_from + np.arange(max(ORDER, self.micro_batch))
+            self.order = self.windows.order(g, self.seed)
+        return self.order[i : i + self.micro_batch]
 
     def stream(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield micro-batches from `start_step` on, without end, made ahead by a thread.

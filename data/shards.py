@@ -57,17 +57,19 @@ def open_shard(path: Path, vocab_size: int, fingerprint: str) -> np.ndarray:
 
     Raises UserError if it is no shard, cut short, damaged, or made by another tokenizer.
     """
-    header, damaged = read_header(path), UserError(f"{path} is damaged; pack the data again")
-    if Path(path).stat().st_size != HEADER_BYTES + 2 * int(header[2]):
-        raise damaged
+    header = read_header(path)
+    n, size = int(header[2]), Path(path).stat().st_size
+    if size != HEADER_BYTES + 2 * n:
+        said = f"its header says {n:,} tokens, but the file has {size:,} bytes"
+        raise UserError(f"{path} is damaged: {said}; make it again with data.pack")
     tokens = np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
     checksum, header[5] = int(header[5:6].view(np.uint32)[0]), 0
     found, largest = zlib.crc32(header.data), 0
-    for i in range(0, len(tokens), VERIFY_TOKENS):
+    for i in range(0, n, VERIFY_TOKENS):
         part = tokens[i : i + VERIFY_TOKENS]
         found, largest = zlib.crc32(part.data, found), max(largest, int(part.max()))
     if found != checksum:
-        raise damaged
+        raise UserError(f"{path} is damaged: checksum differs; make it again with data.pack")
     made_by = header[8:16].tobytes().decode("ascii", "replace")
     if made_by != fingerprint or largest >= vocab_size:
         raise UserError(

@@ -26,11 +26,6 @@ def document(text: str, origin: str, **fields) -> dict:
     return {"id": sha256[:16], "origin": origin, "sha256": sha256, "text": text, **fields}
 
 
-def digest_key(sha256: str) -> tuple[int, int]:
-    """Return the first 128 bits of a hash in hex as two 64-bit numbers."""
-    return int(sha256[:16], 16), int(sha256[16:32], 16)
-
-
 def source_shards(*sources: Path) -> list[Path]:
     """List the shards of all `sources`, in any format. Raises UserError where one has none."""
     shards = []

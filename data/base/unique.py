@@ -7,7 +7,7 @@ from array import array
 import numpy as np
 
 from common.files import read_jsonl
-from data.base.documents import DocumentFile, digest_key
+from data.base.documents import DocumentFile
 from data.base.stage import Part
 
 
@@ -23,7 +23,9 @@ class Candidates(DocumentFile):
 
     def write(self, record: dict) -> None:
         super().write(record)
-        self.log.extend((*digest_key(record["sha256"]), len(record["text"].encode())))
+        sha256 = record["sha256"]
+        key = int(sha256[:16], 16), int(sha256[16:32], 16)
+        self.log.extend((*key, len(record["text"].encode())))
 
 
 def choose(part: Part, max_bytes: float = math.inf) -> dict:
