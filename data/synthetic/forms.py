@@ -293,7 +293,7 @@ def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str
     given = given_arguments(types[:-1], tick, rng)
     prose = frame.format(do=lower(core), Do=core, does=lower(does), Does=does, given=given)
     if rng.random() < (0.1 if mbpp else 0.15):
-        prose = prose.rstrip(".")
+        prose = prose[:-1] if mbpp else prose.rstrip(".")
     if not mbpp and prose.endswith(".") and rng.random() < MORE_FRAC:
         prose += " " + more(task, types, rng)
     prose = lower(prose) if rng.random() < 0.05 else prose
