@@ -76,28 +76,29 @@ class Textbooks(Config):
         audience, level = rng.choice(AUDIENCES), rng.choice([*LEVELS])
         return topic, audience, level, rng.sample(prompts.WORDS, ASKED_WORDS), rng
 
+    def fields(self, index: int) -> dict:
+        topic, audience, level, *_ = self.draw(index)
+        reader = f"{audience['who']} who {LEVELS[level]}"
+        return {"topic": topic.title, "difficulty": topic.difficulty, "audience": reader}
+
     def make(self, index: int) -> Made:
         topic, audience, level, _, rng = self.draw(index)
         return self.judge(index, textbooks.write(topic, audience, level, rng), writer="builtin")
 
     def prompt(self, index: int) -> str:
-        topic, audience, level, words, _ = self.draw(index)
-        return prompts.TEXTBOOK_PROMPT.format(
-            topic=topic.title, audience=reader(audience, level), words=", ".join(words)
-        )
+        words = ", ".join(self.draw(index)[3])
+        return prompts.TEXTBOOK_PROMPT.format(words=words, **self.fields(index))
 
     def read(self, index: int, reply: str) -> Made:
         text = reply.strip().replace("\r\n", "\n") + "\n"
         return self.judge(index, text, writer=self.model, words=self.draw(index)[3])
 
-    def judge(self, index: int, text: str, **fields) -> Made:
+    def judge(self, index: int, text: str, **more) -> Made:
         program, why_not = prompts.lesson_program(text)
         if why_not:
             return why_not
-        topic, audience, level, *_ = self.draw(index)
-        fields |= {"topic": topic.title, "difficulty": topic.difficulty}
-        fields |= {"audience": reader(audience, level)}
-        return document(text, f"textbooks:{topic.title}", **fields), program
+        fields = more | self.fields(index)
+        return document(text, f"textbooks:{fields['topic']}", **fields), program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +134,6 @@ class Exercises(Config):
 
 KINDS = {"textbooks": Textbooks, "exercises": Exercises}
 benchmarks_of = functools.cache(Benchmarks)
-
-
-def reader(audience: dict[str, str], level: str) -> str:
-    return f"{audience['who']} who {LEVELS[level]}"
 
 
 # ---- The whole job

@@ -187,8 +187,6 @@ def is_wrong(task: Task, wrong: str) -> bool:
                 return False
             except Exception:
                 failures += 1
-                if failures > POOL // 2:
-                    return False
     finally:
         sys.settrace(before)
-    return wrongs > 0
+    return wrongs > 0 and failures <= POOL // 2

@@ -256,9 +256,7 @@ def type_hints(types: tuple[str, ...], rng: random.Random) -> tuple[str, tuple[s
     """Return the lines of imports that stand above, and the hints in one of three styles."""
     if rng.random() < 0.15:  # of the arguments alone, or without what is inside
         types = (*types[:-1], "") if rng.random() < 0.5 else tuple(t.split("[")[0] for t in types)
-    if rng.random() < 0.4:
-        return "", types
-    return from_typing(types)
+    return ("", types) if rng.random() < 0.4 else from_typing(types)
 
 
 def noun(type_: str, rng: random.Random) -> str:
@@ -294,12 +292,10 @@ def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str
     lower = lambda s: s if s.startswith("$") else s[0].lower() + s[1:]  # noqa: E731
     given = given_arguments(types[:-1], tick, rng)
     prose = frame.format(do=lower(core), Do=core, does=lower(does), Does=does, given=given)
-    if mbpp:
-        prose = prose[:-1] if rng.random() < 0.1 else prose
-    else:
-        prose = prose.rstrip(".") if rng.random() < 0.15 else prose
-        if prose.endswith(".") and rng.random() < MORE_FRAC:
-            prose += " " + more(task, types, rng)
+    if rng.random() < (0.1 if mbpp else 0.15):
+        prose = prose[:-1] if mbpp else prose.rstrip(".")
+    if not mbpp and prose.endswith(".") and rng.random() < MORE_FRAC:
+        prose += " " + more(task, types, rng)
     prose = lower(prose) if rng.random() < 0.05 else prose
     return core, typo(prose, rng) if rng.random() < TYPO_FRAC else prose
 
@@ -422,8 +418,8 @@ def sections(arguments: tuple[str, ...], types: tuple[str, ...], rng: random.Ran
         lines = [f":param {n}: {t}" for n, t in zip(arguments, told)]
         return [*lines, f":return: {told[-1] if types[-1] else result}"]
     if style == "numpy":
-        lines = ["Parameters", "----------", *(f"{n} : {t}" for n, t in named)]
-        return [*lines, "", "Returns", "-------", result]
+        lines = [f"{n} : {t}" for n, t in named]
+        return ["Parameters", "----------", *lines, "", "Returns", "-------", result]
     typed = [f"    {n} ({t}): {w}" for (n, t), w in zip(named, told)]
     plain = [f"    {n}: {w}" for n, w in zip(arguments, told)]
     return ["Args:", *rng.choice([typed, plain]), "", "Returns:", f"    {result}"]

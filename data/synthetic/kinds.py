@@ -22,13 +22,8 @@ class Kind:
     high: int = 1000
 
 
-WORDS = re.findall(
-    "[a-z]+",
-    """apple banana cherry kiwi lemon mango olive fig pear plum quince grape dog cat fox owl zebra
-    yak wolf eel iguana newt rabbit tiger urchin viper jackal hen level noon radar civic kayak pop
-    tent trumpet drum harp jazz oboe quiz box vex hello world sun sky sea red blue green yellow it
-    ink up go a i be tea egg zoo python code loop list stack queue graph tree byte orange""",
-)
+ROWS, WORDS = blocks("kinds.txt")
+WORDS = WORDS.split()
 
 
 def some_word(rng: random.Random) -> str:
@@ -102,6 +97,6 @@ def letters_of(alphabet: str, low: int, high: int):
 
 LISTS = ([], [0], [1], [-3], [2, 2, 2], [1, 2, 3, 4], [5, 3, 8, 3], [-1, -2, -6], [10, 21, 7, 4])
 KINDS: dict[str, Kind] = {}
-for line in blocks("kinds.txt")[0].split("\n"):
+for line in ROWS.split("\n"):
     label, names, sample, edges, *bounds = re.split("  +", line)
     KINDS[label] = eval(f"Kind({names!r}, {sample}, ({edges},), {''.join(bounds)})")

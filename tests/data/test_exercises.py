@@ -5,21 +5,17 @@ import builtins
 import doctest
 import json
 import keyword
-import os
 import random
 import re
-import subprocess
-import sys
 import textwrap
 from collections import Counter
 from dataclasses import replace
 from hashlib import sha256
 
 import pytest
-from conftest import ROOT
 
 from common.config import UserError
-from common.files import read_documents, read_jsonl
+from common.files import read_documents
 from data import exercises
 from data.exercises import Benchmarks, solution_key, tell
 from data.synthetic.families import FAMILIES, read_concepts
@@ -65,7 +61,6 @@ def source(exercise):
 
 
 def test_every_task_is_well_formed():
-    assert len(ALL) == len(FAMILIES) + len(CONCEPTS) >= 185
     assert len({str(task) for task in TASKS}) == len(TASKS) >= 16_000
     taken = {*dir(builtins), *keyword.kwlist} - {"_"}  # which a doctest of another test may set
     for task in TASKS[::4]:
@@ -205,28 +200,33 @@ exercises.run(exercises.main)
 """
 
 
-def generate(out, *flags, hash_seed, more=()):
+@pytest.fixture
+def generate(cli, tmp_path):
     """Run the command on a few families, in a process of its own."""
-    command = [sys.executable, "-c", COMMAND % [*FEW, *more], f"--out={out}", *flags]
-    env = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    return files, list(read_documents([out / "train"])), json.loads(files["summary.json"])
+
+    def call(name, *flags, hash_seed, more=()):
+        out = tmp_path / name
+        env = {"PYTHONHASHSEED": hash_seed}
+        done = cli("-c", COMMAND % [*FEW, *more], f"--out={out}", *flags, env=env)
+        assert done.returncode == 0, done.stderr
+        files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        return files, list(read_documents([out / "train"])), json.loads(files["summary.json"])
+
+    return call
 
 
 HELDOUT_SHA256 = "3beb0f16606cc2fd5063518380832a0e663aa78bbb204478ac957e1c879e3038"
 TRAIN_SHA256 = "b270a03a3bb5b2ed2db958200a48487a7175ca95d6e7ca2243b7b26cb0344e8c"
 
 
-def test_command_writes_the_same_bytes_for_a_seed(tmp_path):
+def test_command_writes_the_same_bytes_for_a_seed(generate):
     flags = ("--count=400", "--heldout=20")
-    a, documents, summary = generate(tmp_path / "a", *flags, hash_seed="1")
-    assert a == generate(tmp_path / "b", *flags, hash_seed="2")[0]
+    a, documents, summary = generate("a", *flags, hash_seed="1")
+    assert a == generate("b", *flags, hash_seed="2")[0]
     flags += ("--seed=1", "--shuffle_docstrings")
-    c = generate(tmp_path / "c", *flags, hash_seed="1")[0]
+    c = generate("c", *flags, hash_seed="1")[0]
     assert a["heldout.jsonl"] == c["heldout.jsonl"]
-    heldout = list(read_jsonl(tmp_path / "a/heldout.jsonl"))
+    heldout = [*map(json.loads, a["heldout.jsonl"].splitlines())]
     assert len(documents) == summary["documents"] == sum(summary["train_by_family"].values()) == 400
     assert len(heldout) == summary["heldout"] == 20
     # The demo's numbers are of these very exercises
@@ -235,15 +235,17 @@ def test_command_writes_the_same_bytes_for_a_seed(tmp_path):
     assert all(d["text"] == d["prompt"] + d["solution"] for d in documents)
 
 
-def test_command_varies_damages_and_leaves_families_out(tmp_path):
+def test_command_varies_damages_and_leaves_families_out(generate):
     flags = ("--count=300", "--heldout=10", "--unseen=12", "--forms=varied")
     more = ["windows", "unclosed"]
-    c, sound, _ = generate(tmp_path / "c", *flags, hash_seed="3", more=more)
+    c, sound, _ = generate("c", *flags, hash_seed="3", more=more)
     flags += ("--damage_frac=0.4",)
-    a, damaged, summary = generate(tmp_path / "a", *flags, hash_seed="1", more=more)
+    a, damaged, summary = generate("a", *flags, hash_seed="1", more=more)
     assert all(a[name] == c[name] for name in ("heldout.jsonl", "unseen.jsonl"))
     assert sum(d.get("damaged", False) for d in damaged) == summary["damaged"] == 120
-    assert {p["family"] for p in read_jsonl(tmp_path / "a/unseen.jsonl")} == {*more}
+    unseen = [*map(json.loads, a["unseen.jsonl"].splitlines())]
+    assert len(unseen) == 12
+    assert {p["family"] for p in unseen} == {*more}
     assert {d["family"] for d in damaged} == set(FEW)
     for a, b in zip(damaged, sound, strict=True):
         assert all(a[k] == b[k] for k in ("prompt", "entry_point", "family", "task", "origin"))

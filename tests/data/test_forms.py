@@ -126,17 +126,12 @@ def test_an_exercise_compiles_whatever_its_docstring_quotes(quoted):
             assert quoted in told(e), source(e)
 
 
-def test_an_argument_is_named_once_and_where_it_is_needed():
-    def proses(doc, count=60):
+def test_an_argument_is_named_where_it_is_needed():
+    def proses(doc):
         task = Task("ints", "first_one", doc, "return $a[:1]", lambda a: a[:1])
-        told = [vary(task, random.Random(i)) for i in range(count)]
+        told = [vary(task, random.Random(i)) for i in range(60)]
         return [(e.arguments[0], e.prose) for e in told]
 
-    many = "\n".join(prose for _, prose in proses("List the numbers in $a.", 900))
-    assert re.search(r"\b(numbers|integers|ints) `\1`", many)
-    assert not re.search(r"\b(numbers|integers|ints) \1\b", many)
-    for _, prose in proses("Given the list $a, return its first number."):
-        assert prose.lower().count("given") == 1
     for name, prose in proses("$a is a list. Return it.") + proses("Return the tuple $a."):
         assert name in prose
         assert not re.search("(given|the) (list|array) is a|tuple (a|the) ", prose)
