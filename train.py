@@ -216,17 +216,16 @@ def main() -> None:
         while True:
             step, stop_signal = state.step, signals.heard()
             evaluate_now = step > 0 and (step % c.eval_interval == 0 or step == c.max_steps)
-            if evaluate_now or stop_signal:
-                with log.paused():
+            with log.paused():
+                if evaluate_now or stop_signal:
                     state.save()
-            if stop_signal:
-                if problem := saver.finish():
-                    raise UserError(f"signal {stop_signal}, and {problem}")
-                log.stopped(step, stop_signal)
-                # torchrun would start a rank again that ends with another status than 0.
-                sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + stop_signal)
-            if evaluate_now:
-                with log.paused():
+                if stop_signal:
+                    if problem := saver.finish():
+                        raise UserError(f"signal {stop_signal}, and {problem}")
+                    log.stopped(step, stop_signal)
+                    # torchrun would start a rank again that ends with another status than 0.
+                    sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + stop_signal)
+                if evaluate_now:
                     val_loss = evaluate(model, val, c, ranks, end_of_text)
                     log.validation(step, step * tokens_per_step, val_loss)
             if step == c.max_steps:
