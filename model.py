@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from common import checkpoint
-from common.config import UserError
+from common.config import UserError, require
 from tokenizer import Tokenizer
 
 CHUNK_ROWS = 8192  # of logits that the fused loss holds at once
@@ -49,19 +49,14 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "n_layer", "n_head", "width", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, want at least 1")
-        if self.width % self.n_head:
-            raise UserError(f"width {self.width} is not divisible by n_head {self.n_head}")
-        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
-            raise UserError(
-                f"rotary_dim is {self.rotary_dim}, want an even number up to the head dim "
-                f"{self.head_dim} (width / n_head)"
-            )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}, want 0 <= dropout < 1")
-        if self.kernels not in ("auto", "triton", "torch"):
-            raise UserError(f"kernels is {self.kernels!r}, want auto, triton or torch")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "n_head", self.width % self.n_head == 0, f"a divisor of width {self.width}")
+        even = self.rotary_dim % 2 == 0 and 0 <= self.rotary_dim <= self.head_dim
+        require(self, "rotary_dim", even,
+                f"an even number up to the head dim {self.head_dim} (width / n_head)")  # fmt: skip
+        require(self, "dropout", 0 <= self.dropout < 1, "0 <= dropout < 1")
+        known = self.kernels in ("auto", "triton", "torch")
+        require(self, "kernels", known, "auto, triton or torch")
 
     @property
     def head_dim(self) -> int:

@@ -175,9 +175,11 @@ class Generator:
 class Decoder:
     """Pick the next token of every row of a batch, over static buffers.
 
-    Subclasses say how many rows a step of n computes (`padded`), put the keys and values of a
-    prompt into the cache (`_prefill`) and compute a step's logits (`_logits`).
+    Subclasses say how many rows a step of n computes (`padded`), put the keys and values of prompts
+    into the cache (`_prefill`) and compute a step's logits (`_logits`).
     """
+
+    prefill_tokens: int  # of prompts that go through the model at once
 
     def __init__(self, model: Phi, rows: int, positions: int, dtype: torch.dtype):
         """Make room for `rows` texts of up to `positions` tokens."""
@@ -189,23 +191,24 @@ class Decoder:
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # newest of each row
         self.position = torch.zeros_like(self.token)  # where it stands
         self.draws = torch.zeros(rows, positions, dtype=torch.float64, device=device)
+        self.waiting: dict[int, tuple] = {}  # rows whose prompts have yet to go through the model
         self.graphs: dict = {}
 
     @torch.inference_mode()
     def load(self, row: int, ids: list[int], draws: Tensor) -> None:
         """Put a prompt into `row`; `draws` in [0, 1) are for its new tokens.
 
-        All but its last token go through the model now, the last one in the next step.
+        All but its last token go through the model before the next step, the last one in it.
         """
         last = len(ids) - 1
-        if last:
-            self._prefill(row, ids[:-1])
+        self.waiting[row] = tuple(ids[:-1])
         self.token[row], self.position[row] = ids[-1], last
         self.draws[row, last : last + len(draws)] = draws
 
     @torch.inference_mode()
     def move(self, source: int, row: int) -> None:
         """Put what `source` holds into `row`."""
+        self._prefill_waiting()
         self.cache[:, :, row] = self.cache[:, :, source]
         for x in (self.token, self.position, self.draws):
             x[row] = x[source]
@@ -213,12 +216,25 @@ class Decoder:
     @torch.inference_mode()
     def steps(self, rows: int, longest: int, temperature: float, top_p: float) -> list[list[int]]:
         """Return the next tokens of the first `rows` rows, [rows][steps]; `longest` is a length."""
+        self._prefill_waiting()
         tokens = []
         count, step = (GPU_STEPS, self._replay) if self.token.is_cuda else (1, self._step)
         for _ in range(count):
             step(self.padded(rows), longest, temperature, top_p)
             tokens.append(self.token[:rows].clone())
         return torch.stack(tokens, 1).tolist()
+
+    def _prefill_waiting(self) -> None:
+        prompts: dict[tuple, list[int]] = {}  # the rows of each
+        for row, ids in self.waiting.items():
+            if ids:
+                prompts.setdefault(ids, []).append(row)
+        self.waiting.clear()
+        left = list(prompts.items())
+        while left:
+            count = max(1, self.prefill_tokens // max(len(ids) for ids, _ in left))
+            self._prefill(left[:count])
+            left = left[count:]
 
     def _replay(self, n: int, _longest: int, *sampling: float) -> None:
         """Run a step over the whole cache as one CUDA graph, captured when first needed."""
@@ -248,6 +264,8 @@ class Decoder:
 class TritonDecoder(Decoder):
     """Decode with kernels/decode.py in the model's dtype: three launches a block."""
 
+    prefill_tokens = 1  # each prompt goes alone
+
     @torch.inference_mode()
     def __init__(self, model: Phi, rows: int, positions: int):
         from kernels import decode  # here, as triton is not everywhere
@@ -261,11 +279,12 @@ class TritonDecoder(Decoder):
     def padded(self, rows: int) -> int:
         return rows if rows == 1 else -(-rows // self.kernels.ROWS) * self.kernels.ROWS
 
-    def _prefill(self, row: int, ids: list[int]) -> None:
+    def _prefill(self, prompts: list[tuple[tuple, list[int]]]) -> None:
+        [(ids, rows)] = prompts
         keys_and_values = []
         self.model(torch.tensor([ids], device=self.token.device), keep=keys_and_values)
         for cache, pair in zip(self.cache, keys_and_values):
-            cache[:, row, :, : len(ids)] = torch.cat(pair)  # [2, H, T, D]
+            cache[:, rows, :, : len(ids)] = torch.stack(pair)  # [2, 1, H, T, D] to each row
 
     def _logits(self, n: int, longest: int) -> Tensor:
         m, c, linear = self.model, self.model.c, self.kernels.linear
@@ -292,6 +311,8 @@ class TorchDecoder(Decoder):
     The pairs that rotary embedding turns lie side by side here, as complex numbers: one product
     turns them, with the bits of `model.rotate`, whose many small ones take 15% of a step of 1 row.
     """
+
+    prefill_tokens = 512
 
     @torch.inference_mode()
     def __init__(self, model: Phi, rows: int, positions: int):
@@ -353,16 +374,22 @@ class TorchDecoder(Decoder):
             x = x + grouped_linear(ya, w_out, b_out, self.same)
         return x
 
-    def _prefill(self, row: int, ids: list[int]) -> None:
-        T, n = len(ids), self.padded(len(ids))
+    def _prefill(self, prompts: list[tuple[tuple, list[int]]]) -> None:
+        ids = torch.tensor([token for ids, _ in prompts for token in ids])
+        position = torch.cat([torch.arange(len(ids)) for ids, _ in prompts])
+        n = self.padded(len(ids))
+        ids, position = (F.pad(x, (0, n - len(x))).to(self.token.device) for x in (ids, position))
 
         def attend(layer: int, qkv: Tensor, y: Tensor) -> None:
-            one = qkv[:, None, :T].transpose(2, 3)  # [3, 1, H, T, D]
-            self.cache[layer][:, row, :, :T] = one[1:, 0]
-            y[:T] = F.scaled_dot_product_attention(*one, is_causal=True)[0].transpose(0, 1)
+            at = 0
+            for prompt, rows in prompts:
+                part = slice(at, at + len(prompt))
+                one = qkv[:, None, part].transpose(2, 3)  # [3, 1, H, T, D]
+                self.cache[layer][:, rows, :, : len(prompt)] = one[1:]  # to each row
+                y[part] = F.scaled_dot_product_attention(*one, is_causal=True)[0].transpose(0, 1)
+                at += len(prompt)
 
-        position = torch.arange(n, device=self.token.device) % T
-        self._blocks(torch.tensor(ids, device=position.device)[position], position, attend)
+        self._blocks(ids, position, attend)
 
     def _logits(self, n: int, longest: int) -> Tensor:
         position, (L, _, B, H, S, D), seen = self.position[:n], self.cache.shape, self.span(longest)

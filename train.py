@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from common import checkpoint, distributed, runlog
-from common.config import UserError, differences, parse, run
+from common.config import UserError, differences, parse, require, run
 from common.distributed import DTYPES
 from data.loader import Loader, Windows, arguments
 from model import ModelConfig, Phi, flops_per_token, mfu, select_kernels
@@ -74,17 +74,12 @@ class TrainConfig(ModelConfig):
         super().__post_init__()
         for name in ("max_steps", "seqs_per_step", "micro_batch", "eval_interval", "eval_seqs",
                      "keep", "log_interval", "timeout_s"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, want at least 1")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("keep_every", "shard", "grad_clip", "threads"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}, want at least 0")
-        if self.lr <= 0:
-            raise UserError(f"lr is {self.lr}, want a positive number")
-        if self.dtype not in ("auto", *DTYPES):
-            raise UserError(f"dtype is {self.dtype!r}, want auto, {', '.join(DTYPES)}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device is {self.device!r}, want auto, cpu or cuda")
+            require(self, name, getattr(self, name) >= 0, "at least 0")
+        require(self, "lr", self.lr > 0, "a positive number")
+        require(self, "dtype", self.dtype in ("auto", *DTYPES), f"auto, {', '.join(DTYPES)}")
+        require(self, "device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
 
     @property
     def model(self) -> ModelConfig:
@@ -216,17 +211,16 @@ def main() -> None:
         while True:
             step, stop_signal = state.step, signals.heard()
             evaluate_now = step > 0 and (step % c.eval_interval == 0 or step == c.max_steps)
-            if evaluate_now or stop_signal:
-                with log.paused():
+            with log.paused():
+                if evaluate_now or stop_signal:
                     state.save()
-            if stop_signal:
-                if problem := saver.finish():
-                    raise UserError(f"signal {stop_signal}, and {problem}")
-                log.stopped(step, stop_signal)
-                # torchrun would start a rank again that ends with another status than 0.
-                sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + stop_signal)
-            if evaluate_now:
-                with log.paused():
+                if stop_signal:
+                    if problem := saver.finish():
+                        raise UserError(f"signal {stop_signal}, and {problem}")
+                    log.stopped(step, stop_signal)
+                    # torchrun would start a rank again that ends with another status than 0.
+                    sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + stop_signal)
+                if evaluate_now:
                     val_loss = evaluate(model, val, c, ranks, end_of_text)
                     log.validation(step, step * tokens_per_step, val_loss)
             if step == c.max_steps:

@@ -27,6 +27,12 @@ class UserError(ValueError):
     """Something the user can mend: printed by `run` as one line (what, where, what to do)."""
 
 
+def require(config, name: str, ok: bool, want: str) -> None:
+    """Raise UserError unless `ok`, which says of the field `name` that it is as wanted."""
+    if not ok:
+        raise UserError(f"{name} is {getattr(config, name)!r}, want {want}")
+
+
 def run(main) -> None:
     """Call `main()`; print a UserError as one line on stderr and exit with status 2."""
     try:

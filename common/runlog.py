@@ -43,10 +43,8 @@ class RunLog:
     def __init__(self, c, ranks, resolved: dict):
         """Make the folder c.out, and write `resolved`, the run's configuration, to config.json."""
         self.c, self.out, self.ranks, self.first = c, c.out, ranks, ranks.rank == 0
-        self.commit = resolved["commit"]
         self.path, self.wandb = c.out / "metrics.jsonl", None
         self.terminal = sys.stdout.isatty()
-        self.full = False  # the disk, when it was last written to
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "config.json", resolved)
@@ -67,8 +65,7 @@ class RunLog:
         vals = [(r["val_loss"], r["step"]) for r in kept if "val_loss" in r]
         self.best = min(vals, default=(math.inf, 0))  # (val loss, step)
         self.skipped = int(state.guard.skipped)
-        self.event("start", step, "running", world_size=self.ranks.world_size,
-                   restarts=self.ranks.restarts, commit=self.commit)  # fmt: skip
+        self.event("start", step, "running")
         self.last_step, self.began = step, time.perf_counter()
 
     def due(self, step: int) -> bool:
@@ -97,10 +94,11 @@ class RunLog:
         self.status("running", step)
         if self.first and self.terminal:  # in place of the line before
             left_tokens = (c.max_steps - step) * record["tokens"] / step
+            left_min = left_tokens / max(record["tokens_per_s"], 0.1) / 60
             print(
                 f"\r\x1b[Kstep {step:,}/{c.max_steps:,}  loss {record.get('loss', math.nan):.4f}  "
                 f"lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tok/s  MFU "
-                f"{record['mfu']:.1%}  {left_tokens / record['tokens_per_s'] / 60:.1f} min left",
+                f"{record['mfu']:.1%}  {left_min:.1f} min left",
                 end="", flush=True,
             )  # fmt: skip
         if more := record["skipped"] - self.skipped:
@@ -188,16 +186,13 @@ class RunLog:
             print(("\r\x1b[K" if self.terminal else "") + text, flush=True)
 
     def _try(self, write, path: Path, record: dict) -> None:
-        """A log that cannot be written is no reason to lose the run: say so once, and go on."""
+        """A log that cannot be written is no reason to lose the run: say so, and go on."""
         if not self.first:
             return
         try:
             write(path, record)
-            self.full = False
         except OSError as e:
-            if not self.full:
-                self.say(f"{e.filename or self.out}: {e.strerror}; the run goes on")
-            self.full = True
+            self.say(f"{e.filename or self.out}: {e.strerror}; the run goes on")
 
 
 def _now() -> str:

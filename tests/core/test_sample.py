@@ -221,7 +221,10 @@ def test_bits_do_not_depend_on_the_batch(threads):
         torch.set_num_threads(1)
 
 
-def test_rows_loaded_twice_and_moved():
+@pytest.mark.parametrize("most", [1, 30, 512])
+def test_prompts_that_wait_together(most, monkeypatch):
+    """Whatever goes through the model at once; rows loaded twice, moved, and with one prompt."""
+    monkeypatch.setattr(TorchDecoder, "prefill_tokens", most)
     model = large(ModelConfig(128, 64, 2, 2, 32, 48, 8))
     ids = random_ids(3, 128, 20)
     want = [by_the_model(model, prompt, 2) for prompt in ids]
