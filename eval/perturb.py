@@ -6,9 +6,11 @@ as the text that stands in the source, so that all that is not meant to change s
 """
 
 import ast
+import builtins
 import functools
 import io
 import keyword
+import random
 import re
 import tokenize
 from collections.abc import Callable
@@ -31,6 +33,7 @@ SYNONYMS = {
     "last": "final",
 }  # fmt: skip
 OLD = re.compile(rf"\b(?:({')|('.join(SYNONYMS)}))\b", re.IGNORECASE)
+TYPO_FRAC = 1 / 6  # of the words that may get a typo
 PERTURBATIONS: dict[str, Callable[[dict], dict | None]] = {}
 
 
@@ -178,6 +181,29 @@ def reworded(problem: dict, parts: Parts) -> dict | None:
         return new.capitalize() if match[0][0].isupper() else new
 
     return change_prose(problem, parts, lambda text: OLD.sub(replacement, text))
+
+
+@perturbation
+def typos(problem: dict, parts: Parts) -> dict | None:
+    """Exchange two letters inside a word, in one word of six, but for names."""
+    rng = random.Random(f"typos {problem['prompt']}")
+    code = "\n".join(problem[k] for k in ("prompt", "canonical_solution", "test"))
+    names = {t.string for t in tokens(code) if t.type == tokenize.NAME} | set(dir(builtins))
+    names |= set(keyword.kwlist) - {"return", "is", "in", "and", "or"}
+
+    def mistype(match: re.Match) -> str:
+        word = match[0]
+        places = [i for i in range(1, len(word) - 2) if word[i] != word[i + 1]]
+        if word in names or not places or rng.random() >= TYPO_FRAC:
+            return word
+        i = rng.choice(places)
+        return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+
+    def change(text: str) -> str:
+        return re.sub(r"\b[A-Za-z]{5,}\b", mistype, text)
+
+    tries = (change_prose(problem, parts, change) for _ in range(20))  # chance may spare all words
+    return next(filter(None, tries), None)
 
 
 # ---- Layout
