@@ -62,6 +62,7 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32, bfloat16 or float16 (with loss scaling); auto is bfloat16
     # on a GPU, float32 elsewhere
+    compile: bool = False  # torch.compile the blocks, where they are torch's (see kernels)
     recompute: bool = False  # keep only the blocks' inputs, and compute the rest again in backward
     shard: int = 0  # ranks that share one copy of masters and optimiser states, 0 = a machine's
     regather: bool = False  # gather a block's weights for each use, rather than once a step: less
@@ -181,6 +182,9 @@ def main() -> None:
     model = Phi(c.model, kernels == "triton", c.recompute)
     init_from = load_init(model, c, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
+    if c.compile and kernels == "torch":
+        for block in model.blocks:
+            block.compile()
     distributed.shard_model(model, ranks, dtype, c.shard, c.regather)
     optimizer = make_optimizer(model, c)
     guard = distributed.Guard(device, scaled=dtype == torch.float16)
