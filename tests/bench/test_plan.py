@@ -84,10 +84,9 @@ def train_two_steps(c: plan.Job, model: Phi) -> None:
         ("wide vocabulary", {}, 1.01),
         ("heavy", {}, 1.04),
         ("deep", {"recompute": True}, 1.1),
-        ("deep", {"kernels": "triton", "seq_len": 128, "n_layer": 1, "micro_batch": 1,
-                  "seqs_per_step": 1}, 1.25),  # interpreted, and slow; counts gradients of before
+        ("deep", {"kernels": "triton", "n_layer": 1, "micro_batch": 1, "seqs_per_step": 1}, 1.3),
     ],
-)  # fmt: skip
+)
 def test_memory_of_one_process(shape, values, at_most):
     c = configured(shape, **values)
     with Allocated() as allocated:
@@ -132,7 +131,7 @@ def test_memory_and_collectives_of_fsdp(fake_ranks, shape, values, at_most):
     times = {k: n / steps for k, n in Counter(allocated.collectives).items()}
     micro_steps, L = c.seqs_per_step // (c.micro_batch * c.gpus), c.n_layer
     gathers = micro_steps * (2 * L + 1) if c.regather else L + 1
-    assert times["allgather_base"] == gathers  # as simulate() takes it
+    assert times["allgather_base"] == gathers  # as step_time() takes it
     assert times["reduce_scatter_base"] == L + 1
 
 
@@ -179,53 +178,47 @@ def test_collectives_by_hand():
 
 
 def test_the_step():
-    c, gpu = job("phi1_base", gpus=64), GPUS["a100-80"]
-    fast = dataclasses.replace(gpu, nvlink=1e15, network=1e15)
-    assert plan.simulate(c, 16, 0.8, fast)["exposed_s"] < 2e-3  # the hops of the first and last
+    c, gpu, replace = job("phi1_base", gpus=64), GPUS["a100-80"], dataclasses.replace
+    fast = replace(gpu, nvlink=1e15, network=1e15)
+    assert plan.step_time(c, 16, 0.8, fast)[1] < 2e-3  # the hops of the first and last
     # Between nodes so slow that nothing else counts: the backward has begun when reductions do.
-    slow = plan.simulate(c, 16, 0.8, dataclasses.replace(gpu, network=1e6))
+    _, exposed_s = plan.step_time(c, 16, 0.8, replace(gpu, network=1e6))
     sent_s = 8 * 1_418_270_720 / 8 * 7 / 8 / 1e6  # an eighth of the gradients, among eight nodes
-    assert slow["exposed_s"] == pytest.approx(sent_s, rel=0.01)
+    assert exposed_s == pytest.approx(sent_s, rel=0.01)
     # On one node a step has eight micro-steps. Gathering for each use waits for the root and a
     # block in each; computing blocks again costs a third of their time.
-    c, units = dataclasses.replace(c, gpus=8), plan.parameters_by_unit(c.model)
+    c, units = replace(c, gpus=8), plan.parameters_by_unit(c.model)
     now, regather, recompute = (
-        plan.simulate(dataclasses.replace(c, **option), 16, 0.8, gpu)
+        plan.step_time(replace(c, **option), 16, 0.8, gpu)[0]
         for option in ({}, {"regather": True}, {"recompute": True})
     )
     waits_s = sum(collective_s(2 * n, 8, 1, 1, gpu) for n in units)
     waits_s = 7 * waits_s + 8 * collective_s(2 * units[0], 8, 1, 1, gpu)
-    assert regather["step_s"] - now["step_s"] == pytest.approx(waits_s)
-    assert 1.2 < recompute["step_s"] / now["step_s"] < 1.33
-    rows = list(plan.scaling(c, 16, 0.8))
-    assert [row["gpus"] for row in rows] == [8, 16, 32, 64, 128, 256, 512]
-    assert all(r["gpus"] * r["micro_batch"] * r["micro_steps"] == 1024 for r in rows)
+    assert regather - now == pytest.approx(waits_s)
+    assert 1.2 < recompute / now < 1.33
 
 
 def test_speed_of_what_was_published():
     """phi-1: 770 h for 50.3B tokens; and, which is no input, 7 hours on eight GPUs to finetune."""
     for name, steps, hours in (("phi1_base", 24000, 770 / 8), ("phi1", 6000, 7)):
         c = job(name)
-        rates = [rate for _, rate in plan.speeds(c, 16).values()]
+        _, *rates = [rate for _, rate in plan.speeds(c, 16).values()]
         assert rates == sorted(rates)
         told = steps * c.seqs_per_step * c.seq_len / rates[0] / 3600
         assert told == pytest.approx(hours, rel=0.01 if name == "phi1_base" else 0.2)
 
 
-def test_printed(in_process, tokens):
-    flags = ["--gpu=a100-80", "--gpus=8", "--price=1.8", f"--data={tokens}"]
-    status, text, _ = in_process(plan.main, str(ROOT / "configs/phi1_base.toml"), *flags)
+def test_printed(in_process):
+    flags = [str(ROOT / "configs/phi1_base.toml"), "--gpu=a100-80", "--gpus=8", "--price=1.8"]
+    status, text, _ = in_process(plan.main, *flags)
     assert status == 0
     assert "1,418,270,720 parameters" in text
     assert re.search(r"total +42\.86\n", text)
     costs = re.findall(r"^  (?:phi-1|Flash).* ([\d.]+) +([\d,.]+) +([\d,]+)$", text, re.MULTILINE)
     assert costs == [("144.3", "1,155", "2,079"), ("121.7", "973.5", "1,752")]  # README's
-    epochs, at_hand = re.search(r"([\d,.]+) epochs of the ([\d,]+)", text).groups()
-    epochs, at_hand = (float(x.replace(",", "")) for x in (epochs, at_hand))
-    assert epochs > 75_497_472_000 / at_hand  # the ends of shards are left out
-    flags = ["--n_layer=200", "--gpus=1", "--gpu=a100-40"]
-    status, text, _ = in_process(plan.main, str(ROOT / "configs/phi1.toml"), *flags)
-    assert "DOES NOT FIT" in text
+    scaling = re.findall(r"^ +(\d+) +(\d+) +(\d+) .*%$", text, re.MULTILINE)
+    assert [int(gpus) for gpus, *_ in scaling] == [8, 16, 32, 64, 128, 256, 512]
+    assert all(int(a) * int(b) * int(c) == 1024 for a, b, c in scaling)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +227,6 @@ def test_printed(in_process, tokens):
         ({"gpu": "v100"}, "gpu is 'v100', want one of a100-40, a100-80, h100, h200"),
         ({"gpus": 7}, "gpus is 7, want a divisor of 256"),
         ({"shard": 3}, "shard is 3, want a divisor of 8"),
-        ({"seqs_per_step": 24, "gpus": 12}, "gpus is 12"),
     ],
 )
 def test_bad_plans(values, message):
