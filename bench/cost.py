@@ -2,16 +2,12 @@
 
     python -m bench.cost configs/phi1.toml --gpu h100
 
-An op's floor is the longer of FLOPs / FLOP rate and bytes / bandwidth. Bytes are those an op cannot
-avoid: every operand read once, every result written once, activations and weights in 2 bytes,
-weight gradients and optimiser states in fp32. The list is that of the fused kernels, in which GELU,
-biases, dropout and residuals ride in GEMM epilogues; rotary embedding and elementwise FLOPs are
-free. Not counted: launches, gaps between kernels, communication, kernels that could not be fused.
-
-FLOPs are those executed; attention's backward runs five matmuls, of which MFU counts four, as it
-does not count recomputed scores: the sum of what it counts is `model.flops_per_token`. The roof
-takes the data sheet's rates, and MFU its dense peak; the prediction is a range, at the rates that
-published kernels reach.
+An op's floor is the longer of FLOPs / FLOP rate and bytes / bandwidth: every operand read once,
+every result written once, activations and weights in 2 bytes, weight gradients and optimiser states
+in fp32. GELU, biases, dropout and residuals ride in GEMM epilogues; rotary embedding and
+elementwise FLOPs are free; launches, gaps and communication are not counted. Of the five matmuls
+that attention's backward executes, MFU counts four, over the data sheet's dense peak. The
+prediction is a range, at the rates that published kernels reach.
 """
 
 import math
@@ -25,10 +21,7 @@ from model import ModelConfig, flops_per_token, parameter_count
 
 @dataclass(frozen=True)
 class Config:
-    """Print the floors of one training step, op by op, and the tokens/s they allow.
-
-    The step is that of CONFIG.toml on one GPU; flags of train.py's override it.
-    """
+    """Print the floors of a step of CONFIG.toml on one GPU, and the tokens/s that they allow."""
 
     gpu: str = "h100"  # a100-40, a100-80, h100 or h200
 

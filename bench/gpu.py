@@ -4,12 +4,10 @@
     make gpu-bench               540   training steps, ops and decoding, each beside its peers
     make gpu-tune                420   the fastest configurations, and a step with them
 
-Without make: python3 -m bench.gpu --do=check --out=DIR. A command is groups of parts, in the
-order of worth. The parts of a group run side by side, each a process group of its own, so that one
-that fails, hangs or loses its CUDA context costs no other its turn; a group may take its own
-seconds and those that earlier ones left. As each part ends, a few lines of it are shown, its lines
-of JSON are added to `out`/gpu.json, and all that it said to `out`/logs-check.tar.gz or the like. It
-uses the Python that runs it, and installs nothing.
+Without make: python3 -m bench.gpu --do=check --out=DIR. Parts of a group run side by side, each a
+process group of its own, so that one that fails or hangs costs no other its turn; a group may take
+its own seconds and those that earlier ones left. As a part ends, a few lines of it are shown, its
+lines of JSON go to `out`/gpu.json, and all that it said to `out`/logs-check.tar.gz or the like.
 """
 
 import contextlib

@@ -1,16 +1,13 @@
 """Count what a turn of a compiled kernel's matmul loops costs each pipe of an SM, in its SASS.
 
-A pipe is busy for some cycles a turn, and no schedule beats the slowest: bound_frac is the share of
-the tensor cores' peak that it leaves. The loops are the innermost with tensor-core instructions, in
-program order. A block that a turn may skip is not counted unless it holds some: on sm_90,
-attention's backward masks there, on the diagonal only.
+No schedule beats the slowest pipe: bound_frac is the share of the tensor cores' peak it leaves. The
+loops are the innermost with tensor-core instructions. A block that a turn may skip is not counted
+unless it holds some: attention's backward masks there on sm_90.
 
-The bound is an upper one. Not counted: latency; bank conflicts; L2, device memory and atomics.
-mma.sync counts at the full rate on sm_90 too. What pads a matmul counts as work. It says what a
-loop cannot exceed, not what it reaches: at head dim 64 and sequence 2048, causal, the forward of
+The bound is what a loop cannot exceed, not what it reaches. Not counted: latency; bank conflicts;
+L2, device memory and atomics. At head dim 64 and sequence 2048, causal, the forward of
 FlashAttention-2 and of Triton's tutorial run at 0.48 and 0.49 of it on an A100 (150 and 152 TFLOP/s
-of 312), the tutorial's forward and backward at 0.24 and 0.28 on an H100 (204 of 838, 145 of 520;
-triton issue 5437).
+of 312), the tutorial's forward and backward at 0.24 and 0.28 on an H100 (triton issue 5437).
 
 Rates: CUDA C++ programming guide, "Throughput of native arithmetic instructions", 8.0 and 9.0.
 Which pipe executes what: Nsight Compute's profiling guide, "Pipelines".

@@ -4,10 +4,9 @@
     python -m bench.step configs/phi1.toml --impl=ours   one of them
 
 A step is forward, backward, clipping and AdamW, on random tokens, under autocast for all three:
-fp32 weights and optimiser states, matrices in half precision. (train.py has FSDP2 cast the weights,
-once a step rather than once a micro-batch.) The micro-batch is the configuration's, halved until it
-fits. The peers' blocks are compiled, where there is a GPU; a whole model would take minutes. MFU is
-over the data sheet's peak, causal FLOPs. The profile is of ours, or else of the first that ran.
+fp32 weights and optimiser states, matrices in half precision. The micro-batch is the
+configuration's, halved until it fits. On a GPU the peers' blocks are compiled. MFU is over the data
+sheet's peak, causal FLOPs. The profile is of ours, or else of the first that ran.
 """
 
 import contextlib
@@ -34,10 +33,7 @@ SHOWN = 30  # kernels of the profile, the longest first
 
 @dataclass(frozen=True)
 class Config:
-    """Time training steps: ours, torch (compiled) and transformers (sdpa, compiled).
-
-    The model and --micro_batch, --dtype, --device are those of CONFIG.toml, or flags of train.py's.
-    """
+    """Time training steps of CONFIG.toml: ours, torch's and transformers' (sdpa), both compiled."""
 
     impl: str = ""  # ours, torch or transformers; all three if not given
     steps: int = 10  # timed steps, after two that are not
@@ -52,7 +48,7 @@ class Config:
 
 def phi(c: TrainConfig, kernels: str) -> Phi:
     shape = dataclasses.replace(c.model, kernels=kernels)
-    kernels, _ = select_kernels(shape, device_of(c.device))  # or a UserError that says why not
+    select_kernels(shape, device_of(c.device))  # or a UserError that says why not
     return Phi(shape, kernels == "triton")
 
 
@@ -120,10 +116,7 @@ def make_step(c: TrainConfig, impl: str, micro_batch: int) -> Callable[[], Tenso
 def measure(
     c: TrainConfig, impl: str, steps: int, peak: float
 ) -> Iterator[tuple[dict, Callable | None]]:
-    """Time `impl` at the largest of micro_batch, micro_batch / 2, ... that fits; also its step.
-
-    What does not fit gives a result too, without a step.
-    """
+    """Time `impl` at the largest of micro_batch, micro_batch / 2, ... that fits; also its step."""
     device, micro_batch = device_of(c.device), c.micro_batch
     while micro_batch:
         free()
