@@ -47,8 +47,7 @@ def gradients(model: Phi, idx, targets, scale: float = 1.0, doc_start=None) -> d
     ("dtype", "changes"),
     [
         *((dtype, {}) for dtype in DTYPES),
-        (torch.float32, {"rotary_dim": 0, "n_head": 1}),
-        (torch.float32, {"rotary_dim": 32, "mlp_width": 40}),
+        (torch.float32, {"rotary_dim": 0, "n_head": 1, "mlp_width": 40, "n_layer": 1}),
     ],
 )
 def test_same_loss_and_gradients_as_the_torch_path(dtype, changes):
@@ -94,13 +93,11 @@ def test_autocast_keeps_the_stream_in_half_precision_and_gradients_in_fp32():
 
 def test_gradients_accumulate_in_place():
     """A second backward adds to the first, into the same memory for the projections."""
-    ours, _ = models()
-    first = gradients(ours, *tokens(seed=1))
-    second = gradients(ours, *tokens(seed=2))
-    ours.zero_grad()
-    ours(*tokens(seed=1)).backward()
+    ours, _ = models(n_layer=1)
+    batches = tokens((1, 12), seed=1), tokens((1, 12), seed=2)
+    second, first = (gradients(ours, *batch) for batch in batches[::-1])
     where = {n: p.grad.data_ptr() for n, p in ours.named_parameters() if ".w_" in n}
-    ours(*tokens(seed=2)).backward()
+    ours(*batches[1]).backward()
     for name, p in ours.named_parameters():
         want = first[name] + second[name]
         torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5, msg=name)
@@ -131,7 +128,7 @@ def test_dropout_is_replayed_and_drawn_from_the_seed():
 
 
 def test_bitwise_repeat():
-    ours, _ = models(torch.float16, dropout=0.1)
+    ours, _ = models(torch.float16, dropout=0.1, n_layer=1)
     results = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -163,8 +160,6 @@ def test_selection(monkeypatch):
     assert "in_proj_fwd" in how
     with pytest.raises(UserError, match="head dim 16"):
         select_kernels(dataclasses.replace(asked, n_head=4), torch.device(DEVICE))
-    with pytest.raises(UserError, match="want auto, triton or torch"):
-        dataclasses.replace(SHAPE, kernels="cuda")
     with pytest.raises(UserError, match="sm_80"):
         select_kernels(asked, torch.device("meta"))
 
@@ -181,28 +176,18 @@ def arguments() -> dict:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("x", torch.zeros(2, 64), "x is .* want .B, T, C."),
-        ("x", torch.zeros(2, 8, 64, dtype=torch.float64), "x is torch.float64"),
-        ("x", torch.zeros(8, 2, 64).transpose(0, 1), "contiguous"),
+        ("x", torch.zeros(8, 2, 64, device=DEVICE).transpose(0, 1), "contiguous"),
         ("x", torch.zeros(2, 8, 64, device="meta"), "sm_80"),
-        ("w_in", torch.zeros(100, 64), "w_in"),
-        ("w_in", torch.zeros(64, 264).t(), "w_in"),
-        ("b_in", torch.zeros(1), "b_in is .* want"),
-        ("w_out", torch.zeros(64, 136, dtype=torch.float16), "w_out is torch.float16"),
+        ("w_in", torch.zeros(100, 64, device=DEVICE), "w_in"),
+        ("w_out", torch.zeros(64, 136, dtype=torch.float16, device=DEVICE), "w_out is .*float16"),
         ("n_head", 4, "head dim 16"),
-        ("n_head", 5, "n_head"),
-        ("rope", (torch.ones(4, 4), torch.ones(4, 4)), "rope is .* .4, 4."),
-        ("rope", (torch.ones(8, 4).double(), torch.ones(8, 4)), "rope is torch.float64"),
-        ("rope", (torch.ones(8, 20), torch.ones(8, 20)), "rope turns 40 dims"),
+        ("rope", (torch.ones(4, 4, device=DEVICE),) * 2, "rope is .* .4, 4."),
+        ("rope", (torch.ones(8, 20, device=DEVICE),) * 2, "rope turns 40 dims"),
         ("dropout_p", 1.0, "dropout_p"),
-        ("doc_start", torch.zeros(2, 8, dtype=torch.int64), "doc_start"),
+        ("doc_start", torch.zeros(2, 8, dtype=torch.int64, device=DEVICE), "doc_start"),
     ],
 )
 def test_wrong_arguments(name, value, says):
-    def place(v):
-        return v.to(DEVICE) if isinstance(v, torch.Tensor) and v.device.type != "meta" else v
-
-    value = tuple(map(place, value)) if isinstance(value, tuple) else place(value)
     with pytest.raises(ValueError, match=says):
         block(**arguments() | {name: value})
 
