@@ -41,12 +41,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s by kind of op, and bytes/s."""
-
-    gemm: float
+    gemm: float  # FLOP/s by kind of op
     attention_fwd: float
     attention_bwd: float
-    memory: float
+    memory: float  # bytes/s
 
     def floor_us(self, op: Op) -> tuple[float, str]:
         """Return the microseconds of one call, and what bounds it."""
@@ -109,16 +107,12 @@ def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
 
 def step_us(ops: list[Op], rates: Rates, micro_steps: int) -> float:
     """Return the microseconds of a step of `micro_steps` micro-steps and one of the optimiser."""
-    return sum(
-        rates.floor_us(op)[0] * op.calls * (1 if op.phase == "optimiser" else micro_steps)
-        for op in ops
-    )
+    times = {"forward": micro_steps, "backward": micro_steps, "optimiser": 1}
+    return sum(rates.floor_us(op)[0] * op.calls * times[op.phase] for op in ops)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU in a node of eight."""
-
     family: str  # whose rates and records are below
     memory: float  # what torch can see, bytes
     bandwidth: float  # of it, bytes/s
@@ -127,8 +121,7 @@ class Gpu:
 
     @property
     def peak(self) -> float:
-        """Return the data sheet's dense bf16 FLOP/s."""
-        return PEAK_FLOPS[self.family.upper()]
+        return PEAK_FLOPS[self.family.upper()]  # dense bf16 FLOP/s
 
     def roof(self) -> Rates:
         """Return the data sheet's rates."""
@@ -196,8 +189,7 @@ def fractions(family: str) -> dict[str, float]:
 def collective_s(n_bytes: float, ranks: int, nodes: int, passes: int, gpu: Gpu) -> float:
     """Return the seconds of an all-gather or reduce-scatter (one pass), or an all-reduce (two).
 
-    `n_bytes` is the whole buffer, on `ranks` spread evenly over `nodes`. Between nodes an
-    all-reduce is a tree where that is faster.
+    `ranks` are spread evenly over `nodes`; an all-reduce between nodes is a ring or a tree.
     """
     if ranks == 1:
         return 0.0
@@ -216,9 +208,9 @@ def main() -> None:
     own, c = parse_run(Config)
     gpu, micro_steps, table = find_gpu(own.gpu), max(1, c.seqs_per_step // c.micro_batch), Table()
     ops, tokens = training_ops(c.model, c.micro_batch), c.micro_batch * c.seq_len
+    roof, (slow, fast) = gpu.roof(), gpu.reached()
     for op in ops:
-        floor_us, bound = gpu.roof().floor_us(op)
-        slow_us, fast_us = (rates.floor_us(op)[0] for rates in gpu.reached())
+        (floor_us, bound), (slow_us, _), (fast_us, _) = (r.floor_us(op) for r in (roof, slow, fast))
         each = tokens * (micro_steps if op.phase == "optimiser" else 1)
         table(
             op=op.name, phase=op.phase, bound=bound, calls=op.calls, gflop=op.flops / 1e9,
@@ -227,7 +219,7 @@ def main() -> None:
         )  # fmt: skip
     print()
     flops, best = flops_per_token(c.model), max(RECORDS[gpu.family].items(), key=lambda r: r[1])
-    for name, rates in zip(("data sheet", "slow", "fast"), (gpu.roof(), *gpu.reached())):
+    for name, rates in {"data sheet": roof, "slow": slow, "fast": fast}.items():
         us = step_us(ops, rates, micro_steps)
         rate = tokens * micro_steps / us * 1e6
         table(kernels=name, tokens_per_s=rate, mfu_frac=rate * flops / gpu.peak, step_ms=us / 1e3)

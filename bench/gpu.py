@@ -130,10 +130,11 @@ def check(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
     if importlib.util.find_spec("xdist") and not toy:
         command += ["-n3", "--dist=worksteal"]
     command += ["-k", "gpu or bfloat16 and cpu or test_bad_input or test_linear"] * toy
-    names = [Path(test.partition("::")[0]).stem.removeprefix("test_") for test in TESTED]
-    tests = zip(names, TESTED)
-    return [(170, [Part(name, [*command, f"--junitxml={logs}/{name}.xml", f"tests/{test}"])
-                   for name, test in tests])]  # fmt: skip
+    group = []
+    for test in TESTED:
+        name = Path(test.partition("::")[0]).stem.removeprefix("test_")
+        group.append(Part(name, [*command, f"--junitxml={logs}/{name}.xml", f"tests/{test}"]))
+    return [(170, group)]
 
 
 def bench(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
@@ -217,8 +218,8 @@ def main() -> None:
         os.environ["NANOPHI_TUNING"] = str(shutil.copy(TUNING_FILE, out / "tuning.json"))
     file, logs = out / "gpu.json", Path(tempfile.mkdtemp())
     records = json.loads(file.read_text()) if file.exists() else {}
-    record = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "parts": {}}
-    records[c.do] = record = environment() | record
+    record = {"date": datetime.date.today().isoformat(), "triton": triton.__version__}
+    records[c.do] = record = environment() | record | {"parts": {}}
     print(", ".join(f"{k} {record[k]}" for k in ("device", "torch", "triton", "commit", "date")))
 
     def save(part: Part) -> None:

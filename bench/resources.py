@@ -193,9 +193,10 @@ def hold_bounds(rows: list[Row], record: bool) -> list[Row]:
         BOUNDS_FILE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     for r in rows:
         floor = floors.get(r.case, 0) if r.default else 0
-        low = f"bound {r.bound_frac:.3f} of peak, was {floor}: if that is meant, --record it"
-        below = r.bound_frac < floor - BOUND_SLACK
-        held.append(replace(r, problems=(*r.problems, low)) if below else r)
+        if r.bound_frac < floor - BOUND_SLACK:
+            low = f"bound {r.bound_frac:.3f} of peak, was {floor}: if that is meant, --record it"
+            r = replace(r, problems=(*r.problems, low))
+        held.append(r)
     return held
 
 

@@ -42,8 +42,6 @@ class Config:
     def __post_init__(self):
         if self.impl not in ("", *MODELS):
             raise UserError(f"impl is {self.impl!r}, want one of {', '.join(MODELS)}")
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}, want at least 1")
 
 
 def phi(c: TrainConfig, kernels: str) -> Phi:
@@ -57,10 +55,8 @@ class HuggingFace(torch.nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        try:
-            from transformers import PhiConfig, PhiForCausalLM
-        except ImportError:
-            raise UserError("transformers is not installed: pip install transformers") from None
+        from transformers import PhiConfig, PhiForCausalLM
+
         config = PhiConfig(
             vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_width,
             num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
@@ -117,8 +113,8 @@ def measure(
     c: TrainConfig, impl: str, steps: int, peak: float
 ) -> Iterator[tuple[dict, Callable | None]]:
     """Time `impl` at the largest of micro_batch, micro_batch / 2, ... that fits; also its step."""
-    device, micro_batch = device_of(c.device), c.micro_batch
-    while micro_batch:
+    device, micro_batch = device_of(c.device), 2 * c.micro_batch
+    while micro_batch := micro_batch // 2:
         free()
         try:
             step = make_step(c, impl, micro_batch)
@@ -128,16 +124,16 @@ def measure(
             times = percentiles([wall_ms(step, device)[0] for _ in turns])
         except torch.OutOfMemoryError:
             step = None  # or its memory is not freed
-            note = f"out of memory at micro-batch {micro_batch} ({peak_gib(device):.1f} GiB)"
+            note = f"out of memory at micro-batch {micro_batch}"
             yield {"impl": impl, "micro_batch": micro_batch, "note": note}, None
-            micro_batch //= 2
             continue
-        except ValueError as e:  # a UserError, or a shape that the kernels do not take
+        except (ValueError, ImportError) as e:  # transformers is missing, or the shape is not taken
             yield {"impl": impl, "note": str(e)}, None
             return
         rate = micro_batch * c.seq_len / times["p50_ms"] * 1e3
         row = {"impl": impl, "micro_batch": micro_batch, "tokens_per_s": rate, "loss": loss}
-        row |= {"mfu_frac": mfu(c.model, rate, peak), "peak_gib": peak_gib(device)}
+        peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else math.nan
+        row |= {"mfu_frac": mfu(c.model, rate, peak), "peak_gib": peak_bytes / 2**30}
         yield row | times, step
         return
 
@@ -148,10 +144,6 @@ def free() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gib(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
 
 
 def main() -> None:
