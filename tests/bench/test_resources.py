@@ -68,13 +68,11 @@ def test_bounds_are_held_for_defaults_with_little_slack(
 ):
     monkeypatch.setattr(resources, "BOUNDS_FILE", tmp_path / "bounds.json")
     (tmp_path / "bounds.json").write_text("{}")
-    rows = [replace(ROW, loops=({"tensor": 80.0, "issue": 100.0},), variant={"DOC": True})]
-    assert hold_bounds(rows, record=False) == rows
-    assert hold_bounds(rows, record=True) == rows
-    assert list(json.loads((tmp_path / "bounds.json").read_text()).values()) == [
-        {"sm_80 gelu_fwd DOC=True": 0.8}
-    ]
-    row = replace(rows[0], loops=({"tensor": bound, "issue": 100.0},))
+    recorded = replace(ROW, loops=({"tensor": 80.0, "issue": 100.0},), variant={"DOC": True})
+    assert hold_bounds([recorded], record=True) == [recorded]
+    [bounds] = json.loads((tmp_path / "bounds.json").read_text()).values()
+    assert bounds == {"sm_80 gelu_fwd DOC=True": 0.8}
+    row = replace(recorded, loops=({"tensor": bound, "issue": 100.0},))
     row = row if default else replace(row, config={"num_warps": 1})
     assert [len(r.problems) for r in hold_bounds([row], record=False)] == [held]
 

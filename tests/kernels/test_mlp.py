@@ -124,6 +124,10 @@ def test_dropped_elements_are_zero_and_kept_ones_scaled():
     assert set(d1.unique().tolist()) == set(d2.unique().tolist()) == {0.0, 2.0}
     torch.testing.assert_close(db1, d1.sum(0))
     torch.testing.assert_close(db2, d2.sum(0))
+    # Without dropout they are equal; sharing memory, each would accumulate the other's too.
+    *_, db1, db2 = pointwise.residual_bwd(torch.ones(5, 8, device=DEVICE), 0.0, 0)
+    assert torch.equal(db1, db2)
+    assert db1.data_ptr() != db2.data_ptr()
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -173,13 +177,6 @@ def test_row_offsets_are_64_bit():
         lambda t: gemm.out_proj_fwd(t, t, torch.cat([w, w], 1), b, b, t, 0.0, 0),
     ):
         assert torch.equal(op(far), op(near))
-
-
-def test_bias_gradients_are_two_tensors():
-    """Without dropout they are equal; sharing memory, each would accumulate the other's too."""
-    *_, db1, db2 = pointwise.residual_bwd(torch.ones(5, 8, device=DEVICE), 0.0, 0)
-    assert torch.equal(db1, db2)
-    assert db1.data_ptr() != db2.data_ptr()
 
 
 @pytest.mark.gpu
