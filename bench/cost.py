@@ -36,7 +36,6 @@ class Op:
     calls: int
     flops: int  # on the tensor cores, in one call
     bytes: int
-    counted_flops: int  # what MFU counts of them
 
 
 @dataclass(frozen=True)
@@ -62,16 +61,16 @@ def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
     ops: list[Op] = []
 
     def gemm(name: str, calls: int, flops: int, elements: int, fp32: int = 0) -> None:
-        ops.append(Op(name, phase, "gemm", calls, flops, 2 * elements + 4 * fp32, flops))
+        ops.append(Op(name, phase, "gemm", calls, flops, 2 * elements + 4 * fp32))
 
     def memory(name: str, calls: int, elements: int, fp32: int = 0) -> None:
-        ops.append(Op(name, phase, "memory", calls, 0, 2 * elements + 4 * fp32, 0))
+        ops.append(Op(name, phase, "memory", calls, 0, 2 * elements + 4 * fp32))
 
     phase = "forward"
     memory("embedding_fwd", 1, 2 * N * C)
     memory("layernorm_fwd", L, 2 * N * C)
     gemm("in_proj_fwd", L, 2 * N * C * qkvu, N * C + qkvu * C + N * qkvu + N * M)
-    ops.append(Op("attention_fwd", phase, "attention_fwd", L, causal, 2 * N * 4 * C + lse, causal))
+    ops.append(Op("attention_fwd", phase, "attention_fwd", L, causal, 2 * N * 4 * C + lse))
     gemm("out_proj_fwd", L, 2 * N * C * (C + M), N * (C + M) + C * (C + M) + 2 * N * C)
     memory("ln_f_fwd", 1, 2 * N * C)
     gemm("head_fwd", 1, head_flops, N * C + V * C + N * V)
@@ -86,9 +85,9 @@ def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
     gemm("attention_out_dx", L, 2 * N * C * C, 2 * N * C + C * C)
     gemm("gelu_bwd", L, 2 * N * C * M, N * C + C * M + 3 * N * M)
     gemm("out_proj_dw", L, 2 * N * C * (C + M), 2 * N * C + N * (C + M), fp32=2 * C * (C + M))
-    executed, counted = causal * 5 // 2, causal * 2
+    executed = causal * 5 // 2  # MFU counts four matmuls of five
     moved = 2 * N * 8 * C + lse  # qkv, out and its gradient in, dqkv out
-    ops.append(Op("attention_bwd", phase, "attention_bwd", L, executed, moved, counted))
+    ops.append(Op("attention_bwd", phase, "attention_bwd", L, executed, moved))
     memory("attention_db", L, 3 * N * C)
     gemm("in_proj_dw", L, 2 * N * C * qkvu, N * qkvu + N * C, fp32=2 * qkvu * C)
     gemm("in_proj_dx", L, 2 * N * C * qkvu, N * qkvu + qkvu * C + N * C)
@@ -99,9 +98,6 @@ def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
     memory("gradient_norm", 1, 0, fp32=parameters)
     # Reads gradient, weight and both moments; writes the latter three and bf16 weights; clears.
     memory("adamw", 1, parameters, fp32=8 * parameters)
-
-    per_token = sum(op.calls * op.counted_flops for op in ops) // N
-    assert per_token == flops_per_token(c), (per_token, flops_per_token(c))
     return ops
 
 
@@ -135,10 +131,9 @@ class Gpu:
 
 # memory     "total capacity" in torch's out-of-memory messages (the H200's: of one that we used)
 # bandwidth  data sheets: A100 SXM 40 and 80 GB, H100 SXM, H200 SXM
-# nvlink     nccl-tests on 8 GPUs: 232 GB/s (github.com/NVIDIA/nccl-tests issue 175); 370, without
-#            switches that add (issue 212, a maintainer of NCCL); the H200's NVLink is the H100's
-# network    192 GB/s a node of 8 x 200 Gb/s InfiniBand (github.com/NVIDIA/nccl issue 812, NVIDIA's
-#            DGX A100); 46 to 48 GB/s a 400 Gb/s card (nccl-tests issue 290, NVIDIA)
+# nvlink     nccl-tests on 8 GPUs: 232 GB/s (github.com/NVIDIA/nccl-tests issue 175); 370 (212)
+# network    192 GB/s a DGX A100 of 8 x 200 Gb/s InfiniBand (github.com/NVIDIA/nccl issue 812); 46
+#            to 48 GB/s a 400 Gb/s card (nccl-tests issue 290)
 GPUS = {
     "a100-40": Gpu("a100", 39.50 * 2**30, 1.555e12, 232e9, 24e9),
     "a100-80": Gpu("a100", 79.25 * 2**30, 2.04e12, 232e9, 24e9),
@@ -146,15 +141,14 @@ GPUS = {
     "h200": Gpu("h200", 139.0 * 2**30, 4.80e12, 370e9, 46e9),
 }
 NODE = 8  # GPUs in a node, all on NVLink, each with a network card of its own
-# TFLOP/s of large GEMMs, attention's forward, attention's backward that published kernels reach,
-# slow and fast: the range of the prediction.
+# TFLOP/s of large GEMMs, attention's forward and backward that published kernels reach: slow, fast
 #   a100  cuBLAS 235 and 250 in large bf16 GEMMs; FlashAttention-2 at head dim 64 and sequence 2048,
 #         causal, forward and backward together: 126 and 140 (arXiv 2307.08691, figures 4 to 6)
 #   h100  cuBLAS 720 and 798; causal forward 342 (Triton) and 371 (FlashAttention-3, arXiv
 #         2407.08608); backward 250, and 345: an assumption, 0.82 of its 422 without a mask
 #   h200  the same chip; 715 published, 788 measured in an 8192^3 matmul (2026-10)
-# Bandwidth: large copies ran at 3.0 TB/s on an H100 and 4.3 on an H200 (2026-10, -11), 0.90 of the
-# data sheet; the A100's 0.90, and 0.80 as what a kernel with more streams reaches, are assumptions.
+# Bandwidth: large copies ran at 0.90 of the data sheet on an H100 and an H200 (2026-10, -11); the
+# A100's 0.90, and 0.80 as what a kernel with more streams reaches, are assumptions.
 REACHED = {
     "a100": ((235, 126, 126), (250, 140, 140)),
     "h100": ((720, 342, 250), (798, 371, 345)),

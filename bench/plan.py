@@ -77,16 +77,11 @@ class Job(TrainConfig):
 
 
 def saved_bytes(c: ModelConfig, n_bytes: int = 2) -> int:
-    """Return the bytes a token that a block keeps for its backward, in elements of `n_bytes`.
-
-    triton  x, q|k|v|up, attention's output (kernels/block.py); and statistics, fp32
-    torch   beside these LayerNorm's output, rotated q and k, GELU's output, attention's output in
-            another layout; dropout's masks, a byte each
-    """
+    """Return the bytes a token that a block keeps for its backward, in elements of `n_bytes`."""
     C, M, statistics_bytes = c.width, c.mlp_width, 4 * c.n_head + 8
-    if c.kernels == "torch":
+    if c.kernels == "torch":  # both LayerNorm's, GELU's and rotary's results, and dropout's masks
         return n_bytes * (9 * C + 2 * M) + (2 * C if c.dropout else 0) + statistics_bytes
-    return n_bytes * (5 * C + M) + statistics_bytes + C // 16  # peaks of 128 rows: 2 fp32 a dim
+    return n_bytes * (5 * C + M) + statistics_bytes + C // 16  # as kernels/block.py says
 
 
 def parameters_by_unit(c: ModelConfig) -> tuple[int, int]:
@@ -132,9 +127,8 @@ def micro_batches(c: Job) -> tuple[int, int]:
 def step_time(c: Job, micro_batch: int, fraction: float, gpu: Gpu) -> tuple[float, float]:
     """Return the seconds of a step, and how many of them wait for communication.
 
-    Blocks go through streams that run side by side, so that of a block's collectives only the first
-    is waited for, or what takes longer than its compute. The root, which holds embedding and head,
-    is fetched first and reduced last.
+    Of the blocks' collectives only the first is waited for, and what takes longer than a block's
+    compute. The root, embedding and head, is fetched first and reduced last.
     """
     S, L, units = c.shards, c.n_layer, parameters_by_unit(c.model)
     R, micro_steps = c.gpus // S, c.seqs_per_step // (micro_batch * c.gpus)
@@ -169,11 +163,6 @@ def speeds(c: Job, micro_batch: int, fraction: float = 0.0) -> dict[str, tuple[f
     return {k: (f, tokens / step_time(c, micro_batch, f, gpu)[0]) for k, f in given.items()}
 
 
-def middle(reached: dict[str, tuple[float, float]]) -> str:
-    """Return the published run to plan with."""
-    return list(reached)[len(reached) // 2]
-
-
 def report(c: Job, price: float = 0.0, fraction: float = 0.0) -> None:
     """Print the plan."""
     gpu, table, P, flops = GPUS[c.gpu], Table(), parameter_count(c.model), flops_per_token(c.model)
@@ -202,7 +191,7 @@ def report(c: Job, price: float = 0.0, fraction: float = 0.0) -> None:
 
     print(f"\ncheckpoint {12 * P / 1e9:.2f} GB (a third weights), {c.keep + 1} kept: "
           f"{(c.keep + 1) * 12 * P / 1e9:,.0f} GB")  # fmt: skip
-    like = middle(reached)
+    like = list(reached)[len(reached) // 2]
     print(f"\nThe same steps on more GPUs, like {like}; exposed: waiting for communication")
     eighth = 0.0
     for gpus in (g for g in GPU_COUNTS if c.seqs_per_step % g == 0):
@@ -238,8 +227,8 @@ def score(folder: Path) -> tuple[dict[str, tuple[float, float]], float, str]:
     if kind:
         job = Job(**dataclasses.asdict(c), gpu=kind[0], gpus=gpus)
         micro_batch = micro_batches(job)[0]
-        reached = speeds(job, micro_batch)
-        roof, expected = reached["kernels alone"][1], reached[middle(reached)][1]
+        (_, roof), *reached = speeds(job, micro_batch).values()
+        expected = reached[(len(reached) - 1) // 2][1]  # like the published run in the middle
         roof_name, peak = "the kernels' roofline", max(x.get("memory_gib", 0) for x in lines)
         rows["memory, GB"] = sum(memory(job, micro_batch).values()) / 1e9, peak * 2**30 / 1e9
     else:

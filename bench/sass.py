@@ -140,8 +140,7 @@ def tma_bytes(ttgir: str) -> int:
 
 def cycles(loop: list[str], sm: int, warps: int, tma_bytes: int = 0) -> dict[str, float]:
     """Return the cycles by pipe that a turn, by a block of so many warps, keeps an SM busy."""
-    slots = dict.fromkeys(PIPES, 0)
-    imads = 0
+    slots, imads = dict.fromkeys(PIPES, 0), 0
     for code in loop:
         opcode, *suffixes = code.split(" ")[0].split(".")
         is_imad = opcode == "IMAD"
@@ -149,14 +148,13 @@ def cycles(loop: list[str], sm: int, warps: int, tma_bytes: int = 0) -> dict[str
         imads += wide * is_imad
         if opcode in PIPE_OF:
             slots[PIPE_OF[opcode]] += wide
-    busy = {
-        "tensor": sum(map(tensor_flop, loop)) / TENSOR_FLOP[sm],
-        "shared": sum(map(shared_bytes, loop)) / SHARED_BYTES,
-        "issue": len(loop) / SCHEDULERS,
-    } | {pipe: 32 * n / LANES[sm][pipe] for pipe, n in slots.items()}
-    busy["fma"] = max(busy["fma"], 32 * imads / IMAD_LANES)
-    busy = {pipe: warps * n for pipe, n in busy.items()}
-    return busy | {"shared": busy["shared"] + tma_bytes / SHARED_BYTES}
+    pipes = {pipe: 32 * warps * n / LANES[sm][pipe] for pipe, n in slots.items()}
+    pipes["fma"] = max(pipes["fma"], 32 * warps * imads / IMAD_LANES)
+    return {
+        "tensor": warps * sum(map(tensor_flop, loop)) / TENSOR_FLOP[sm],
+        "shared": (warps * sum(map(shared_bytes, loop)) + tma_bytes) / SHARED_BYTES,
+        "issue": warps * len(loop) / SCHEDULERS,
+    } | pipes
 
 
 def bound_frac(busy: dict[str, float]) -> float:

@@ -151,7 +151,7 @@ W, B = X.contiguous(), X[:, 0].contiguous()
     [
         ((X.double(), W, B, T), "x has dtype torch.float64, want bfloat16"),
         ((rand(10, 4).t(), W, B, T), "x has shape .4, 10., strides .1, 20., want two dimensions"),
-        ((X, W, B, T.repeat(2)[::2].int()), "targets is .*int32 .* strides .2,., .*want cont"),
+        ((X, W, B, T.int().repeat(2)[::2]), "targets is .*int32 .* strides .2,., .*want cont"),
         ((X, X[:, :9], B, T), "weight is torch.float32 .4, 9."),
         ((X, W, X[:2, 0], T), "bias is torch.float32 .2,."),
     ],
