@@ -13,14 +13,15 @@ prediction is a range, at the rates that published kernels reach.
 import math
 from dataclasses import dataclass
 
-from bench.table import Table, parse_run
-from common.config import UserError, run
+from bench.table import Table
+from common.config import UserError, parse, run
 from common.runlog import PEAK_FLOPS
 from model import ModelConfig, flops_per_token, parameter_count
+from train import TrainConfig
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainConfig):
     """Print the floors of a step of CONFIG.toml on one GPU, and the tokens/s that they allow."""
 
     gpu: str = "h100"  # a100-40, a100-80, h100 or h200
@@ -199,8 +200,8 @@ def collective_s(n_bytes: float, ranks: int, nodes: int, passes: int, gpu: Gpu) 
 
 
 def main() -> None:
-    own, c = parse_run(Config)
-    gpu, micro_steps, table = find_gpu(own.gpu), max(1, c.seqs_per_step // c.micro_batch), Table()
+    c = parse(Config, toml=True)
+    gpu, micro_steps, table = find_gpu(c.gpu), max(1, c.seqs_per_step // c.micro_batch), Table()
     ops, tokens = training_ops(c.model, c.micro_batch), c.micro_batch * c.seq_len
     roof, (slow, fast) = gpu.roof(), gpu.reached()
     for op in ops:

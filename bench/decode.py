@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from bench.step import HuggingFace
-from bench.table import Table, parse_run
+from bench.table import Table
 from bench.timing import device_of, make_timer, measured_roof, percentiles, wall_ms
-from common.config import UserError, run
+from common.config import UserError, parse, run
 from model import Phi
 from sample import Generator
 from tools.hf import parts
@@ -27,7 +27,7 @@ PROMPT_TOKENS, ROUNDS = 32, 3  # timed calls of each, after one that is not
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainConfig):
     """Time generation: ours and transformers'. The model is that of CONFIG.toml."""
 
     batch: tuple[int, ...] = (1, 16, 32)  # prompts generated for at once; may be repeated
@@ -96,13 +96,13 @@ def measure(c: TrainConfig, batch: int, new_tokens: int) -> Iterator[dict]:
 
 
 def main() -> None:
-    own, c = parse_run(Config)
-    table = Table(own.json)
+    c = parse(Config, toml=True)
+    table = Table(c.json)
     if c.threads:
         torch.set_num_threads(c.threads)
-    table.say(f"{PROMPT_TOKENS} prompt tokens, {own.new_tokens} new")
-    for batch in own.batch:
-        for row in measure(c, batch, own.new_tokens):
+    table.say(f"{PROMPT_TOKENS} prompt tokens, {c.new_tokens} new")
+    for batch in c.batch:
+        for row in measure(c, batch, c.new_tokens):
             table(summary=True, **row)
 
 

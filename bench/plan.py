@@ -24,8 +24,8 @@ from pathlib import Path
 
 from bench import cost
 from bench.cost import GPUS, NODE, Gpu, collective_s
-from bench.table import Table, parse_run
-from common.config import UserError, run
+from bench.table import Table
+from common.config import UserError, parse, run
 from model import CHUNK_ROWS, ModelConfig, flops_per_token, parameter_count
 from train import TrainConfig
 
@@ -35,25 +35,14 @@ CPU_FRACTION = 0.345  # of a measured matmul, training the demo: 32 to 37% (LOG.
 
 
 @dataclass(frozen=True)
-class Config:
-    """Plan the run of CONFIG.toml: memory, speed, hours, cost, scaling. Or --score one you made.
-
-    Flags of train.py's, as --micro_batch=8, override the file.
-    """
+class Config(TrainConfig):
+    """Plan the run of CONFIG.toml: memory, speed, hours, cost, scaling. Or --score one you made."""
 
     gpu: str = "a100-80"  # a100-40, a100-80, h100 or h200
     gpus: int = 8  # how many; beyond 8 in whole nodes of 8
     fraction: float = 0.0  # of the kernels' roofline that the run reaches, 0 = as published runs
     price: float = 0.0  # of a GPU for an hour, for the cost
     score: Path | None = None  # a run folder to compare with what would have been predicted
-
-
-@dataclass(frozen=True)
-class Job(TrainConfig):
-    """A run on GPUs."""
-
-    gpu: str = "a100-80"
-    gpus: int = 8
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,7 +79,7 @@ def parameters_by_unit(c: ModelConfig) -> tuple[int, int]:
     return two - one, 2 * one - two
 
 
-def memory(c: Job, micro_batch: int) -> dict[str, int]:
+def memory(c: Config, micro_batch: int) -> dict[str, int]:
     """Return the bytes on a GPU at the fullest moment of a step, by kind."""
     N, C, M, V = micro_batch * c.seq_len, c.width, c.mlp_width, c.vocab_size
     P, (block, root), b = parameter_count(c.model), parameters_by_unit(c.model), c.compute_bytes
@@ -116,7 +105,7 @@ def memory(c: Job, micro_batch: int) -> dict[str, int]:
     }
 
 
-def micro_batches(c: Job) -> tuple[int, int]:
+def micro_batches(c: Config) -> tuple[int, int]:
     """Return the one to plan with, the configured one if that fits; and the largest that fits."""
     share, room = c.seqs_per_step // c.gpus, GPUS[c.gpu].memory - RESERVE_BYTES
     divisors = [n for n in range(1, share + 1) if share % n == 0]
@@ -124,7 +113,7 @@ def micro_batches(c: Job) -> tuple[int, int]:
     return max(n for n in divisors if n <= max(1, min(c.micro_batch, largest))), largest
 
 
-def step_time(c: Job, micro_batch: int, fraction: float, gpu: Gpu) -> tuple[float, float]:
+def step_time(c: Config, micro_batch: int, fraction: float, gpu: Gpu) -> tuple[float, float]:
     """Return the seconds of a step, and how many of them wait for communication.
 
     Of the blocks' collectives only the first is waited for, and what takes longer than a block's
@@ -155,15 +144,15 @@ def step_time(c: Job, micro_batch: int, fraction: float, gpu: Gpu) -> tuple[floa
     return micro_steps * micro_step_s + compute_s(("optimiser",)) / S + exposed_s, exposed_s
 
 
-def speeds(c: Job, micro_batch: int, fraction: float = 0.0) -> dict[str, tuple[float, float]]:
+def speeds(c: Config, micro_batch: int) -> dict[str, tuple[float, float]]:
     """Return published run -> (its fraction of the roofline, our tokens/s at that)."""
     gpu, tokens = GPUS[c.gpu], c.seqs_per_step * c.seq_len
-    given = {"--fraction": fraction} if fraction else cost.fractions(gpu.family)
+    given = {"--fraction": c.fraction} if c.fraction else cost.fractions(gpu.family)
     given = {"kernels alone": 1.0} | given
     return {k: (f, tokens / step_time(c, micro_batch, f, gpu)[0]) for k, f in given.items()}
 
 
-def report(c: Job, price: float = 0.0, fraction: float = 0.0) -> None:
+def report(c: Config) -> None:
     """Print the plan."""
     gpu, table, P, flops = GPUS[c.gpu], Table(), parameter_count(c.model), flops_per_token(c.model)
     print(f"{P:,} parameters, {flops / 1e9:.3f} GFLOP a token (causal)")
@@ -180,13 +169,13 @@ def report(c: Job, price: float = 0.0, fraction: float = 0.0) -> None:
           "more GPUs, or take larger ones")  # fmt: skip
 
     print("\nHow much of its kernels' roofline a run reaches was not measured with this code")
-    reached = speeds(c, micro_batch, fraction)
+    reached = speeds(c, micro_batch)
     for like, (share, rate) in reached.items():
         hours = c.tokens / rate / 3600
         table(
             if_like=like, reached_frac=share, mfu_frac=rate * flops / c.gpus / gpu.peak,
             tokens_per_s=rate, each=rate / c.gpus, hours=hours, gpu_hours=hours * c.gpus,
-            cost=hours * c.gpus * price,
+            cost=hours * c.gpus * c.price,
         )  # fmt: skip
 
     print(f"\ncheckpoint {12 * P / 1e9:.2f} GB (a third weights), {c.keep + 1} kept: "
@@ -221,20 +210,20 @@ def score(folder: Path) -> tuple[dict[str, tuple[float, float]], float, str]:
     if not lines:
         raise UserError(f"{folder / 'metrics.jsonl'} has no line with tokens_per_s yet")
     fields = [f.name for f in dataclasses.fields(TrainConfig) if f.type in (int, float, str, bool)]
-    c = TrainConfig(**{k: ran[k] for k in fields if k in ran and k != "device"})
-    rows, gpus, roof_name = {}, ran["world_size"], ran["roof"]
+    values = {k: ran[k] for k in fields if k in ran and k != "device"}
     kind = [k for k in GPUS if all(part.upper() in ran["device"] for part in k.split("-"))]
+    c = Config(**values, gpu=(kind or ["a100-80"])[0], gpus=ran["world_size"])
+    rows, roof_name = {}, ran["roof"]
     if kind:
-        job = Job(**dataclasses.asdict(c), gpu=kind[0], gpus=gpus)
-        micro_batch = micro_batches(job)[0]
-        (_, roof), *reached = speeds(job, micro_batch).values()
+        micro_batch = micro_batches(c)[0]
+        (_, roof), *reached = speeds(c, micro_batch).values()
         expected = reached[(len(reached) - 1) // 2][1]  # like the published run in the middle
         roof_name, peak = "the kernels' roofline", max(x.get("memory_gib", 0) for x in lines)
-        rows["memory, GB"] = sum(memory(job, micro_batch).values()) / 1e9, peak * 2**30 / 1e9
+        rows["memory, GB"] = sum(memory(c, micro_batch).values()) / 1e9, peak * 2**30 / 1e9
     else:
         number, unit = re.search(r"([\d,.]+) ([GT])FLOP/s", ran["roof"]).groups()
         roof = float(number.replace(",", "")) * {"G": 1e9, "T": 1e12}[unit]
-        roof *= gpus / flops_per_token(c.model)
+        roof *= c.gpus / flops_per_token(c.model)
         expected = CPU_FRACTION * roof
     tokens_per_s, last = statistics.median(x["tokens_per_s"] for x in lines), lines[-1]
     seconds = last["step"] * c.seqs_per_step * c.seq_len / expected
@@ -244,11 +233,10 @@ def score(folder: Path) -> tuple[dict[str, tuple[float, float]], float, str]:
 
 
 def main() -> None:
-    own, c = parse_run(Config)
-    if not own.score:
-        job = Job(**dataclasses.asdict(c), gpu=own.gpu, gpus=own.gpus)
-        return report(job, own.price, own.fraction)
-    rows, fraction, roof = score(own.score)
+    c = parse(Config, toml=True)
+    if not c.score:
+        return report(c)
+    rows, fraction, roof = score(c.score)
     table = Table()
     for name, (predicted, happened) in rows.items():
         table(quantity=name, predicted=predicted, happened=happened, ratio=happened / predicted)

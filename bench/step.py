@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.table import Table, parse_run
+from bench.table import Table
 from bench.timing import device_of, percentiles, profile, wall_ms
-from common.config import UserError, run
+from common.config import UserError, parse, run
 from common.runlog import peak_flops
 from model import ModelConfig, Phi, flops_per_token, mfu, select_kernels
 from train import DTYPES, TrainConfig, make_optimizer
@@ -32,7 +32,7 @@ SHOWN = 30  # kernels of the profile, the longest first
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainConfig):
     """Time training steps of CONFIG.toml: ours, torch's and transformers' (sdpa), both compiled."""
 
     impl: str = ""  # ours, torch or transformers; all three if not given
@@ -40,6 +40,7 @@ class Config:
     json: bool = False  # print lines of JSON too
 
     def __post_init__(self):
+        super().__post_init__()
         if self.impl not in ("", *MODELS):
             raise UserError(f"impl is {self.impl!r}, want one of {', '.join(MODELS)}")
 
@@ -147,15 +148,15 @@ def free() -> None:
 
 
 def main() -> None:
-    own, c = parse_run(Config)
-    device, table = device_of(c.device), Table(own.json)
+    c = parse(Config, toml=True)
+    device, table = device_of(c.device), Table(c.json)
     if device.type == "cpu" and c.device == "auto":
         raise UserError("no CUDA device here; --device=cpu times a small model, slowly")
     peak, roof_name = peak_flops(device)
     table.say(f"{flops_per_token(c.model) / 1e9:.3f} GFLOP a token; MFU over {roof_name}")
     profiled, kernels = "", []
-    for impl in [own.impl] if own.impl else MODELS:
-        for row, step in measure(c, impl, own.steps, peak):
+    for impl in [c.impl] if c.impl else MODELS:
+        for row, step in measure(c, impl, c.steps, peak):
             table(summary=True, **row)
             if step and not profiled:  # ours, or the first there is
                 profiled, kernels = impl, profile(step, device)
@@ -163,7 +164,7 @@ def main() -> None:
     total = sum(us for *_, us in kernels)
     for name, calls, us in kernels[:SHOWN]:
         table(profiled=profiled, us=us, share_frac=us / total, calls=calls, kernel=name[:90])
-    sys.exit(bool(own.impl) and not profiled)
+    sys.exit(bool(c.impl) and not profiled)
 
 
 if __name__ == "__main__":

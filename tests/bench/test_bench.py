@@ -121,19 +121,6 @@ def test_table(capsys):
     assert json.loads(out) == {"name": "a", "b_frac": 0.33333, "n": 12346.0, "summary": summary}
 
 
-def test_flags_go_to_the_class_that_has_them(monkeypatch):
-    argv = ["step", "configs/demo.toml", "--impl", "ours", "--n_layer=3", "--micro-batch", "2"]
-    monkeypatch.setattr("sys.argv", argv)
-    own, c = table.parse_run(step_bench.Config)
-    assert (own.impl, c.n_layer, c.micro_batch) == ("ours", 3, 2)
-    monkeypatch.setattr("sys.argv", [*argv, "--stepps=2"])
-    with pytest.raises(UserError, match="stepps"):
-        table.parse_run(step_bench.Config)
-    monkeypatch.setattr("sys.argv", [*argv, "--impl=jax"])
-    with pytest.raises(UserError, match="ours, torch, transformers"):
-        table.parse_run(step_bench.Config)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(monkeypatch):
     monkeypatch.setattr("sys.argv", ["ops", "--op=attention"])

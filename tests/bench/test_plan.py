@@ -21,7 +21,7 @@ from bench import plan
 from bench.cost import GPUS, NETWORK_HOP_S, NVLINK_HOP_S, START_S, Gpu, collective_s
 from common.config import UserError, parse
 from model import Phi
-from train import TrainConfig, make_optimizer
+from train import make_optimizer
 
 ROOT = Path(__file__).parents[2]
 # Each where another kind of memory is the largest: activations, logits, weights.
@@ -32,15 +32,15 @@ SHAPES = {
 }
 
 
-def job(name: str, gpu: str = "a100-80", gpus: int = 8, **changes) -> plan.Job:
-    c = parse(TrainConfig, [str(ROOT / "configs" / f"{name}.toml")], toml=True)
-    return plan.Job(**dataclasses.asdict(c) | changes, gpu=gpu, gpus=gpus)
+def job(name: str, gpu: str = "a100-80", gpus: int = 8, **changes) -> plan.Config:
+    c = parse(plan.Config, [str(ROOT / "configs" / f"{name}.toml")], toml=True)
+    return dataclasses.replace(c, gpu=gpu, gpus=gpus, **changes)
 
 
-def configured(shape: str = "deep", **values) -> plan.Job:
+def configured(shape: str = "deep", **values) -> plan.Config:
     c = {"vocab_size": 64, "mlp_width": 200, "rotary_dim": 8, "seqs_per_step": 8, "micro_batch": 4}
     c |= {"gpus": 1, "kernels": "torch", "dtype": "float32"}
-    return plan.Job(**c | SHAPES[shape] | values)
+    return plan.Config(**c | SHAPES[shape] | values)
 
 
 class Allocated(TorchDispatchMode):
@@ -60,7 +60,7 @@ class Allocated(TorchDispatchMode):
         return out
 
 
-def train_two_steps(c: plan.Job, model: Phi) -> None:
+def train_two_steps(c: plan.Config, model: Phi) -> None:
     optimizer = make_optimizer(model, c)
     micro_steps = c.seqs_per_step // (c.micro_batch * c.gpus)
     for _ in range(2):
@@ -230,7 +230,8 @@ def test_a_score_is_the_next_plan(tmp_path):
     c = job("phi1_base", "a100-40")
     write_run(tmp_path, c, device="NVIDIA A100-SXM4-40GB", world_size=8, roof="")
     rows, fraction, _ = plan.score(tmp_path)
-    again = plan.speeds(c, plan.micro_batches(c)[0], fraction)["--fraction"]
+    c = dataclasses.replace(c, fraction=fraction)
+    again = plan.speeds(c, plan.micro_batches(c)[0])["--fraction"]
     assert again == (fraction, pytest.approx(140e3, rel=1e-3))
     assert rows["memory, GB"][1] == pytest.approx(30 * 2**30 / 1e9)
 
