@@ -95,10 +95,10 @@ class Part:
         self.kill()
         shown = []
         for line in self.log.read_text(errors="replace").splitlines():
-            try:
-                self.rows.append(json.loads("{" + line.partition("{")[2]))
+            if line.startswith("{"):
+                self.rows.append(json.loads(line))
                 shown += [self.rows[-1]["summary"]] if "summary" in self.rows[-1] else []
-            except ValueError:
+            else:
                 self.said = line.strip() or self.said
                 shown += [line[:200]] * line.startswith(("FAILED ", "ERROR "))  # of pytest's
         ended = "ended by force" if self.exit is None else f"exit {self.exit}"

@@ -52,9 +52,8 @@ def test_a_wrong_candidate_never_wins(tuned, monkeypatch, capsys):
     before = list(TUNING[f"sm_{SM}"]["cross_entropy"])
 
     for right in [before[0]], []:
-        table = TUNING[f"sm_{SM}"]
         wrong = [[c] for c in before if c not in right]
-        error = lambda *_, **kw: float(table["cross_entropy"] in wrong)  # noqa: E731, B023
+        error = lambda *_: float(TUNING[f"sm_{SM}"]["cross_entropy"] in wrong)  # noqa: E731, B023
         monkeypatch.setattr(tune.Judge, "error", error)
         assert tuned("cross_entropy", "")[f"sm_{SM}"]["cross_entropy"] == before
     assert not tuned.fine
