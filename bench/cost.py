@@ -2,33 +2,27 @@
 
     python -m bench.cost configs/phi1.toml --gpu h100
 
-An op's floor is the longer of FLOPs / FLOP rate and bytes / bandwidth. Bytes are those an op cannot
-avoid: every operand read once, every result written once, activations and weights in 2 bytes,
-weight gradients and optimiser states in fp32. The list is that of the fused kernels, in which GELU,
-biases, dropout and residuals ride in GEMM epilogues; rotary embedding and elementwise FLOPs are
-free. Not counted: launches, gaps between kernels, communication, kernels that could not be fused.
-
-FLOPs are those executed; attention's backward runs five matmuls, of which MFU counts four, as it
-does not count recomputed scores: the sum of what it counts is `model.flops_per_token`. The roof
-takes the data sheet's rates, and MFU its dense peak; the prediction is a range, at the rates that
-published kernels reach.
+An op's floor is the longer of FLOPs / FLOP rate and bytes / bandwidth: every operand read once,
+every result written once, activations and weights in 2 bytes, weight gradients and optimiser states
+in fp32. GELU, biases, dropout and residuals ride in GEMM epilogues; rotary embedding and
+elementwise FLOPs are free; launches, gaps and communication are not counted. Of the five matmuls
+that attention's backward executes, MFU counts four, over the data sheet's dense peak. The
+prediction is a range, at the rates that published kernels reach.
 """
 
 import math
 from dataclasses import dataclass
 
-from bench.table import Table, parse_run
-from common.config import UserError, run
+from bench.table import Table
+from common.config import UserError, parse, run
 from common.runlog import PEAK_FLOPS
 from model import ModelConfig, flops_per_token, parameter_count
+from train import TrainConfig
 
 
 @dataclass(frozen=True)
-class Config:
-    """Print the floors of one training step, op by op, and the tokens/s they allow.
-
-    The step is that of CONFIG.toml on one GPU; flags of train.py's override it.
-    """
+class Config(TrainConfig):
+    """Print the floors of a step of CONFIG.toml on one GPU, and the tokens/s that they allow."""
 
     gpu: str = "h100"  # a100-40, a100-80, h100 or h200
 
@@ -43,17 +37,14 @@ class Op:
     calls: int
     flops: int  # on the tensor cores, in one call
     bytes: int
-    counted_flops: int  # what MFU counts of them
 
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s by kind of op, and bytes/s."""
-
-    gemm: float
+    gemm: float  # FLOP/s by kind of op
     attention_fwd: float
     attention_bwd: float
-    memory: float
+    memory: float  # bytes/s
 
     def floor_us(self, op: Op) -> tuple[float, str]:
         """Return the microseconds of one call, and what bounds it."""
@@ -71,16 +62,16 @@ def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
     ops: list[Op] = []
 
     def gemm(name: str, calls: int, flops: int, elements: int, fp32: int = 0) -> None:
-        ops.append(Op(name, phase, "gemm", calls, flops, 2 * elements + 4 * fp32, flops))
+        ops.append(Op(name, phase, "gemm", calls, flops, 2 * elements + 4 * fp32))
 
     def memory(name: str, calls: int, elements: int, fp32: int = 0) -> None:
-        ops.append(Op(name, phase, "memory", calls, 0, 2 * elements + 4 * fp32, 0))
+        ops.append(Op(name, phase, "memory", calls, 0, 2 * elements + 4 * fp32))
 
     phase = "forward"
     memory("embedding_fwd", 1, 2 * N * C)
     memory("layernorm_fwd", L, 2 * N * C)
     gemm("in_proj_fwd", L, 2 * N * C * qkvu, N * C + qkvu * C + N * qkvu + N * M)
-    ops.append(Op("attention_fwd", phase, "attention_fwd", L, causal, 2 * N * 4 * C + lse, causal))
+    ops.append(Op("attention_fwd", phase, "attention_fwd", L, causal, 2 * N * 4 * C + lse))
     gemm("out_proj_fwd", L, 2 * N * C * (C + M), N * (C + M) + C * (C + M) + 2 * N * C)
     memory("ln_f_fwd", 1, 2 * N * C)
     gemm("head_fwd", 1, head_flops, N * C + V * C + N * V)
@@ -95,9 +86,9 @@ def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
     gemm("attention_out_dx", L, 2 * N * C * C, 2 * N * C + C * C)
     gemm("gelu_bwd", L, 2 * N * C * M, N * C + C * M + 3 * N * M)
     gemm("out_proj_dw", L, 2 * N * C * (C + M), 2 * N * C + N * (C + M), fp32=2 * C * (C + M))
-    executed, counted = causal * 5 // 2, causal * 2
+    executed = causal * 5 // 2  # MFU counts four matmuls of five
     moved = 2 * N * 8 * C + lse  # qkv, out and its gradient in, dqkv out
-    ops.append(Op("attention_bwd", phase, "attention_bwd", L, executed, moved, counted))
+    ops.append(Op("attention_bwd", phase, "attention_bwd", L, executed, moved))
     memory("attention_db", L, 3 * N * C)
     gemm("in_proj_dw", L, 2 * N * C * qkvu, N * qkvu + N * C, fp32=2 * qkvu * C)
     gemm("in_proj_dx", L, 2 * N * C * qkvu, N * qkvu + qkvu * C + N * C)
@@ -108,24 +99,17 @@ def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
     memory("gradient_norm", 1, 0, fp32=parameters)
     # Reads gradient, weight and both moments; writes the latter three and bf16 weights; clears.
     memory("adamw", 1, parameters, fp32=8 * parameters)
-
-    per_token = sum(op.calls * op.counted_flops for op in ops) // N
-    assert per_token == flops_per_token(c), (per_token, flops_per_token(c))
     return ops
 
 
 def step_us(ops: list[Op], rates: Rates, micro_steps: int) -> float:
     """Return the microseconds of a step of `micro_steps` micro-steps and one of the optimiser."""
-    return sum(
-        rates.floor_us(op)[0] * op.calls * (1 if op.phase == "optimiser" else micro_steps)
-        for op in ops
-    )
+    times = {"forward": micro_steps, "backward": micro_steps, "optimiser": 1}
+    return sum(rates.floor_us(op)[0] * op.calls * times[op.phase] for op in ops)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU in a node of eight."""
-
     family: str  # whose rates and records are below
     memory: float  # what torch can see, bytes
     bandwidth: float  # of it, bytes/s
@@ -134,8 +118,7 @@ class Gpu:
 
     @property
     def peak(self) -> float:
-        """Return the data sheet's dense bf16 FLOP/s."""
-        return PEAK_FLOPS[self.family.upper()]
+        return PEAK_FLOPS[self.family.upper()]  # dense bf16 FLOP/s
 
     def roof(self) -> Rates:
         """Return the data sheet's rates."""
@@ -149,10 +132,9 @@ class Gpu:
 
 # memory     "total capacity" in torch's out-of-memory messages (the H200's: of one that we used)
 # bandwidth  data sheets: A100 SXM 40 and 80 GB, H100 SXM, H200 SXM
-# nvlink     nccl-tests on 8 GPUs: 232 GB/s (github.com/NVIDIA/nccl-tests issue 175); 370, without
-#            switches that add (issue 212, a maintainer of NCCL); the H200's NVLink is the H100's
-# network    192 GB/s a node of 8 x 200 Gb/s InfiniBand (github.com/NVIDIA/nccl issue 812, NVIDIA's
-#            DGX A100); 46 to 48 GB/s a 400 Gb/s card (nccl-tests issue 290, NVIDIA)
+# nvlink     nccl-tests on 8 GPUs: 232 GB/s (github.com/NVIDIA/nccl-tests issue 175); 370 (212)
+# network    192 GB/s a DGX A100 of 8 x 200 Gb/s InfiniBand (github.com/NVIDIA/nccl issue 812); 46
+#            to 48 GB/s a 400 Gb/s card (nccl-tests issue 290)
 GPUS = {
     "a100-40": Gpu("a100", 39.50 * 2**30, 1.555e12, 232e9, 24e9),
     "a100-80": Gpu("a100", 79.25 * 2**30, 2.04e12, 232e9, 24e9),
@@ -160,15 +142,14 @@ GPUS = {
     "h200": Gpu("h200", 139.0 * 2**30, 4.80e12, 370e9, 46e9),
 }
 NODE = 8  # GPUs in a node, all on NVLink, each with a network card of its own
-# TFLOP/s of large GEMMs, attention's forward, attention's backward that published kernels reach,
-# slow and fast: the range of the prediction.
+# TFLOP/s of large GEMMs, attention's forward and backward that published kernels reach: slow, fast
 #   a100  cuBLAS 235 and 250 in large bf16 GEMMs; FlashAttention-2 at head dim 64 and sequence 2048,
 #         causal, forward and backward together: 126 and 140 (arXiv 2307.08691, figures 4 to 6)
 #   h100  cuBLAS 720 and 798; causal forward 342 (Triton) and 371 (FlashAttention-3, arXiv
 #         2407.08608); backward 250, and 345: an assumption, 0.82 of its 422 without a mask
 #   h200  the same chip; 715 published, 788 measured in an 8192^3 matmul (2026-10)
-# Bandwidth: large copies ran at 3.0 TB/s on an H100 and 4.3 on an H200 (2026-10, -11), 0.90 of the
-# data sheet; the A100's 0.90, and 0.80 as what a kernel with more streams reaches, are assumptions.
+# Bandwidth: large copies ran at 0.90 of the data sheet on an H100 and an H200 (2026-10, -11); the
+# A100's 0.90, and 0.80 as what a kernel with more streams reaches, are assumptions.
 REACHED = {
     "a100": ((235, 126, 126), (250, 140, 140)),
     "h100": ((720, 342, 250), (798, 371, 345)),
@@ -203,8 +184,7 @@ def fractions(family: str) -> dict[str, float]:
 def collective_s(n_bytes: float, ranks: int, nodes: int, passes: int, gpu: Gpu) -> float:
     """Return the seconds of an all-gather or reduce-scatter (one pass), or an all-reduce (two).
 
-    `n_bytes` is the whole buffer, on `ranks` spread evenly over `nodes`. Between nodes an
-    all-reduce is a tree where that is faster.
+    `ranks` are spread evenly over `nodes`; an all-reduce between nodes is a ring or a tree.
     """
     if ranks == 1:
         return 0.0
@@ -220,12 +200,12 @@ def collective_s(n_bytes: float, ranks: int, nodes: int, passes: int, gpu: Gpu) 
 
 
 def main() -> None:
-    own, c = parse_run(Config)
-    gpu, micro_steps, table = find_gpu(own.gpu), max(1, c.seqs_per_step // c.micro_batch), Table()
+    c = parse(Config, toml=True)
+    gpu, micro_steps, table = find_gpu(c.gpu), max(1, c.seqs_per_step // c.micro_batch), Table()
     ops, tokens = training_ops(c.model, c.micro_batch), c.micro_batch * c.seq_len
+    roof, (slow, fast) = gpu.roof(), gpu.reached()
     for op in ops:
-        floor_us, bound = gpu.roof().floor_us(op)
-        slow_us, fast_us = (rates.floor_us(op)[0] for rates in gpu.reached())
+        (floor_us, bound), (slow_us, _), (fast_us, _) = (r.floor_us(op) for r in (roof, slow, fast))
         each = tokens * (micro_steps if op.phase == "optimiser" else 1)
         table(
             op=op.name, phase=op.phase, bound=bound, calls=op.calls, gflop=op.flops / 1e9,
@@ -234,7 +214,7 @@ def main() -> None:
         )  # fmt: skip
     print()
     flops, best = flops_per_token(c.model), max(RECORDS[gpu.family].items(), key=lambda r: r[1])
-    for name, rates in zip(("data sheet", "slow", "fast"), (gpu.roof(), *gpu.reached())):
+    for name, rates in {"data sheet": roof, "slow": slow, "fast": fast}.items():
         us = step_us(ops, rates, micro_steps)
         rate = tokens * micro_steps / us * 1e6
         table(kernels=name, tokens_per_s=rate, mfu_frac=rate * flops / gpu.peak, step_ms=us / 1e3)

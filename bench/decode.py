@@ -4,10 +4,8 @@
 
 Random weights, random prompts of one length, greedy, no end of text: each call gives batch x
 new_tokens tokens, prefill included. The peer is PhiForCausalLM of the same weights with sdpa
-attention. A ratio is between medians of rounds in which each had its turn, so that a busy machine
-slows both. "same" is the share of tokens that are ours. The roof is the rate of a large copy
-measured in the same run; "roof" is what a token must read, weights and keys and values, over the
-time it took, as a share of that. All times are of a whole call.
+attention; the two take turns. same_frac is the share of tokens that are ours; roof_frac is what a
+token must read, weights and keys and values, over its time and the rate of a large copy.
 """
 
 from collections.abc import Iterator
@@ -17,10 +15,10 @@ import torch
 from tqdm import tqdm
 
 from bench.step import HuggingFace
-from bench.table import Table, parse_run
+from bench.table import Table
 from bench.timing import device_of, make_timer, measured_roof, percentiles, wall_ms
-from common.config import UserError, run
-from model import ModelConfig, Phi
+from common.config import UserError, parse, run
+from model import Phi
 from sample import Generator
 from tools.hf import parts
 from train import TrainConfig
@@ -29,7 +27,7 @@ PROMPT_TOKENS, ROUNDS = 32, 3  # timed calls of each, after one that is not
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainConfig):
     """Time generation: ours and transformers'. The model is that of CONFIG.toml."""
 
     batch: tuple[int, ...] = (1, 16, 32)  # prompts generated for at once; may be repeated
@@ -40,21 +38,13 @@ class Config:
 class Numbers:
     """A tokenizer whose text is its token ids."""
 
-    end_of_text = 0
-    start = ()
+    end_of_text, start = 0, ()
 
     def encode(self, text: str) -> list[int]:
         return list(map(int, text.split()))
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
-
-
-def step_bytes(c: ModelConfig, batch: int, positions: float, itemsize: int) -> float:
-    """Return the bytes that one token for each of `batch` texts must read: weights, and cache."""
-    block = 4 * c.width**2 + 2 * c.width * c.mlp_width + 4 * c.width + c.mlp_width
-    weights = c.n_layer * block + c.vocab_size * (c.width + 1)
-    return itemsize * (weights + 2 * batch * positions * c.n_layer * c.width)
 
 
 @torch.inference_mode()
@@ -85,7 +75,9 @@ def measure(c: TrainConfig, batch: int, new_tokens: int) -> Iterator[dict]:
         return out[:, PROMPT_TOKENS:].cpu()
 
     roof = measured_roof(make_timer(device.type), device.type, dtype).memory
-    read = step_bytes(c.model, batch, PROMPT_TOKENS + new_tokens / 2, dtype.itemsize)
+    read = sum(p.nbytes for n, p in model.named_parameters() if "ln" not in n and "embed" not in n)
+    cached = batch * (PROMPT_TOKENS + new_tokens / 2)  # positions, on average
+    read += 2 * cached * c.n_layer * c.width * dtype.itemsize
     calls, times, tokens = {"ours": ours, "transformers": theirs}, {}, {}
     for turn in tqdm(range(ROUNDS + 1), desc=f"batch {batch}", disable=None):
         for name, call in calls.items():
@@ -104,13 +96,13 @@ def measure(c: TrainConfig, batch: int, new_tokens: int) -> Iterator[dict]:
 
 
 def main() -> None:
-    own, c = parse_run(Config)
-    table = Table(own.json)
+    c = parse(Config, toml=True)
+    table = Table(c.json)
     if c.threads:
         torch.set_num_threads(c.threads)
-    table.say(f"{PROMPT_TOKENS} prompt tokens, {own.new_tokens} new")
-    for batch in own.batch:
-        for row in measure(c, batch, own.new_tokens):
+    table.say(f"{PROMPT_TOKENS} prompt tokens, {c.new_tokens} new")
+    for batch in c.batch:
+        for row in measure(c, batch, c.new_tokens):
             table(summary=True, **row)
 
 

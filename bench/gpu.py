@@ -4,12 +4,10 @@
     make gpu-bench               540   training steps, ops and decoding, each beside its peers
     make gpu-tune                420   the fastest configurations, and a step with them
 
-Without make: python3 -m bench.gpu --do=check --out=DIR. A command is groups of parts, in the
-order of worth. The parts of a group run side by side, each a process group of its own, so that one
-that fails, hangs or loses its CUDA context costs no other its turn; a group may take its own
-seconds and those that earlier ones left. As each part ends, a few lines of it are shown, its lines
-of JSON are added to `out`/gpu.json, and all that it said to `out`/logs-check.tar.gz or the like. It
-uses the Python that runs it, and installs nothing.
+Without make: python3 -m bench.gpu --do=check --out=DIR. Parts of a group run side by side, each a
+process group of its own, so that one that fails or hangs costs no other its turn; a group may take
+its own seconds and those that earlier ones left. As a part ends, a few lines of it are shown, its
+lines of JSON go to `out`/gpu.json, and all that it said to `out`/logs-check.tar.gz or the like.
 """
 
 import contextlib
@@ -97,10 +95,10 @@ class Part:
         self.kill()
         shown = []
         for line in self.log.read_text(errors="replace").splitlines():
-            try:
-                self.rows.append(json.loads("{" + line.partition("{")[2]))
+            if line.startswith("{"):
+                self.rows.append(json.loads(line))
                 shown += [self.rows[-1]["summary"]] if "summary" in self.rows[-1] else []
-            except ValueError:
+            else:
                 self.said = line.strip() or self.said
                 shown += [line[:200]] * line.startswith(("FAILED ", "ERROR "))  # of pytest's
         ended = "ended by force" if self.exit is None else f"exit {self.exit}"
@@ -132,10 +130,11 @@ def check(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
     if importlib.util.find_spec("xdist") and not toy:
         command += ["-n3", "--dist=worksteal"]
     command += ["-k", "gpu or bfloat16 and cpu or test_bad_input or test_linear"] * toy
-    names = [Path(test.partition("::")[0]).stem.removeprefix("test_") for test in TESTED]
-    tests = zip(names, TESTED)
-    return [(170, [Part(name, [*command, f"--junitxml={logs}/{name}.xml", f"tests/{test}"])
-                   for name, test in tests])]  # fmt: skip
+    group = []
+    for test in TESTED:
+        name = Path(test.partition("::")[0]).stem.removeprefix("test_")
+        group.append(Part(name, [*command, f"--junitxml={logs}/{name}.xml", f"tests/{test}"]))
+    return [(170, group)]
 
 
 def bench(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
@@ -219,8 +218,8 @@ def main() -> None:
         os.environ["NANOPHI_TUNING"] = str(shutil.copy(TUNING_FILE, out / "tuning.json"))
     file, logs = out / "gpu.json", Path(tempfile.mkdtemp())
     records = json.loads(file.read_text()) if file.exists() else {}
-    record = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "parts": {}}
-    records[c.do] = record = environment() | record
+    record = {"date": datetime.date.today().isoformat(), "triton": triton.__version__}
+    records[c.do] = record = environment() | record | {"parts": {}}
     print(", ".join(f"{k} {record[k]}" for k in ("device", "torch", "triton", "commit", "date")))
 
     def save(part: Part) -> None:

@@ -2,22 +2,20 @@
 
     python -m bench.ops [--op=NAME] [--dropout=0.1] [--dtype=float16] [--json]
 
-An op is timed at phi-1's shape, forward and backward: 20th, 50th and 80th percentile of CUDA
-events, with L2 flushed before each; then the profiler says what each of our kernels takes. The roof
-is measured in the same run, by a copy of a GiB and a square matmul; an op's share of it is its
-floor (cost.py) at those rates over its p50.
+An op is timed at phi-1's shape, forward and backward, with L2 flushed before each call; then the
+profiler says what each of our kernels takes. The roof is a copy and a matmul timed in the same run;
+roof_frac is an op's floor (cost.py) at those rates over its p50.
 
-Before it is timed, each implementation runs on fresh random inputs, ours with every new tensor
-filled with NaN, and its results and gradients are compared with fp32 ones: the largest relative
-error (2-norm) may be twice that of torch in the same dtype plus a few units in the last place. With
-dropout only ours can be compared, with itself in fp32.
+First each implementation runs on random inputs, ours with every new tensor filled with NaN. Against
+fp32, its largest relative error (2-norm) may be twice that of torch in the same dtype plus 4 ulps.
+With dropout only ours can be compared, with itself in fp32.
 """
 
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -53,12 +51,8 @@ class Config(ModelConfig):
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("there is no CUDA device here; --device=cpu rehearses a small shape")
 
-    @property
-    def model(self) -> ModelConfig:
-        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
-
     def case(self, op: str) -> Case:
-        return make_case(op, self.model, self.batch, getattr(torch, self.dtype), self.device)
+        return make_case(op, self, self.batch, getattr(torch, self.dtype), self.device)
 
 
 @contextlib.contextmanager
@@ -92,18 +86,11 @@ def backward(outputs: tuple[Tensor, ...], inputs: list[Tensor], upstream: list[T
     return list(torch.autograd.grad(outputs, inputs, upstream))
 
 
-def results(case: Case, fn: Callable, upstream: list[Tensor], dtype=None) -> list[Tensor]:
-    """Return the outputs, and the gradients of the case's inputs if it has a backward."""
-    inputs = copies(case, dtype)
+def whole(case: Case, fn: Callable, inputs: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
+    """Return the outputs, and the gradients of the inputs if the case has a backward."""
     outputs = forward(fn, inputs)
     gradients = backward(outputs, inputs, upstream) if case.backward else []
     return [t.detach() for t in (*outputs, *gradients)]
-
-
-def relative_error(ours: list[Tensor], exact: list[Tensor]) -> float:
-    """Return the largest, over the tensors, of |ours - exact| / |exact|; NaN if anything is."""
-    errors = [(a.float() - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(ours, exact)]
-    return torch.stack(errors).max().item()
 
 
 class Judge:
@@ -114,20 +101,18 @@ class Judge:
         with torch.no_grad():
             outputs = forward(case.providers["eager"], copies(case))
         self.upstream = [torch.randn_like(o) for o in outputs]
-        self.exact = results(case, case.reference, self.upstream, torch.float32)
+        self.exact = whole(case, case.reference, copies(case, torch.float32), self.upstream)
         self.bound = 4 * torch.finfo(case.inputs[0].dtype).eps
         if not case.dropout:
             self.bound += 2 * self.error(case.providers["eager"])
 
     def error(self, fn: Callable, poison: bool = False) -> float:
+        """Return the largest, over the results, of |ours - exact| / |exact|; NaN if anything is."""
         with poisoned(poison):
-            return relative_error(results(self.case, fn, self.upstream), self.exact)
-
-
-def whole(case: Case, fn: Callable, inputs: list[Tensor], upstream: list[Tensor]) -> None:
-    out = forward(fn, inputs)
-    if case.backward:
-        backward(out, inputs, upstream)
+            ours = whole(self.case, fn, copies(self.case), self.upstream)
+        pairs = zip(ours, self.exact)
+        errors = [(a.float() - b).norm() / b.norm().clamp(min=1e-30) for a, b in pairs]
+        return torch.stack(errors).max().item()
 
 
 def run_case(case: Case, roof: Rates, c: ModelConfig, timer: Callable) -> Iterator[dict]:
@@ -196,7 +181,7 @@ def main() -> None:
     roof = measured_roof(timer, c.device, getattr(torch, c.dtype))
     table(matmul_tflops=roof.gemm / 1e12, copy_gb_per_s=roof.memory / 1e9, dropout=c.dropout)
     for op in c.op or CASES:
-        for row in run_case(c.case(op), roof, c.model, timer):
+        for row in run_case(c.case(op), roof, c, timer):
             rows.append(row)
             table(**row)
         torch.cuda.empty_cache()

@@ -11,46 +11,32 @@ memory  is counted; tests/bench/test_plan.py compares it with what torch and FSD
 speed   is cost.py's floors at the rates of published kernels, times the fraction of it that
         published runs reach. With this code nothing of it was measured on a GPU: `--fraction` takes
         what `--score` prints after a run of yours
-step    is a pipeline: compute, and the collectives of each kind, are streams side by side.
-        Left out: stragglers, congestion, what NCCL's kernels take from compute, and launches
+step    is compute, and what the collectives beside it leave exposed. Left out: stragglers,
+        congestion, what NCCL's kernels take from compute, and launches
 """
 
 import dataclasses
 import json
 import re
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cost import (
-    GPUS,
-    NODE,
-    Gpu,
-    collective_s,
-    find_gpu,
-    fractions,
-    step_us,
-    training_ops,
-)
-from bench.table import Table, parse_run
-from common import checkpoint
-from common.config import UserError, run
-from data.shards import read_header
+from bench import cost
+from bench.cost import GPUS, NODE, Gpu, collective_s
+from bench.table import Table
+from common.config import UserError, parse, run
 from model import CHUNK_ROWS, ModelConfig, flops_per_token, parameter_count
 from train import TrainConfig
 
-SLOW_NETWORK = 100e9 / 8 / NODE  # bytes/s a GPU: one 100 Gb/s card a node
+GPU_COUNTS = [NODE << i for i in range(7)]  # 8 to 512, of the scaling table
 RESERVE_BYTES = 4e9  # CUDA's context, NCCL's and cuBLAS's buffers, fragmentation: an assumption
 CPU_FRACTION = 0.345  # of a measured matmul, training the demo: 32 to 37% (LOG.md, 2026-11-22)
 
 
 @dataclass(frozen=True)
-class Config:
-    """Plan the run of CONFIG.toml: memory, speed, hours, cost, scaling. Or --score one you made.
-
-    Flags of train.py's, as --micro_batch=8, override the file.
-    """
+class Config(TrainConfig):
+    """Plan the run of CONFIG.toml: memory, speed, hours, cost, scaling. Or --score one you made."""
 
     gpu: str = "a100-80"  # a100-40, a100-80, h100 or h200
     gpus: int = 8  # how many; beyond 8 in whole nodes of 8
@@ -58,17 +44,9 @@ class Config:
     price: float = 0.0  # of a GPU for an hour, for the cost
     score: Path | None = None  # a run folder to compare with what would have been predicted
 
-
-@dataclass(frozen=True)
-class Job(TrainConfig):
-    """A run on GPUs."""
-
-    gpu: str = "a100-80"
-    gpus: int = 8
-
     def __post_init__(self):
         super().__post_init__()
-        find_gpu(self.gpu)
+        cost.find_gpu(self.gpu)
         for name, n, whole in (("gpus", self.gpus, self.seqs_per_step),
                                ("shard", self.shards, self.gpus)):  # fmt: skip
             if n < 1 or whole % n or (n > NODE and n % NODE):
@@ -88,16 +66,11 @@ class Job(TrainConfig):
 
 
 def saved_bytes(c: ModelConfig, n_bytes: int = 2) -> int:
-    """Return the bytes a token that a block keeps for its backward, in elements of `n_bytes`.
-
-    triton  x, q|k|v|up, attention's output (kernels/block.py); and statistics, fp32
-    torch   beside these LayerNorm's output, rotated q and k, GELU's output, attention's output in
-            another layout; dropout's masks, a byte each
-    """
+    """Return the bytes a token that a block keeps for its backward, in elements of `n_bytes`."""
     C, M, statistics_bytes = c.width, c.mlp_width, 4 * c.n_head + 8
-    if c.kernels == "torch":
+    if c.kernels == "torch":  # both LayerNorm's, GELU's and rotary's results, and dropout's masks
         return n_bytes * (9 * C + 2 * M) + (2 * C if c.dropout else 0) + statistics_bytes
-    return n_bytes * (5 * C + M) + statistics_bytes + C // 16  # peaks of 128 rows: 2 fp32 a dim
+    return n_bytes * (5 * C + M) + statistics_bytes + C // 16  # as kernels/block.py says
 
 
 def parameters_by_unit(c: ModelConfig) -> tuple[int, int]:
@@ -106,7 +79,7 @@ def parameters_by_unit(c: ModelConfig) -> tuple[int, int]:
     return two - one, 2 * one - two
 
 
-def memory(c: Job, micro_batch: int) -> dict[str, int]:
+def memory(c: Config, micro_batch: int) -> dict[str, int]:
     """Return the bytes on a GPU at the fullest moment of a step, by kind."""
     N, C, M, V = micro_batch * c.seq_len, c.width, c.mlp_width, c.vocab_size
     P, (block, root), b = parameter_count(c.model), parameters_by_unit(c.model), c.compute_bytes
@@ -132,7 +105,7 @@ def memory(c: Job, micro_batch: int) -> dict[str, int]:
     }
 
 
-def micro_batches(c: Job) -> tuple[int, int]:
+def micro_batches(c: Config) -> tuple[int, int]:
     """Return the one to plan with, the configured one if that fits; and the largest that fits."""
     share, room = c.seqs_per_step // c.gpus, GPUS[c.gpu].memory - RESERVE_BYTES
     divisors = [n for n in range(1, share + 1) if share % n == 0]
@@ -140,83 +113,50 @@ def micro_batches(c: Job) -> tuple[int, int]:
     return max(n for n in divisors if n <= max(1, min(c.micro_batch, largest))), largest
 
 
-def simulate(c: Job, micro_batch: int, fraction: float, gpu: Gpu) -> dict:
-    """Return a step's micro-steps, seconds, seconds that wait for communication, and tokens/s."""
-    S, R, L, units = c.shards, c.gpus // c.shards, c.n_layer, parameters_by_unit(c.model)
-    micro_steps = c.seqs_per_step // (micro_batch * c.gpus)
-    ops, ends = training_ops(c.model, micro_batch), ("embedding", "ln_f", "head", "cross_entropy")
+def step_time(c: Config, micro_batch: int, fraction: float, gpu: Gpu) -> tuple[float, float]:
+    """Return the seconds of a step, and how many of them wait for communication.
 
-    def compute_s(phase: str, at_ends: bool) -> float:
-        chosen = [op for op in ops if op.phase == phase and op.name.startswith(ends) == at_ends]
-        return step_us(chosen, gpu.reached()[1], 1) / fraction / 1e6
+    Of the blocks' collectives only the first is waited for, and what takes longer than a block's
+    compute. The root, embedding and head, is fetched first and reduced last.
+    """
+    S, L, units = c.shards, c.n_layer, parameters_by_unit(c.model)
+    R, micro_steps = c.gpus // S, c.seqs_per_step // (micro_batch * c.gpus)
+    ops, fast = cost.training_ops(c.model, micro_batch), gpu.reached()[1]
 
-    forward_s, backward_s = compute_s("forward", False) / L, compute_s("backward", False) / L
-    backward_s += forward_s * c.recompute
-    ends_s = compute_s("forward", True) + compute_s("backward", True)
-    optimiser_s = compute_s("optimiser", False) / S
-    busy_s = micro_steps * (ends_s + L * (forward_s + backward_s)) + optimiser_s
+    def compute_s(phases: tuple[str, ...], calls: tuple[int, ...] = (1, L)) -> float:
+        chosen = [op for op in ops if op.phase in phases and op.calls in calls]
+        return cost.step_us(chosen, fast, 1) / fraction / 1e6
+
+    forward_s = compute_s(("forward",), (L,)) / L  # of a block
+    backward_s = compute_s(("backward",), (L,)) / L + forward_s * c.recompute
+    micro_step_s = compute_s(("forward", "backward")) + L * forward_s * c.recompute
 
     shard, replicas = (S, max(1, S // NODE)), (R, max(1, min(R, c.gpus // NODE)))  # ranks, nodes
     gather, root_gather = (collective_s(c.compute_bytes * n, *shard, 1, gpu) for n in units)
     scatter, root_scatter = (collective_s(4 * n, *shard, 1, gpu) for n in units)
     reduce, root_reduce = (collective_s(4 * n / S, *replicas, 2, gpu) for n in units)
-
-    def pipeline_s(*stages: float) -> float:
-        """Blocks go through streams that run side by side: fetch, compute, reduce."""
-        return sum(stages) + (L - 1) * max(stages)
-
-    def until_backward_s(fetch: bool) -> float:
-        return root_gather * fetch + pipeline_s(gather * fetch, forward_s) + ends_s
-
-    backward = gather * c.regather, backward_s
-    step_s = until_backward_s(True) + optimiser_s + collective_s(4, *shard, 2, gpu)  # of the norm
-    step_s += (micro_steps - 1) * (until_backward_s(c.regather) + pipeline_s(*backward))
-    # The root holds embedding and head, so that it is through last.
-    root_ready = pipeline_s(*backward, scatter) + root_scatter
-    step_s += max(pipeline_s(*backward, scatter, reduce), root_ready) + root_reduce
-    rate = c.seqs_per_step * c.seq_len / step_s
-    return {"micro_steps": micro_steps, "step_s": step_s, "exposed_s": max(0.0, step_s - busy_s),
-            "tokens_per_s": rate}  # fmt: skip
+    fetch = root_gather + gather + (L - 1) * max(0.0, gather - forward_s)
+    fetch_again = gather + (L - 1) * max(0.0, gather - backward_s)
+    exposed_s = micro_steps * (fetch + fetch_again) if c.regather else fetch
+    exposed_s += scatter + (L - 1) * max(0.0, max(scatter, reduce) - backward_s)
+    exposed_s += max(reduce, root_scatter) + root_reduce
+    exposed_s += collective_s(4, *shard, 2, gpu)  # the gradients' norm
+    return micro_steps * micro_step_s + compute_s(("optimiser",)) / S + exposed_s, exposed_s
 
 
-def speeds(c: Job, micro_batch: int, fraction: float = 0.0) -> dict[str, tuple[float, float]]:
+def speeds(c: Config, micro_batch: int) -> dict[str, tuple[float, float]]:
     """Return published run -> (its fraction of the roofline, our tokens/s at that)."""
-    given = {"--fraction": fraction} if fraction else fractions(GPUS[c.gpu].family)
-    rates = {k: simulate(c, micro_batch, f, GPUS[c.gpu])["tokens_per_s"] for k, f in given.items()}
-    return {like: (given[like], rate) for like, rate in rates.items()}
+    gpu, tokens = GPUS[c.gpu], c.seqs_per_step * c.seq_len
+    given = {"--fraction": c.fraction} if c.fraction else cost.fractions(gpu.family)
+    given = {"kernels alone": 1.0} | given
+    return {k: (f, tokens / step_time(c, micro_batch, f, gpu)[0]) for k, f in given.items()}
 
 
-def scaling(c: Job, micro_batch: int, fraction: float) -> Iterator[dict]:
-    """Yield the same steps on 8 to 512 GPUs; efficiency with states in a node, over all, slow."""
-    eighth, gpu = 0.0, GPUS[c.gpu]
-    for gpus in (NODE << i for i in range(7)):
-        if c.seqs_per_step % gpus:
-            return
-        share, on = c.seqs_per_step // gpus, replace(c, gpus=gpus, shard=0)
-        n = max(n for n in range(1, min(share, micro_batch) + 1) if share % n == 0)
-        step = simulate(on, n, fraction, gpu)
-        over_all = simulate(replace(on, shard=gpus), n, fraction, gpu)
-        slow = simulate(on, n, fraction, replace(gpu, network=SLOW_NETWORK))
-        eighth = eighth or step["tokens_per_s"] / NODE
-        yield {
-            "gpus": gpus, "micro_batch": n, "micro_steps": step["micro_steps"],
-            "step_ms": step["step_s"] * 1e3, "exposed_ms": step["exposed_s"] * 1e3,
-            "tokens_per_s": step["tokens_per_s"], "hours": c.max_steps * step["step_s"] / 3600,
-            "node_frac": step["tokens_per_s"] / eighth / gpus,
-            "all_frac": over_all["tokens_per_s"] / eighth / gpus,
-            "slow_frac": slow["tokens_per_s"] / eighth / gpus,
-        }  # fmt: skip
-
-
-def report(c: Job, price: float = 0.0, fraction: float = 0.0) -> None:
+def report(c: Config) -> None:
     """Print the plan."""
     gpu, table, P, flops = GPUS[c.gpu], Table(), parameter_count(c.model), flops_per_token(c.model)
     print(f"{P:,} parameters, {flops / 1e9:.3f} GFLOP a token (causal)")
-    print(f"{c.max_steps:,} steps x {c.seqs_per_step:,} x {c.seq_len:,} = {c.tokens:,} tokens")
-    at_hand = [int(read_header(f)[2]) for f in sorted(c.data.glob("train_*.bin"))]
-    epochs = c.max_steps * c.seqs_per_step / max(1, sum((n - 1) // c.seq_len for n in at_hand))
-    data = f"{epochs:.2f} epochs of the {sum(at_hand):,}" if at_hand else "none"
-    print(f"data at hand in {c.data}: {data}\n")
+    print(f"{c.max_steps:,} steps x {c.seqs_per_step:,} x {c.seq_len:,} = {c.tokens:,} tokens\n")
 
     micro_batch, largest = micro_batches(c)
     used = memory(c, micro_batch)
@@ -227,26 +167,32 @@ def report(c: Job, price: float = 0.0, fraction: float = 0.0) -> None:
           f"{RESERVE_BYTES / 1e9:.0f} GB are left for CUDA, NCCL and gaps")  # fmt: skip
     print(f"largest micro-batch that fits: {largest}" if largest else "DOES NOT FIT: shard over "
           "more GPUs, or take larger ones")  # fmt: skip
-    if largest and micro_batch < min(c.micro_batch, c.seqs_per_step // c.gpus):
-        print(f"the configured one, {c.micro_batch}, does not: --micro_batch={micro_batch}")
 
     print("\nHow much of its kernels' roofline a run reaches was not measured with this code")
-    reached = {"kernels alone": (1.0, simulate(c, micro_batch, 1.0, gpu)["tokens_per_s"])}
-    reached |= speeds(c, micro_batch, fraction)
+    reached = speeds(c, micro_batch)
     for like, (share, rate) in reached.items():
         hours = c.tokens / rate / 3600
-        row = {"if_like": like, "reached_frac": share, "mfu_frac": rate * flops / c.gpus / gpu.peak}
-        row |= {"tokens_per_s": rate, "each": rate / c.gpus, "hours": hours}
-        table(**row, gpu_hours=hours * c.gpus, cost=hours * c.gpus * price)
+        table(
+            if_like=like, reached_frac=share, mfu_frac=rate * flops / c.gpus / gpu.peak,
+            tokens_per_s=rate, each=rate / c.gpus, hours=hours, gpu_hours=hours * c.gpus,
+            cost=hours * c.gpus * c.price,
+        )  # fmt: skip
 
     print(f"\ncheckpoint {12 * P / 1e9:.2f} GB (a third weights), {c.keep + 1} kept: "
           f"{(c.keep + 1) * 12 * P / 1e9:,.0f} GB")  # fmt: skip
-    like, (share, _) = list(reached.items())[len(reached) // 2]
-    print(f"\nThe same steps on more GPUs, like {like}; exposed: waiting for communication; "
-          "efficiency\nagainst 8, states sharded in a node, over all GPUs, and in a node with one "
-          "100 Gb/s card")  # fmt: skip
-    for row in scaling(c, micro_batch, share):
-        table(**row)
+    like = list(reached)[len(reached) // 2]
+    print(f"\nThe same steps on more GPUs, like {like}; exposed: waiting for communication")
+    eighth = 0.0
+    for gpus in (g for g in GPU_COUNTS if c.seqs_per_step % g == 0):
+        share, on = c.seqs_per_step // gpus, dataclasses.replace(c, gpus=gpus, shard=0)
+        n = max(n for n in range(1, min(share, micro_batch) + 1) if share % n == 0)
+        step_s, exposed_s = step_time(on, n, reached[like][0], gpu)
+        eighth = eighth or step_s * NODE
+        table(
+            gpus=gpus, micro_batch=n, micro_steps=share // n, step_ms=step_s * 1e3,
+            exposed_ms=exposed_s * 1e3, tokens_per_s=c.seqs_per_step * c.seq_len / step_s,
+            hours=c.max_steps * step_s / 3600, efficiency_frac=eighth / step_s / gpus,
+        )  # fmt: skip
 
 
 def score(folder: Path) -> tuple[dict[str, tuple[float, float]], float, str]:
@@ -264,43 +210,33 @@ def score(folder: Path) -> tuple[dict[str, tuple[float, float]], float, str]:
     if not lines:
         raise UserError(f"{folder / 'metrics.jsonl'} has no line with tokens_per_s yet")
     fields = [f.name for f in dataclasses.fields(TrainConfig) if f.type in (int, float, str, bool)]
-    c = TrainConfig(**{k: ran[k] for k in fields if k in ran and k != "device"})
-    P, gpus, roof_name = parameter_count(c.model), ran["world_size"], ran["roof"]
+    values = {k: ran[k] for k in fields if k in ran and k != "device"}
     kind = [k for k in GPUS if all(part.upper() in ran["device"] for part in k.split("-"))]
+    c = Config(**values, gpu=(kind or ["a100-80"])[0], gpus=ran["world_size"])
+    rows, roof_name = {}, ran["roof"]
     if kind:
-        job = Job(**dataclasses.asdict(c), gpu=kind[0], gpus=gpus)
-        micro_batch, reached = micro_batches(job)[0], speeds(job, micro_batches(job)[0])
-        roof = simulate(job, micro_batch, 1.0, GPUS[kind[0]])["tokens_per_s"]
-        expected, roof_name = list(reached.values())[len(reached) // 2][1], "the kernels' roofline"
+        micro_batch = micro_batches(c)[0]
+        (_, roof), *reached = speeds(c, micro_batch).values()
+        expected = reached[(len(reached) - 1) // 2][1]  # like the published run in the middle
+        roof_name, peak = "the kernels' roofline", max(x.get("memory_gib", 0) for x in lines)
+        rows["memory, GB"] = sum(memory(c, micro_batch).values()) / 1e9, peak * 2**30 / 1e9
     else:
         number, unit = re.search(r"([\d,.]+) ([GT])FLOP/s", ran["roof"]).groups()
         roof = float(number.replace(",", "")) * {"G": 1e9, "T": 1e12}[unit]
-        roof *= gpus / flops_per_token(c.model)
+        roof *= c.gpus / flops_per_token(c.model)
         expected = CPU_FRACTION * roof
-    tokens_per_s, mfu = (statistics.median(r[k] for r in lines) for k in ("tokens_per_s", "mfu"))
-    done = lines[-1]["step"]
-    rows = {
-        "parameters": (P, ran["parameters"]),
-        "steps": (c.max_steps, done),
-        "seconds": (done * c.seqs_per_step * c.seq_len / expected, lines[-1]["seconds"]),
-        "tokens/s, median": (expected, tokens_per_s),
-        "MFU, median": (mfu * expected / tokens_per_s, mfu),
-    }
-    if kind and "memory_gib" in lines[-1]:
-        peak_bytes = max(line["memory_gib"] for line in lines) * 2**30
-        rows["memory, GB"] = sum(memory(job, micro_batch).values()) / 1e9, peak_bytes / 1e9
-    if checkpoint.steps(folder):
-        files = checkpoint.find(folder, newest=True).rglob("*")
-        rows["checkpoint, MB"] = 12 * P / 1e6, sum(f.stat().st_size for f in files) / 1e6
+    tokens_per_s, last = statistics.median(x["tokens_per_s"] for x in lines), lines[-1]
+    seconds = last["step"] * c.seqs_per_step * c.seq_len / expected
+    rows["seconds"] = seconds, last["seconds"]
+    rows["tokens/s, median"] = expected, tokens_per_s
     return rows, tokens_per_s / roof, roof_name
 
 
 def main() -> None:
-    own, c = parse_run(Config)
-    if not own.score:
-        job = Job(**dataclasses.asdict(c), gpu=own.gpu, gpus=own.gpus)
-        return report(job, own.price, own.fraction)
-    rows, fraction, roof = score(own.score)
+    c = parse(Config, toml=True)
+    if not c.score:
+        return report(c)
+    rows, fraction, roof = score(c.score)
     table = Table()
     for name, (predicted, happened) in rows.items():
         table(quantity=name, predicted=predicted, happened=happened, ratio=happened / predicted)

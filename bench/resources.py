@@ -2,16 +2,13 @@
 
     python -m bench.resources [--sm=80] [--kernel=in_proj] [--defaults] [--record]
 
-Compiles each configuration in kernels/tuning.json (bf16, phi-1's shapes) down to a cubin and prints
-registers, spills (ptxas -v), shared memory, theoretical occupancy, and the tensor-core and
-asynchronous copy instructions in the PTX; then, for each inner loop with tensor-core instructions,
-the cycles that each pipe of an SM is busy and the TFLOP/s that the slowest allows (sass.py), per
-64 x 64 block of scores or 128 x 128 x 64 block of a GEMM. Exits with status 1 if a default, the
-configuration that a launch takes, spills in a loop, asks for more shared memory than a block may
-have (Triton compiles it all the same), lacks the tensor-core instructions of a GEMM or of
-attention, or has a lower bound than bench/bounds.json holds for this version of Triton. `--record`
-writes the bounds of the defaults to bounds.json. One to two seconds each. A new kernel is added to
-launches.py.
+Compiles each configuration in kernels/tuning.json (bf16, phi-1's shapes) and prints registers,
+spills, shared memory, theoretical occupancy, and the tensor-core and asynchronous copy instructions
+in the PTX; then, for each inner loop with tensor-core instructions, the cycles that each pipe of an
+SM is busy and the TFLOP/s that the slowest allows (sass.py), per 64 x 64 block of scores or
+128 x 128 x 64 block of a GEMM. Exits with status 1 if a default, the configuration that a launch
+takes, spills in a loop, needs more shared memory than a block may have, lacks tensor-core
+instructions, or has a lower bound than bench/bounds.json holds for this version of Triton.
 """
 
 import json
@@ -80,9 +77,8 @@ class Row:
     @property
     def case(self) -> str:
         """Return its name in bounds.json."""
-        return " ".join(
-            [f"sm_{self.sm}", self.kernel, *(f"{k}={v}" for k, v in self.variant.items())]
-        )
+        variant = (f"{k}={v}" for k, v in self.variant.items())
+        return " ".join([f"sm_{self.sm}", self.kernel, *variant])
 
     @property
     def bound_frac(self) -> float:
@@ -116,7 +112,7 @@ def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
     except Exception as e:  # Triton's passes and ptxas fail in many ways; each means "does not fit"
         return Row(name, sm, config, variant, (f"{type(e).__name__}: {e}".splitlines()[0],))
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    registers, spills = _ptxas(ptx)
+    registers, spills = ptxas(ptx)
     multiplies = "tt.dot" in compiled.asm["ttir"]
     code = sass.disassemble(compiled.asm["cubin"]) if multiplies or spills else []
     inner = sass.inner_loops(code)
@@ -138,14 +134,14 @@ def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
     )  # fmt: skip
 
 
-def _ptxas(ptx: str) -> tuple[int, int]:
+def ptxas(ptx: str) -> tuple[int, int]:
     """Return (registers a thread, bytes of spill stores and loads), from Triton's ptxas."""
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
         f.write(ptx)
         f.flush()
-        command = [ptxas, "-v", f"--gpu-name={target}", f.name, "-o", os.devnull]
+        command = [tool, "-v", f"--gpu-name={target}", f.name, "-o", os.devnull]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     return int(re.search(r"Used (\d+) registers", log)[1]), spills
@@ -197,9 +193,10 @@ def hold_bounds(rows: list[Row], record: bool) -> list[Row]:
         BOUNDS_FILE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     for r in rows:
         floor = floors.get(r.case, 0) if r.default else 0
-        low = f"bound {r.bound_frac:.3f} of peak, was {floor}: if that is meant, --record it"
-        below = r.bound_frac < floor - BOUND_SLACK
-        held.append(replace(r, problems=(*r.problems, low)) if below else r)
+        if r.bound_frac < floor - BOUND_SLACK:
+            low = f"bound {r.bound_frac:.3f} of peak, was {floor}: if that is meant, --record it"
+            r = replace(r, problems=(*r.problems, low))
+        held.append(r)
     return held
 
 
@@ -227,7 +224,7 @@ def main() -> None:
     failed = [r for r in rows if r.default and r.problems]
     for row in failed:
         print(f"error: default {show(row)}", file=sys.stderr)
-    sys.exit(1 if failed else 0)
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

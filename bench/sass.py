@@ -1,16 +1,13 @@
 """Count what a turn of a compiled kernel's matmul loops costs each pipe of an SM, in its SASS.
 
-A pipe is busy for some cycles a turn, and no schedule beats the slowest: bound_frac is the share of
-the tensor cores' peak that it leaves. The loops are the innermost with tensor-core instructions, in
-program order. A block that a turn may skip is not counted unless it holds some: on sm_90,
-attention's backward masks there, on the diagonal only.
+No schedule beats the slowest pipe: bound_frac is the share of the tensor cores' peak it leaves. The
+loops are the innermost with tensor-core instructions. A block that a turn may skip is not counted
+unless it holds some: attention's backward masks there on sm_90.
 
-The bound is an upper one. Not counted: latency; bank conflicts; L2, device memory and atomics.
-mma.sync counts at the full rate on sm_90 too. What pads a matmul counts as work. It says what a
-loop cannot exceed, not what it reaches: at head dim 64 and sequence 2048, causal, the forward of
+The bound is what a loop cannot exceed, not what it reaches. Not counted: latency; bank conflicts;
+L2, device memory and atomics. At head dim 64 and sequence 2048, causal, the forward of
 FlashAttention-2 and of Triton's tutorial run at 0.48 and 0.49 of it on an A100 (150 and 152 TFLOP/s
-of 312), the tutorial's forward and backward at 0.24 and 0.28 on an H100 (204 of 838, 145 of 520;
-triton issue 5437).
+of 312), the tutorial's forward and backward at 0.24 and 0.28 on an H100 (triton issue 5437).
 
 Rates: CUDA C++ programming guide, "Throughput of native arithmetic instructions", 8.0 and 9.0.
 Which pipe executes what: Nsight Compute's profiling guide, "Pipelines".
@@ -143,8 +140,7 @@ def tma_bytes(ttgir: str) -> int:
 
 def cycles(loop: list[str], sm: int, warps: int, tma_bytes: int = 0) -> dict[str, float]:
     """Return the cycles by pipe that a turn, by a block of so many warps, keeps an SM busy."""
-    slots = dict.fromkeys(PIPES, 0)
-    imads = 0
+    slots, imads = dict.fromkeys(PIPES, 0), 0
     for code in loop:
         opcode, *suffixes = code.split(" ")[0].split(".")
         is_imad = opcode == "IMAD"
@@ -152,14 +148,13 @@ def cycles(loop: list[str], sm: int, warps: int, tma_bytes: int = 0) -> dict[str
         imads += wide * is_imad
         if opcode in PIPE_OF:
             slots[PIPE_OF[opcode]] += wide
-    busy = {
-        "tensor": sum(map(tensor_flop, loop)) / TENSOR_FLOP[sm],
-        "shared": sum(map(shared_bytes, loop)) / SHARED_BYTES,
-        "issue": len(loop) / SCHEDULERS,
-    } | {pipe: 32 * n / LANES[sm][pipe] for pipe, n in slots.items()}
-    busy["fma"] = max(busy["fma"], 32 * imads / IMAD_LANES)
-    busy = {pipe: warps * n for pipe, n in busy.items()}
-    return busy | {"shared": busy["shared"] + tma_bytes / SHARED_BYTES}
+    pipes = {pipe: 32 * warps * n / LANES[sm][pipe] for pipe, n in slots.items()}
+    pipes["fma"] = max(pipes["fma"], 32 * warps * imads / IMAD_LANES)
+    return {
+        "tensor": warps * sum(map(tensor_flop, loop)) / TENSOR_FLOP[sm],
+        "shared": (warps * sum(map(shared_bytes, loop)) + tma_bytes) / SHARED_BYTES,
+        "issue": warps * len(loop) / SCHEDULERS,
+    } | pipes
 
 
 def bound_frac(busy: dict[str, float]) -> float:

@@ -4,10 +4,9 @@
     python -m bench.step configs/phi1.toml --impl=ours   one of them
 
 A step is forward, backward, clipping and AdamW, on random tokens, under autocast for all three:
-fp32 weights and optimiser states, matrices in half precision. (train.py has FSDP2 cast the weights,
-once a step rather than once a micro-batch.) The micro-batch is the configuration's, halved until it
-fits. The peers' blocks are compiled, where there is a GPU; a whole model would take minutes. MFU is
-over the data sheet's peak, causal FLOPs. The profile is of ours, or else of the first that ran.
+fp32 weights and optimiser states, matrices in half precision. The micro-batch is the
+configuration's, halved until it fits. On a GPU the peers' blocks are compiled. MFU is over the data
+sheet's peak, causal FLOPs. The profile is of ours, or else of the first that ran.
 """
 
 import contextlib
@@ -22,9 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.table import Table, parse_run
+from bench.table import Table
 from bench.timing import device_of, percentiles, profile, wall_ms
-from common.config import UserError, run
+from common.config import UserError, parse, run
 from common.runlog import peak_flops
 from model import ModelConfig, Phi, flops_per_token, mfu, select_kernels
 from train import DTYPES, TrainConfig, make_optimizer
@@ -33,26 +32,22 @@ SHOWN = 30  # kernels of the profile, the longest first
 
 
 @dataclass(frozen=True)
-class Config:
-    """Time training steps: ours, torch (compiled) and transformers (sdpa, compiled).
-
-    The model and --micro_batch, --dtype, --device are those of CONFIG.toml, or flags of train.py's.
-    """
+class Config(TrainConfig):
+    """Time training steps of CONFIG.toml: ours, torch's and transformers' (sdpa), both compiled."""
 
     impl: str = ""  # ours, torch or transformers; all three if not given
     steps: int = 10  # timed steps, after two that are not
     json: bool = False  # print lines of JSON too
 
     def __post_init__(self):
+        super().__post_init__()
         if self.impl not in ("", *MODELS):
             raise UserError(f"impl is {self.impl!r}, want one of {', '.join(MODELS)}")
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}, want at least 1")
 
 
 def phi(c: TrainConfig, kernels: str) -> Phi:
     shape = dataclasses.replace(c.model, kernels=kernels)
-    kernels, _ = select_kernels(shape, device_of(c.device))  # or a UserError that says why not
+    select_kernels(shape, device_of(c.device))  # or a UserError that says why not
     return Phi(shape, kernels == "triton")
 
 
@@ -61,10 +56,8 @@ class HuggingFace(torch.nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        try:
-            from transformers import PhiConfig, PhiForCausalLM
-        except ImportError:
-            raise UserError("transformers is not installed: pip install transformers") from None
+        from transformers import PhiConfig, PhiForCausalLM
+
         config = PhiConfig(
             vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_width,
             num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
@@ -120,12 +113,9 @@ def make_step(c: TrainConfig, impl: str, micro_batch: int) -> Callable[[], Tenso
 def measure(
     c: TrainConfig, impl: str, steps: int, peak: float
 ) -> Iterator[tuple[dict, Callable | None]]:
-    """Time `impl` at the largest of micro_batch, micro_batch / 2, ... that fits; also its step.
-
-    What does not fit gives a result too, without a step.
-    """
-    device, micro_batch = device_of(c.device), c.micro_batch
-    while micro_batch:
+    """Time `impl` at the largest of micro_batch, micro_batch / 2, ... that fits; also its step."""
+    device, micro_batch = device_of(c.device), 2 * c.micro_batch
+    while micro_batch := micro_batch // 2:
         free()
         try:
             step = make_step(c, impl, micro_batch)
@@ -135,16 +125,16 @@ def measure(
             times = percentiles([wall_ms(step, device)[0] for _ in turns])
         except torch.OutOfMemoryError:
             step = None  # or its memory is not freed
-            note = f"out of memory at micro-batch {micro_batch} ({peak_gib(device):.1f} GiB)"
+            note = f"out of memory at micro-batch {micro_batch}"
             yield {"impl": impl, "micro_batch": micro_batch, "note": note}, None
-            micro_batch //= 2
             continue
-        except ValueError as e:  # a UserError, or a shape that the kernels do not take
+        except (ValueError, ImportError) as e:  # transformers is missing, or the shape is not taken
             yield {"impl": impl, "note": str(e)}, None
             return
         rate = micro_batch * c.seq_len / times["p50_ms"] * 1e3
         row = {"impl": impl, "micro_batch": micro_batch, "tokens_per_s": rate, "loss": loss}
-        row |= {"mfu_frac": mfu(c.model, rate, peak), "peak_gib": peak_gib(device)}
+        peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else math.nan
+        row |= {"mfu_frac": mfu(c.model, rate, peak), "peak_gib": peak_bytes / 2**30}
         yield row | times, step
         return
 
@@ -157,20 +147,16 @@ def free() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_gib(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
-
-
 def main() -> None:
-    own, c = parse_run(Config)
-    device, table = device_of(c.device), Table(own.json)
+    c = parse(Config, toml=True)
+    device, table = device_of(c.device), Table(c.json)
     if device.type == "cpu" and c.device == "auto":
         raise UserError("no CUDA device here; --device=cpu times a small model, slowly")
     peak, roof_name = peak_flops(device)
     table.say(f"{flops_per_token(c.model) / 1e9:.3f} GFLOP a token; MFU over {roof_name}")
     profiled, kernels = "", []
-    for impl in [own.impl] if own.impl else MODELS:
-        for row, step in measure(c, impl, own.steps, peak):
+    for impl in [c.impl] if c.impl else MODELS:
+        for row, step in measure(c, impl, c.steps, peak):
             table(summary=True, **row)
             if step and not profiled:  # ours, or the first there is
                 profiled, kernels = impl, profile(step, device)
@@ -178,7 +164,7 @@ def main() -> None:
     total = sum(us for *_, us in kernels)
     for name, calls, us in kernels[:SHOWN]:
         table(profiled=profiled, us=us, share_frac=us / total, calls=calls, kernel=name[:90])
-    sys.exit(bool(own.impl) and not profiled)
+    sys.exit(bool(c.impl) and not profiled)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,8 @@
-"""Command lines and tables of this folder's commands."""
+"""Tables that the commands of this folder print."""
 
-import dataclasses
 import json
 import math
 import sys
-
-from common.config import parse
-from train import TrainConfig
-
-
-def parse_run(cls) -> tuple:
-    """Return (cls, TrainConfig) from [CONFIG.toml] and flags, each flag to the class that has it.
-
-    --help lists those of `cls`; `python train.py --help` lists the others.
-    """
-    own, training = [], []
-    names, words = {"h", "help"} | {f.name for f in dataclasses.fields(cls)}, training
-    for word in sys.argv[1:]:
-        if word.startswith("-") and not word[1:2].isdigit():
-            name = word.lstrip("-").partition("=")[0].replace("-", "_")
-            words = own if name in names else training
-        words.append(word)
-    return parse(cls, own), parse(TrainConfig, training, toml=True)
 
 
 class Table:

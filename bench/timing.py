@@ -52,16 +52,12 @@ def make_timer(device: str, warmup: int = 5, reps: int = 25) -> Callable:
 
 def wall_ms(run: Callable, device: torch.device) -> tuple[float, object]:
     """Return (milliseconds of run() by the clock, its result)."""
-    synchronize(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     began = time.perf_counter()
     result = run()
-    synchronize(device)
+    wait()
     return (time.perf_counter() - began) * 1e3, result
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measured_roof(timer: Callable, device: str, dtype: torch.dtype) -> Rates:
@@ -79,8 +75,7 @@ def profile(step: Callable[[], Tensor], device: torch.device) -> list[tuple[str,
     """Return (kernel, calls, microseconds) of a step, the longest first; on a CPU, torch's ops."""
     cuda, kinds = device.type == "cuda", torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * cuda) as trace:
-        step()
-        synchronize(device)
+        wall_ms(step, device)
     rows = [
         (e.key, e.count, e.self_device_time_total if cuda else e.self_cpu_time_total)
         for e in trace.key_averages()

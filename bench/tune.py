@@ -4,11 +4,10 @@
     NANOPHI_TUNING=out/tuning.json python -m bench.step configs/phi1.toml      a step with them
     cp out/tuning.json kernels/tuning.json                                to keep them
 
-A block of the model, and the loss, run forward and backward to see which kernels they launch. Then,
-one kernel after the other, every candidate of its table is timed there by the profiler, the others
-held fixed, and the fastest goes first. Last, each GEMM that has two versions is timed as part of
-the block: the faster one is what mlp.py takes on devices of this capability. A candidate that is
-not right, or does not run, is left where it stands. `out` is read if it is there, and written after
+A block of the model, and the loss, run forward and backward to see which kernels they launch. Every
+candidate of a kernel's table is timed there by the profiler, the others held fixed, and the fastest
+right one goes first. Last, each GEMM that has two versions is timed as part of the block: mlp.py
+takes the faster one on devices of this capability. `out` is read if it is there, and written after
 each kernel.
 """
 

@@ -14,29 +14,24 @@ from bench.cases import CASES, Case, make_case
 from bench.cost import Rates
 from bench.ops import ratios
 from common.config import UserError
-from model import ModelConfig, Phi
+from model import ModelConfig
 from train import TrainConfig
 
 TINY = ModelConfig(
     vocab_size=96, seq_len=32, n_layer=1, n_head=2, width=64, mlp_width=128, rotary_dim=16
 )
-SHAPE = [f"--{k}={v}" for k, v in dataclasses.asdict(TINY).items() if k not in ("kernels",)]
 ROOF = Rates(1e12, 1e12, 1e12, 1e9)  # everything is memory bound, by 1 GB/s
 
 
 def timer(run, prepare=None):
     """One call, said to take 2 ms."""
-    if prepare:
-        run(prepare())
-    else:
-        run()
+    run(*[prepare()] if prepare else [])
     return {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 4.0}
 
 
-def run_case(case, roof=ROOF) -> list[dict]:
+def run_case(case) -> list[dict]:
     """The rows with times, and of those that failed."""
-    rows = ops.run_case(case, roof, TINY, timer)
-    return [r for r in rows if "kernel" not in r]
+    return [r for r in ops.run_case(case, ROOF, TINY, timer) if "kernel" not in r]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -54,17 +49,6 @@ def test_every_op_runs_and_ours_is_right(op, dropout):
     assert len(ratios(rows)) == len(case.phases)
 
 
-def test_documents_of_a_quarter_leave_three_quarters_of_the_flops_out(monkeypatch):
-    monkeypatch.setattr("bench.cases.DOCUMENT", TINY.seq_len // 4)
-    roof = Rates(1e9, 1e9, 1e9, 1e12)  # all is compute bound
-    whole, apart = (
-        run_case(make_case(op, TINY, 1, torch.float16, DEVICE), roof)[0]
-        for op in ("attention", "attention_docs")
-    )
-    assert apart["roof_frac"] == pytest.approx(whole["roof_frac"] / 4)
-    assert apart["tflops"] == pytest.approx(whole["tflops"] / 4)
-
-
 def case_of(**providers):
     """y = 2x at TINY's size, timed as a LayerNorm."""
     x = torch.randn(32, 64)
@@ -73,15 +57,10 @@ def case_of(**providers):
 
 
 def unwritten(x):
-    """2x but for one element, which stays as torch.empty made it."""
+    """2x but for a column, which stays as torch.empty made it."""
     out = torch.empty_like(x)
-    mask = torch.arange(64) < 63
-    out[:, mask] = 2 * x.detach()[:, mask]
+    out[:, 1:] = 2 * x.detach()[:, 1:]
     return out + 0 * x
-
-
-def slightly_wrong(x):
-    return 2.0001 * x
 
 
 def wrong_gradient(x):
@@ -94,7 +73,7 @@ def refuses(x):
 
 @pytest.mark.parametrize(
     ("fn", "told"),
-    [(unwritten, "WRONG"), (slightly_wrong, "WRONG"), (wrong_gradient, "WRONG"),
+    [(unwritten, "WRONG"), (lambda x: 2.0001 * x, "WRONG"), (wrong_gradient, "WRONG"),
      (refuses, "RuntimeError: no kernel for this")],
 )  # fmt: skip
 def test_a_wrong_kernel_is_told(fn, told):
@@ -104,17 +83,13 @@ def test_a_wrong_kernel_is_told(fn, told):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_peers_get_fresh_inputs_and_no_poison():
+def test_peers_get_fresh_inputs():
     def overwrites(x):
         y = 2 * x
         x.detach().zero_()
         return y
 
-    def peer(x):
-        assert not torch.are_deterministic_algorithms_enabled()
-        return 2 * x
-
-    rows = run_case(case_of(ours=overwrites, peer=peer))
+    rows = run_case(case_of(ours=overwrites, peer=lambda x: 2 * x))
     assert [(r["fails"], r["error"]) for r in rows] == [("", 0.0)] * 3
 
 
@@ -139,42 +114,18 @@ def test_ratios_take_the_fastest():
 
 def test_table(capsys):
     show = table.Table(as_json=True)
-    row = {"name": "a", "b_frac": 1 / 3, "c": math.nan, "n": 12345.6, "f": [1]}
-    show.say("a line")
-    show(summary=True, **{k: v for k, v in row.items() if k != "f"})
+    show(summary=True, name="a", b_frac=1 / 3, c=math.nan, n=12345.6)
     out, err = capsys.readouterr()
     summary = err.splitlines()[-1].strip()
     assert summary.split() == ["a", "33.3%", "nan", "12,346"]
     assert json.loads(out) == {"name": "a", "b_frac": 0.33333, "n": 12346.0, "summary": summary}
 
 
-def test_flags_go_to_the_class_that_has_them(monkeypatch, capsys):
-    argv = ["step", "configs/demo.toml", "--impl", "ours", "--n_layer=3", "--micro-batch", "2"]
-    monkeypatch.setattr("sys.argv", argv)
-    own, c = table.parse_run(step_bench.Config)
-    assert (own.impl, c.n_layer, c.micro_batch) == ("ours", 3, 2)
-    monkeypatch.setattr("sys.argv", [*argv, "--stepps=2"])
-    with pytest.raises(UserError, match="stepps"):
-        table.parse_run(step_bench.Config)
-    monkeypatch.setattr("sys.argv", [*argv, "--help"])
-    with pytest.raises(SystemExit):
-        table.parse_run(step_bench.Config)
-    said = capsys.readouterr().out
-    assert "--impl" in said
-    assert "--n_layer" not in said
-
-
-@pytest.mark.parametrize(
-    ("command", "told"),
-    [(["bench.ops", *SHAPE, "--op=atention"], "attention"),
-     (["bench.step", "configs/phi1.toml", "--impl=jax"], "ours, torch, transformers"),
-     pytest.param(["bench.ops"], "no CUDA device",
-                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"))],
-)  # fmt: skip
-def test_wrong_use(cli, command, told):
-    done = cli("-m", *command)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert told in done.stderr
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ops", "--op=attention"])
+    with pytest.raises(UserError, match="no CUDA device"):
+        ops.main()
 
 
 def test_step_bench(in_process, tiny):
@@ -202,28 +153,14 @@ def test_step_bench_halves_what_does_not_fit_and_says_so(monkeypatch):
     c = TrainConfig(device="cpu", micro_batch=8, seq_len=10)
     first, second, (row, step) = step_bench.measure(c, "torch", 2, peak=1e12)
     assert [r["micro_batch"] for r, _ in (first, second)] == [8, 4]
-    assert first[0]["note"].startswith("out of memory at micro-batch 8 (")
+    assert first[0]["note"] == "out of memory at micro-batch 8"
     assert row["tokens_per_s"] == pytest.approx(2 * 10 / row["p50_ms"] * 1e3)
     assert step is not None
 
 
-DECODED = {"vocab_size": 64, "seq_len": 48, "n_layer": 2, "n_head": 2, "width": 32, "mlp_width": 64}
-
-
-def test_decoded_bytes_are_the_tensors_that_a_step_reads():
-    """All parameters but the embedding (one row of it) and the LayerNorms; then the cache."""
-    c = ModelConfig(**DECODED, rotary_dim=8)
-    named = Phi(c).named_parameters()
-    read = sum(p.numel() for n, p in named if "ln" not in n and "embed" not in n)
-    # the step adds one bias to the residual, the model has two
-    assert decode.step_bytes(c, 0, 0, 2) == 2 * (read - c.n_layer * c.width)
-    cache = torch.zeros(c.n_layer, 2, 3, c.n_head, 10, c.head_dim)
-    cached = decode.step_bytes(c, 3, 10, 4) - decode.step_bytes(c, 0, 0, 4)
-    assert cached == cache.numel() * 4
-
-
 def test_decode():
-    c = TrainConfig(**DECODED, rotary_dim=8, device="cpu")
+    shape = {"vocab_size": 64, "seq_len": 48, "n_layer": 2, "width": 32, "mlp_width": 64}
+    c = TrainConfig(**shape, n_head=2, rotary_dim=8, device="cpu")
     rows = list(decode.measure(c, 2, 6))
     assert [r["impl"] for r in rows] == ["ours", "transformers"]
     for row in rows:

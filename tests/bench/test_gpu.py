@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench import gpu
 from bench.gpu import Part
@@ -35,7 +34,7 @@ def toys(cli, tmp_path_factory) -> dict:
 def test_check(toys):
     said, record, out = toys["check"]
     assert list(record["parts"]) == ["layernorm", "train"]
-    assert re.search(r"layernorm +exit 0 after \d+ s: =+ 6 passed, 6 skipped", said)
+    assert re.search(r"layernorm +exit 0 after \d+ s: =+ 4 passed, 6 skipped", said)
     with tarfile.open(out / "logs-check.tar.gz") as tar:
         assert "logs-check/layernorm.log" in tar.getnames()
         assert b'name="told" value="loss ' in tar.extractfile("logs-check/train.xml").read()
@@ -75,8 +74,8 @@ def running(pid: str) -> bool:
 
 
 def test_one_that_hangs_or_fails_costs_no_other_its_turn(tmp_path, capsys):
-    sleeps = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); "
-    hangs = Part("hangs", ["-c", sleeps + "print(p.pid, flush=True); time.sleep(60)"])
+    sleeps = "import subprocess as s; p = s.Popen(['sleep', '60']); print(p.pid, flush=True); "
+    hangs = Part("hangs", ["-c", sleeps + "p.wait()"])
     fails = Part("fails", ["-c", "print('{\"a\": 1}'); raise SystemExit('a reason')"])
     works = Part("works", ["-c", "print('x')"])
     saved = []
@@ -103,7 +102,7 @@ def test_a_dead_context_fails_one_test(tmp_path, capsys):
     part = Part("tests", [*command, f"--rootdir={tmp_path}", str(tmp_path)])
     gpu.run_plan([(300, [part])], tmp_path, lambda part: None)
     assert "1 passed" in part.said
-    assert "illegal address" in capsys.readouterr().out
+    assert "test_x.py::test_a" in capsys.readouterr().out
 
 
 def test_every_gpu_test_is_in_it():
@@ -111,11 +110,3 @@ def test_every_gpu_test_is_in_it():
     marked = [p for p in tests if "pytest.mark.gpu" in p.read_text()]
     tested = {Path(test.partition("::")[0]).name for test in gpu.TESTED}
     assert {p.name for p in marked} - {Path(__file__).name} <= tested
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_wrong_use(cli):
-    for flag, says in (("--do=check", "no CUDA device"), ("--do=x", "one of check, bench, tune")):
-        done = cli("-m", "bench.gpu", flag)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert says in done.stderr

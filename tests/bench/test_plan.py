@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +21,7 @@ from bench import plan
 from bench.cost import GPUS, NETWORK_HOP_S, NVLINK_HOP_S, START_S, Gpu, collective_s
 from common.config import UserError, parse
 from model import Phi
-from train import TrainConfig, make_optimizer
+from train import make_optimizer
 
 ROOT = Path(__file__).parents[2]
 # Each where another kind of memory is the largest: activations, logits, weights.
@@ -31,15 +32,15 @@ SHAPES = {
 }
 
 
-def job(name: str, gpu: str = "a100-80", gpus: int = 8, **changes) -> plan.Job:
-    c = parse(TrainConfig, [str(ROOT / "configs" / f"{name}.toml")], toml=True)
-    return plan.Job(**dataclasses.asdict(c) | changes, gpu=gpu, gpus=gpus)
+def job(name: str, gpu: str = "a100-80", gpus: int = 8, **changes) -> plan.Config:
+    c = parse(plan.Config, [str(ROOT / "configs" / f"{name}.toml")], toml=True)
+    return dataclasses.replace(c, gpu=gpu, gpus=gpus, **changes)
 
 
-def configured(shape: str = "deep", **values) -> plan.Job:
+def configured(shape: str = "deep", **values) -> plan.Config:
     c = {"vocab_size": 64, "mlp_width": 200, "rotary_dim": 8, "seqs_per_step": 8, "micro_batch": 4}
     c |= {"gpus": 1, "kernels": "torch", "dtype": "float32"}
-    return plan.Job(**c | SHAPES[shape] | values)
+    return plan.Config(**c | SHAPES[shape] | values)
 
 
 class Allocated(TorchDispatchMode):
@@ -59,11 +60,7 @@ class Allocated(TorchDispatchMode):
         return out
 
 
-def batch(c: plan.Job, n: int) -> torch.Tensor:
-    return torch.randint(0, c.vocab_size, (n, c.seq_len))
-
-
-def train_two_steps(c: plan.Job, model: Phi) -> None:
+def train_two_steps(c: plan.Config, model: Phi) -> None:
     optimizer = make_optimizer(model, c)
     micro_steps = c.seqs_per_step // (c.micro_batch * c.gpus)
     for _ in range(2):
@@ -73,7 +70,8 @@ def train_two_steps(c: plan.Job, model: Phi) -> None:
                 model.set_requires_gradient_sync(last)
                 model.set_is_last_backward(last)
                 model.set_reshard_after_backward(last or c.regather)
-            model(batch(c, c.micro_batch), batch(c, c.micro_batch)).backward()
+            idx = torch.randint(c.vocab_size, (2, c.micro_batch, c.seq_len))
+            model(*idx.unbind()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -84,24 +82,14 @@ def train_two_steps(c: plan.Job, model: Phi) -> None:
         ("wide vocabulary", {}, 1.01),
         ("heavy", {}, 1.04),
         ("deep", {"recompute": True}, 1.1),
-        ("deep", {"kernels": "triton", "seq_len": 128, "n_layer": 1, "micro_batch": 1,
-                  "seqs_per_step": 1}, 1.25),  # interpreted, and slow; counts gradients of before
+        ("deep", {"kernels": "triton", "n_layer": 1, "micro_batch": 1, "seqs_per_step": 1}, 1.3),
     ],
-)  # fmt: skip
+)
 def test_memory_of_one_process(shape, values, at_most):
     c = configured(shape, **values)
     with Allocated() as allocated:
         train_two_steps(c, Phi(c.model, c.kernels == "triton", c.recompute))
     assert 0.995 < sum(plan.memory(c, c.micro_batch).values()) / allocated.peak < at_most
-
-
-@pytest.fixture
-def fake_ranks():
-    """fake_ranks(n): this process as rank 0 of n, whose collectives return at once."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    yield lambda n: dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -113,11 +101,13 @@ def fake_ranks():
         ("deep", {"gpus": 16}, 1.01),
     ],
 )
-def test_memory_and_collectives_of_fsdp(fake_ranks, shape, values, at_most):
+def test_memory_and_collectives_of_fsdp(request, shape, values, at_most):
+    """This process is rank 0 of many, whose collectives return at once."""
     c = {"gpus": 8, "dtype": "bfloat16", "micro_batch": 3, "seqs_per_step": 96} | values
     c = configured(shape, **c)
     S, R, steps = c.shards, c.gpus // c.shards, 2
-    fake_ranks(c.gpus)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=c.gpus)
+    request.addfinalizer(dist.destroy_process_group)
     mesh = init_device_mesh("cpu", (R, S), mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     wrap = partial(fully_shard, mesh=mesh if R > 1 else mesh["shard"], mp_policy=policy)
@@ -132,7 +122,7 @@ def test_memory_and_collectives_of_fsdp(fake_ranks, shape, values, at_most):
     times = {k: n / steps for k, n in Counter(allocated.collectives).items()}
     micro_steps, L = c.seqs_per_step // (c.micro_batch * c.gpus), c.n_layer
     gathers = micro_steps * (2 * L + 1) if c.regather else L + 1
-    assert times["allgather_base"] == gathers  # as simulate() takes it
+    assert times["allgather_base"] == gathers  # as step_time() takes it
     assert times["reduce_scatter_base"] == L + 1
 
 
@@ -156,11 +146,8 @@ def test_memory_of_phi1():
     assert sum(alone[kind] for kind in kinds) == 18 * 1_418_270_720
     assert alone["activations"] == pytest.approx(29e9, rel=0.02)
     for gpu, fits in (("a100-80", 16), ("a100-40", 8)):
-        c = job("phi1", gpu)
-        assert plan.micro_batches(c)[0] == fits
-        assert sum(plan.memory(c, fits).values()) < GPUS[gpu].memory
-        assert sum(plan.memory(c, 64).values()) > GPUS[gpu].memory
-    assert plan.micro_batches(dataclasses.replace(c, recompute=True))[0] == 16
+        assert plan.micro_batches(job("phi1", gpu))[0] == fits
+    assert plan.micro_batches(job("phi1", "a100-40", recompute=True))[0] == 16
 
 
 def test_collectives_by_hand():
@@ -179,67 +166,56 @@ def test_collectives_by_hand():
 
 
 def test_the_step():
-    c, gpu = job("phi1_base", gpus=64), GPUS["a100-80"]
-    fast = dataclasses.replace(gpu, nvlink=1e15, network=1e15)
-    assert plan.simulate(c, 16, 0.8, fast)["exposed_s"] < 2e-3  # the hops of the first and last
+    c, gpu, replace = job("phi1_base", gpus=64), GPUS["a100-80"], dataclasses.replace
+    fast = replace(gpu, nvlink=1e15, network=1e15)
+    assert plan.step_time(c, 16, 0.8, fast)[1] < 2e-3  # the hops of the first and last
     # Between nodes so slow that nothing else counts: the backward has begun when reductions do.
-    slow = plan.simulate(c, 16, 0.8, dataclasses.replace(gpu, network=1e6))
+    _, exposed_s = plan.step_time(c, 16, 0.8, replace(gpu, network=1e6))
     sent_s = 8 * 1_418_270_720 / 8 * 7 / 8 / 1e6  # an eighth of the gradients, among eight nodes
-    assert slow["exposed_s"] == pytest.approx(sent_s, rel=0.01)
+    assert exposed_s == pytest.approx(sent_s, rel=0.01)
     # On one node a step has eight micro-steps. Gathering for each use waits for the root and a
     # block in each; computing blocks again costs a third of their time.
-    c, units = dataclasses.replace(c, gpus=8), plan.parameters_by_unit(c.model)
+    c, units = replace(c, gpus=8), plan.parameters_by_unit(c.model)
     now, regather, recompute = (
-        plan.simulate(dataclasses.replace(c, **option), 16, 0.8, gpu)
+        plan.step_time(replace(c, **option), 16, 0.8, gpu)[0]
         for option in ({}, {"regather": True}, {"recompute": True})
     )
     waits_s = sum(collective_s(2 * n, 8, 1, 1, gpu) for n in units)
     waits_s = 7 * waits_s + 8 * collective_s(2 * units[0], 8, 1, 1, gpu)
-    assert regather["step_s"] - now["step_s"] == pytest.approx(waits_s)
-    assert 1.2 < recompute["step_s"] / now["step_s"] < 1.33
-    rows = list(plan.scaling(c, 16, 0.8))
-    assert [row["gpus"] for row in rows] == [8, 16, 32, 64, 128, 256, 512]
-    assert all(r["gpus"] * r["micro_batch"] * r["micro_steps"] == 1024 for r in rows)
+    assert regather - now == pytest.approx(waits_s)
+    assert 1.2 < recompute / now < 1.33
 
 
 def test_speed_of_what_was_published():
     """phi-1: 770 h for 50.3B tokens; and, which is no input, 7 hours on eight GPUs to finetune."""
-    for name, steps, hours in (("phi1_base", 24000, 770 / 8), ("phi1", 6000, 7)):
+    for name, steps, hours, rel in (("phi1_base", 24000, 770 / 8, 0.01), ("phi1", 6000, 7, 0.2)):
         c = job(name)
-        rates = [rate for _, rate in plan.speeds(c, 16).values()]
-        assert rates == sorted(rates)
-        told = steps * c.seqs_per_step * c.seq_len / rates[0] / 3600
-        assert told == pytest.approx(hours, rel=0.01 if name == "phi1_base" else 0.2)
+        _, rate = plan.speeds(c, 16)["phi-1"]
+        told = steps * c.seqs_per_step * c.seq_len / rate / 3600
+        assert told == pytest.approx(hours, rel=rel)
 
 
-def test_printed(in_process, tokens):
-    flags = ["--gpu=a100-80", "--gpus=8", "--price=1.8", f"--data={tokens}"]
-    status, text, _ = in_process(plan.main, str(ROOT / "configs/phi1_base.toml"), *flags)
+def test_printed(in_process):
+    flags = [str(ROOT / "configs/phi1_base.toml"), "--gpu=a100-80", "--gpus=8", "--price=1.8"]
+    status, text, _ = in_process(plan.main, *flags)
     assert status == 0
     assert "1,418,270,720 parameters" in text
     assert re.search(r"total +42\.86\n", text)
     costs = re.findall(r"^  (?:phi-1|Flash).* ([\d.]+) +([\d,.]+) +([\d,]+)$", text, re.MULTILINE)
     assert costs == [("144.3", "1,155", "2,079"), ("121.7", "973.5", "1,752")]  # README's
-    epochs, at_hand = re.search(r"([\d,.]+) epochs of the ([\d,]+)", text).groups()
-    epochs, at_hand = (float(x.replace(",", "")) for x in (epochs, at_hand))
-    assert epochs > 75_497_472_000 / at_hand  # the ends of shards are left out
-    flags = ["--n_layer=200", "--gpus=1", "--gpu=a100-40"]
-    status, text, _ = in_process(plan.main, str(ROOT / "configs/phi1.toml"), *flags)
-    assert "DOES NOT FIT" in text
+    scaling = re.findall(r"^ +(\d+) +(\d+) +(\d+) .*%$", text, re.MULTILINE)
+    assert [int(gpus) for gpus, *_ in scaling] == [8, 16, 32, 64, 128, 256, 512]
+    assert all(int(a) * int(b) * int(c) == 1024 for a, b, c in scaling)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
+def test_bad_plans():
+    for values, message in (
         ({"gpu": "v100"}, "gpu is 'v100', want one of a100-40, a100-80, h100, h200"),
         ({"gpus": 7}, "gpus is 7, want a divisor of 256"),
         ({"shard": 3}, "shard is 3, want a divisor of 8"),
-        ({"seqs_per_step": 24, "gpus": 12}, "gpus is 12"),
-    ],
-)
-def test_bad_plans(values, message):
-    with pytest.raises(UserError, match=message):
-        job("phi1", **values)
+    ):
+        with pytest.raises(UserError, match=message):
+            job("phi1", **values)
 
 
 def write_run(folder, c, **ran):
@@ -254,7 +230,8 @@ def test_a_score_is_the_next_plan(tmp_path):
     c = job("phi1_base", "a100-40")
     write_run(tmp_path, c, device="NVIDIA A100-SXM4-40GB", world_size=8, roof="")
     rows, fraction, _ = plan.score(tmp_path)
-    again = plan.speeds(c, plan.micro_batches(c)[0], fraction)["--fraction"]
+    c = dataclasses.replace(c, fraction=fraction)
+    again = plan.speeds(c, plan.micro_batches(c)[0])["--fraction"]
     assert again == (fraction, pytest.approx(140e3, rel=1e-3))
     assert rows["memory, GB"][1] == pytest.approx(30 * 2**30 / 1e9)
 

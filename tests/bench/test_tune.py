@@ -51,17 +51,11 @@ def test_the_fastest_goes_first_and_nothing_is_lost(tuned, capsys):
 def test_a_wrong_candidate_never_wins(tuned, monkeypatch, capsys):
     before = list(TUNING[f"sm_{SM}"]["cross_entropy"])
 
-    def only(good):
-        wrong = [[c] for c in before if c not in good]
-        monkeypatch.setattr(
-            tune.Judge, "error",
-            lambda *_, **kw: float(TUNING[f"sm_{SM}"]["cross_entropy"] in wrong),
-        )  # fmt: skip
-
-    only(before[:1])
-    assert tuned("cross_entropy", "")[f"sm_{SM}"]["cross_entropy"] == before
-    only([])
-    assert tuned("cross_entropy", "")[f"sm_{SM}"]["cross_entropy"] == before
+    for right in [before[0]], []:
+        wrong = [[c] for c in before if c not in right]
+        error = lambda *_: float(TUNING[f"sm_{SM}"]["cross_entropy"] in wrong)  # noqa: E731, B023
+        monkeypatch.setattr(tune.Judge, "error", error)
+        assert tuned("cross_entropy", "")[f"sm_{SM}"]["cross_entropy"] == before
     assert not tuned.fine
     assert "WRONG" in capsys.readouterr().err
 
@@ -81,14 +75,10 @@ def test_every_kernel_of_training_is_tuned():
     """In a block, with dropout or without, or the loss; decoding has tables of its own."""
     launch.LAUNCHED.clear()
     for op, dropout in (("block", 0.0), ("block", 0.1), ("cross_entropy", 0.0)):
-        c = tune.Config(**SHAPE, dropout=dropout)
+        case = tune.Config(**SHAPE, dropout=dropout).case(op)
         for version in tune.VERSIONS:
             with tune.forced(version):
-                case = c.case(op)
-                inputs = tune.copies(case)
-                outputs = tune.forward(case.providers["ours"], inputs)
-                if case.backward:
-                    torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs])
+                tune.whole(case, case.providers["ours"], tune.copies(case), [case.inputs[0]])
     for name, candidates in TUNING[f"sm_{SM}"].items():
         if len(candidates) > 1:
             assert name in launch.LAUNCHED or name.startswith("decode") or "d128" in name, name

@@ -50,20 +50,13 @@ def tiles(monkeypatch, fwd: tuple, bwd: tuple, tma: bool = False):
                 monkeypatch.setitem(TUNING[sm], name, [cfg])
 
 
-SHAPES = [
-    # B, T, H, D, R: T around the tiles of 64 and 128; R none, a part that is no power of 2, all
-    (1, 1, 1, 32, 32),
-    (2, 17, 2, 64, 32),
-    (1, 63, 1, 80, 32),
-    (2, 65, 1, 96, 96),
-    (1, 127, 2, 128, 64),
-    (1, 200, 1, 64, 20),
-    (1, 129, 1, 32, 0),
-]
-
-
+# T around the tiles of 64 and 128; R none, a part that is no power of 2, all
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("B", "T", "H", "D", "R"), SHAPES)
+@pytest.mark.parametrize(
+    ("B", "T", "H", "D", "R"),
+    [(1, 1, 1, 32, 32), (2, 17, 2, 64, 32), (1, 63, 1, 80, 32), (2, 65, 1, 96, 96),
+     (1, 127, 1, 128, 64), (1, 200, 1, 64, 20), (1, 129, 1, 32, 0)],
+)  # fmt: skip
 def test_output_and_gradients(B, T, H, D, R, dtype):
     args = [rand(B, T, 3 * H * D, dtype=dtype, seed=T)], [rand(B, T, H * D, dtype=dtype, seed=1)]
     three_way(ours(H, table(T, R)), reference(H, table(T, R)), *args)
@@ -81,6 +74,7 @@ def test_many_tiles_and_documents(fwd, bwd, dtype, monkeypatch):
     upstream = [rand(B, T, H * D, dtype=dtype, seed=4, scale=3, shift=1)]
     three_way(ours(H, table(T, 16)), reference(H, table(T, 16)), [qkv], upstream)
     docs = {"doc_start": documents(B, T)}
+    docs["doc_start"][1] = (torch.arange(T) - 20).clamp(min=0)  # a sliding window
     three_way(ours(H, table(T, 16), **docs), reference(H, table(T, 16), **docs), [qkv], upstream)
 
 
@@ -135,7 +129,7 @@ def dropout_mask(B, T, H, D, p, seed, **options):
 
 
 def test_dropout_statistics():
-    B, T, H, D, p = 2, 150, 2, 32, 0.3
+    B, T, H, D, p = 2, 150, 2, 128, 0.3
     seen = torch.ones(T, T, dtype=torch.bool, device=DEVICE).tril().expand(B, H, T, T)
     keep = dropout_mask(B, T, H, D, p, 11)
     assert not keep[~seen].any()
@@ -152,13 +146,12 @@ def test_dropout_statistics():
         a, b = keep[0, 0, i:, j:], keep[0, 0, : T - i, : T - j]
         both = seen[0, 0, i:, j:] & seen[0, 0, : T - i, : T - j]
         assert abs((a == b)[both].float().mean().item() - chance) < 5 / both.sum().item() ** 0.5
-    assert torch.equal(keep, dropout_mask(B, T, H, D, p, 11))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_gradients_and_replay(dtype, monkeypatch):
     """The mask does not depend on the tiles, and backward drops what forward dropped."""
-    B, T, H, D, p = 1, 70, 2, 32, 0.2
+    B, T, H, D, p = 1, 70, 1, 32, 0.2
     keep = dropout_mask(B, T, H, D, p, 5)
     tiles(monkeypatch, (32, 32), (16, 32))
     assert torch.equal(keep, dropout_mask(B, T, H, D, p, 5))
@@ -190,11 +183,10 @@ def test_any_order_of_programs_gives_the_same_bits(monkeypatch):
     forward = builder.set_grid_idx
 
     def reverse():
-        monkeypatch.setattr(
-            builder, "set_grid_idx", lambda x, y, z: forward(builder.grid_dim[0] - 1 - x, y, z)
-        )
+        last_first = lambda x, y, z: forward(builder.grid_dim[0] - 1 - x, y, z)  # noqa: E731
+        monkeypatch.setattr(builder, "set_grid_idx", last_first)
 
-    T, D = 112, 32
+    T, D = 70, 32
     first, second = run_twice(rand(1, T, 3 * D), rand(1, T, D, seed=1), 1, table(T, 32), reverse)
     for a, b in zip(first, second):
         assert torch.equal(a, b)
@@ -212,7 +204,7 @@ def test_descriptors_give_the_same(monkeypatch):
 
     name = "create_descriptor_reduce"
     monkeypatch.setattr(InterpreterBuilder, name, create_descriptor_reduce, raising=False)
-    for B, T, H, D in (2, 75, 2, 32), (1, 40, 1, 80):  # 80 is padded: no descriptors
+    for B, T, H, D in (1, 75, 2, 32), (1, 40, 1, 80):  # 80 is padded: no descriptors
         tiles(monkeypatch, (32, 16), (16, 32))
         first, second = run_twice(
             *(rand(B, T, 3 * H * D), rand(B, T, H * D, seed=1), H, table(T, 32)),
@@ -249,15 +241,6 @@ def test_fixed_point_reaches_its_bound_and_no_further(fwd, bwd, starts, monkeypa
     for start, scale in zip([s - 1 for s in starts[1:]] + [T - 1], size):
         bound = 7 * 5 * scale * D * 3 * scale * D**-0.5
         assert grad[0, start, 1:D].abs().max() > 0.99 * bound
-
-
-def test_a_window_masks_too(monkeypatch):
-    """doc_start may begin anew at every query: a sliding window."""
-    tiles(monkeypatch, (32, 32), (16, 32))
-    T, D = 96, 32
-    window = {"doc_start": (torch.arange(T) - 20).clamp(min=0).int()[None].to(DEVICE)}
-    args = [rand(1, T, 3 * D)], [rand(1, T, D, seed=1)]
-    three_way(ours(1, None, **window), reference(1, None, **window), *args)
 
 
 def outlier_dim(qkv):

@@ -12,7 +12,7 @@ from kernels.block import block
 from model import ModelConfig, Phi, select_kernels
 
 # No tile is full anywhere; widths are multiples of 8, as asked.
-SHAPE = ModelConfig(vocab_size=61, seq_len=37, n_layer=2, n_head=2, width=64, mlp_width=136,
+SHAPE = ModelConfig(vocab_size=61, seq_len=37, n_layer=1, n_head=2, width=64, mlp_width=136,
                     rotary_dim=12)  # fmt: skip
 
 
@@ -47,8 +47,7 @@ def gradients(model: Phi, idx, targets, scale: float = 1.0, doc_start=None) -> d
     ("dtype", "changes"),
     [
         *((dtype, {}) for dtype in DTYPES),
-        (torch.float32, {"rotary_dim": 0, "n_head": 1}),
-        (torch.float32, {"rotary_dim": 32, "mlp_width": 40}),
+        (torch.float32, {"rotary_dim": 0, "n_head": 1, "mlp_width": 40, "n_layer": 2}),
     ],
 )
 def test_same_loss_and_gradients_as_the_torch_path(dtype, changes):
@@ -83,7 +82,7 @@ def test_autocast_keeps_the_stream_in_half_precision_and_gradients_in_fp32():
         loss = ours(*batch)
     (loss * 256).backward()
     exact = gradients(reference, *batch)
-    assert seen == [torch.float16] * 2
+    assert seen == [torch.float16]
     for name, p in ours.named_parameters():
         assert p.grad.dtype == torch.float32
         error = (p.grad / 256 - exact[name]).norm() / exact[name].norm()
@@ -95,12 +94,10 @@ def test_autocast_keeps_the_stream_in_half_precision_and_gradients_in_fp32():
 def test_gradients_accumulate_in_place():
     """A second backward adds to the first, into the same memory for the projections."""
     ours, _ = models()
-    first = gradients(ours, *tokens(seed=1))
-    second = gradients(ours, *tokens(seed=2))
-    ours.zero_grad()
-    ours(*tokens(seed=1)).backward()
+    batches = tokens((1, 12), seed=1), tokens((1, 12), seed=2)
+    second, first = (gradients(ours, *batch) for batch in batches[::-1])
     where = {n: p.grad.data_ptr() for n, p in ours.named_parameters() if ".w_" in n}
-    ours(*tokens(seed=2)).backward()
+    ours(*batches[1]).backward()
     for name, p in ours.named_parameters():
         want = first[name] + second[name]
         torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5, msg=name)
@@ -109,7 +106,7 @@ def test_gradients_accumulate_in_place():
 
 def test_dropout_is_replayed_and_drawn_from_the_seed():
     """Central differences of the loss along the gradient: they agree if masks are replayed."""
-    ours, _ = models(dropout=0.2, n_layer=1, seq_len=16)
+    ours, _ = models(dropout=0.2, seq_len=16)
     batch = tokens((1, 16))
 
     def loss(seed: int) -> torch.Tensor:
@@ -131,22 +128,22 @@ def test_dropout_is_replayed_and_drawn_from_the_seed():
 
 
 def test_bitwise_repeat():
-    ours, _ = models(torch.float16, dropout=0.1)
+    ours, _ = models(torch.float16, dropout=0.1, seq_len=16)
     results = []
     for _ in range(2):
         torch.manual_seed(5)
-        results.append(gradients(ours, *tokens(), 64.0))
+        results.append(gradients(ours, *tokens((2, 16)), 64.0))
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
 
 
 def test_frozen_weights_and_inputs():
-    ours, reference = models()
+    ours, reference = models(n_layer=2)
     for model in (ours, reference):
         model.blocks[0].w_in.requires_grad_(False)
         model.blocks[1].b_mlp.requires_grad_(False)
         model.embed.requires_grad_(False)
-        model(*tokens()).backward()
+        model(*tokens((1, 12))).backward()
     for p, q in zip(ours.parameters(), reference.parameters()):
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:
@@ -163,8 +160,6 @@ def test_selection(monkeypatch):
     assert "in_proj_fwd" in how
     with pytest.raises(UserError, match="head dim 16"):
         select_kernels(dataclasses.replace(asked, n_head=4), torch.device(DEVICE))
-    with pytest.raises(UserError, match="want auto, triton or torch"):
-        dataclasses.replace(SHAPE, kernels="cuda")
     with pytest.raises(UserError, match="sm_80"):
         select_kernels(asked, torch.device("meta"))
 
@@ -181,28 +176,18 @@ def arguments() -> dict:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("x", torch.zeros(2, 64), "x is .* want .B, T, C."),
-        ("x", torch.zeros(2, 8, 64, dtype=torch.float64), "x is torch.float64"),
-        ("x", torch.zeros(8, 2, 64).transpose(0, 1), "contiguous"),
+        ("x", torch.zeros(8, 2, 64, device=DEVICE).transpose(0, 1), "contiguous"),
         ("x", torch.zeros(2, 8, 64, device="meta"), "sm_80"),
-        ("w_in", torch.zeros(100, 64), "w_in"),
-        ("w_in", torch.zeros(64, 264).t(), "w_in"),
-        ("b_in", torch.zeros(1), "b_in is .* want"),
-        ("w_out", torch.zeros(64, 136, dtype=torch.float16), "w_out is torch.float16"),
+        ("w_in", torch.zeros(100, 64, device=DEVICE), "w_in"),
+        ("w_out", torch.zeros(64, 136, dtype=torch.float16, device=DEVICE), "w_out is .*float16"),
         ("n_head", 4, "head dim 16"),
-        ("n_head", 5, "n_head"),
-        ("rope", (torch.ones(4, 4), torch.ones(4, 4)), "rope is .* .4, 4."),
-        ("rope", (torch.ones(8, 4).double(), torch.ones(8, 4)), "rope is torch.float64"),
-        ("rope", (torch.ones(8, 20), torch.ones(8, 20)), "rope turns 40 dims"),
+        ("rope", (torch.ones(4, 4, device=DEVICE),) * 2, "rope is .* .4, 4."),
+        ("rope", (torch.ones(8, 20, device=DEVICE),) * 2, "rope turns 40 dims"),
         ("dropout_p", 1.0, "dropout_p"),
-        ("doc_start", torch.zeros(2, 8, dtype=torch.int64), "doc_start"),
+        ("doc_start", torch.zeros(2, 8, dtype=torch.int64, device=DEVICE), "doc_start"),
     ],
 )
 def test_wrong_arguments(name, value, says):
-    def place(v):
-        return v.to(DEVICE) if isinstance(v, torch.Tensor) and v.device.type != "meta" else v
-
-    value = tuple(map(place, value)) if isinstance(value, tuple) else place(value)
     with pytest.raises(ValueError, match=says):
         block(**arguments() | {name: value})
 

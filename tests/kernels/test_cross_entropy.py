@@ -142,14 +142,6 @@ def test_backward_runs_once():
         loss.backward()
 
 
-def test_head_needs_input_grad():
-    x, w, b = head(6, 40, 16)
-    linear_cross_entropy(x.requires_grad_(), w, b, targets(6, 40)).backward()
-    assert x.grad.shape == x.shape
-    assert w.grad is None
-    assert b.grad is None
-
-
 X, T = rand(4, 10), targets(4, 10)
 W, B = X.contiguous(), X[:, 0].contiguous()
 
@@ -159,13 +151,9 @@ W, B = X.contiguous(), X[:, 0].contiguous()
     [
         ((X.double(), W, B, T), "x has dtype torch.float64, want bfloat16"),
         ((rand(10, 4).t(), W, B, T), "x has shape .4, 10., strides .1, 20., want two dimensions"),
-        ((X[0], W, B, T), "x has shape .10,., .* want two dimensions"),
-        ((X, W, B, T.int()), "targets is torch.int32 .4,., .* want contiguous .torch.int64"),
-        ((X, W, B, T[:3]), "targets is torch.int64 .3,."),
-        ((X, W, B, T.repeat(2)[::2]), "targets is .* strides .2,., .*want contiguous"),
+        ((X, W, B, T.int().repeat(2)[::2]), "targets is .*int32 .* strides .2,., .*want cont"),
         ((X, X[:, :9], B, T), "weight is torch.float32 .4, 9."),
         ((X, W, X[:2, 0], T), "bias is torch.float32 .2,."),
-        ((X, W.half(), B, T), "weight is torch.float16"),
     ],
 )
 def test_bad_input(args, message):

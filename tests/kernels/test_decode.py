@@ -128,11 +128,8 @@ def test_rows_do_not_see_each_other(dtype, monkeypatch):
 
     if DEVICE == "cpu":
         monkeypatch.setattr("triton.runtime.interpreter.np.matmul", in_order)
-    x, w, b = (
-        rand(20, 48, dtype=dtype),
-        rand(33, 48, dtype=dtype).contiguous(),
-        rand(33, dtype=dtype),
-    )
+    x, b = rand(20, 48, dtype=dtype), rand(33, dtype=dtype)
+    w = rand(33, 48, dtype=dtype).contiguous()
     norm = (rand(48, dtype=dtype, seed=4), rand(48, dtype=dtype, seed=5), 1e-5)
     whole, alone = (torch.empty(n, 33, device=DEVICE, dtype=dtype) for n in (20, 1))
     decode.linear(x, w, b, whole, norm=norm)

@@ -63,25 +63,11 @@ def test_bitwise_repeat():
     assert all(map(torch.equal, first, second))
 
 
-def test_needs_input_grad():
-    x, w, b = (t.detach() for t in inputs(3, 10, torch.float32))
-    layernorm(x, w.requires_grad_(), b).sum().backward()
-    assert w.grad is not None
-    assert x.grad is None
-    assert b.grad is None
-
-
 def test_row_offsets_are_64_bit():
     """Row 3 starts at element 3 * 2^30. The memory between the rows is never touched."""
-    x = torch.empty(3 * 2**30 + 16, dtype=torch.float16, device=DEVICE).as_strided(
-        (4, 16), (2**30, 1)
-    )
-    x.copy_(rand(4, 16, dtype=torch.float16))
-    w, b = (
-        torch.ones(16, dtype=x.dtype, device=DEVICE),
-        torch.zeros(16, dtype=x.dtype, device=DEVICE),
-    )
-    near = x.clone()
+    wide = torch.empty(3 * 2**30 + 16, dtype=torch.float16, device=DEVICE)
+    x = wide.as_strided((4, 16), (2**30, 1)).copy_(rand(4, 16))
+    near, w, b = x.clone(), torch.ones_like(x[0]), torch.zeros_like(x[0])
     y, mean, rstd = layernorm_fwd(x, w, b, 1e-5)
     assert torch.equal(y, layernorm_fwd(near, w, b, 1e-5)[0])
     results = (layernorm_bwd(t, t, w, mean, rstd, t)[:3] for t in (x, near))
@@ -97,10 +83,8 @@ W = torch.ones(10, device=DEVICE)
     [
         ((X.double(), W, W), "x has dtype torch.float64, want bfloat16, float16 or float32"),
         ((torch.ones(2, 8193, device=DEVICE), W, W), "x has shape .2, 8193.,.* C <= 8192"),
-        ((X[:0], W, W), "x has shape .0, 10."),
         ((rand(10, 4).t(), W, W), "strides .1, 20., want .* contiguous in C"),
         ((X, W[:9], W), "w is torch.float32 .9,., .*want contiguous .*.10."),
-        ((X, W, W.half()), "b is torch.float16 "),
     ],
 )
 def test_bad_input(args, message):
