@@ -200,7 +200,7 @@ def collective_s(n_bytes: float, ranks: int, nodes: int, passes: int, gpu: Gpu) 
 
 
 def main() -> None:
-    c = parse(Config, toml=True)
+    c = parse(Config, toml=True, hidden=TrainConfig)
     gpu, micro_steps, table = find_gpu(c.gpu), max(1, c.seqs_per_step // c.micro_batch), Table()
     ops, tokens = training_ops(c.model, c.micro_batch), c.micro_batch * c.seq_len
     roof, (slow, fast) = gpu.roof(), gpu.reached()

@@ -96,7 +96,7 @@ def measure(c: TrainConfig, batch: int, new_tokens: int) -> Iterator[dict]:
 
 
 def main() -> None:
-    c = parse(Config, toml=True)
+    c = parse(Config, toml=True, hidden=TrainConfig)
     table = Table(c.json)
     if c.threads:
         torch.set_num_threads(c.threads)

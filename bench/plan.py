@@ -233,7 +233,7 @@ def score(folder: Path) -> tuple[dict[str, tuple[float, float]], float, str]:
 
 
 def main() -> None:
-    c = parse(Config, toml=True)
+    c = parse(Config, toml=True, hidden=TrainConfig)
     if not c.score:
         return report(c)
     rows, fraction, roof = score(c.score)

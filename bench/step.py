@@ -148,7 +148,7 @@ def free() -> None:
 
 
 def main() -> None:
-    c = parse(Config, toml=True)
+    c = parse(Config, toml=True, hidden=TrainConfig)
     device, table = device_of(c.device), Table(c.json)
     if device.type == "cpu" and c.device == "auto":
         raise UserError("no CUDA device here; --device=cpu times a small model, slowly")

@@ -45,13 +45,18 @@ def run(main) -> None:
         sys.exit(130)
 
 
-def parse(cls, argv: list[str] | None = None, toml: bool = False):
-    """Return an instance of the dataclass `cls` from the command line (default `sys.argv[1:]`)."""
+def parse(cls, argv: list[str] | None = None, toml: bool = False, hidden: type | None = None):
+    """Return an instance of the dataclass `cls` from the command line (default `sys.argv[1:]`).
+
+    --help leaves out the fields that `cls` inherits from `hidden`.
+    """
     argv = sys.argv[1:] if argv is None else argv
     types_, comments, fields = get_type_hints(cls), _comments(cls), dataclasses.fields(cls)
     required = [f.name for f in fields if f.default is dataclasses.MISSING]
+    left_out = {f.name for f in dataclasses.fields(hidden)} if hidden else ()
     parser = argparse.ArgumentParser(
         description=inspect.cleandoc(cls.__doc__),
+        epilog=f"The options of {hidden.__module__}.py override CONFIG.toml." if hidden else None,
         allow_abbrev=False,
         exit_on_error=False,
         usage="%(prog)s" + " [CONFIG.toml]" * toml + " [--key=value ...]",
@@ -67,7 +72,9 @@ def parse(cls, argv: list[str] | None = None, toml: bool = False):
             **({"nargs": "?", "const": "true"} if types_[f.name] is bool else {}),
             metavar=_type_name(types_[f.name]),
             default=argparse.SUPPRESS,
-            help=f"{comments.get(f.name, '')} ({default})".replace("%", "%%"),
+            help=argparse.SUPPRESS
+            if f.name in left_out
+            else f"{comments.get(f.name, '')} ({default})".replace("%", "%%"),
         )
     path = argv[0] if toml and argv and not argv[0].startswith("-") else None
     try:
