@@ -122,7 +122,8 @@ def tune(c: Config, device: str, sm: int) -> bool:
 def compile_all(c: Config, sm: int, op: str, n: int) -> str:
     """Launch the n-th candidates of an op's kernels, on one sequence; return what failed."""
     tables = TUNING[f"sm_{sm}"]
-    for name, table in tables.items():
+    before = dict(tables)
+    for name, table in before.items():
         tables[name] = table[n % len(table) :] + table[: n % len(table)]
     try:
         case = c.case(op)
@@ -130,8 +131,10 @@ def compile_all(c: Config, sm: int, op: str, n: int) -> str:
         for version in VERSIONS:
             with forced(version):
                 whole(case, case.providers["ours"], copies(case), upstream)
-    except Exception as e:  # the rest may work; if the context is lost, no other job's is
+    except Exception as e:  # the rest may work
         return f"{op}, dropout {c.dropout}, candidates {n}: {type(e).__name__} {e}"[:200] + "\n"
+    finally:
+        tables.update(before)
     return ""
 
 
@@ -139,9 +142,10 @@ def warm(c: Config, sm: int) -> None:
     """Compile every candidate into Triton's cache on disk, on all cores at once, by launching it:
     only a launch knows what Triton specialises a kernel on."""
     most = max(map(len, TUNING[f"sm_{sm}"].values()))
-    jobs = [(op, p, n) for op in c.op for p in (0.0, 0.1) for n in range(most)]
+    rates = {"block": (0.0, 0.1)}  # of dropout
+    jobs = [(op, p, n) for op in c.op for p in rates.get(op, (0.0,)) for n in range(most)]
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count() + 4, spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() + 4), spawn) as pool:
         done = [
             pool.submit(compile_all, replace(c, batch=1, dropout=p), sm, op, n) for op, p, n in jobs
         ]

@@ -14,6 +14,7 @@ from common.config import UserError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MARK = ".nanophi"  # an empty file in every folder that a stage wrote: it may be replaced
 MAX_LINE_BYTES = 16 << 20  # of a .jsonl file: a document of 1 MiB, all of it escaped, has 6 MiB
+PIECE_BYTES = 1 << 16  # split into lines at once: a bomb may be lines of nothing
 ZSTD_FEED_BYTES = 1 << 10  # zstd makes 128 KiB of 4 bytes: at most 32 MiB at once, whatever it is
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 
@@ -31,9 +32,10 @@ def read_json(path: Path, strict: bool = True):
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
-        if strict:
-            raise UserError(f"{path}: no JSON ({e}); delete it, and run its stage again") from None
-        return None
+        if not strict:
+            return None
+        what = e.strerror if isinstance(e, OSError) else f"no JSON ({e}); run its stage again"
+        raise UserError(f"{path}: {what}") from None
 
 
 def write_json(path: Path, value) -> None:
@@ -162,8 +164,10 @@ def chunks(path: Path) -> Iterator[bytes]:
         if path.suffix == ".zst":
             yield from _zstd(f)
             return
+        if path.suffix == ".gz" and not os.fstat(f.fileno()).st_size:
+            raise EOFError("it is empty")  # gzip.open would read it as no lines
         content = gzip.open(f) if path.suffix == ".gz" else f  # noqa: SIM115
-        yield from iter(lambda: content.read(1 << 16), b"")
+        yield from iter(lambda: content.read(PIECE_BYTES), b"")
 
 
 def _zstd(f) -> Iterator[bytes]:
@@ -175,8 +179,9 @@ def _zstd(f) -> Iterator[bytes]:
         if frame.eof:
             frame = zstandard.ZstdDecompressor().decompressobj()
         try:
-            yield frame.decompress(fed)
+            piece = frame.decompress(fed)
         except zstandard.ZstdError as e:
             raise EOFError(str(e)) from None
+        yield from (piece[i : i + PIECE_BYTES] for i in range(0, len(piece), PIECE_BYTES))
     if not frame.eof:
         raise EOFError("the last zstd frame is cut short")

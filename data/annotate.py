@@ -207,7 +207,7 @@ def annotate(config: Config) -> dict:
             if client:  # apart from the summary: it differs where a run was killed and went on
                 write_json(stage.result / "endpoint.json", client.summary())
             count["labeller"] = config.model if llm else "rules"
-            if truth:
+            if truth and stage.ranks.rank == 0:  # the only one that finish() waits for
                 records = read_documents([stage.result])
                 count["agreement"] = agreement([(r["score"], truth[r["sha256"]]) for r in records])
             return stage.finish(count)
@@ -255,8 +255,9 @@ def write(part: Part, wanted: Callable[[dict], bool], client: Client | None) -> 
 
 def read_labels(path: Path) -> dict[str, float]:
     """Return {sha256: score} of a file of labels."""
+    records = list(read_jsonl(path))
     try:
-        labels = {record["sha256"]: float(record["score"]) for record in read_jsonl(path)}
+        labels = {record["sha256"]: float(record["score"]) for record in records}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: a label without sha256 and score") from None
     if not labels:

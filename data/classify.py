@@ -147,7 +147,8 @@ def labelled(part: Part, features: Features, labels: dict[str, float] | None) ->
         given = {"score": labels.get(record["sha256"]), "labeller": "file"} if labels else record
         row = {name: record[name] for name in ("sha256", "origin", "text")}
         row |= {name: given.get(name) for name in ("score", "labeller")}
-        return None if None in row.values() else row
+        known = isinstance(row["score"], (int, float)) and row["labeller"] is not None
+        return row if known else None
 
     rows, made = [], [np.zeros((0, features.width), np.float32)]
     for batch in batched(filter(None, map(labelled_row, part.documents())), BATCH):

@@ -145,7 +145,7 @@ class Corpus:
 def leaders(order: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return for each document the first in `order` with the same of the ordered `keys`, and the
     sizes of the groups."""
-    new = np.r_[True, (keys[1:] != keys[:-1]).reshape(len(keys) - 1, -1).any(1)]
+    new = np.r_[True, (keys[1:] != keys[:-1]).reshape(len(keys) - 1, keys[0].size).any(1)]
     leader = np.empty(len(order), np.int64)
     leader[order] = order[new][np.cumsum(new) - 1]
     return leader, np.diff(np.r_[np.flatnonzero(new), len(order)])

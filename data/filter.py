@@ -118,7 +118,8 @@ def share_cut(quality: np.ndarray, keep_frac: float) -> float:
 
 def save_qualities(part: Part) -> None:
     """Leave the qualities of a shard's documents, NaN for none."""
-    quality = [record.get("quality", np.nan) for record in part.documents()]
+    known = (record.get("quality") for record in part.documents())
+    quality = [x if isinstance(x, (int, float)) else np.nan for x in known]
     np.save(part.scratch / f"quality-{part.index:05d}.npy", np.array(quality, float))
 
 

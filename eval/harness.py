@@ -55,7 +55,7 @@ class Evaluation:
         if (self.checkpoint is None) == (self.samples is None):
             raise UserError("name one of --checkpoint and --samples")
         least = {"samples_per_problem": 1, "max_new_tokens": 1, "timeout_s": 0.1, "limit": 0,
-                 "workers": 0}  # fmt: skip
+                 "temperature": 0, "workers": 0}  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"--{name} {getattr(self, name)}: want at least {low}")

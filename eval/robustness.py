@@ -18,6 +18,7 @@ from data.base.benchmarks import read_problems
 from eval.harness import BODY, Evaluation, measure, writing
 from eval.perturb import PERTURBATIONS
 from eval.scores import Z95, mean, rates
+from sandbox.self_check import PATIENCE, check, run_all, slowdown
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,14 @@ def robustness(config: Config) -> tuple[dict, list[dict], list[dict]]:
     """Measure (results.json, problems asked, samples). Raises UserError."""
     problems = read_problems(config.problems)[: config.limit or None]
     names = config.only or PERTURBATIONS
-    asked = list(problems)
-    for name in names:
-        changed = filter(None, map(PERTURBATIONS[name], problems))
-        asked += [{**p, "task_id": f"{p['task_id']}@{name}"} for p in changed]
+    changed = [(PERTURBATIONS[name](p), name) for name in names for p in problems]
+    changed = [{**p, "task_id": f"{p['task_id']}@{name}"} for p, name in changed if p]
+    limits = config.limits()
+    wait_s = PATIENCE * config.timeout_s * slowdown(**limits)
+    checks = [check(p, p["canonical_solution"], wait_s) for p in changed]
+    verdicts = run_all(checks, progress="references", **limits)
+    sound = [p for p, v in zip(changed, verdicts) if v.status == "passed"]
+    asked = [*problems, *sound]
     result, samples = measure(replace(config, limit=0), "robustness", asked, BODY)
     found = rates(samples)
     before, rows = {p["task_id"]: found[p["task_id"]] for p in problems}, {}
@@ -72,7 +77,8 @@ def robustness(config: Config) -> tuple[dict, list[dict], list[dict]]:
     # What is over all prompts, perturbed ones among them, would be read as the benchmark's.
     whole = ("pass@", "ci95", "intervals", "counts")
     result = {k: v for k, v in result.items() if not k.startswith(whole)}
-    return result | {**mean([*before.values()]), "perturbations": rows}, asked, samples
+    result |= {"references_failed": len(changed) - len(sound), "perturbations": rows}
+    return result | mean([*before.values()]), asked, samples
 
 
 def main() -> None:
@@ -90,6 +96,8 @@ def main() -> None:
         values = [row["before"], row["after"], row["drop"], *row["ci95"]]
         before, after, drop, low, high = (f"{100 * x:5.1f}" for x in values)
         print(f"{name:17} {row['problems']:6}  {before}   {after}   {drop} ({low} to {high})")
+    if failed := result["references_failed"]:
+        print(f"{failed} perturbed problems were left out, as their references fail")
     print(result["limits"])
 
 

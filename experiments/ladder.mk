@@ -126,7 +126,8 @@ ask = $(call score,$(1)/results.json,$(3),$(2) --problems $(4) --max_new_tokens 
   --workers $(threads) --sandbox $(SANDBOX) --self_check $(LADDER)/self_check/$(1).json)
 define score_bar
 $(call ask,heldout,humaneval,$D/exercises/summary.json,$D/exercises/heldout.jsonl)
-$(call ask,unseen,humaneval,$D/exercises/summary.json,$D/exercises/unseen.jsonl)
+$(if $(filter-out 0,$(unseen)),$(call \
+  ask,unseen,humaneval,$D/exercises/summary.json,$D/exercises/unseen.jsonl))
 $(if $(HUMANEVAL),$(call ask,humaneval,humaneval,$(HUMANEVAL),$(HUMANEVAL)))
 $(if $(MBPP),$(call ask,mbpp,mbpp,$(MBPP),$(MBPP)))
 $(if $(filter exercises-% varied-% damaged-%,$(bar)),$(call ask,robustness,robustness,\

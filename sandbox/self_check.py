@@ -86,7 +86,7 @@ def remembered(path: Path | None, problems: list[dict], work: Callable[[], dict]
     The circumstances are the machine since it was started, Python, the code that runs programs, the
     `limits` (tier and nominal timeout among them) and the problems, word by word.
     """
-    if path is None:
+    if path is None or not BOOT.exists():
         return work()
     here = [BOOT.read_text(), platform.node(), os.geteuid(), sys.executable, sys.version]
     here += [code_hash("sandbox.self_check"), limits, problems]

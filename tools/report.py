@@ -221,10 +221,12 @@ def runs_page(folders: tuple[Path, ...]) -> str:
                      f"{last.get('tokens', 0):,}", f"{last.get('loss', np.nan):.4f}",
                      f"{min(vals, default=np.nan):.4f}", f"{last.get('tokens_per_s', 0):,.0f}",
                      f"{last.get('mfu', 0):.1%}", f"{last.get('seconds', 0):,.0f}"])  # fmt: skip
-        said += [f"{e['time']} {r['name']} step {e['step']:,} {e['event']} {e.get('message', '')}"
-                 for e in r["events"]]  # fmt: skip
+        for e in r["events"]:
+            more = ", ".join(f"{k} {v}" for k, v in e.items() if k not in ("time", "step", "event"))
+            said.append(f"{e['time']} {r['name']} step {e['step']:,} {e['event']} {more}".rstrip())
     head = ["run", "status", "tokens", "loss", "best val loss", "tokens/s", "MFU", "seconds"]
-    settings = [[key, *(str(r["config"].get(key)) for r in runs)] for key in runs[0]["config"]]
+    keys = dict.fromkeys(key for r in runs for key in r["config"])
+    settings = [[key, *(str(r["config"].get(key)) for r in runs)] for key in keys]
     differ = [row for row in settings if len(set(row[1:])) > 1]
     panels = {title: {r["name"]: [(x["step"], x[key]) for x in r["metrics"] if key in x]
                       for r in runs} for key, title in CURVES.items()}  # fmt: skip
@@ -240,11 +242,13 @@ def draw_curves(axes, panels: dict, runs: list[dict]) -> None:
     draw_lines(axes, panels, "step")
     for i, r in enumerate(runs):
         vals = [(x["step"], x["val_loss"]) for x in r["metrics"] if "val_loss" in x]
-        axes[0].plot(*zip(*vals), "o", color=COLORS[i % 6], markersize=3)
+        if vals:
+            axes[0].plot(*zip(*vals), "o", color=COLORS[i % 6], markersize=3)
         for e in r["events"]:
             for ax in axes if e["event"] in MARKS else []:
                 ax.axvline(e["step"], color=MARKS[e["event"]], linewidth=0.6, zorder=0)
-    axes[2].set_yscale("log")
+    if any(lines for lines in panels["gradient norm"].values()):
+        axes[2].set_yscale("log")
 
 
 # ---- Models: the arms of the demo, the bars of the ladder
@@ -393,8 +397,10 @@ class Scores:
     def perturbed(self) -> str:
         told = {m.name: read_json(m.folder / "robustness" / "results.json") for m in self.models}
         drops = {name: t["perturbations"] for name, t in told.items() if t}
-        rows = [[kind, *(f"{100 * d[kind]['drop']:.0f}" if "drop" in d[kind] else "-"
-                         for d in drops.values())] for d in [*drops.values()][:1] for kind in d]
+        kinds = dict.fromkeys(kind for d in drops.values() for kind in d)
+        points = [{k: f"{100 * x['drop']:.0f}" for k, x in d.items() if "drop" in x}
+                  for d in drops.values()]  # fmt: skip
+        rows = [[kind, *(d.get(kind, "-") for d in points)] for kind in kinds]
         title = "<h2>Prompts written in another way: points of pass@1 lost</h2>"
         return title + table(["", *drops], rows) if rows else ""
 

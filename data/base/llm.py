@@ -128,12 +128,12 @@ class Ledger:
         with self.changed:
             key, _ = self.open.pop(sent)
             self.spent += used
+            self.changed.notify_all()
             kept = {"key": key, **vars(reply)} if reply else {}
             self.append(settled=sent, prompt=used["prompt"], reply=used["reply"], **kept)
             if reply:
                 os.fsync(self.file.fileno())  # it is paid for
                 self.replies[key] = reply
-            self.changed.notify_all()
 
     def append(self, **record) -> None:
         self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
@@ -162,6 +162,8 @@ class Client(AbstractContextManager):
         self.key = os.environ.get("OPENAI_API_KEY") or "no-key"  # as local endpoints want none
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"endpoint {self.url!r}: set OPENAI_BASE_URL, http://host:8000/v1 say")
+        if o.concurrency < 1 or not o.timeout_s > 0:
+            raise UserError("want --concurrency of 1 or more and --timeout_s above 0")
         if not o.model:
             raise UserError("--model is missing: the name that the endpoint knows its model by")
         priceless = o.budget_usd > 0 and not o.usd_per_m_in + o.usd_per_m_out > 0
@@ -175,11 +177,15 @@ class Client(AbstractContextManager):
         except ImportError:
             raise UserError("to ask an endpoint, pip install openai") from None
         self.client = openai.OpenAI(
-            base_url=self.url, api_key=self.key, timeout=o.timeout_s, max_retries=0
-        )
+            base_url=self.url, api_key=self.key, timeout=o.timeout_s, max_retries=0,
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+        )  # fmt: skip
         self.openai, self.stop, self.ledger = openai, threading.Event(), Ledger(cache, o)
 
     def __exit__(self, *exc) -> None:
+        self.stop.set()
+        with self.ledger.changed:  # what is in flight is paid for: keep it
+            self.ledger.changed.wait_for(lambda: not self.ledger.open)
         self.client.close()
         if self.ledger.file:
             self.ledger.file.close()

@@ -139,11 +139,8 @@ class Index:
         self.sets: list[np.ndarray] = []  # shingles
         self.buckets = defaultdict(list)  # (band, key): indexes of sets
 
-    def add(self, texts: list[str], always: bool = False) -> list[str]:
-        """Accept each text or say why not: "duplicate", "near-duplicate", or "" if it was added.
-
-        With `always` only exact duplicates are refused.
-        """
+    def add(self, texts: list[str]) -> list[str]:
+        """Accept each text or say why not: "duplicate", "near-duplicate", or "" if it was added."""
         hashes, starts = shingles([text.encode() for text in texts])
         signature = signatures(hashes, starts, self.bands.permutations)
         keys = [band_keys(signature, self.bands, b).tolist() for b in range(self.bands.bands)]
@@ -152,9 +149,7 @@ class Index:
             mine = hashes[starts[i] : starts[i + 1]]
             places = [(band, of_band[i]) for band, of_band in enumerate(keys)]
             digest = hashlib.sha256(text.encode()).digest()
-            near = set()
-            if not always:
-                near = {n for place in places for n in self.buckets.get(place, ())[:LEADERS]}
+            near = {n for place in places for n in self.buckets.get(place, ())[:LEADERS]}
             alike = jaccard([mine] * len(near), [self.sets[n] for n in near])
             if digest in self.hashes:
                 reasons.append("duplicate")

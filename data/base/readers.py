@@ -109,6 +109,7 @@ def _posts(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
                     number += 1
                     if (body := element.get("Body")) is not None:
                         yield number, {"text": post_text(element.get("Title", ""), body)}
+                if event == "end" and element is not root:
                     root.clear()
         parser.close()
     except (*DAMAGED, ParseError, ValueError, LookupError) as e:  # LookupError: of the encoding

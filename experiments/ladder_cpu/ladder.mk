@@ -1,4 +1,4 @@
-# The ladder for two CPU cores: 2,400 steps of 512 tokens, 1.2M tokens, a bar. Its 20 bars take
+# The ladder for two CPU cores: 2,400 steps of 512 tokens, 1.2M tokens, a bar. Its 21 bars take
 # about 80 minutes with `make -j2`: two commands at a time, one thread each.
 bars := \
   raw-large-s0 textbooks-large-s0 base-large-s0 exercises-large-s0 raw-small-s0 filtered-small-s0 \
