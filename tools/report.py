@@ -222,7 +222,9 @@ def runs_page(folders: tuple[Path, ...]) -> str:
                      f"{min(vals, default=np.nan):.4f}", f"{last.get('tokens_per_s', 0):,.0f}",
                      f"{last.get('mfu', 0):.1%}", f"{last.get('seconds', 0):,.0f}"])  # fmt: skip
         for e in r["events"]:
-            more = ", ".join(f"{k} {v}" for k, v in e.items() if k not in ("time", "step", "event"))
+            known = ("time", "step", "event", "message")
+            more = [e.get("message", ""), *(f"{k} {v}" for k, v in e.items() if k not in known)]
+            more = ", ".join(filter(None, more))
             said.append(f"{e['time']} {r['name']} step {e['step']:,} {e['event']} {more}".rstrip())
     head = ["run", "status", "tokens", "loss", "best val loss", "tokens/s", "MFU", "seconds"]
     keys = dict.fromkeys(key for r in runs for key in r["config"])

@@ -168,3 +168,6 @@ def test_page_of_two_runs(command, tmp_path):
     assert "<td>width</td>" not in page  # it is the same
     assert "step 20 skipped 1 step &amp; more" in page
     assert "fast <&>" not in page
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{}")
+    command(tmp_path / "begun")  # it has not logged a step
