@@ -46,14 +46,6 @@ def test_the_rounds_of_a_loop_and_a_wrong_version():
     ]
 
 
-def test_calls_and_tasks_are_rewritten():
-    assert worked.plain("f([1] + [2], 'ab'[0])[1:]") == "f([1, 2], 'a')[1:]"
-    assert worked.plain("f(0.1 + 0.2, x + 1)") == "f(0.1 + 0.2, x + 1)"
-    assert worked.imperative("Write `f`, which carries the one.") == "Carry the one."
-    assert worked.imperative("Write a function `f` that passes it.") == "Pass it."
-    assert worked.imperative("Think about `f`.") == ""
-
-
 def test_lessons_do_not_depend_on_the_order_of_sets(cli):
     script = (
         "import hashlib, random\nfrom data.synthetic import textbooks as t\n"
