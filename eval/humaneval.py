@@ -12,8 +12,8 @@ from eval.harness import BODY, Evaluation, evaluate
 def main() -> None:
     config = parse(Evaluation)
     problems = read_problems(config.problems)
-    name = problems[0]["task_id"].partition("/")[0]  # HumanEval, exercises, unseen
-    evaluate(config, name, problems, BODY)
+    name, slash, _ = problems[0]["task_id"].partition("/")  # HumanEval, exercises, unseen
+    evaluate(config, name if slash else config.problems.stem, problems, BODY)
 
 
 if __name__ == "__main__":
