@@ -130,8 +130,8 @@ def open_data(c: TrainConfig) -> tuple[Tokenizer, Windows, Windows]:
     """Return the tokenizer and both splits of c.data. Raises UserError if they do not fit c."""
     if not c.data.is_dir():
         raise UserError(
-            f"data {c.data}: no such folder; make token shards with data.pack, or name "
-            "a configuration, as in `python train.py configs/demo.toml`"
+            f"data {c.data}: no such folder; `make tokens` makes the demo's, data.pack your own; "
+            "name another with --data"
         )
     tokenizer = Tokenizer(c.data)
     if tokenizer.vocab_size > c.vocab_size:
