@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +110,13 @@ def test_every_field_is_read_and_has_help():
     for name in train.TrainConfig.__dataclass_fields__:
         assert f"c.{name}" in source or f'"{name}"' in source, f"nothing reads {name}"
         assert comments[name]
+
+
+def test_a_reader_that_has_enough_ends_a_command_in_silence():
+    program = "from common.config import run; run(lambda: [print(i) for i in range(10**5)])"
+    ran = subprocess.run(["bash", "-c", f'{sys.executable} -c "{program}" | head -1'],
+                         cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
 
 
 def test_error_is_one_line_and_status_2(in_process):
