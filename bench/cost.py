@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from bench.table import Table
 from common.config import UserError, parse, run
+from common.muon import COEFFICIENTS
 from common.runlog import PEAK_FLOPS
 from model import ModelConfig, flops_per_token, parameter_count
 from train import TrainConfig
@@ -53,7 +54,7 @@ class Rates:
         return max(compute_s, memory_s) * 1e6, "compute" if compute_s > memory_s else "memory"
 
 
-def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
+def training_ops(c: ModelConfig, micro_batch: int, optimizer: str = "adamw") -> list[Op]:
     """Return the ops of a micro-step of `micro_batch` sequences, and the optimiser's, in order."""
     T, C, M, V, L = c.seq_len, c.width, c.mlp_width, c.vocab_size, c.n_layer
     N, qkvu, lse = micro_batch * T, 3 * C + M, 4 * micro_batch * T * c.n_head
@@ -98,7 +99,18 @@ def training_ops(c: ModelConfig, micro_batch: int) -> list[Op]:
     phase = "optimiser"
     memory("gradient_norm", 1, 0, fp32=parameters)
     # Reads gradient, weight and both moments; writes the latter three and bf16 weights; clears.
-    memory("adamw", 1, parameters, fp32=8 * parameters)
+    matrices = L * (C * qkvu + C * (C + M)) if optimizer == "muon" else 0
+    memory("adamw", 1, parameters - matrices, fp32=8 * (parameters - matrices))
+    if matrices:
+        # Reads gradient and momentum, writes momentum and update; then weights, in fp32 and bf16.
+        memory("momentum", 1, 3 * matrices, fp32=5 * matrices)
+        # q, k, v and attention; up and down. Gram matrix, 4 matmuls of its size an iteration,
+        # product; at TF32's rate, half of bf16's.
+        for name, n, rows, cols in (("muon_attention", 4, C, C),
+                                    ("muon_mlp", 2, max(C, M), min(C, M))):  # fmt: skip
+            matmuls = 4 * rows * cols**2 + len(COEFFICIENTS) * 8 * cols**3
+            moved = 3 * rows * cols + len(COEFFICIENTS) * 12 * cols**2
+            gemm(name, L, 2 * n * matmuls, 0, fp32=n * moved)
     return ops
 
 
@@ -202,7 +214,7 @@ def collective_s(n_bytes: float, ranks: int, nodes: int, passes: int, gpu: Gpu) 
 def main() -> None:
     c = parse(Config, toml=True, hidden=TrainConfig)
     gpu, micro_steps, table = find_gpu(c.gpu), max(1, c.seqs_per_step // c.micro_batch), Table()
-    ops, tokens = training_ops(c.model, c.micro_batch), c.micro_batch * c.seq_len
+    ops, tokens = training_ops(c.model, c.micro_batch, c.optimizer), c.micro_batch * c.seq_len
     roof, (slow, fast) = gpu.roof(), gpu.reached()
     for op in ops:
         (floor_us, bound), (slow_us, _), (fast_us, _) = (r.floor_us(op) for r in (roof, slow, fast))

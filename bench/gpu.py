@@ -1,7 +1,7 @@
 """A GPU's half hour as three commands, each of use alone, with the seconds that it may take:
 
     make gpu-check GPU_OUT=DIR   170   is each op right in bf16 and fp16; does train.py run, resume?
-    make gpu-bench               540   training steps, ops and decoding, each beside its peers
+    make gpu-bench               560   training steps, ops and decoding, each beside its peers
     make gpu-tune                420   the fastest configurations, and a step with them
 
 Without make: python3 -m bench.gpu --do=check --out=DIR. Parts of a group run side by side, each a
@@ -144,6 +144,7 @@ def bench(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
         for model in ("phi1", "phi1_small")
     )
     phi1.insert(1, step("phi1", "ours", toy, "--dropout=0"))
+    small.append(step("phi1_small", "ours", toy, "--optimizer=muon"))
     attention, block = ops("attention", toy), ops("block", toy)
     dropped = ops("attention dropout", toy, "--dropout=0.1")
     fp16 = ops("attention fp16", toy, "--op=attention_docs", "--dtype=float16")
@@ -157,7 +158,7 @@ def bench(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
     timed = list(zip((45, 40, 45, 50), phi1))
     timed += [(40, attention), (15, ops("layernorm", toy)), (30, dropped), (30, block)]
     timed += [(35, fp16), (20, ops("cross_entropy", toy)), (45, Part("decode", decode))]
-    timed += list(zip((20, 25, 25), small))
+    timed += list(zip((20, 25, 25, 20), small))
     return [(75, warm), *((seconds, [part]) for seconds, part in timed)]
 
 

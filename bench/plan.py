@@ -12,7 +12,7 @@ speed   is cost.py's floors at the rates of published kernels, times the fractio
         published runs reach. With this code nothing of it was measured on a GPU: `--fraction` takes
         what `--score` prints after a run of yours
 step    is compute, and what the collectives beside it leave exposed. Left out: stragglers,
-        congestion, what NCCL's kernels take from compute, and launches
+        congestion, what NCCL's kernels take from compute, launches, and Muon's exchanges
 """
 
 import dataclasses
@@ -69,7 +69,8 @@ def saved_bytes(c: ModelConfig, n_bytes: int = 2) -> int:
     """Return the bytes a token that a block keeps for its backward, in elements of `n_bytes`."""
     C, M, statistics_bytes = c.width, c.mlp_width, 4 * c.n_head + 8
     if c.kernels == "torch":  # both LayerNorm's, GELU's and rotary's results, and dropout's masks
-        return n_bytes * (9 * C + 2 * M) + (2 * C if c.dropout else 0) + statistics_bytes
+        norms = (2 * n_bytes * C + 16 * c.n_head) * c.qk_norm
+        return n_bytes * (9 * C + 2 * M) + norms + (2 * C if c.dropout else 0) + statistics_bytes
     return n_bytes * (5 * C + M) + statistics_bytes + C // 16  # as kernels/block.py says
 
 
@@ -84,6 +85,7 @@ def memory(c: Config, micro_batch: int) -> dict[str, int]:
     N, C, M, V = micro_batch * c.seq_len, c.width, c.mlp_width, c.vocab_size
     P, (block, root), b = parameter_count(c.model), parameters_by_unit(c.model), c.compute_bytes
     saved = N * saved_bytes(c.model, b)
+    matrices = 2 * C * (2 * C + M) if c.optimizer == "muon" else 0  # of a block
     activations = (c.n_layer * (N * b * C if c.recompute else saved)) + N * (b * 2 * C + 8)
     if c.kernels == "torch":  # fp32 log-probabilities, and two gradients of them
         logits, head_bwd, block_bwd = 12 * N * V, 0, b * (block + N * (C + M))
@@ -91,16 +93,20 @@ def memory(c: Config, micro_batch: int) -> dict[str, int]:
         logits, head_bwd = b * min(N, CHUNK_ROWS) * V, 4 * V * C + b * N * C
         block_bwd = 4 * block + b * N * (7 * C + 3 * M)
     buffers = max(head_bwd, block_bwd + saved * c.recompute - logits)  # in the logits' place, too
+    # Momenta and updates of a few blocks, and Gram matrices, when all else is gone.
+    muon = b * (6 * matrices + 2 * C * C)
+    weights = b * (2 * block + root if c.regather else P) * (b == 2)  # fp32: the masters
+    buffers = max(buffers, muon - activations - logits - weights)
     on_their_way = (4 + b) * (block + root) * (c.gpus > 1)  # two units, gathered or reduced
     whole = c.gpus == 1 or c.seqs_per_step > micro_batch * c.gpus  # gradients that add up
     return {
-        "weights": b * (2 * block + root if c.regather else P) * (b == 2),  # fp32: the masters
+        "weights": weights,
         "masters": 4 * P // c.shards,
-        "Adam's states": 8 * P // c.shards,
+        "optimizer's states": (8 * P - 4 * c.n_layer * matrices) // c.shards,
         "gradients": 4 * P // (1 if whole else c.shards),
         "activations": activations,
         "logits": logits,
-        "backward's buffers": buffers,
+        "buffers": buffers,
         "communication": max(0, on_their_way - activations - logits - buffers),  # as those go
     }
 
@@ -121,7 +127,7 @@ def step_time(c: Config, micro_batch: int, fraction: float, gpu: Gpu) -> tuple[f
     """
     S, L, units = c.shards, c.n_layer, parameters_by_unit(c.model)
     R, micro_steps = c.gpus // S, c.seqs_per_step // (micro_batch * c.gpus)
-    ops, fast = cost.training_ops(c.model, micro_batch), gpu.reached()[1]
+    ops, fast = cost.training_ops(c.model, micro_batch, c.optimizer), gpu.reached()[1]
 
     def compute_s(phases: tuple[str, ...], calls: tuple[int, ...] = (1, L)) -> float:
         chosen = [op for op in ops if op.phase in phases and op.calls in calls]
@@ -178,8 +184,8 @@ def report(c: Config) -> None:
             cost=hours * c.gpus * c.price,
         )  # fmt: skip
 
-    print(f"\ncheckpoint {12 * P / 1e9:.2f} GB (a third weights), {c.keep + 1} kept: "
-          f"{(c.keep + 1) * 12 * P / 1e9:,.0f} GB")  # fmt: skip
+    kept = (4 * P + c.shards * used["optimizer's states"]) / 1e9
+    print(f"\ncheckpoint {kept:.2f} GB, {c.keep + 1} kept: {(c.keep + 1) * kept:,.0f} GB")
     like = list(reached)[len(reached) // 2]
     print(f"\nThe same steps on more GPUs, like {like}; exposed: waiting for communication")
     eighth = 0.0

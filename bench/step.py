@@ -64,7 +64,7 @@ class HuggingFace(torch.nn.Module):
             max_position_embeddings=c.seq_len, partial_rotary_factor=c.rotary_dim / c.head_dim,
             rope_theta=c.rope_theta, layer_norm_eps=1e-5, hidden_act="gelu_new",
             resid_pdrop=c.dropout, attention_dropout=c.dropout, tie_word_embeddings=False,
-            use_cache=False, attn_implementation="sdpa",
+            use_cache=False, attn_implementation="sdpa", qk_layernorm=c.qk_norm,
         )  # fmt: skip
         self.net = PhiForCausalLM(config)
 
@@ -90,6 +90,8 @@ MODELS: dict[str, Callable] = {
 def make_step(c: TrainConfig, impl: str, micro_batch: int) -> Callable[[], Tensor]:
     """Return a function that does a training step and returns its loss, without waiting for it."""
     device = device_of(c.device)
+    if impl == "transformers":
+        c = dataclasses.replace(c, optimizer="adamw")  # Muon is for blocks of ours
     default = "bfloat16" if device.type == "cuda" else "float32"
     dtype = DTYPES[default if c.dtype == "auto" else c.dtype]
     torch.manual_seed(c.seed)

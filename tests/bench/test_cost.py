@@ -3,9 +3,12 @@
 import re
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cost
 from bench.cost import GPUS, Rates, step_us, training_ops
+from common import muon
 from model import ModelConfig, flops_per_token, parameter_count
 
 PHI1 = ModelConfig()
@@ -37,6 +40,18 @@ def test_sum_is_what_mfu_counts_and_the_recomputed_scores():
     ops = training_ops(PHI1, 16)
     [scores] = [op.flops * op.calls // 5 for op in ops if op.name == "attention_bwd"]
     assert sum(op.flops * op.calls for op in ops) - scores == TOKENS * flops_per_token(PHI1)
+
+
+def test_muons_flops_are_those_that_torch_counts():
+    C, M = SMALL.width, SMALL.mlp_width
+    with FlopCounterMode(display=False) as counter:
+        muon.update(torch.randn(3 * C + M, C), torch.randn(C, C + M))
+    ops = training_ops(SMALL, 2, "muon")
+    at_half_rate = sum(op.flops for op in ops if op.name.startswith("muon_"))
+    assert at_half_rate == 2 * counter.get_total_flops()
+    matrices = 3 * C * (2 * C + M) * 2
+    [adamw] = [op.bytes for op in ops if op.name == "adamw"]
+    assert adamw == 34 * (parameter_count(SMALL) - matrices)
 
 
 def test_floor_and_its_bound():

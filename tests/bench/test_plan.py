@@ -81,6 +81,7 @@ def train_two_steps(c: plan.Config, model: Phi) -> None:
     [
         ("wide vocabulary", {}, 1.01),
         ("heavy", {}, 1.04),
+        ("heavy", {"optimizer": "muon", "qk_norm": True}, 1.04),
         ("deep", {"recompute": True}, 1.1),
         ("deep", {"kernels": "triton", "n_layer": 1, "micro_batch": 1, "seqs_per_step": 1}, 1.3),
     ],
@@ -99,6 +100,7 @@ def test_memory_of_one_process(shape, values, at_most):
         ("heavy", {"seqs_per_step": 24}, 1.12),  # nothing to accumulate
         ("heavy", {"regather": True}, 1.08),
         ("deep", {"gpus": 16}, 1.01),
+        ("heavy", {"optimizer": "muon"}, 1.08),
     ],
 )
 def test_memory_and_collectives_of_fsdp(request, shape, values, at_most):
@@ -142,7 +144,7 @@ def test_memory_on_a_gpu(kernels):
 def test_memory_of_phi1():
     """Against docs of the project's own: 18 bytes a parameter alone, 29 GB of activations."""
     alone = plan.memory(job("phi1", gpus=1), 16)
-    kinds = ("weights", "masters", "Adam's states", "gradients")
+    kinds = ("weights", "masters", "optimizer's states", "gradients")
     assert sum(alone[kind] for kind in kinds) == 18 * 1_418_270_720
     assert alone["activations"] == pytest.approx(29e9, rel=0.02)
     for gpu, fits in (("a100-80", 16), ("a100-40", 8)):
