@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from model import Phi, load_model, select_kernels
+from model import QK_NORM, Phi, load_model, select_kernels
 from tokenizer import Tokenizer
 
 GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
@@ -362,12 +362,14 @@ class TorchDecoder(Decoder):
         n, C, H, D = len(x), c.width, c.n_head, c.head_dim
         h, ya = x.new_empty(n, 3 * C + c.mlp_width), x.new_empty(n, C + c.mlp_width)
         up, y, a = h[:, 3 * C :], ya[:, :C].view(n, H, D), ya[:, C:]
-        qkv = x.new_empty(3, n, H, D)
+        qk, qkv = h[:, : 2 * C].view(n, 2, H, D), x.new_empty(3, n, H, D)
         pairs = torch.view_as_complex(h[:, : 3 * C].view(n, 3, H, D // 2, 2)).transpose(0, 1)
         turned = torch.view_as_complex(qkv.view(3, n, H, D // 2, 2))
         for i, (gain, bias, w_in, b_in, w_out, b_out) in enumerate(self.layers):
             normed = torch.layer_norm(x, (C,), gain, bias, self.eps)
             grouped_linear(normed, w_in, b_in, self.same, h)  # q | k | v | up
+            if c.qk_norm:
+                qk.copy_(QK_NORM * F.layer_norm(qk, (D,)))
             torch.mul(pairs, turn, out=turned)
             attend(i, qkv, y)
             F.gelu(up, approximate="tanh", out=a)

@@ -13,6 +13,7 @@ gradients are accumulated. What it sees depends on (seed, step) alone: data/load
 step waits for the GPU; numbers are read from it when a log line is due.
 """
 
+import math
 import os
 import sys
 from dataclasses import dataclass, fields
@@ -25,8 +26,9 @@ import torch.distributed as dist
 from common import checkpoint, distributed, runlog
 from common.config import UserError, differences, parse, require, run
 from common.distributed import DTYPES
+from common.muon import Muon
 from data.loader import Loader, Windows, arguments
-from model import ModelConfig, Phi, flops_per_token, mfu, select_kernels
+from model import ModelConfig, Phi, flops_per_token, mfu, select_dtype, select_kernels
 from tokenizer import Tokenizer
 
 
@@ -43,9 +45,12 @@ class TrainConfig(ModelConfig):
     max_steps: int = 1000  # optimiser steps
     seqs_per_step: int = 8  # sequences in a step, over all ranks and micro-steps
     micro_batch: int = 8  # sequences a rank computes at once, at most; lower it if memory runs out
+    optimizer: str = "adamw"  # adamw, or muon for the blocks' matrices and adamw for the rest
     lr: float = 1e-3  # peak learning rate
-    warmup_steps: int = 50  # steps of linear warmup; then linear decay
-    final_lr_frac: float = 0.0  # share of lr left at the last step
+    schedule: str = "linear"  # linear, cosine, or wsd: stable, then a linear decay
+    decay_frac: float = 0.2  # share of the steps that wsd decays in
+    warmup_steps: int = 50  # steps of linear warmup
+    final_lr_frac: float = 0.0  # share of the peak left at the last step
     weight_decay: float = 0.1  # on matrices only, not on biases and LayerNorms
     beta1: float = 0.9  # Adam's first moment
     beta2: float = 0.95  # Adam's second moment
@@ -61,7 +66,7 @@ class TrainConfig(ModelConfig):
     seed: int = 1337  # of the weights, the data order and dropout
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32, bfloat16 or float16 (with loss scaling); auto is bfloat16
-    # on a GPU, float32 elsewhere
+    # on a GPU, and on a CPU where a short measurement finds it faster; float32 elsewhere
     compile: bool = False  # torch.compile the blocks, where they are torch's (see kernels)
     recompute: bool = False  # keep only the blocks' inputs, and compute the rest again in backward
     shard: int = 0  # ranks that share one copy of masters and optimiser states, 0 = a machine's
@@ -80,6 +85,10 @@ class TrainConfig(ModelConfig):
             require(self, name, getattr(self, name) >= 0, "at least 0")
         require(self, "lr", self.lr > 0, "a positive number")
         require(self, "dtype", self.dtype in ("auto", *DTYPES), f"auto, {', '.join(DTYPES)}")
+        require(self, "optimizer", self.optimizer in ("adamw", "muon"), "adamw or muon")
+        known = self.schedule in ("linear", "cosine", "wsd")
+        require(self, "schedule", known, "linear, cosine or wsd")
+        require(self, "decay_frac", 0 < self.decay_frac <= 1, "more than 0, at most 1")
         require(self, "device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
 
     @property
@@ -88,20 +97,26 @@ class TrainConfig(ModelConfig):
 
 
 def get_lr(step: int, c: TrainConfig) -> float:
-    """Warm up linearly to c.lr over warmup_steps, then decay linearly to final_lr_frac of it."""
+    """Warm up linearly to c.lr over warmup_steps, then decay to final_lr_frac of it."""
     if step < c.warmup_steps:
         return c.lr * (step + 1) / c.warmup_steps
-    left = (c.max_steps - step) / max(1, c.max_steps - c.warmup_steps)
+    decay_steps = c.max_steps - c.warmup_steps
+    if c.schedule == "wsd":
+        decay_steps = min(decay_steps, round(c.decay_frac * c.max_steps))
+    left = min(1.0, (c.max_steps - step) / max(1, decay_steps))
+    if c.schedule == "cosine":
+        left = 0.5 - 0.5 * math.cos(math.pi * left)
     return c.lr * (c.final_lr_frac + (1 - c.final_lr_frac) * left)
 
 
-def make_optimizer(model: Phi, c: TrainConfig) -> torch.optim.AdamW:
-    """Make an AdamW that decays matrices (embedding too), and no biases and LayerNorms."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    no_decay = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decay, "weight_decay": c.weight_decay},
-              {"params": no_decay, "weight_decay": 0.0}]  # fmt: skip
-    return torch.optim.AdamW(groups, c.lr, (c.beta1, c.beta2), c.adam_eps, fused=True)
+def make_optimizer(model: Phi, c: TrainConfig) -> torch.optim.Optimizer:
+    """Make the optimiser. Matrices decay (embedding too), biases and LayerNorms do not."""
+    muon = c.optimizer == "muon"
+    rest = [p for n, p in model.named_parameters() if not (muon and n.endswith(("w_in", "w_out")))]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": c.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
+    adamw = torch.optim.AdamW(groups, c.lr, (c.beta1, c.beta2), c.adam_eps, fused=True)
+    return Muon(model.blocks, adamw, c.lr, c.weight_decay) if muon else adamw
 
 
 @torch.no_grad()
@@ -139,8 +154,8 @@ def open_data(c: TrainConfig) -> tuple[Tokenizer, Windows, Windows]:
             f"the tokenizer in {c.data} has {tokenizer.vocab_size} pieces, more than the model's "
             f"vocab_size {c.vocab_size}"
         )
-    shards = (c.seq_len, tokenizer.vocab_size, tokenizer.fingerprint)
-    return tokenizer, Windows(c.data, "train", *shards), Windows(c.data, "val", *shards)
+    train, val = (Windows(c.data, s, c.seq_len, tokenizer, c.seed) for s in ("train", "val"))
+    return tokenizer, train, val
 
 
 def load_init(model: Phi, c: TrainConfig, tokenizer: Tokenizer) -> Path | None:
@@ -150,6 +165,10 @@ def load_init(model: Phi, c: TrainConfig, tokenizer: Tokenizer) -> Path | None:
     folder = checkpoint.find(c.init_from)
     if checkpoint.read_meta(folder)["tokenizer"] != tokenizer.fingerprint:
         raise UserError(f"{folder} was trained with another tokenizer than {c.data}")
+    trained = checkpoint.read_meta(folder)["model"]
+    for name in ("n_head", "rotary_dim", "qk_norm"):  # of which no weight's shape tells
+        if (was := trained.get(name, getattr(ModelConfig, name))) != getattr(c, name):
+            raise UserError(f"{folder} has {name} = {was}; train with --{name}={was}")
     checkpoint.load_weights(model, folder)
     return folder
 
@@ -158,7 +177,7 @@ def banner(c: TrainConfig, resolved: dict, where: str, windows: Windows) -> str:
     """Say what will be trained: the options that are not defaults, size, place, work."""
     r, tokens_per_step = resolved, c.seqs_per_step * c.seq_len
     return "".join(f"  {key} = {value}\n" for key, value in differences(c).items()) + (
-        f"{r['parameters']:,} parameters in {r['compute_dtype']} on {r['world_size']} x {where}; "
+        f"{r['parameters']:,} parameters on {r['world_size']} x {where}; "
         f"{c.max_steps:,} steps x {tokens_per_step:,} tokens = "
         f"{c.max_steps * c.seqs_per_step / len(windows):.2f} epochs of {windows.tokens:,}\n"
         f"{flops_per_token(c.model) / 1e6:,.1f} MFLOP a token, causal; MFU is of {r['roof']}"
@@ -167,17 +186,24 @@ def banner(c: TrainConfig, resolved: dict, where: str, windows: Windows) -> str:
 
 def main() -> None:
     c = parse(TrainConfig, toml=True)
-    ranks, dtype = distributed.start(c.device, c.dtype, c.threads, c.timeout_s)
+    before = runlog.dtype_before(c.out) if c.dtype == "auto" else None
+
+    def choose_dtype(device: torch.device) -> tuple[str, str]:
+        if before:
+            return before, "as before"
+        return select_dtype(c.model, c.dtype, device, c.micro_batch)
+
+    ranks, dtype, why = distributed.start(c.device, c.threads, c.timeout_s, choose_dtype)
     device = ranks.device
 
     tokenizer, windows, val = open_data(c)
     end_of_text = tokenizer.end_of_text if c.doc_mask else None
-    loader = Loader(windows, c.seqs_per_step, c.micro_batch, c.seed, ranks.rank, ranks.world_size,
-                    device, end_of_text)  # fmt: skip
+    loader = Loader(windows, c.seqs_per_step, c.micro_batch, ranks.rank, ranks.world_size, device,
+                    end_of_text)  # fmt: skip
     tokens_per_step = c.seqs_per_step * c.seq_len
 
     # Model and optimizer.
-    kernels, why = select_kernels(c.model, device)
+    kernels, why_kernels = select_kernels(c.model, device)
     torch.manual_seed(c.seed)
     model = Phi(c.model, kernels == "triton", c.recompute)
     init_from = load_init(model, c, tokenizer)
@@ -198,7 +224,8 @@ def main() -> None:
         "world_size": ranks.world_size, "compute_dtype": str(dtype)[6:], "kernels_used": kernels,
         "parameters": parameters, "roof": roof_name} | runlog.environment()  # fmt: skip
     log = runlog.RunLog(c, ranks, resolved)
-    log.say(banner(c, resolved, f"{device.type}, kernels: {kernels} ({why})", windows))
+    computed = f"{resolved['compute_dtype']} ({why}), kernels: {kernels} ({why_kernels})"
+    log.say(banner(c, resolved, f"{device.type} in {computed}", windows))
     saving, talking = (distributed.cpu_group(c.timeout_s) for _ in range(2))
     saver = checkpoint.Saver(c.out, ranks.rank, saving, c.keep, c.keep_every)
     signals = distributed.Signals(talking)

@@ -8,6 +8,7 @@ fp32 weights is not wrapped; one process in half precision is a mesh of one.
 Nothing here waits for the device: the fused AdamW kernel itself unscales, clips and skips.
 """
 
+import ctypes
 import datetime
 import os
 import signal
@@ -53,16 +54,18 @@ class Ranks:
         return answer[0]
 
 
-def start(device: str, dtype: str, threads: int, timeout_s: int) -> tuple[Ranks, torch.dtype]:
+def start(
+    device: str, threads: int, timeout_s: int, choose_dtype: Callable
+) -> tuple[Ranks, torch.dtype, str]:
     """Find this process's place, device and compute dtype; join the other ranks if there are any.
 
-    A single process in half precision joins a group of its own: see shard_model.
+    `choose_dtype(device)` returns a dtype's name, and why, both of which are returned. A single
+    process in half precision joins a group of its own: see shard_model.
     """
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
                 "TORCHELASTIC_RESTART_COUNT": 0}  # fmt: skip
     env = {name: int(os.environ.get(name, default)) for name, default in defaults.items()}
     use_cuda = device != "cpu" and torch.cuda.is_available()
-    dtype = DTYPES[("bfloat16" if use_cuda else "float32") if dtype == "auto" else dtype]
     if device == "cuda" and not use_cuda:
         raise UserError("device is cuda, but torch sees no GPU; use --device=cpu")
     place = torch.device("cuda", env["LOCAL_RANK"]) if use_cuda else torch.device("cpu")
@@ -72,12 +75,22 @@ def start(device: str, dtype: str, threads: int, timeout_s: int) -> tuple[Ranks,
         torch.set_float32_matmul_precision("high")
     else:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+        keep_freed_memory()
     backend, timeout = "nccl" if use_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
     if ranks.world_size > 1:
         dist.init_process_group(backend, timeout=timeout)
-    elif dtype != torch.float32:
+    name, why = ranks.from_first(lambda: choose_dtype(ranks.device))
+    if ranks.world_size == 1 and name != "float32":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return ranks, dtype
+    return ranks, DTYPES[name], why
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: the next step asks for it again, and page faults take time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt:
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping, to be unmapped, for a large tensor
 
 
 def cpu_group(timeout_s: int) -> dist.ProcessGroup | None:

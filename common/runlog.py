@@ -21,7 +21,7 @@ from common import checkpoint
 from common.code import code_hash
 from common.config import UserError
 from common.distributed import lost_rank
-from common.files import write_json
+from common.files import read_json, write_json
 
 # Dense bf16/fp16 peak in FLOP/s (NVIDIA's data sheets), by a word of the device's name.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
@@ -236,6 +236,11 @@ def open_run(c, mine: dict, resume: bool) -> Path | None:
             f"({len(changed)} changed); name another --out, or --restart"
         )
     return checkpoint.newest_good(c.out)
+
+
+def dtype_before(run: Path) -> str | None:
+    """Return the dtype in which a run has computed so far, None if there is no run."""
+    return (read_json(run / "config.json", strict=False) or {}).get("compute_dtype")
 
 
 def run_identity(c, tokenizer, windows, init_from: Path | None) -> dict:

@@ -1,15 +1,15 @@
 """Read batches from token shards: what step k sees is a pure function of k.
 
-Shards are cut into windows of seq_len + 1 tokens at stride seq_len (a shard's last, incomplete one
-is dropped). Sequence g of a run, counted over all steps and ranks, is window `permute(g mod n)` of
-epoch `g div n`. Resuming at step k, or with other ranks, needs no state: start at sequence
-k * seqs_per_step.
+Each pass over the training documents joins them in a new random order, and cuts them into windows
+of seq_len + 1 tokens at stride seq_len (the last, incomplete one is dropped). Sequence g of a run,
+counted over all steps and ranks, is window `permute(g mod n)` of epoch `g div n`. Resuming at step
+k, or with other ranks, needs no state: start at sequence k * seqs_per_step.
 
-A folder with a mixture.json (data.pack) holds several sources, each with the number of epochs that
-a pass over the whole sees of it; where a pass ends within a source, the next one goes on there.
+A folder with a mixture.json (data.pack) holds several sources, each with the number of passes over
+it in an epoch of the whole; where an epoch ends within a source, the next one goes on there.
 
-Shards are memory-mapped. Reading a window compares its CRC-32 with that of the verified shard, and
-the file's size: under the map of a file cut short, reading ends in SIGBUS.
+Shards are memory-mapped. Reading a document compares its CRC-32 with that of the verified shard,
+and the file's size: under the map of a file cut short, reading ends in SIGBUS.
 """
 
 import itertools
@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ import torch
 
 from common.config import UserError
 from data.shards import HEADER_BYTES, MIXTURE, open_shard, read_header
+from tokenizer import Tokenizer
 
 PREFETCH = 4  # micro-batches made ahead of the one in use
 ORDER = 4096  # sequences whose places are computed at once: numpy takes a millisecond for a few too
@@ -37,32 +39,40 @@ ROUNDS = 4  # of the Feistel network; 4 give a permutation indistinguishable fro
 class Windows:
     """The windows of `folder/{split}_*.bin`; indexed by an int array [n], gives uint16 [n, T+1]."""
 
-    def __init__(self, folder: Path, split: str, seq_len: int, vocab_size: int, fingerprint: str):
+    def __init__(self, folder: Path, split: str, seq_len: int, tokenizer: Tokenizer, seed: int):
         files = sorted(Path(folder).glob(f"{split}_*.bin"))
         if not files:
             raise UserError(f"no {split}_*.bin in {folder}; make token shards with data.pack")
-        self.seq_len, self.files = seq_len, files
-        self.shards = [open_shard(file, vocab_size, fingerprint) for file in files]
-        windows = [(len(shard) - 1) // seq_len for shard in self.shards]
-        self.first = np.cumsum([0, *windows])  # window of each shard
-        self.crcs = np.array([zlib.crc32(shard[i * seq_len : (i + 1) * seq_len + 1].data)
-                              for shard, n in zip(self.shards, windows)
-                              for i in range(n)], np.uint32)  # fmt: skip
+        self.seq_len, self.files, self.split, self.seed = seq_len, files, split, seed
+        made_by = tokenizer.vocab_size, tokenizer.fingerprint
+        self.shards = [open_shard(file, *made_by).view(np.ndarray) for file in files]  # faster
         self.handles = [os.open(file, os.O_RDONLY) for file in files]
         headers = b"".join(read_header(f).tobytes() for f in files)
         self.checksum = f"{zlib.crc32(headers):08x}"  # headers hold each shard's own checksum
-        # Of each source: its first shard, then its first window, windows, and windows in a pass.
+        documents = []  # of each: its shard, its start there, its tokens, their CRC-32
+        for i, shard in enumerate(self.shards):
+            start = np.union1d(0, np.flatnonzero(shard == tokenizer.end_of_text))
+            length = np.diff(start, append=len(shard))
+            parts = (shard[a : a + n].data for a, n in zip(start.tolist(), length.tolist()))
+            crc = np.fromiter(map(zlib.crc32, parts), np.int64, len(start))
+            documents.append([np.full_like(start, i), start, length, crc])
+        self.shard, self.start, self.length, self.crc = np.concatenate(documents, axis=1)
+        # Of each source: its first document, its first window, and its windows in an epoch.
         shard, epochs = self._mixture(Path(folder), split, [f.name for f in files])
-        tokens = [sum(map(len, self.shards[a:b])) for a, b in itertools.pairwise(shard)]
-        self.source_first, self.source_windows = self.first[shard[:-1]], np.diff(self.first[shard])
-        self.in_pass = np.rint(self.source_windows * epochs).astype(np.int64)
-        self.tokens = round(sum(n * e for n, e in zip(tokens, epochs)))  # of a pass
-        if self.in_pass.min() == 0:
-            n = tokens[int(self.in_pass.argmin())]
+        self.first_document = np.searchsorted(self.shard, shard)
+        tokens = np.diff(np.cumsum([0, *self.length])[self.first_document])
+        windows = np.maximum(tokens - 1, 0) // seq_len
+        self.first = np.cumsum([0, *windows])
+        self.in_epoch = np.rint(windows * epochs).astype(np.int64)
+        self.tokens = round(float(tokens @ epochs))  # of an epoch
+        if self.in_epoch.min() == 0:
+            n = tokens[self.in_epoch.argmin()]
             raise UserError(
                 f"{folder}: the {split} split has {n:,} tokens, fewer than one sequence "
                 f"of {seq_len:,} + 1; add documents or lower seq_len"
             )
+        passes = -(-self.in_epoch // windows) + 2  # that are in use near an epoch's end
+        self.documents = lru_cache(int(passes.sum()))(self._documents)
 
     def _mixture(self, folder: Path, split: str, files: list[str]) -> tuple[list[int], list[float]]:
         """Return the first shard of each source, then the number of shards; and the epochs."""
@@ -82,34 +92,59 @@ class Windows:
         shards = [0, *itertools.accumulate(map(len, named))]
         return shards, epochs
 
-    def __len__(self) -> int:
-        return int(self.in_pass.sum())
+    def _documents(self, source: int, passed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a source's documents in the order of one pass, and where each ends in it."""
+        a, b = self.first_document[source : source + 2].tolist()
+        i = np.arange(b - a)
+        if self.split == "train":
+            i = permute(i, b - a, self.seed + 1 + source, passed)
+        return a + i, np.cumsum(self.length[a + i])
 
-    def order(self, g: np.ndarray, seed: int) -> np.ndarray:
-        """Return the window of each sequence of a run, int64 like `g`."""
+    def __len__(self) -> int:
+        return int(self.in_epoch.sum())
+
+    def order(self, g: np.ndarray) -> np.ndarray:
+        """Return the window of each sequence of a run, int64 like `g`.
+
+        Where a pass over a source is `passed`, its windows' numbers are larger by `passed` times
+        the number of all sources' windows.
+        """
         epoch, n = g // len(self), len(self)
-        place = permute(g % n, n, seed, epoch)
-        ends = np.cumsum(self.in_pass)
+        place = permute(g % n, n, self.seed, epoch)
+        ends = np.cumsum(self.in_epoch)
         source = np.searchsorted(ends, place, side="right")
-        in_source = place - (ends - self.in_pass)[source]
-        seen = epoch * self.in_pass[source] + in_source  # of this source, in this and other passes
-        return self.source_first[source] + seen % self.source_windows[source]
+        in_source = place - (ends - self.in_epoch)[source]
+        seen = epoch * self.in_epoch[source] + in_source  # of this source, in all passes
+        passed, window = np.divmod(seen, np.diff(self.first)[source])
+        return passed * self.first[-1] + self.first[source] + window
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
         out = np.empty((len(index), self.seq_len + 1), np.uint16)
-        for row, i in zip(out, index.tolist()):
-            shard = int(np.searchsorted(self.first, i, side="right")) - 1
-            start = self.seq_len * (i - int(self.first[shard]))
-            whole = HEADER_BYTES + 2 * len(self.shards[shard])
-            if os.fstat(self.handles[shard]).st_size == whole:
-                row[:] = self.shards[shard][start : start + self.seq_len + 1]
-                if zlib.crc32(row.data) == self.crcs[i]:
-                    continue
-            raise UserError(
-                f"{self.files[shard]} was damaged while it was in use (window {i}, token "
-                f"{start:,}); make it again with data.pack, and --resume"
-            )
+        for row, i in zip(out, index):
+            passed, i = divmod(i, self.first[-1])
+            source = np.searchsorted(self.first, i, side="right") - 1
+            documents, ends = self.documents(int(source), int(passed))
+            start = self.seq_len * (i - self.first[source])
+            d = np.searchsorted(ends, start, side="right")
+            skip, filled = start - ends[d] + self.length[documents[d]], 0
+            while filled < len(row):
+                part = self._read(documents[d])[skip : skip + len(row) - filled]
+                row[filled : filled + len(part)] = part
+                d, skip, filled = d + 1, 0, filled + len(part)
         return out
+
+    def _read(self, document: int) -> np.ndarray:
+        """Return a document's tokens. Raises UserError if they are no longer those verified."""
+        shard, start, n = self.shard[document], self.start[document], self.length[document]
+        whole = HEADER_BYTES + 2 * len(self.shards[shard])
+        if os.fstat(self.handles[shard]).st_size == whole:
+            tokens = np.array(self.shards[shard][start : start + n])
+            if zlib.crc32(tokens.data) == self.crc[document]:
+                return tokens
+        raise UserError(
+            f"{self.files[shard]} was damaged while it was in use (token {start:,} or later); "
+            "make it again with data.pack, and --resume"
+        )
 
 
 @dataclass
@@ -119,7 +154,6 @@ class Loader:
     windows: Windows
     seqs_per_step: int
     micro_batch: int
-    seed: int
     rank: int
     world_size: int
     device: torch.device
@@ -143,7 +177,7 @@ class Loader:
         if not 0 <= i <= len(self.order) - self.micro_batch:
             self.order_from, i = self.order_from + i, 0
             g = self.order_from + np.arange(max(ORDER, self.micro_batch))
-            self.order = self.windows.order(g, self.seed)
+            self.order = self.windows.order(g)
         return self.order[i : i + self.micro_batch]
 
     def stream(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ second. A test may give a function that is called in each rank before training, 
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import time
@@ -15,6 +16,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+
+from common import checkpoint
 
 TIMES = {"tokens_per_s", "mfu", "loader_wait_frac", "memory_gib", "seconds"}
 ROOT = Path(__file__).parents[1]
@@ -102,3 +105,12 @@ def curve(run: Path) -> list[dict]:
     """What a run logged that must be repeatable: everything but times and memory."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+
+
+def back_to(run, step, copy):
+    """A copy of a finished run as it was when it had saved `step` (and logged more)."""
+    shutil.copytree(run, copy)
+    for later in checkpoint.steps(copy):
+        if later > step:
+            shutil.rmtree(copy / f"checkpoints/step-{later:08d}")
+    return copy

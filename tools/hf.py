@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from common import checkpoint
 from common.config import UserError, parse, run
 from common.files import new_folder, read_json, write_json
-from model import ModelConfig, Phi, load_model, parameter_count
+from model import QK_NORM, ModelConfig, Phi, load_model, parameter_count
 from tokenizer import END_OF_TEXT, JSON_FILE, MODEL_FILE, Tokenizer
 from tokenizer.to_json import to_json
 
 WEIGHTS_FILE = "model.safetensors"
+QK_NORMS = "self_attn.q_layernorm", "self_attn.k_layernorm"  # trained there, constant here
 # ModelConfig's fields by their names in config.json; the two have the same defaults, phi-1's.
 NAMES = {
     "vocab_size": "vocab_size",
@@ -37,6 +38,7 @@ NAMES = {
     "num_attention_heads": "n_head",
     "hidden_size": "width",
     "intermediate_size": "mlp_width",
+    "qk_layernorm": "qk_norm",
 }
 # What model.py does in one way only; an absent key means the first value, as in PhiConfig.
 FIXED = {
@@ -44,7 +46,6 @@ FIXED = {
     "hidden_act": ("gelu_new", "gelu_pytorch_tanh"),  # two names of tanh-GELU
     "layer_norm_eps": (1e-5,),
     "tie_word_embeddings": (False,),
-    "qk_layernorm": (False,),
     "embd_pdrop": (0.0,),
     "rope_scaling": (None,),
     "quantization_config": (None,),
@@ -149,6 +150,10 @@ def parts(model: Phi) -> dict[str, torch.Tensor]:
         for kind, packed in (("weight", block.w_in), ("bias", block.b_in)):
             for name, part in zip(inward, packed.split([C, C, C, M])):
                 tensors[f"{name}.{kind}"] = part
+            if model.c.qk_norm:
+                constant = torch.full((model.c.head_dim,), QK_NORM if kind == "weight" else 0.0)
+                for name in QK_NORMS:
+                    tensors[f"{name}.{kind}"] = constant.clone()
         named |= {f"model.layers.{i}.{name}": part for name, part in tensors.items()}
     return named
 
@@ -177,6 +182,8 @@ def load(model: Phi, folder: Path) -> None:
         got, want = list(tensor.shape), list(part.shape)
         if got != want:
             raise UserError(f"{folder}: {name} is {got}, and config.json makes it {want}")
+        if any(norm in name for norm in QK_NORMS) and not tensor.equal(part):
+            raise UserError(f"{folder}: {name} is not {part[0]:g}, as in every model of ours")
         part.copy_(tensor)
 
 

@@ -93,6 +93,13 @@ def test_dropout_only_in_training():
     assert (model.eval()(idx) == model(idx)).all()
 
 
+def test_starting_at_the_identity():
+    """With zero_init a model starts as its embedding, last LayerNorm and head."""
+    model = Phi(dataclasses.replace(ODD, zero_init=True))
+    idx = torch.randint(ODD.vocab_size, (2, 12))
+    assert model(idx).equal(model.head(model.ln_f(model.embed(idx))))
+
+
 @pytest.mark.parametrize("change", ["n_head=4", "rotary_dim=5", "rotary_dim=16", "dropout=1",
                                     "n_layer=0", "kernels=cuda"])  # fmt: skip
 def test_impossible_shapes(change):

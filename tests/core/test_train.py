@@ -6,8 +6,9 @@ import types
 import pytest
 import torch
 from conftest import read_metrics
-from ranks import Run, curve, status
+from ranks import Run, back_to, curve, status
 
+import model
 from common import checkpoint, distributed
 from common.config import parse
 from common.runlog import RunLog
@@ -30,7 +31,7 @@ def reference(tiny, tokens, tmp_path_factory):
     return out
 
 
-GOLDEN = [6.2279, 6.1711, 6.1049, 6.0833, 6.0442, 6.0535]  # of the reference run
+GOLDEN = [6.2176, 6.1986, 6.1256, 6.0949, 6.0427, 6.0347]  # of the reference run
 LIKE_PHI1_SMALL = ["--seq_len=256", "--n_layer=4", "--n_head=16", "--width=1024",
                    "--mlp_width=4096", "--rotary_dim=32"]  # fmt: skip
 
@@ -55,8 +56,11 @@ def test_learns_and_keeps_the_best(reference):
     ("device", "dtype", "shape"),
     [
         ("cpu", "float32", ["--lr=0.01"]),
+        ("cpu", "float32", ["--lr=0.01", "--optimizer=muon"]),
         ("cpu", "bfloat16", ["--width=64", "--lr=0.01"]),
         pytest.param("cuda", "bfloat16", LIKE_PHI1_SMALL, marks=pytest.mark.gpu),
+        pytest.param("cuda", "bfloat16", [*LIKE_PHI1_SMALL, "--optimizer=muon"],
+                     marks=pytest.mark.gpu),
         pytest.param("cuda", "float16", LIKE_PHI1_SMALL, marks=pytest.mark.gpu),
     ],
 )
@@ -78,13 +82,44 @@ def test_resume_is_bitwise(tiny, tokens, tmp_path, record_property, device, dtyp
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
-def test_two_ranks_see_the_same_as_one(tiny, tokens, tmp_path, dtype, tolerance):
+def plant_a_cpu_that_is_fast_in_bfloat16(_rank: int) -> None:
+    """Its clock goes by a second in a float32 step, and by half of one in a bfloat16 step."""
+    clock, forward = [0.0], model.Phi.forward
+
+    def timed(self, *args, **kwargs):
+        clock[0] += 0.5 if self.embed.weight.dtype == torch.bfloat16 else 1.0
+        return forward(self, *args, **kwargs)
+
+    model.Phi.forward = timed
+    model.time = types.SimpleNamespace(perf_counter=lambda: clock[0])
+    torch.cpu.get_capabilities = lambda: {"amx_bf16": True}
+
+
+def test_the_dtype_that_is_measured_stays(tiny, tokens, tmp_path):
+    flags = [*tiny, f"--data={tokens}", "--eval_interval=2"]
+    said = Run(tmp_path / "run", [*flags, "--max_steps=2"]).finish()
+    assert "in float32 (this CPU does not multiply in bfloat16)" in said
+    plant = plant_a_cpu_that_is_fast_in_bfloat16
+    said = Run(tmp_path / "fast", [*flags, "--max_steps=4"], plant=plant).finish()
+    assert "in bfloat16 (bfloat16 takes 0.50 of float32's time here)" in said
+    back_to(tmp_path / "fast", 2, tmp_path / "resumed")
+    said = Run(tmp_path / "resumed", [*flags, "--max_steps=4", "--resume"]).finish()
+    assert "in bfloat16 (as before)" in said
+    assert curve(tmp_path / "resumed") == curve(tmp_path / "fast")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "optimizer", "dtype", "tolerance"),
+    [(2, "adamw", "float32", 1e-5), (2, "adamw", "float16", 2e-3), (4, "muon", "float32", 1e-5),
+     (2, "muon", "float16", 2e-3)],
+)  # fmt: skip
+def test_ranks_see_the_same_as_one(tiny, tokens, tmp_path, ranks, optimizer, dtype, tolerance):
     flags = ["--max_steps=6", "--eval_interval=3", "--log_interval=1", "--grad_clip=0",
-             f"--dtype={dtype}"]  # fmt: skip
-    for ranks in (1, 2):
-        train(tiny, tokens, tmp_path / str(ranks), *flags, ranks=ranks)
-    for a, b in zip(curve(tmp_path / "1"), curve(tmp_path / "2"), strict=True):
+             "--micro_batch=1", "--n_layer=3", "--lr=0.01", "--warmup_steps=1",
+             f"--optimizer={optimizer}", f"--dtype={dtype}"]  # fmt: skip
+    train(tiny, tokens, tmp_path / "1", *flags)
+    train(tiny, tokens, tmp_path / "all", *flags, ranks=ranks)
+    for a, b in zip(curve(tmp_path / "1"), curve(tmp_path / "all"), strict=True):
         assert a == pytest.approx(b, rel=tolerance)
 
 
@@ -136,9 +171,10 @@ def test_bad_input(tiny, tokens, tmp_path, in_process, flag, message):
 
 
 def test_another_shape_and_another_tokenizer(tiny, tokens, reference, tmp_path):
-    said = train(tiny, tokens, tmp_path / "a", f"--init_from={reference}", "--mlp_width=48",
-                 ok=False)  # fmt: skip
-    assert "holds another model: size mismatch for blocks.0." in said
+    for flag, why in (("--mlp_width=48", "holds another model: size mismatch for blocks.0."),
+                      ("--qk_norm=true", "has qk_norm = False")):  # fmt: skip
+        said = train(tiny, tokens, tmp_path / "a", f"--init_from={reference}", flag, ok=False)
+        assert why in said
     other = tmp_path / "other"
     shutil.copytree(checkpoint.find(reference), other)
     (other / "meta.json").write_text('{"tokenizer": "another"}')
@@ -154,12 +190,16 @@ def test_gradients_that_stay_not_finite_stop_the_run(tiny, tokens, tmp_path):
     assert status(tmp_path / "run")["status"] == "failed"
 
 
-def test_get_lr():
-    c = TrainConfig(lr=1.0, warmup_steps=4, max_steps=14, final_lr_frac=0.1)
-    assert [get_lr(s, c) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert get_lr(4, c) == 1.0
-    assert get_lr(9, c) == pytest.approx(0.55)
-    assert get_lr(14, c) == pytest.approx(0.1)
+@pytest.mark.parametrize(
+    ("schedule", "at_9", "at_12"),
+    [("linear", 0.55, 0.28), ("cosine", 0.55, 0.1859), ("wsd", 1, 0.46)],
+)
+def test_get_lr(schedule, at_9, at_12):
+    c = TrainConfig(lr=1.0, schedule=schedule, decay_frac=5 / 14, warmup_steps=4, max_steps=14,
+                    final_lr_frac=0.1)  # fmt: skip
+    assert [get_lr(s, c) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    got = [get_lr(s, c) for s in (9, 12, 14)]
+    assert got == pytest.approx([at_9, at_12, 0.1], abs=1e-4)
 
 
 def test_decay_groups():
@@ -182,7 +222,7 @@ def test_paper_presets():
 
 def test_where_things_are_kept_changes_nothing(tiny, tokens, tmp_path):
     flags = ["--max_steps=4", "--eval_interval=4", "--log_interval=1", "--dropout=0.1",
-             "--micro_batch=1"]  # fmt: skip
+             "--micro_batch=1", "--optimizer=muon"]  # fmt: skip
     plain, regathered, replicas = (tmp_path / name for name in ("plain", "regathered", "replicas"))
     train(tiny, tokens, plain, *flags, ranks=2)
     train(tiny, tokens, regathered, *flags, "--recompute", "--regather", ranks=2)

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,20 +9,20 @@ from common.config import UserError
 from data.loader import Loader, Windows, arguments, permute
 from data.shards import write_shard
 
-FINGERPRINT = "0123456789abcdef" * 2
-T = 8
+T, END = 8, 499
+TOKENIZER = SimpleNamespace(fingerprint="0123456789abcdef" * 2, vocab_size=500, end_of_text=END)
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Two shards of consecutive numbers, so that a window shows where it came from."""
-    write_shard(tmp_path / "train_00000.bin", [np.arange(100)], 500, 1, FINGERPRINT)
-    write_shard(tmp_path / "train_00001.bin", [np.arange(200, 261)], 500, 1, FINGERPRINT)
+    write_shard(tmp_path / "train_00000.bin", [np.arange(100)], 500, 1, TOKENIZER.fingerprint)
+    write_shard(tmp_path / "train_00001.bin", [np.arange(200, 261)], 500, 1, TOKENIZER.fingerprint)
     return tmp_path
 
 
-def windows(folder):
-    return Windows(folder, "train", T, 500, FINGERPRINT)
+def windows(folder, seed=0, split="train"):
+    return Windows(folder, split, T, TOKENIZER, seed)
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 64, 1000, 4097])
@@ -33,20 +34,34 @@ def test_permute_is_a_permutation(n):
     assert n < 1000 or all((drawn[0] == other).sum() < 10 for other in drawn[1:])  # 1 by chance
 
 
-def test_windows_overlap_by_one_token_and_stay_in_their_shard(folder):
-    w = windows(folder)
-    assert len(w) == (100 - 1) // T + (61 - 1) // T
-    rows = w[np.arange(len(w))]
+def joined(w, passed=0):
+    """What a pass reads, as one text: windows overlap by one token."""
+    rows = w[passed * len(w) + np.arange(len(w))]
     assert rows.shape == (len(w), T + 1)
-    assert (np.diff(rows, axis=1) == 1).all()  # no window crosses from one shard to the next
-    assert rows[0, -1] == rows[1, 0]
+    assert (rows[:-1, -1] == rows[1:, 0]).all()
+    return [*rows[:, :-1].flatten().tolist(), int(rows[-1, -1])]
+
+
+def test_a_pass_joins_the_documents_in_an_order_of_its_own(tmp_path):
+    lengths = [3, 9, 1, 0, 7, 9, 2, 2]  # 41 tokens with those before them: five windows, none cut
+    documents = [[END, *range(10 * i, 10 * i + n)] for i, n in enumerate(lengths)]
+    for split in ("train", "val"):
+        for i, part in enumerate((documents[:3], documents[3:])):
+            file = tmp_path / f"{split}_0000{i}.bin"
+            write_shard(file, list(map(np.array, part)), 500, len(part), TOKENIZER.fingerprint)
+    assert joined(windows(tmp_path, split="val")) == [t for d in documents for t in d]
+    texts = [joined(windows(tmp_path, seed), passed) for seed in (0, 1) for passed in range(20)]
+    for text in texts:
+        found = [[END, *map(int, d.split())] for d in " ".join(map(str, text)).split(str(END))[1:]]
+        assert sorted(found) == sorted(documents)
+    assert len(set(map(tuple, texts))) > 35
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (1, 1), (2, 4), (2, 2), (8, 1)])
 def test_a_step_sees_the_same_for_any_ranks(folder, world_size, micro_batch):
     w = windows(folder)
-    whole = Loader(w, 8, 8, 3, 0, 1, torch.device("cpu"))
-    ranks = [Loader(w, 8, micro_batch, 3, r, world_size, torch.device("cpu"))
+    whole = Loader(w, 8, 8, 0, 1, torch.device("cpu"))
+    ranks = [Loader(w, 8, micro_batch, r, world_size, torch.device("cpu"))
              for r in range(world_size)]  # fmt: skip
     for step in (0, 1, 7):
         parts = [r.sequences(step, m) for m in range(ranks[0].micro_steps) for r in ranks]
@@ -55,8 +70,8 @@ def test_a_step_sees_the_same_for_any_ranks(folder, world_size, micro_batch):
 
 def test_stream_resumes_where_it_would_have_been(folder):
     w = windows(folder)
-    loader = Loader(w, 4, 2, 0, 0, 1, torch.device("cpu"))
-    again = Loader(w, 4, 2, 0, 0, 1, torch.device("cpu"))
+    loader = Loader(w, 4, 2, 0, 1, torch.device("cpu"))
+    again = Loader(w, 4, 2, 0, 1, torch.device("cpu"))
     stream, resumed = loader.stream(0), again.stream(5)
     first = [next(stream) for _ in range(14)]
     assert first[0].keys() == {"idx", "targets"}
@@ -79,9 +94,8 @@ def test_every_change_to_a_shard_in_use_is_noticed(folder):
     w = windows(folder)
     every, file = np.arange(len(w)), folder / "train_00001.bin"
     whole = file.read_bytes()
-    used = 1024 + 2 * ((61 - 1) // T * T + 1)  # the rest of the shard is no window
-    flipped = [whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1 :] for i in range(1024, used)]
-    for content in [*flipped, b"", whole[:1026], whole[: used - 1]]:
+    flipped = [whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1 :] for i in range(1024, len(whole))]
+    for content in [*flipped, b"", whole[:1026], whole[:-1]]:
         file.write_bytes(content)
         with pytest.raises(UserError, match=r"train_00001\.bin was damaged while it was in use"):
             w[every]
@@ -89,9 +103,9 @@ def test_every_change_to_a_shard_in_use_is_noticed(folder):
 
 def test_clear_errors(folder):
     with pytest.raises(UserError, match=r"no val_\*\.bin"):
-        Windows(folder, "val", T, 500, FINGERPRINT)
+        windows(folder, split="val")
     with pytest.raises(UserError, match="fewer than one sequence"):
-        Windows(folder, "train", 4096, 500, FINGERPRINT)
+        Windows(folder, "train", 4096, TOKENIZER, 0)
     with pytest.raises(UserError, match="61 tokens, fewer than one sequence"):
         mixture(folder, 1, 0.01)
 
@@ -115,18 +129,21 @@ def test_a_mixture_goes_through_each_source_evenly(folder, a, b):
     assert mixed.tokens == round(100 * a + 61 * b)
     assert mixed.checksum != plain.checksum
     passes = 10
-    seen = mixed.order(np.arange(passes * len(mixed)), 0)
+    order = mixed.order(np.arange(passes * len(mixed)))
+    assert len(np.unique(order)) == len(order)  # each in another pass over its source
+    seen = order % sum(sizes)
     of_pass = seen.reshape(passes, -1)
     for n, in_b in zip(in_pass[::-1], (True, False)):
         assert (((of_pass >= sizes[0]) == in_b).sum(1) == n).all()
-    counts = np.bincount(seen, minlength=len(plain))
+    counts = np.bincount(seen, minlength=sum(sizes))
     for of, n, size in [(counts[: sizes[0]], in_pass[0], sizes[0]),
                         (counts[sizes[0] :], in_pass[1], sizes[1])]:  # fmt: skip
         assert of.sum() == passes * n
         assert of.max() - of.min() <= 1, size
     # In an order that is random, and the same for any part of it that is asked for.
-    np.testing.assert_array_equal(mixed.order(np.arange(30, 50), 0), seen[30:50])
-    assert (mixed.order(np.arange(len(mixed)), 1) != seen[: len(mixed)]).any()
+    np.testing.assert_array_equal(mixed.order(np.arange(30, 50)), order[30:50])
+    other = windows(folder, seed=1)
+    assert (other.order(np.arange(len(mixed))) != order[: len(mixed)]).any()
 
 
 BOTH = ["train_00000.bin", "train_00001.bin"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from common import checkpoint
 from common.config import UserError
@@ -23,7 +24,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 # no two sizes are equal, and 6 / 14 is no exact share of the head dim
 SHAPE = ModelConfig(vocab_size=512, seq_len=64, n_layer=2, n_head=3, width=42, mlp_width=50,
-                    rotary_dim=6, rope_theta=5000.0, dropout=0.25)  # fmt: skip
+                    rotary_dim=6, rope_theta=5000.0, dropout=0.25, qk_norm=True)  # fmt: skip
 PROMPTS = ["def append_0(", "", "    return y * append + 9\n", f"# {END_OF_TEXT}\u2581 é\n\tif a"]
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -214,6 +215,12 @@ def config(**settings):
     return change
 
 
+def train_a_norm(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.k_layernorm.weight"][3] = 1.3
+    save_file(weights, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (config(num_key_value_heads=1), "num_key_value_heads is 1, .* only have None or 3"),
     (config(partial_rotary_factor=0.5, rope_parameters={}), "rotary_dim is 7"),
@@ -224,6 +231,7 @@ def config(**settings):
     (config(num_hidden_layers=3), "model.layers.2.input_layernorm.bias is missing"),
     (config(num_hidden_layers=1), "model.layers.1.input_layernorm.bias has no place"),
     (lambda f: (f / "model.safetensors").write_bytes(b"x"), "cannot be read"),
+    (train_a_norm, "model.layers.1.self_attn.k_layernorm.weight is not 1.5"),
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
 ])  # fmt: skip
 def test_what_cannot_be_imported(exported, tmp_path, change, message):
