@@ -13,12 +13,12 @@ VENV   := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 # next to another busy program two spinning threads were 3 to 20 times slower (LOG.md, 2026-11-22).
 export GOMP_SPINCOUNT ?= 2000
 
-# The demo's sizes. A step is 512 tokens: first of filtered code, then of exercises or a control.
-RAW_MB         ?= 40
-EXERCISES      ?= 30000
+# The demo's sizes. A step is 1,024 tokens: first of filtered code, then of exercises or a control.
+RAW_MB         ?= 20
+EXERCISES      ?= 15000
 HELDOUT        ?= 500
-BASE_STEPS     ?= 400
-FINETUNE_STEPS ?= 3200
+BASE_STEPS     ?= 100
+FINETUNE_STEPS ?= 700
 # Where the model's programs run: the best sandbox there is. SANDBOX=C runs them with limits alone,
 # where there is neither bubblewrap nor Landlock; they come from a model trained on your own data.
 SANDBOX        ?= auto
