@@ -163,11 +163,11 @@ def load_init(model: Phi, c: TrainConfig, tokenizer: Tokenizer) -> Path | None:
     if not c.init_from:
         return None
     folder = checkpoint.find(c.init_from)
-    if checkpoint.read_meta(folder)["tokenizer"] != tokenizer.fingerprint:
+    meta = checkpoint.read_meta(folder)
+    if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(f"{folder} was trained with another tokenizer than {c.data}")
-    trained = checkpoint.read_meta(folder)["model"]
     for name in ("n_head", "rotary_dim", "qk_norm"):  # of which no weight's shape tells
-        if (was := trained.get(name, getattr(ModelConfig, name))) != getattr(c, name):
+        if (was := meta["model"].get(name, getattr(ModelConfig, name))) != getattr(c, name):
             raise UserError(f"{folder} has {name} = {was}; train with --{name}={was}")
     checkpoint.load_weights(model, folder)
     return folder

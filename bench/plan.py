@@ -94,7 +94,7 @@ def memory(c: Config, micro_batch: int) -> dict[str, int]:
         block_bwd = 4 * block + b * N * (7 * C + 3 * M)
     buffers = max(head_bwd, block_bwd + saved * c.recompute - logits)  # in the logits' place, too
     # Momenta and updates of a few blocks, and Gram matrices, when all else is gone.
-    muon = b * (6 * matrices + 2 * C * C)
+    muon = b * (6 * matrices + 2 * C * C) if matrices else 0
     weights = b * (2 * block + root if c.regather else P) * (b == 2)  # fp32: the masters
     buffers = max(buffers, muon - activations - logits - weights)
     on_their_way = (4 + b) * (block + root) * (c.gpus > 1)  # two units, gathered or reduced

@@ -17,6 +17,7 @@ import difflib
 import inspect
 import os
 import re
+import select
 import sys
 import tomllib
 import types
@@ -41,7 +42,12 @@ def run(main) -> None:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # head, say, has read enough; nothing is left to flush at exit
+    except BrokenPipeError:
+        stdout = select.poll()
+        stdout.register(sys.stdout.fileno(), 0)
+        if not stdout.poll(0):  # it was another pipe
+            raise
+        # What reads our output, such as head, has enough. Nothing is left to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:

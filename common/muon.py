@@ -34,7 +34,7 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     """Return about RMS sqrt(max(rows, cols)) U V^T for each x = U S V^T, fp32 [n, rows, cols].
 
     The iterations act on the Gram matrix, [cols, cols]; their product multiplies x at the end. In
-    bf16 that diverges, in TF32 it is closer to fp32 than bf16 iterations on x itself (LOG.md).
+    bf16 that diverges; in TF32, simulated, it is closer to fp32 than bf16 iterations on x (LOG.md).
     """
     _, rows, cols = x.shape
     if rows < cols:

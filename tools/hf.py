@@ -183,7 +183,10 @@ def load(model: Phi, folder: Path) -> None:
         if got != want:
             raise UserError(f"{folder}: {name} is {got}, and config.json makes it {want}")
         if any(norm in name for norm in QK_NORMS) and not tensor.equal(part):
-            raise UserError(f"{folder}: {name} is not {part[0]:g}, as in every model of ours")
+            raise UserError(
+                f"{folder}: {name} is not {part[0]:g} throughout, as this model's always is; "
+                "weights whose QK-norm was trained cannot be imported"
+            )
         part.copy_(tensor)
 
 

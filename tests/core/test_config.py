@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import train
-from common.config import UserError, _comments, differences, parse
+from common.config import UserError, _comments, differences, parse, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +117,14 @@ def test_a_reader_that_has_enough_ends_a_command_in_silence():
     ran = subprocess.run(["bash", "-c", f'{sys.executable} -c "{program}" | head -1'],
                          cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
     assert (ran.stdout, ran.stderr) == ("0\n", "")
+
+
+def test_another_broken_pipe_is_no_silent_end():
+    def main():
+        raise BrokenPipeError("a worker's")
+
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        run(main)
 
 
 def test_error_is_one_line_and_status_2(in_process):
