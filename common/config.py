@@ -29,6 +29,11 @@ class UserError(ValueError):
     """Something the user can mend: printed by `run` as one line (what, where, what to do)."""
 
 
+def printable(text: str) -> str:
+    """Escape what is no character to show: control characters, lone surrogates, ..."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def require(config, name: str, ok: bool, want: str) -> None:
     """Raise UserError unless `ok`, which says of the field `name` that it is as wanted."""
     if not ok:
@@ -36,11 +41,15 @@ def require(config, name: str, ok: bool, want: str) -> None:
 
 
 def run(main) -> None:
-    """Call `main()`; print a UserError as one line on stderr and exit with status 2."""
+    """Call `main()`; print a UserError as one line on stderr and exit with status 2.
+
+    What stdout's encoding lacks is escaped.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(str(e))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         stdout = select.poll()
@@ -140,9 +149,12 @@ def _convert(value, want, where: str):
     if want is int and (isinstance(value, float) or not re.fullmatch(r"[+-]?\d[\d_]*", str(value))):
         raise error
     try:
-        return want(value)
+        converted = want(value)
     except (TypeError, ValueError):
         raise error from None
+    if converted != converted:  # not a number, which no comparison would refuse
+        raise error
+    return converted
 
 
 def _comments(cls) -> dict[str, str]:

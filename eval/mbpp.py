@@ -2,8 +2,9 @@
 
 python -m eval.mbpp --problems mbpp.jsonl --checkpoint out/run/checkpoint --protocol docstring
 
-The file is mbpp.jsonl (500 test problems) or sanitized-mbpp.json (257). The literature prompts in
-two ways, and their scores differ, so each result names its own:
+The file is mbpp.jsonl (500 test problems), sanitized-mbpp.json (257), or EvalPlus's MBPP+ (all of
+its problems; in its own format or in MBPP's). The literature prompts in two ways, and their scores
+differ, so each result names its own:
     docstring   the task and its first test in a docstring; the model writes the code below
     three-shot  the paper's own: three solved tasks, then this one, code between [BEGIN] and [DONE]
 """
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError, parse, run
-from data.base.benchmarks import Mbpp, check_ids, read_mbpp
+from data.base.benchmarks import Mbpp, check_problems, read_mbpp, read_rows
+from eval import plus
 from eval.harness import Evaluation, Protocol, evaluate
 
 TEST_IDS = range(11, 511)  # Austin et al. 2021, arXiv 2108.07732
@@ -32,10 +34,16 @@ def main() -> None:
     config = parse(MbppEvaluation)
     if config.protocol not in STOP:
         raise UserError(f"--protocol {config.protocol!r}: want {' or '.join(STOP)}")
-    name, rows = read_mbpp(config.problems)
-    shots = three_shots(config.problems, rows) if config.protocol == "three-shot" else ""
-    problems = [problem(row, shots) for row in rows if row.id in TEST_IDS]
-    check_ids(config.problems, problems)
+    rows = read_rows(config.problems)
+    if any("plus_input" in row for row in rows):
+        name, problems = "MBPP+", plus.convert(rows)
+    else:
+        name, rows = read_mbpp(config.problems)
+        shots = three_shots(config.problems, rows) if config.protocol == "three-shot" else ""
+        problems = [problem(row, shots) for row in rows if row.plus or row.id in TEST_IDS]
+    if name == "MBPP+" and config.protocol != "docstring":
+        raise UserError(f"--protocol {config.protocol}: MBPP+ has its examples among its problems")
+    check_problems(config.problems, problems)
     evaluate(config, name, problems, Protocol(config.protocol, STOP[config.protocol], False))
 
 
@@ -44,8 +52,10 @@ def problem(row: Mbpp, shots: str) -> dict:
 
     With `shots`, its context is those and the task, else its prompt is a docstring.
     """
-    # The tests run before check() is defined: two of the references are called check, too.
-    tests = "\n".join([row.setup, *row.tests])
+    def tests(*parts: str) -> str:
+        # They run before check() is defined: two of the references are called check, too.
+        return "\n".join([row.imports, row.setup, *parts, "", "def check(_):", "    pass", ""])
+
     docstring = f'"""\n{row.text}\n{row.tests[0]}\n"""\n'  # as InCoder's (Fried 2022)
     return {
         "task_id": f"MBPP/{row.id}",
@@ -53,7 +63,9 @@ def problem(row: Mbpp, shots: str) -> dict:
         "prompt": "" if shots else docstring,
         "canonical_solution": row.code.rstrip() + "\n",
         "entry_point": row.entry_point,
-        "test": f"{tests}\n\ndef check(candidate):\n    pass\n",
+        "setup": row.imports,
+        "test": tests(*row.tests),
+        **({"plus_test": tests(row.plus)} if row.plus else {}),
     }
 
 

@@ -29,8 +29,6 @@ class Config(Evaluation):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.samples:
-            raise UserError("--samples were made for other prompts; give --checkpoint")
         for name in self.only:
             if name not in PERTURBATIONS:
                 raise UserError(f"--only {name}: want one of {', '.join(PERTURBATIONS)}")

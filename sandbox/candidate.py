@@ -2,9 +2,9 @@
 
 supervise.py starts `python -m sandbox.candidate TIER UID MEMORY_MB`, in tier A within bubblewrap.
 Stdin is a socket: a message with a descriptor attached starts a candidate that speaks through it;
-the next message, a number, ends it after so many seconds and is answered with how it ended. The
-source comes through the candidate's own socket: this process, whose memory each child inherits, has
-seen no program, no test and no reference. Standard library only.
+the next message, a number, ends it after so many seconds and is answered with how it ended and its
+CPU time. The source comes through the candidate's own socket: this process, whose memory each child
+inherits, has seen no program, no test and no reference. Standard library only.
 """
 
 import os
@@ -41,10 +41,10 @@ def main() -> None:
             serve(descriptors[0], (tier, rules, int(message), memory_mb, uid))
         os.close(descriptors[0])
         wait_s = control.recv(64)
-        how = end(pid, float(wait_s or 0))
+        how, cpu_s = end(pid, float(wait_s or 0))
         if not wait_s:
             return
-        control.sendall(how.encode())
+        control.sendall(f"{how}, {cpu_s}".encode())
 
 
 def serve(fd: int, limits: tuple) -> None:
@@ -71,24 +71,31 @@ def serve(fd: int, limits: tuple) -> None:
 
 def answer_all(requests, answer) -> None:
     module = sys.modules["program"] = types.ModuleType("program")
-    objects = [module]  # the check knows what is no data by its number here
+    objects, numbers = [module], {}  # the check knows what is no data by its number here
 
     def other(value) -> int:
-        objects.append(value)
-        return len(objects) - 1
+        if id(value) not in numbers:
+            numbers[id(value)] = len(objects)
+            objects.append(value)
+        return numbers[id(value)]
 
     for line in requests:
         try:
-            what, number, *rest = tagged.decode(tagged.loads(line), objects.__getitem__)
+            message, changed = tagged.loads(line), []
+            what, number, *rest = tagged.decode(message, objects.__getitem__)
             if what == "run":
                 result = exec(compile(rest[0], "<program>", "exec"), module.__dict__)
             elif what == "call":
                 result = objects[number](*rest[0], **rest[1])
+                sent = [*message["tuple"][2]["tuple"], *(v for _, v in message["tuple"][3]["dict"])]
+                for i, (x, was) in enumerate(zip([*rest[0], *rest[1].values()], sent)):
+                    if isinstance(x, tagged.MUTABLE) and (now := tagged.encode(x, other)) != was:
+                        changed.append([i, now])
             elif what == "get":
                 result = getattr(objects[number], rest[0])
             else:
                 result = setattr(objects[number], *rest)
-            answer(["value", tagged.encode(result, other)])
+            answer(["value", tagged.encode(result, other), changed])
         except BaseException as e:
             answer(["raise", *describe(e)])
 
@@ -102,17 +109,18 @@ def describe(e: BaseException) -> tuple[str, str]:
         return kind, ""
 
 
-def end(pid: int, wait_s: float) -> str:
-    """Wait for the child, or else kill it. Return "exit status N", "signal N" or "killed"."""
+def end(pid: int, wait_s: float) -> tuple[str, float]:
+    """Wait for the child, or else kill it. Return "exit status N", "signal N" or "killed", CPU s.
+    """
     pidfd = os.pidfd_open(pid)
     ended = select.select([pidfd], [], [], wait_s)[0]
     os.close(pidfd)
     if not ended:
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        return "killed"
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return f"exit status {code}" if code >= 0 else f"signal {-code}"
+    _, status, used = os.wait4(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    how = f"exit status {code}" if code >= 0 else f"signal {-code}"
+    return how if ended else "killed", used.ru_utime + used.ru_stime
 
 
 def detach() -> None:

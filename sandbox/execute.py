@@ -7,6 +7,7 @@ that the candidate sends, so that nothing inside can decide the verdict.
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import queue
@@ -16,15 +17,17 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.config import UserError
 from sandbox.isolate import LACKS, MEANS, landlock_abi
+from sandbox.supervise import BUSY
 
 ROOT = Path(__file__).parents[1]
+NUMPY = str(Path(importlib.util.find_spec("numpy").origin).parents[1])  # for tests that import it
 FIRST_UID, UIDS = 65520, 14  # no user has these (systemd.io/UIDS-GIDS); one a worker, so that
 # programs of different workers cannot signal each other
 GRACE_S = 30  # for a supervisor to start, and to answer after a program's deadline
@@ -48,18 +51,19 @@ for attempt in (
 class Check:
     """A candidate's source and the test that it is to pass."""
 
-    source: str  # the candidate: prompt and completion, say; all that enters the sandbox
+    source: str  # the candidate: prompt and completion, say; enters the sandbox
     test: str = ""  # defines check(candidate), run outside; "": the source need only run to its end
     entry_point: str = ""  # the name in the source that check is called with
     prompt: str = ""  # trusted source whose helpers the test may use
-    timeout_s: float = 15.0  # wall-clock time for all of it
+    timeout_s: float = 15.0  # CPU time for each of source and test; BUSY times that on the clock
+    setup: str = ""  # trusted source, such as imports, to run in the sandbox before `source`
 
 
 @dataclass(frozen=True)
 class Verdict:
-    status: str  # passed, failed, timeout, or infrastructure: says nothing about the candidate
+    status: str  # passed, failed, timeout; or infrastructure: says nothing about the candidate
     detail: str  # why, for a person; "" if passed
-    seconds: float = 0.0  # of wall-clock time that the check took
+    seconds: float = 0.0  # of CPU time that source and test took
 
 
 def run_checks(
@@ -71,8 +75,10 @@ def run_checks(
 ) -> list[Verdict]:
     """Return the verdict of each check, in order; `progress` labels a bar on stderr.
 
-    memory_mb is a candidate's address space. A sandbox that fails twice in a row gives the status
-    "infrastructure". Raises UserError where the tier cannot be had ("auto": neither A nor B).
+    memory_mb is a candidate's address space. What was killed, as the kernel does when short of
+    memory, runs again, alone; then it has failed. "infrastructure" is the status where no sandbox
+    starts; no program can bring it about. Raises UserError where the tier cannot be had ("auto":
+    neither A nor B).
     """
     return _run(checks, workers, memory_mb, progress, choose(tier))
 
@@ -129,8 +135,7 @@ def _run(checks, workers, memory_mb, progress, tier) -> list[Verdict]:
     def run(check: Check) -> Verdict:
         supervisor = idle.get()
         try:
-            verdict = supervisor.run(check)
-            return supervisor.run(check) if verdict.status == "infrastructure" else verdict
+            return supervisor.run(check)
         finally:
             idle.put(supervisor)
 
@@ -138,7 +143,13 @@ def _run(checks, workers, memory_mb, progress, tier) -> list[Verdict]:
         try:
             verdicts = pool.map(run, checks)
             hidden = None if progress else True  # None: hidden where stderr is no terminal
-            return list(tqdm(verdicts, progress, len(checks), disable=hidden))
+            verdicts = list(tqdm(verdicts, progress, len(checks), disable=hidden))
+            for i, verdict in enumerate(verdicts):
+                if verdict.status in ("died", "infrastructure"):
+                    verdicts[i] = run(checks[i])
+                if verdicts[i].status == "died":
+                    verdicts[i] = replace(verdicts[i], status="failed")
+            return verdicts
         finally:  # on an interrupt too: a supervisor whose stdin closes ends its program
             pool.shutdown(wait=False, cancel_futures=True)
             for supervisor in supervisors:
@@ -160,22 +171,20 @@ class _Supervisor:
         try:
             if self.process is None:
                 self.start()
+        except OSError as e:
+            code, last = self.close(1)
+            return Verdict("infrastructure", f"{e} ({last or code})")
+        try:
             self.process.stdin.write(json.dumps(asdict(check)).encode() + b"\n")
             self.process.stdin.flush()
             poll = select.poll()
             poll.register(self.process.stdout, select.POLLIN)
-            answered = poll.poll((check.timeout_s + GRACE_S) * 1000)
-            line = self.process.stdout.readline() if answered else b""
-            if not line:
-                raise OSError("the supervisor gave no answer")
-        except OSError as e:
-            code, last = self.close(1)
-            if self.tier == "C" and code < 0:
-                return Verdict("failed", "killed its supervisor")  # as one of the same uid can
-            return Verdict("infrastructure", f"{e} ({last or code})")
-        verdict = Verdict(*json.loads(line))
-        if verdict.status == "infrastructure":
-            self.close()  # it has ended: the next program gets a fresh one
+            answered = poll.poll((BUSY * check.timeout_s + GRACE_S) * 1000)
+            verdict = Verdict(*json.loads(self.process.stdout.readline() if answered else b""))
+        except (OSError, ValueError):
+            verdict = Verdict("died", "its supervisor was killed")
+        if verdict.status in ("died", "infrastructure"):
+            self.close(1)  # the next program gets a fresh one
         return verdict
 
     def start(self) -> None:
@@ -183,6 +192,7 @@ class _Supervisor:
             raise OSError("interrupted")
         environment = {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}
         environment["PATH"] = os.environ.get("PATH", "")
+        environment |= {"NUMPY": NUMPY, "OPENBLAS_NUM_THREADS": "1"}
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, close() closes it
         self.process = subprocess.Popen(
             self.command,
@@ -193,6 +203,8 @@ class _Supervisor:
             env=environment,
             start_new_session=True,
         )
+        if self.process.stdout.readline() != b"ready\n":
+            raise OSError("the sandbox does not start")
 
     def close(self, wait_s: float = GRACE_S) -> tuple[int, str]:
         """End the process, or else kill it. Return its exit code and what it last complained of."""

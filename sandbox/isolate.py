@@ -53,11 +53,12 @@ stat 4 -1, statx 332 291, sysinfo 99 179, time 201 -1, times 100 153, uname 63 1
 writev 20 66
 """
 CALLS = {name: (int(x86), int(arm)) for name, x86, arm in map(str.split, _CALLS.split(","))}
-# Calls that may be made with these values of one argument: {name: (numbers, argument, values)}
+# Calls that may be made with these values of 32-bit words of their arguments, two words each:
+# {name: (numbers, {word: values})}
 ARGUMENTS = {
-    "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x5451)),  # TCGETS (isatty), TIOCGWINSZ, FIOCLEX
-    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 1030)),  # dup, flags; not the owner, which gets signals
-    "prlimit64": ((302, 261), 0, (0,)),  # of itself
+    "ioctl": ((16, 29), {2: (0x5401, 0x5413, 0x5451)}),  # TCGETS (isatty), TIOCGWINSZ, FIOCLEX
+    "fcntl": ((72, 25), {2: (0, 1, 2, 3, 1030)}),  # dup, flags; not the owner, which gets signals
+    "prlimit64": ((302, 261), {0: (0,), 4: (0,), 5: (0,)}),  # read its own; new limits: NULL
 }
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # linux/audit.h
 ALLOW, DENY, KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000  # linux/seccomp.h; 1 is EPERM
@@ -74,10 +75,12 @@ def confine(tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid: int) 
     Raises OSError if one cannot be taken on; then nothing may be run.
     """
     # NPROC: no new processes or threads; does not bind root.
-    limits = {"CPU": cpu_s, "AS": memory_mb << 20, "FSIZE": FILE_MB << 20, "NOFILE": OPEN_FILES,
-              "CORE": 0, "NPROC": 0}  # fmt: skip
+    limits = {"AS": memory_mb << 20, "FSIZE": FILE_MB << 20, "NOFILE": OPEN_FILES, "CORE": 0,
+              "NPROC": 0}  # fmt: skip
     for name, most in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+    # SIGXCPU says why it ends; who ignores that is killed a second later.
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     if uid:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -101,11 +104,13 @@ def seccomp_filter(machine: str = platform.machine()) -> bytes:
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (back, 0, 0, KILL), (load, 0, 0, 0)]
     for number in {numbers[column] for numbers in CALLS.values()} - {-1}:
         code += [(equal, 0, 1, number), (back, 0, 0, ALLOW)]
-    for numbers, argument, values in ARGUMENTS.values():
-        allowed = [i for v in values for i in ((equal, 0, 1, v), (back, 0, 0, ALLOW))]
-        code.append((equal, 0, len(allowed) + 2, numbers[column]))
-        # The low word: these arguments are 32 bits wide, the kernel looks at no more.
-        code += [(load, 0, 0, 16 + 8 * argument), *allowed, (back, 0, 0, DENY)]
+    for numbers, words in ARGUMENTS.values():
+        tests = []
+        for word, values in words.items():
+            tests.append((load, 0, 0, 16 + 4 * word))
+            tests += [(equal, len(values) - i, 0, v) for i, v in enumerate(values)]
+            tests.append((back, 0, 0, DENY))
+        code += [(equal, 0, len(tests) + 1, numbers[column]), *tests, (back, 0, 0, ALLOW)]
     code.append((back, 0, 0, DENY))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 

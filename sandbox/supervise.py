@@ -1,9 +1,13 @@
 """The trusted process behind execute.py: checks candidates that run in the sandbox.
 
-`python -m sandbox.supervise TIER UID MEMORY_MB` starts candidate.py in the sandbox, reads a job, a
-JSON object, from each line of stdin, and answers with a JSON line [status, detail, seconds]. For
-each job it forks a child that runs the job's test; the names that the test calls are proxies, which
-ask the candidate. Forking a warm interpreter takes 3 ms, starting a bare one 15 (measured).
+`python -m sandbox.supervise TIER UID MEMORY_MB` starts candidate.py in the sandbox, says "ready",
+reads a job, a JSON object, from each line of stdin, and answers with a JSON line [status, detail,
+CPU seconds]. For each job it forks a child that runs the job's test; the names that the test calls
+are proxies, which ask the candidate. Forking a warm interpreter takes 3 ms, starting a bare one 15
+(measured).
+
+A program may take `timeout_s` of CPU time, in whole seconds, so that a busy machine fails none, and
+BUSY times that on the clock.
 """
 
 import ast
@@ -18,29 +22,28 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 from sandbox import isolate, tagged
 from sandbox.candidate import WARM, detach, forget_project, import_through_descriptors
 
+BUSY = 3.0  # times its CPU time that a program may take on the clock
 END_S = 10  # for a candidate that was killed to be gone
 LAST_WORDS_S = 0.5  # for a candidate that closed its socket to end, so that we can tell how
 
 
 def main() -> None:
-    """Answer each job on stdin until it closes; end after an answer of "infrastructure"."""
+    """Answer each job on stdin until it closes; end after an answer that is no verdict."""
     for name in (*WARM, "random", "math", "numbers"):
         importlib.import_module(name)
     supervisor = Supervisor(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    print("ready", flush=True)
     for line in sys.stdin.buffer:
-        start = time.monotonic()
         try:
-            status, detail = supervisor.run(json.loads(line))
+            answer = supervisor.run(json.loads(line))
         except Exception as e:
-            status, detail = "infrastructure", f"the supervisor failed: {e!r:.200}"
-        answer = [status, detail, round(time.monotonic() - start, 4)]
-        os.write(1, json.dumps(answer).encode() + b"\n")
-        if status == "infrastructure":
+            answer = "died", f"the supervisor failed: {e!r:.200}", 0.0
+        print(json.dumps(answer), flush=True)
+        if answer[0] in ("died", "infrastructure"):
             break
     supervisor.control.close()
     supervisor.process.wait(END_S)
@@ -51,27 +54,29 @@ class Supervisor:
 
     def __init__(self, tier: str, uid: int, memory_mb: int):
         self.tier, self.uid, self.memory_mb = tier, uid, memory_mb
-        self.start()
-        self.rules = isolate.landlock_rules() if tier != "C" else None
-        forget_project()
-        if uid:
-            import_through_descriptors()
-
-    def start(self) -> None:
         command = [sys.executable, "-s", "-P", "-S", "-B", "-m", "sandbox.candidate"]
-        command += [self.tier, str(self.uid), str(self.memory_mb)]
-        if self.tier == "A":
+        command += [tier, str(uid), str(memory_mb)]
+        if tier == "A":
             command = isolate.bwrap(command, os.path.dirname(os.path.abspath(__file__)))
         self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL)
         theirs.close()
         if self.control.recv(64) != b"ready":
             sys.exit()  # it has said why on stderr
+        self.rules = isolate.landlock_rules() if tier != "C" else None
+        forget_project()
+        if uid:
+            import_through_descriptors()
 
-    def run(self, job: dict) -> tuple[str, str]:
-        """Return (status, detail) of {"source", "prompt", "test", "entry_point", "timeout_s"}."""
+    def run(self, job: dict) -> tuple[str, str, float]:
+        """Return (status, detail, CPU seconds) of an execute.Check as a dict.
+
+        The status "died" says that something killed the sandbox or a process in it.
+        """
         timeout_s = job["timeout_s"]
-        cpu_s = math.ceil(timeout_s) + 1
+        cpu_s = math.ceil(timeout_s)
+        if "numpy" in job["test"]:
+            import_numpy()
         ours, theirs = socket.socketpair()
         socket.send_fds(self.control, [str(cpu_s).encode()], [theirs.fileno()])
         theirs.close()
@@ -87,52 +92,60 @@ class Supervisor:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         poll.register(sys.stdin, select.POLLIN)  # the evaluator sends nothing now: it can be gone
-        ready = [fd for fd, _ in poll.poll(timeout_s * 1000)]
+        ready = [fd for fd, _ in poll.poll(BUSY * timeout_s * 1000)]
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        _, status, used = os.wait4(pid, 0)
+        code, test_s = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
         with os.fdopen(report, "rb") as f:
             said = json.loads(f.read() or "[]")
         os.close(pidfd)
         if sys.stdin.fileno() in ready:
             sys.exit()
         broke = said[:1] == ["broken"]
-        how = self.end(LAST_WORDS_S if broke else 0)
+        self.control.settimeout(LAST_WORDS_S + END_S)
+        self.control.sendall(b"%.1f" % (LAST_WORDS_S if broke else 0))
+        how, _, candidate_s = self.control.recv(64).decode().partition(", ")
         if not how:
-            code = self.process.wait(END_S)
-            if self.tier != "C" or code >= 0:
-                raise RuntimeError(f"the sandbox ended ({code})")
-            self.start()
-            return "failed", "killed its sandbox"  # as one of the same uid can
-        if pidfd not in ready or code == -signal.SIGXCPU or how == f"signal {signal.SIGXCPU:d}":
-            return "timeout", f"no end within {timeout_s:g} s"
-        if code == -signal.SIGKILL or (
-            broke and how == f"signal {signal.SIGKILL:d}" and self.tier != "C"
+            raise OSError("the sandbox ended")
+        ends = {f"signal {-code}", how}
+        cpu = [test_s, float(candidate_s)]
+        killed = f"signal {signal.SIGKILL:d}" in ends
+        if (
+            pidfd not in ready
+            or f"signal {signal.SIGXCPU:d}" in ends
+            or (killed and max(cpu) > cpu_s)
         ):
-            return "infrastructure", "killed from outside (out of memory?)"
-        if broke:
-            return "failed", f"ended early: {how}" if said[1] == "ended" else said[1]
-        return tuple(said) if said else ("failed", f"the check ended with {code}")
-
-    def end(self, wait_s: float) -> str:
-        """End the candidate after `wait_s` at most: how it ended, "" if the sandbox has."""
-        self.control.settimeout(wait_s + END_S)
-        try:
-            self.control.sendall(f"{wait_s}".encode())
-            return self.control.recv(64).decode()
-        except (BrokenPipeError, ConnectionResetError):
-            return ""
+            verdict = "timeout", f"no end within {timeout_s:g} s of CPU time"
+        elif killed:
+            verdict = "died", "killed from outside (out of memory?)"
+        elif broke:
+            verdict = "failed", f"ended early: {how}" if said[1] == "ended" else said[1]
+        else:
+            verdict = tuple(said) if said else ("failed", f"the check ended with {code}")
+        return *verdict, round(sum(cpu), 4)
 
     def check(self, job: dict, cpu_s: int, channel: int, report: int) -> None:
         """Run the test in the fork, confined too, write [status, detail]; never return."""
         try:
-            detach()
-            isolate.confine(self.tier, self.rules, cpu_s, self.memory_mb, self.uid)
-            status, detail = check(job, Candidate(channel))
-        except BaseException as e:
-            status, detail = "infrastructure", f"limits not set: {e!r:.200}"
-        os.write(report, json.dumps([status, detail[:300]]).encode())
-        os._exit(0)
+            try:
+                detach()
+                isolate.confine(self.tier, self.rules, cpu_s, self.memory_mb, self.uid)
+            except BaseException as e:
+                status, detail = "infrastructure", f"limits not set: {e!r:.200}"
+            else:
+                status, detail = check(job, Candidate(channel))
+            os.write(report, json.dumps([status, detail[:300]]).encode())
+        finally:  # whatever was raised, such as MemoryError
+            os._exit(0)
+
+
+def import_numpy() -> None:
+    """Import numpy, for tests alone: they are confined and could not read its files."""
+    sys.path.append(os.environ["NUMPY"])
+    for name in ("numpy", "numpy.testing"):
+        importlib.import_module(name)
+    sys.path.pop()
 
 
 def check(job: dict, candidate: "Candidate") -> tuple[str, str]:
@@ -144,7 +157,8 @@ def check(job: dict, candidate: "Candidate") -> tuple[str, str]:
         hello = candidate.receive()
         if hello != "ready":
             return "infrastructure", str(hello)
-        candidate.request("run", 0, job["source"])
+        for source in filter(None, (job["setup"], job["source"])):
+            candidate.request("run", 0, source)
         if job["test"]:
             namespace = _names(job, candidate)
             proxy = namespace[job["entry_point"]]
@@ -218,10 +232,14 @@ class Candidate:
             self._break("ended")
         answer = self.receive()
         try:
-            kind, *rest = answer
+            kind, *said = answer
             if kind == "value":
-                return tagged.decode(*rest, lambda number: Remote(self, number))
-            name, message = rest
+                result, changed = (tagged.decode(x, lambda n: Remote(self, n)) for x in said)
+                arguments = [*rest[0], *rest[1].values()] if what == "call" else []
+                for i, new in changed:
+                    tagged.replace(arguments[i], new)
+                return result
+            name, message = said
         except Exception as e:
             self._break(f"an answer that is none: {_message(e)}")
         raise _error(name, message)
@@ -255,6 +273,8 @@ class Remote:
         return self._candidate.request("call", self._number, args, kwargs)
 
     def __getattr__(self, name: str):
+        if name.startswith("__"):  # numpy would believe an __array_interface__ and read our memory
+            raise AttributeError(name)
         return self._candidate.request("get", self._number, name)
 
     def __setattr__(self, name: str, value) -> None:
@@ -269,7 +289,10 @@ def _number(value) -> int:
 
 
 def _message(e: BaseException) -> str:
-    return f"{type(e).__name__}: {e}"[:200]
+    try:
+        return f"{type(e).__name__}: {e}"[:200]
+    except ValueError:  # an int of more digits than Python prints
+        return type(e).__name__
 
 
 if __name__ == "__main__":

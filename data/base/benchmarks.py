@@ -13,25 +13,40 @@ from data.base.ast_match import Function, functions
 from data.base.syntax import parse_python
 
 FIELDS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")  # HumanEval's format
+# What a problem may have, too: text to show the model before the prompt, code to run before the
+# candidate, harder tests.
+MORE_FIELDS = ("context", "setup", "plus_test")
+MBPP_FIELDS = {"task_id", "text", "code", "test_list", "test_setup_code", "challenge_test_list"}
+SANITIZED_FIELDS = {"task_id", "prompt", "code", "test_list", "test_imports", "source_file"}
 
 
 def read_problems(path: Path) -> list[dict]:
-    """Read a file in HumanEval's format. Raises UserError for a missing field or repeated id."""
-    problems = list(read_jsonl(path))
+    """Read a file in HumanEval's format. Raises UserError as check_problems."""
+    return check_problems(path, list(read_jsonl(path)))
+
+
+def check_problems(path: Path, problems: list[dict]) -> list[dict]:
+    """Return the problems. Raises UserError for a field that is missing or would be ignored, a
+    task_id that is there twice, or no problem."""
     for number, problem in enumerate(problems, 1):
         if missing := [f for f in FIELDS if not isinstance(problem.get(f), str)]:
             raise UserError(f"{path} problem {number}: no {missing[0]!r} string; want {FIELDS}")
-    check_ids(path, problems)
-    return problems
-
-
-def check_ids(path: Path, problems: list[dict]) -> None:
-    """Raise UserError if there is no problem, or two have the same task_id."""
+        check_fields(f"{path} problem {number}", problem, {*FIELDS, *MORE_FIELDS})
     if not problems:
         raise UserError(f"{path}: no problems in it")
     task_id, count = Counter(p["task_id"] for p in problems).most_common(1)[0]
     if count > 1:
         raise UserError(f"{path}: {count} problems have the task_id {task_id!r}")
+    return problems
+
+
+def check_fields(where: str, row: dict, known: set[str]) -> None:
+    """Raise UserError for a field that is not `known`: it may be tests of a harder benchmark."""
+    if unknown := sorted(row.keys() - known):
+        raise UserError(
+            f"{where}: its field {unknown[0]!r} is of a format unknown here, and a score without "
+            "it would be of another benchmark; delete it if it matters to none"
+        )
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -39,7 +54,7 @@ def read_rows(path: Path) -> list[dict]:
     if path.suffix != ".json":
         return list(read_jsonl(path))
     try:
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read benchmark {path}: {e}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -55,7 +70,9 @@ class Mbpp:
     text: str  # the task
     code: str  # the reference solution
     tests: list[str]  # assert statements
-    setup: str  # imports and definitions for the tests
+    imports: str  # to run before the candidate, too
+    setup: str  # statements to run before the tests
+    plus: str  # MBPP+'s tests, "" elsewhere
 
     @classmethod
     def of(cls, row: dict) -> "Mbpp":
@@ -63,8 +80,9 @@ class Mbpp:
         text = row["prompt" if sanitized else "text"].replace("\r\n", "\n")
         code = row["code"].replace("\r\n", "\n")
         tests = [test.replace("\r\n", "\n").strip() for test in row["test_list"]]
-        setup = row["test_imports"] if sanitized else [row["test_setup_code"]]
-        return cls(int(row["task_id"]), text, code, tests, "\n".join(setup).replace("\r\n", "\n"))
+        imports = "\n".join(row["test_imports"]) if sanitized else ""
+        setup = "" if sanitized else row["test_setup_code"].replace("\r\n", "\n")
+        return cls(int(row["task_id"]), text, code, tests, imports, setup, row.get("test", ""))
 
     @property
     def entry_point(self) -> str:
@@ -75,10 +93,16 @@ class Mbpp:
 
 
 def read_mbpp(path: Path) -> tuple[str, list[Mbpp]]:
-    """Return the benchmark's name, "MBPP" or "MBPP sanitized", and its rows. Raises UserError."""
+    """Return the benchmark's name, "MBPP", "MBPP sanitized" or "MBPP+" (EvalPlus's file in MBPP's
+    format), and its rows. Raises UserError."""
     rows = read_rows(path)
-    name = "MBPP sanitized" if any("prompt" in row for row in rows) else "MBPP"
-    return name, convert(path, "MBPP", Mbpp.of, rows)
+    found = convert(path, "MBPP", Mbpp.of, rows)
+    sanitized, plus = (any(field in row for row in rows) for field in ("prompt", "test"))
+    known = SANITIZED_FIELDS | {"test"} if sanitized else MBPP_FIELDS
+    for number, row in enumerate(rows, 1):
+        check_fields(f"{path} problem {number}", row, known)
+    name = "MBPP+" if plus else "MBPP sanitized" if sanitized else "MBPP"
+    return name, found
 
 
 @dataclass(frozen=True)

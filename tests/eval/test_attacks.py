@@ -78,6 +78,7 @@ ESCAPES = {
     "Unix socket": "socket.socket(socket.AF_UNIX).bind(b'\\0nanophi')",
     "name server": "socket.getaddrinfo('localhost', PORT)",
     "lift a limit": "import resource as r\nr.setrlimit(r.RLIMIT_AS, (-1, -1))",
+    "lower a limit": "import resource as r\nr.setrlimit(r.RLIMIT_CPU, (1, 1))",
     "limits of the parent": "import resource as r\nr.prlimit(os.getppid(), r.RLIMIT_NOFILE)",
     "priority of the parent": "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
     "processor of the parent": "os.sched_setaffinity(os.getppid(), {0})",
@@ -191,6 +192,8 @@ HANG = {
     "SIGTERM ignored": "    import signal, time\n    signal.signal(15, signal.SIG_IGN)\n"
     "    time.sleep(100)\n",
     "endless output": "    while True: print('x' * 10**6)\n",
+    "signal at the limit ignored": "    import signal\n    signal.signal(24, signal.SIG_IGN)\n"
+    "    while True: pass\n",
     "endless message": "    raise E\nclass E(Exception):\n    def __str__(self):\n"
     "        while True: pass\n",
 }  # fmt: skip

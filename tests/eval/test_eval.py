@@ -14,7 +14,7 @@ from data.base.benchmarks import read_mbpp
 from eval import humaneval, mbpp
 from eval.harness import BODY
 from sandbox.execute import Verdict
-from sandbox.self_check import LOOP_S, remembered, run_all, self_check, slowdown
+from sandbox.self_check import LOOP_S, SLOWEST, remembered, run_all, self_check, slowdown
 
 TIER = best()
 PROBLEMS = [
@@ -71,7 +71,7 @@ def model(monkeypatch):
         return [next(k for key, k in seen.answers.items() if key in p).pop(0) for p in prompts]
 
     seen = types.SimpleNamespace(answers={}, generate=generate, fits=lambda p: len(p) <= 2000)
-    generator = types.SimpleNamespace(load=lambda checkpoint, device: seen)
+    generator = types.SimpleNamespace(load=lambda checkpoint, **options: seen)
     monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=generator))
     return seen
 
@@ -136,9 +136,12 @@ def test_prompt_beyond_the_context_fails_and_is_counted(command, model, tmp_path
     [
         ([*COMPLETE, {"task_id": "T/mul", "completion": ""}], [], "3 (T/mul): no such problem"),
         ([COMPLETE[0], {"task_id": "T/sub"}], [], "sample 2 (T/sub): no 'completion' string"),
+        ([COMPLETE[0], {"task_id": "\x1b[2J"}], [], "sample 2 (\\x1b[2J): no such problem"),
         (COMPLETE[:1], [], "no sample for 1 of 2 problems, as T/sub"),
+        (COMPLETE[1:], ["--limit", "1"], "no sample for 1 of 1 problems, as T/add"),
         (COMPLETE, ["--checkpoint", "run"], "one of --checkpoint and --samples"),
         (COMPLETE, ["--timeout_s", "0"], "--timeout_s"),
+        (COMPLETE, ["--timeout_s", "nan"], "--timeout_s"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_written(
@@ -154,6 +157,47 @@ def test_mistakes_are_told_and_nothing_is_written(
     assert stderr.startswith("error: ")
     assert message in stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_samples_in_the_forms_that_others_write(command, problems, tmp_path):
+    """Whole programs, other ids, a byte order mark, a last line that goes on; then our output."""
+    add = "from __future__ import annotations\ndef add(a, b):\n    return a + b\n"
+    rows = [
+        {"task_id": "t/ADD", "solution": add, "completion": "    return 0"},
+        {"task_id": "add", "completion": "    return a + b \\"},
+        {"task_id": "T/add", "completion": '    raise ValueError("\ud800\x1b[2J")\n'},
+        {"task_id": "T/sub", "completion": "    return a - b"},
+    ]
+    samples, out = tmp_path / "samples.jsonl", tmp_path / "out"
+    samples.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows))
+    for limit in (0, 1, 1):
+        status, stdout, stderr = command(
+            humaneval, "--problems", problems, "--samples", samples, "--out", out, "--limit", limit
+        )
+        assert status == 0, stderr
+        samples = out / "samples.jsonl"
+        passed = [True, True, False, True][: 3 if limit else 4]
+        assert [s["passed"] for s in lines(samples)] == passed
+        assert "\x1b" not in stdout + stderr + samples.read_text()
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, UserError("no score")])
+def test_generated_samples_outlive_a_fault(command, model, problems, tmp_path, monkeypatch, fault):
+    def fail(*_, **__):
+        raise fault
+
+    model.answers |= {"def add": ["    return a + b"], "def sub": ["    return a - b"]}
+    out = tmp_path / "new" / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.harness.run_all", fail)
+        arguments = ("--problems", problems, "--out", out)
+        status, _, stderr = command(humaneval, *arguments, "--checkpoint", "run")
+    kept = tmp_path / "new" / "out.samples.jsonl"
+    assert status != 0
+    assert f"--samples {kept}" in stderr
+    assert not out.exists()
+    assert "100.0 %" in command(humaneval, *arguments, "--samples", kept)[1]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +234,107 @@ def test_no_score_from_a_broken_sandbox(command, problems, tmp_path, monkeypatch
     assert "no such sandbox" in stderr
 
 
+PLUS = [
+    {
+        "task_id": "HumanEval/0",
+        "prompt": 'def half(x):\n    """Half of x."""\n',
+        "canonical_solution": "    return [i / 2 for i in x]\n",
+        "entry_point": "half",
+        "contract": "",
+        "atol": 0,
+        "base_input": [[[1, 2]]],
+        "plus_input": [[[]], [[-1, 3]], [[10**30]]],
+    }
+]
+MBPP_PLUS = [
+    {
+        "task_id": "Mbpp/2",
+        "prompt": '"""\nWrite a function to find the common elements.\n"""',
+        "canonical_solution": "\ndef common(a, b):\n    return tuple(set(a) & set(b))\n",
+        "entry_point": "common",
+        "contract": "",
+        "assertion": "assert set(common((3, 4), (4, 5))) == {4}",
+        "atol": 0,
+        "base_input": [[[3, 4], [4, 5]]],
+        "plus_input": [[[1, 2, 3], [3, 2]]],
+    }
+]
+HALF = {  # how a sample answers: does it pass the base tests, and the plus tests?
+    "return [i * 0.5 for i in x]": (True, True),
+    "return [i * 0.5000000001 for i in x]": (True, True),  # a tolerance
+    "return [abs(i) / 2 for i in x]": (True, False),
+    "return tuple(i / 2 for i in x)": (False, False),
+}
+COMMON = {
+    "return [x for x in b if (x,) in zip(a)]": (True, True),  # an open order
+    "return (a + (4,))[2:3]": (True, False),  # the arguments are tuples
+    "return None": (False, False),
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "rows", "header", "bodies", "title"),
+    [
+        (humaneval, PLUS, "def half(x)", HALF, "HumanEval+"),
+        (mbpp, MBPP_PLUS, "def common(a, b)", COMMON, "MBPP+"),
+    ],
+)
+def test_evalplus(command, tmp_path, module, rows, header, bodies, title):
+    """Inputs in place of tests, in EvalPlus's own format: two scores, named so."""
+    samples = [
+        {"task_id": rows[0]["task_id"], "solution": f"{header}:\n    {body}\n"} for body in bodies
+    ]
+    files = ("--problems", write(tmp_path / "plus.jsonl", rows), "--samples",
+             write(tmp_path / "samples.jsonl", samples))  # fmt: skip
+    status, stdout, stderr = command(module, *files, "--out", tmp_path / "out")
+    assert status == 0, stderr
+    assert stdout.startswith(title)
+    assert ", base tests alone" in stdout
+    found = lines(tmp_path / "out" / "samples.jsonl")
+    assert [(s["base_passed"], s["passed"]) for s in found] == [*bodies.values()]
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    both = [sum(passed) / len(bodies) for passed in zip(*bodies.values())]
+    assert [result["base"]["pass@1"], result["pass@1"]] == pytest.approx(both)
+
+
+def test_evalplus_in_the_formats_of_the_originals(command, tmp_path):
+    """Tests that import numpy; a row of MBPP's has its base tests, too."""
+    test = (
+        "import numpy as np\n\ndef assertion(out, exp, atol):\n"
+        "    assert np.allclose(out, exp, rtol=1e-07, atol=atol)\n\n"
+    )
+    add = f"{test}def check(candidate):\n    assertion(candidate(5, 3), 8, 0)\n"
+    problems = [{**PROBLEMS[0], "task_id": "HumanEval/0", "test": add}]
+    files = [("--problems", write(tmp_path / "he.jsonl", problems), "--samples", write(
+        tmp_path / "s.jsonl", [{"task_id": 0, "completion": "    return a + b"}]))]  # fmt: skip
+    row = {"task_id": 600, "prompt": "Add.", "code": "def add(a):\n    return math.floor(a) + 1",
+           "test_imports": ["import math"], "test_list": ["assert add(1) == 2"],
+           "test": f"{test}assertion(add(2), 3, 0)\n"}  # fmt: skip
+    solution = [{"task_id": "Mbpp/600", "solution": "def add(a):\n    return math.ceil(2.0)"}]
+    files.append(("--problems", write(tmp_path / "mbpp.jsonl", [row]), "--samples",
+                  write(tmp_path / "m.jsonl", solution)))  # fmt: skip
+    found = [json.loads(command(module, *arguments, "--json")[1])
+             for module, arguments in zip((humaneval, mbpp), files)]  # fmt: skip
+    assert [r["benchmark"] for r in found] == ["HumanEval+", "MBPP+"]
+    assert (found[0]["pass@1"], found[1]["pass@1"], found[1]["base"]["pass@1"]) == (1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "rows", "message"),
+    [
+        (humaneval, [{**PROBLEMS[0], "stop_tokens": []}], "problem 1: its field 'stop_tokens'"),
+        (mbpp, [{**ROWS[3], "tests": []}], "problem 1: its field 'tests'"),
+        (humaneval, MBPP_PLUS, "use python -m eval.mbpp"),
+        (humaneval, ROWS, "use python -m eval.mbpp"),
+    ],
+)
+def test_another_benchmark_is_refused_by_name(command, tmp_path, module, rows, message):
+    problems = write(tmp_path / "problems.jsonl", rows)
+    samples = write(tmp_path / "samples.jsonl", COMPLETE)
+    status, _, stderr = command(module, "--problems", problems, "--samples", samples)
+    assert (status, message in stderr) == (2, True), stderr
+
+
 @pytest.mark.parametrize(
     ("completion", "kept"),
     [
@@ -217,9 +362,12 @@ def test_timeouts_follow_the_machine_and_the_reference(command, problems, tmp_pa
 
 
 def test_slowdown_is_the_loops_time(monkeypatch):
-    verdicts = [Verdict("passed", "", s) for s in (0.2, 0.9, 0.4, 0.1, 0.5, 0.4)]
-    monkeypatch.setattr("sandbox.self_check.run_checks", lambda checks, **limits: verdicts)
-    assert slowdown(workers=2) == pytest.approx(0.4 / LOOP_S)
+    seconds = [0.2, 0.9, 0.3, 0.1, 0.5, 0.3]
+    verdicts = lambda checks, **limits: [Verdict("passed", "", s) for s in seconds]  # noqa: E731
+    monkeypatch.setattr("sandbox.self_check.run_checks", verdicts)
+    assert slowdown(workers=2) == pytest.approx(0.3 / LOOP_S)
+    seconds = [30.0] * 6
+    assert slowdown(workers=2) == SLOWEST
 
 
 def test_a_self_check_is_read_again_in_the_same_circumstances_alone(tmp_path, monkeypatch):

@@ -66,6 +66,9 @@ def descendants(pid: int) -> set[int]:
     return family - {pid}
 
 
+LIMIT = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (%s))\nwhile True: pass"
+
+
 def one(source: str, test: str, tier: str, entry_point: str = "f", prompt: str = "", **fields):
     return run_checks([Check(source, test, entry_point, prompt, **fields)], 1, tier=tier)[0]
 
@@ -80,6 +83,7 @@ def test_passes_and_fails(tier):
 def test_check_sees_values(any_tier):
     source = ADD + "from collections import Counter\nclass Node:\n    def __init__(s, v): s.v = v\n"
     source += "def sum_of(nodes): return sum(n.v for n in nodes)\ndef same(x): return x\n"
+    source += "def change(x, c): x.sort(); c.clear(); c.update(b=0)\n"
     test = """
 def check(candidate):
     assert candidate(2, b=3) == 5 and candidate([1], [2]) == [1, 2]
@@ -91,6 +95,10 @@ def check(candidate):
     b.next = a
     assert sum_of([a, b]) == 8 and b.next.v == 1
     assert same(a) != a and not isinstance(same(a), int)
+    changed, kept = [3, 1], {"a": [1]}
+    assert change(changed, c=kept) is None and changed == [1, 3] and kept == {"b": 0}
+    nodes = [a, b]
+    assert sum_of(nodes) == 8 and nodes[0] is a
     try:
         candidate(1, "x")
     except TypeError as e:
@@ -138,22 +146,55 @@ def test_failing_sandbox_is_infrastructure(monkeypatch, any_tier):
     fails("No such file")
 
 
-def test_a_sandbox_that_dies_is_started_again(any_tier, monkeypatch):
-    """Killed from outside (as by the kernel short of memory): no verdict on the candidate."""
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_sandbox_that_dies_is_started_again(tier, monkeypatch, times):
+    """Killed from outside (as by the kernel short of memory): that the same check is so again is
+    the candidate's fault."""
     real, killed = execute._Supervisor.run, []
 
     def run(self, check):
-        if self.process and len(killed) < 1:
+        if self.process and check.source == "a = 1" and len(killed) < times:
             killed.append(self.process.pid)
             os.kill(self.process.pid, signal.SIGKILL)
         return real(self, check)
 
     monkeypatch.setattr(execute._Supervisor, "run", run)
-    if any_tier == "C":
-        pytest.skip("in tier C a candidate may have done that")
-    verdicts = run_programs(["", "", "raise ValueError", ""], workers=1, tier=any_tier)
-    assert [v.status for v in verdicts] == ["passed", "passed", "failed", "passed"]
-    assert killed
+    verdicts = run_programs(["", "a = 1", "raise ValueError", ""], workers=1, tier=tier)
+    last = "passed" if times == 1 else "failed"
+    assert [v.status for v in verdicts] == ["passed", last, "failed", "passed"]
+    assert len(killed) == times
+
+
+def test_no_program_makes_the_sandbox_fail(tier):
+    """Nor by limits that the kernel enforces with a signal that the sandbox's own death has."""
+    kill = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos.kill(os.getpid(), 9)"
+    programs = [LIMIT % "1, 1", LIMIT % "0, 0", kill, "import os\nos.abort()"]
+    verdicts = run_programs(programs, 1, tier=tier)
+    assert {v.status for v in verdicts} <= {"failed", "timeout"}, verdicts
+
+
+def test_time_is_cpu_time(any_tier):
+    """A program that waits, as all do on a busy machine, may take longer than its limit."""
+    programs = ["import time\ntime.sleep(1.2)", "while True: pass"]
+    verdicts = run_programs(programs, 1, workers=1, tier=any_tier)
+    assert [v.status for v in verdicts] == ["passed", "timeout"]
+    assert verdicts[0].seconds < 0.5 < verdicts[1].seconds
+
+
+def test_setup_precedes_the_source(any_tier):
+    source = "from __future__ import annotations\ndef f(): return math.pi"
+    verdict = one(source, "def check(f):\n    assert f() > 3", any_tier, setup="import math")
+    assert verdict.status == "passed", verdict
+
+
+def test_a_test_may_import_numpy(any_tier):
+    source = ADD + "class Array:\n    __array_interface__ = {'shape': (1,), 'typestr': '<i8', "
+    source += "'data': (id(None), True), 'version': 3}\ndef array(): return Array()\n"
+    test = "import numpy as np\ndef check(f):\n    assert np.allclose(f([1.0]), [1.0])\n    "
+    for call, status in (("f([], [1.0])", "passed"), ("f([], [2.0])", "failed"),
+                         ("array()", "failed")):  # fmt: skip
+        verdict = one(source, test.replace("f([1.0])", call), any_tier)
+        assert verdict.status == status, verdict
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

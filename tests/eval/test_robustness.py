@@ -128,7 +128,7 @@ def test_command(monkeypatch, in_process, tmp_path):
         return [PROBLEM["canonical_solution"] if known in p else "    return -1\n" for p in prompts]
 
     model = types.SimpleNamespace(fits=lambda prompt: True, generate=generate)
-    generator = types.SimpleNamespace(load=lambda checkpoint, device: model)
+    generator = types.SimpleNamespace(load=lambda checkpoint, **options: model)
     monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Generator=generator))
     monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 1.0)
     problems = write(tmp_path / "problems.jsonl", [PROBLEM, {**PROBLEM, "task_id": "T/1"}])

@@ -1,6 +1,16 @@
 import json
 import math
-from collections import Counter, namedtuple
+from array import array
+from collections import (
+    Counter,
+    OrderedDict,
+    UserDict,
+    UserList,
+    UserString,
+    defaultdict,
+    deque,
+    namedtuple,  # fmt: skip
+)
 from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
@@ -9,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox.tagged import decode, dumps, encode, loads
+from sandbox.tagged import MUTABLE, decode, dumps, encode, loads, replace
 
 hashable = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.binary(max_size=9)
@@ -56,7 +66,9 @@ def test_hard_cases():
         10**5000,  # Python refuses to print or read it in decimal
         -(1 << 62), (1 << 62) - 1, -0.0, math.inf, 5e-324, range(1, 9, 3), int,
         {(1, "a"): {frozenset({2}): [b"\xff", 1j]}}, [], (), set(), {},
-        Decimal("1.50"), Fraction(1, 3),
+        Decimal("1.50"), Fraction(1, 3), bytearray(b"\xff"), array("d", [0.5]),
+        deque([1, (2,)], 3), Counter("aab"), OrderedDict(b=1, a=2), defaultdict(int, a=1),
+        UserList([1]), UserDict(a=[1]), UserString("a"), {1: "a"}.keys(), {1: "a"}.items(),
     ):  # fmt: skip
         assert same(through(value), value)
     assert math.isnan(through([math.nan])[0])
@@ -67,17 +79,34 @@ def test_an_object_cannot_speak_for_itself():
         __eq__ = __ne__ = lambda *a: True
         __hash__ = str.__hash__
 
-    derived = [Equal("x"), Counter("aab"), namedtuple("P", "x y")(1, 2), IntEnum("C", "red").red]
-    assert same(through(derived), ["x", {"a": 2, "b": 1}, (1, 2), 1])
+    class Data(UserList):
+        __eq__ = Equal.__eq__
+
+    derived = [Equal("x"), Data([1]), namedtuple("P", "x y")(1, 2), IntEnum("C", "red").red]
+    assert same(through(derived), ["x", UserList([1]), (1, 2), 1])
+    assert through(Counter("aab"))["c"] == through(defaultdict(int))["c"] == 0
     assert through([object()], lambda x: 7, lambda number: f"remote {number}") == ["remote 7"]
 
 
 def test_iterators_and_views():
-    for value in (iter([1, 2]), map(int, "12"), (x for x in (1, 2)), {1: 0, 2: 0}.keys()):
+    for value in (iter([1, 2]), map(int, "12"), (x for x in (1, 2)), {3: 1, 4: 2}.values()):
         assert list(through(value)) == [1, 2]
-    assert through({1: 0}.keys()) != [1]
+        assert through(value) != [1, 2]
     with pytest.raises(OverflowError):
         through(iter(int, 1))
+
+
+@pytest.mark.parametrize("value", [
+    [1, 2], bytearray(b"ab"), deque([1, 2], 5), array("i", [1]), {1: 2}, {1, 2}, Counter("a"),
+    defaultdict(int, a=1), OrderedDict(a=1)])  # fmt: skip
+def test_a_changed_argument(value):
+    assert isinstance(value, MUTABLE)
+    same_object, new = value, through(value)
+    value.clear() if hasattr(value, "clear") else value.pop()
+    replace(value, new)
+    assert same_object == new
+    with pytest.raises(TypeError):
+        replace(value, tuple(value))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,124 @@
+"""Read HumanEval+ and MBPP+ in EvalPlus's own format (Liu et al. 2023, arXiv 2305.01210).
+
+A row there has inputs in place of tests: a sample must answer each as the reference does. Base
+inputs are those of the original benchmark, plus inputs about 80 (MBPP: 35) times as many. The rows
+become problems in HumanEval's format, with `plus_test` beside `test`.
+"""
+
+from collections.abc import Iterable
+
+INPUTS = ("base_input", "plus_input", "atol", "contract", "assertion")  # beside HumanEval's fields
+# Runs outside of the sandbox. Tolerances and exceptions are EvalPlus's (evalplus 0.3.1).
+TEST = '''\
+import copy, math
+import numpy as np
+from math import inf, nan
+
+reference = {{}}
+exec({reference!r}, reference)
+
+def floats(x):
+    return isinstance(x, float) or (
+        isinstance(x, (list, tuple)) and len(x) > 0 and all(isinstance(i, float) for i in x))
+
+def agree(out, want, given, atol):
+    {exception}
+    if out == want:
+        return True
+    atol = atol or (1e-6 if floats(want) else 0)
+    if atol == 0 or type(out) is not type(want):
+        return False
+    if isinstance(want, (list, tuple)) and len(out) != len(want):
+        return False
+    return bool(np.allclose(out, want, rtol=1e-7, atol=atol))
+
+cases = []
+for given in {inputs!r}:
+    try:
+        cases.append((given, reference[{name!r}](*copy.deepcopy(given))))
+    except MemoryError:  # an input of Mbpp/255, for one, has an answer of 1 GB
+        pass
+
+def check(candidate):
+    for given, want in cases:
+        out = candidate(*given)
+        assert agree(out, want, given, {atol!r}), (given, out, want)
+'''
+# Where several answers are right. `check_str` and its like return a match or None, as its tests
+# only ask for the truth of it; sets are compared where the order of a list is open.
+AS_SETS = "return set(out) == set(want)"
+AS_TRUTH = "return (out if isinstance(out, bool) else out is not None) == (want is not None)"
+EXCEPTIONS = {
+    "HumanEval/32": "return abs(poly(*given, out)) <= atol",
+    **dict.fromkeys(map("Mbpp/{}".format, (2, 7, 111, 140, 232, 249, 579, 769)), AS_SETS),
+    **dict.fromkeys(map("Mbpp/{}".format, (737, 787, 794)), AS_TRUTH),
+    "Mbpp/164": "return isinstance(out, bool)",  # EvalPlus takes anything: its reference is wrong
+    "Mbpp/295": "if out == 0: return True",
+    "Mbpp/558": "digits = [str(n).zfill(max(len(str(m)) for m in given)) for n in given]\n"
+    "    if out == sum(abs(int(a) - int(b)) for a, b in zip(*digits)): return True",
+    "Mbpp/581": "edge, height = given\n    slant = math.hypot(edge / 2, height)\n"
+    "    if abs(out - round(edge**2 + 2 * edge * slant)) <= atol: return True",
+}
+# JSON has no tuples. The depths at which MBPP+'s lists are tuples: 1 is an argument, 2 its items.
+DEPTHS = {
+    (1,): "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809",
+    (2,): "63 64 70 75 94 120 237 272 299 400 409 413 417 438 444 473 614 722 753 780",
+    (1, 2): "259 278 401 445",
+    tuple(range(1, 50)): "580 615 791",
+}
+TUPLES = {f"Mbpp/{n}": depths for depths, ids in DEPTHS.items() for n in ids.split()}
+ARGUMENT = dict.fromkeys(map("Mbpp/{}".format, (250, 307, 405, 446, 617, 720, 763, 808)), 0)
+ARGUMENT |= {"Mbpp/106": 1, "Mbpp/750": 1}  # the one argument that is a tuple
+
+
+# The test of HumanEval/32 in HumanEval+ in HumanEval's format (v0.1.9 and v0.1.10), which fails the
+# reference, too, and what EvalPlus itself asks.
+WRONG, RIGHT = "_poly(*candidate(*inp), inp)", "abs(_poly(*inp, candidate(*inp)))"
+
+
+def convert(rows: Iterable[dict]) -> list[dict]:
+    """Return rows in HumanEval's format; those that have it pass through, unknown fields too."""
+    return [
+        problem(row)
+        if "plus_input" in row
+        else row | {"test": test.replace(WRONG, RIGHT)}
+        if isinstance(test := row.get("test"), str)
+        else row
+        for row in rows
+    ]
+
+
+def problem(row: dict) -> dict:
+    given = {kind: [arguments(row["task_id"], x) for x in row[kind]] for kind in INPUTS[:2]}
+    code = row["prompt"] + row["canonical_solution"]
+
+    def test(inputs: list) -> str:
+        exception = EXCEPTIONS.get(row["task_id"], "")
+        about = {"name": row["entry_point"], "atol": row["atol"], "exception": exception}
+        return TEST.format(reference=code, inputs=inputs, **about)
+
+    return {
+        **{field: value for field, value in row.items() if field not in INPUTS},
+        "test": test(given["base_input"]),
+        "plus_test": test(given["base_input"] + given["plus_input"]),
+    }
+
+
+def arguments(task_id: str, given: list) -> list:
+    """Return the arguments that an input of `task_id` stands for, with the types JSON lacks."""
+    if task_id == "Mbpp/115":
+        return [[set(x) if isinstance(x, list) and x else {} for x in given[0]]]
+    if task_id in ("Mbpp/124", "Mbpp/252"):  # complex numbers, written as text
+        return [*map(float, given[:-1]), complex(given[-1])]
+    if task_id in ARGUMENT:
+        return [tuple(x) if i == ARGUMENT[task_id] else x for i, x in enumerate(given)]
+    return tuples(given, TUPLES.get(task_id, ()), 0)
+
+
+def tuples(value, depths: tuple[int, ...], depth: int):
+    if isinstance(value, dict):
+        return {k: tuples(v, depths, depth + 1) for k, v in value.items()}
+    if not isinstance(value, list):
+        return value
+    items = [tuples(x, depths, depth + 1) for x in value]
+    return tuple(items) if depth in depths else items
