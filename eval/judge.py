@@ -68,6 +68,7 @@ class Config(Options):
 
 def messages(prompt: str, completion: str) -> list[dict]:
     """Return the messages that ask for the grade of `completion`."""
+    completion = completion.encode(errors="backslashreplace").decode()  # no lone surrogates
     asked = {"prompt": prompt.rstrip(), "completion": completion.rstrip("\n")}
     content = PROMPT.format(mark=mark(prompt + completion), **asked)
     return [{"role": "user", "content": content}]
@@ -99,10 +100,12 @@ def judge(config: Config, client: Client | None) -> dict:
     problems = read_problems(PROBLEMS)
     prompts = {p["task_id"]: p["prompt"] for p in problems}
     shared = ("checkpoint", "samples", "limit", "max_new_tokens", "device", "sandbox")
-    evaluation = Evaluation(PROBLEMS, **{name: getattr(config, name) for name in shared})
-    with writing(None if config.dry_run else config.out) as write:
+    out = None if config.dry_run else config.out
+    evaluation = Evaluation(PROBLEMS, out=out, **{name: getattr(config, name) for name in shared})
+    with writing(out) as write:
         result, samples = measure(evaluation, "judge", problems, BODY)
-        asked = [(prompts[s["task_id"]], s["completion"]) for s in samples]
+        answers = [s.get("solution", s.get("completion")) for s in samples]
+        asked = [(prompts[s["task_id"]], answer) for s, answer in zip(samples, answers)]
         if config.dry_run:
             return client.price((messages(*pair), REPLY_TOKENS) for pair in asked)
         if not client:

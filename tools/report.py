@@ -105,7 +105,7 @@ def main() -> None:
         out, text, said = c.out or found.folder / "report.html", found.page(), found.text()
         if c.png:
             write_json(c.png / "ladder.json", [m.numbers() for m in found.models])
-    out.write_text(text, encoding="utf-8")
+    out.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"{said}report: {out}")
 
 

@@ -47,7 +47,8 @@ def test_a_grade_is_read_strictly(reply, found):
 
 def test_the_judge_sees_the_answer_alone():
     p = OURS[0]
-    text = messages(p["prompt"], "    return 12345\n")[0]["content"]
+    text = messages(p["prompt"], "    return 12345  # \ud800\n")[0]["content"]
+    assert "\\ud800" in text
     assert p["prompt"].rstrip() in text
     assert "return 12345" in text
     assert p["canonical_solution"].strip() not in text
