@@ -48,6 +48,7 @@ SMALL = {
 # Then the first of each pair gives way to the second.
 CHANGES = {
     r"\bFILE\b": "out/demo/exercises/heldout.jsonl",
+    r"--source phi-1 ": "--source out/demo/hf ",
     r"--nnodes=2 --nproc_per_node=8": "--nnodes=2 --nproc_per_node=1",
     r"--nproc_per_node=8": "--nproc_per_node=2",
     r"FIRST_MACHINE:29400": "localhost:{port}",
@@ -130,8 +131,10 @@ def copy(tmp_path_factory):
          "test": f"def check(candidate):\n    assert candidate(1, 2) == {3 + len(name)}\n"}
         for name in ("first", "second", "third")
     ]  # fmt: skip
-    with gzip.open(root / "HumanEval.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    plus = {"base_input": [[1, 2]], "plus_input": [[3, 4]], "atol": 0, "contract": ""}
+    for name, more in (("HumanEval", {}), ("HumanEvalPlus", plus)):
+        with gzip.open(root / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row | more) + "\n" for row in rows)
     samples = [{"task_id": r["task_id"], "completion": r["canonical_solution"]} for r in rows]
     (root / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     mbpp = [

@@ -165,6 +165,8 @@ FORGE = {
     "            os.write(fd, b'[[{}\\n')\n        except OSError: pass\n",
     "encoder patched": "    return 1\nimport sys\nt = sys.modules['sandbox.tagged']\n"
     "t.dumps = lambda m: b'[\"value\", {\"remote\": 0}]\\n'\n",
+    "changes forged": "    return 1\nimport sys\nt = sys.modules['sandbox.tagged']\n"
+    "t.dumps = lambda m: b'[\"value\", true, [[0, {\"remote\": 0}]]]\\n'\n",
     "unhashable keys": "    import sys\n    sys.modules['sandbox.tagged'].encode = "
     "lambda v, o: {'dict': [[[], 1]]}\n",
     "builtin by name": "    import sys\n    sys.modules['sandbox.tagged'].encode = "
