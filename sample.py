@@ -11,13 +11,15 @@ kernels/decode.py as a CUDA graph.
 A completion depends on its prompt, the prompt's index and the seed, never on the batch: draws come
 from Philox keyed by (seed, index); probabilities are summed as integers; attention is by row;
 products are of as many rows as agree bit by bit (torch: `same_rows`), or of tiles of 16 rows
-(kernels).
+(kernels). With `--fast`, torch gives that up where it costs time: for up to 3 rows at once, and
+where only few agree.
 """
 
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from model import QK_NORM, Phi, load_model, select_kernels
 from tokenizer import Tokenizer
 
 GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
+MOST_ROWS = 64  # of a product in torch
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Config:
     stop: tuple[str, ...] = ()  # end a completion before this text ("\n" works); may be repeated
     seed: int = 0  # of the sampling
     device: str = "auto"  # auto, cpu or cuda
+    fast: bool = False  # let the last bits of a number depend on how many rows a batch has
 
 
 @dataclass
@@ -63,21 +67,21 @@ class Row:
 class Generator:
     """Complete prompts with a model and its tokenizer."""
 
-    def __init__(self, model: Phi, tokenizer: Tokenizer):
+    def __init__(self, model: Phi, tokenizer: Tokenizer, fast: bool = False):
         """The model's weights must stay as they are."""
         device = model.embed.weight.device
         kernels = device.type == "cuda" and select_kernels(model.c, device)[0] == "triton"
-        self.new_decoder = TritonDecoder if kernels else TorchDecoder
+        self.new_decoder = TritonDecoder if kernels else partial(TorchDecoder, fast=fast)
         self.model, self.tokenizer = model, tokenizer
         self.context_tokens = model.c.seq_len
         self.end_of_text = tokenizer.end_of_text
         self._decoder: Decoder | None = None  # of the last call, for the next
 
     @classmethod
-    def load(cls, path: Path, device: str = "auto") -> "Generator":
+    def load(cls, path: Path, device: str = "auto", fast: bool = False) -> "Generator":
         """Load a run or checkpoint folder; in bfloat16 on a GPU, float32 on a CPU."""
         model, tokenizer, _ = load_model(path, device)
-        return cls(model.bfloat16() if model.embed.weight.is_cuda else model, tokenizer)
+        return cls(model.bfloat16() if model.embed.weight.is_cuda else model, tokenizer, fast)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens of the tokenizer's start and the prompt; at least one in all."""
@@ -306,7 +310,9 @@ class TorchDecoder(Decoder):
     """Decode in plain torch, with fp32 copies of the weights (phi-1's: 5.7 GB).
 
     BLAS chooses the order of a product's sums by its number of rows. With weights [K, J], MKL has
-    one order for 2 to 64 rows (three for the transpose of [J, K]): products are of that many.
+    one order for 2 to 64 rows (three for the transpose of [J, K]) where there is AVX-512, so that
+    products are of that many. With AVX2 alone it has another for up to 3, and on two threads for
+    the last rows of 5 to 11; oneDNN, which takes 15 us more a call, has one for all.
 
     The pairs that rotary embedding turns lie side by side here, as complex numbers: one product
     turns them, with the bits of `model.rotate`, whose many small ones take 15% of a step of 1 row.
@@ -315,7 +321,7 @@ class TorchDecoder(Decoder):
     prefill_tokens = 512
 
     @torch.inference_mode()
-    def __init__(self, model: Phi, rows: int, positions: int):
+    def __init__(self, model: Phi, rows: int, positions: int, fast: bool = False):
         self.model, c = model, model.c
         if c.head_dim % 2 or c.mlp_width % 2:
             raise UserError(f"want even head_dim and mlp_width, got {c.head_dim}, {c.mlp_width}")
@@ -327,18 +333,27 @@ class TorchDecoder(Decoder):
         self.turn[:2, :, 0, : c.rotary_dim // 2] = torch.complex(model.cos, model.sin)
         self.turn = self.turn.to(model.cos.device)
 
-        def fp32(w: Tensor) -> Tensor:
-            return w.t().float().contiguous()  # [J, K] -> [K, J]; a bias stays [J]
+        def fp32(*tensors: Tensor) -> list[Tensor]:
+            return [x.float() for x in tensors]
 
+        first, head = model.blocks[0], model.head
+        weights = fp32(first.w_in, first.w_out, head.weight)
+        same = same_rows(weights, onednn=False)
+        onednn = same < MOST_ROWS == same_rows(weights, onednn=True)
+        same = MOST_ROWS if onednn else same
+        if fast and (rows < 4 or same < MOST_ROWS):
+            onednn, same = False, sys.maxsize
+        # A single row has a routine of its own in BLAS.
+        self.step = 2 if same <= MOST_ROWS and not onednn else 1
+        linear = partial(make_linear, onednn=onednn, most=same)
         self.layers = [
-            tuple(map(fp32, (b.ln.weight, b.ln.bias, b.w_in[order], b.b_in[order], b.w_out,
-                             b.b_attn + b.b_mlp)))
+            (*fp32(b.ln.weight, b.ln.bias), linear(*fp32(b.w_in[order], b.b_in[order])),
+             linear(*fp32(b.w_out, b.b_attn + b.b_mlp)))
             for b in model.blocks
         ]  # fmt: skip
         self.embed, self.eps = model.embed.weight.float(), model.ln_f.eps
-        self.ln_f = fp32(model.ln_f.weight), fp32(model.ln_f.bias)
-        self.w_head, self.b_head = fp32(model.head.weight), fp32(model.head.bias)
-        self.same = same_rows([self.layers[0][2], self.layers[0][4], self.w_head])
+        self.ln_f = fp32(model.ln_f.weight, model.ln_f.bias)
+        self.head = linear(*fp32(head.weight, head.bias))
         super().__init__(model, rows, self.span(positions), torch.float32)
 
     def span(self, positions: int) -> int:
@@ -350,30 +365,28 @@ class TorchDecoder(Decoder):
         return -(-max(positions, 400 // self.model.c.head_dim + 1) // 8) * 8
 
     def padded(self, rows: int) -> int:
-        rows += rows % 2  # as BLAS has another routine for one row than for two
-        return rows if rows <= self.same else -(-rows // self.same) * self.same
+        return -(-rows // self.step) * self.step
 
     def _blocks(self, token: Tensor, position: Tensor, attend: Callable) -> Tensor:
-        """Return the residual stream [n, C] of tokens [n], n even, at `position` [n].
+        """Return the residual stream [n, C] of tokens [n], n padded, at `position` [n].
 
         `attend(layer, qkv, y)` puts the attention of qkv [3, n, H, D] into y [n, H, D].
         """
         c, x, turn = self.model.c, F.embedding(token, self.embed), self.turn[:, position]
         n, C, H, D = len(x), c.width, c.n_head, c.head_dim
-        h, ya = x.new_empty(n, 3 * C + c.mlp_width), x.new_empty(n, C + c.mlp_width)
-        up, y, a = h[:, 3 * C :], ya[:, :C].view(n, H, D), ya[:, C:]
-        qk, qkv = h[:, : 2 * C].view(n, 2, H, D), x.new_empty(3, n, H, D)
-        pairs = torch.view_as_complex(h[:, : 3 * C].view(n, 3, H, D // 2, 2)).transpose(0, 1)
-        turned = torch.view_as_complex(qkv.view(3, n, H, D // 2, 2))
-        for i, (gain, bias, w_in, b_in, w_out, b_out) in enumerate(self.layers):
-            normed = torch.layer_norm(x, (C,), gain, bias, self.eps)
-            grouped_linear(normed, w_in, b_in, self.same, h)  # q | k | v | up
+        ya, qkv = x.new_empty(n, C + c.mlp_width), x.new_empty(3, n, H, D)
+        y, a = ya[:, :C].view(n, H, D), ya[:, C:]
+        pairs = (3, n, H, D // 2), (C // 2, (3 * C + c.mlp_width) // 2, D // 2, 1)  # sizes, strides
+        turned = qkv.view(torch.complex64)
+        for i, (gain, bias, w_in, w_out) in enumerate(self.layers):
+            h = w_in(torch.layer_norm(x, (C,), gain, bias, self.eps))  # q | k | v | up
             if c.qk_norm:
+                qk = h[:, : 2 * C].view(n, 2, H, D)
                 qk.copy_(QK_NORM * F.layer_norm(qk, (D,)))
-            torch.mul(pairs, turn, out=turned)
+            torch.mul(h.view(torch.complex64).as_strided(*pairs), turn, out=turned)
             attend(i, qkv, y)
-            F.gelu(up, approximate="tanh", out=a)
-            x = x + grouped_linear(ya, w_out, b_out, self.same)
+            F.gelu(h[:, 3 * C :], approximate="tanh", out=a)
+            x = x + w_out(ya)
         return x
 
     def _prefill(self, prompts: list[tuple[tuple, list[int]]]) -> None:
@@ -413,34 +426,39 @@ class TorchDecoder(Decoder):
 
         x = self._blocks(self.token[:n], position, attend)
         x = F.layer_norm(x, x.shape[1:], *self.ln_f, self.eps)
-        return grouped_linear(x, self.w_head, self.b_head, self.same)
+        return self.head(x)
 
 
-def grouped_linear(x: Tensor, w: Tensor, b: Tensor, rows: int, out: Tensor | None = None) -> Tensor:
-    """Return x w + b for x [n, K] and w [K, J], in products of up to `rows` rows each."""
-    if len(x) <= rows:
-        return torch.addmm(b, x, w, out=out)
-    out = x.new_empty(len(x), w.shape[1]) if out is None else out
-    for part, to in zip(x.split(rows), out.split(rows)):
-        torch.addmm(b, part, w, out=to)
-    return out
+def make_linear(w: Tensor, b: Tensor, onednn: bool, most: int) -> Callable[[Tensor], Tensor]:
+    """Return x -> x w^T + b for w [J, K], in products of up to `most` rows each."""
+    if onednn:
+        w = torch.ops.mkldnn._reorder_linear_weight(w, MOST_ROWS)
+        rest = {"attr": "none", "scalars": [], "algorithm": ""}
+        product = partial(torch.ops.mkldnn._linear_pointwise.default, W=w, B=b, **rest)
+    else:
+        product = partial(torch.addmm, b, mat2=w.t().contiguous())
+    return lambda x: product(x) if len(x) <= most else torch.cat([*map(product, x.split(most))])
 
 
 @torch.inference_mode()
-def same_rows(weights: list[Tensor]) -> int:
-    """Return an even number, at most 64: products of 2, 4, .. rows up to it agree bit by bit.
+def same_rows(weights: list[Tensor], onednn: bool) -> int:
+    """Return up to how many rows, at most 64, products agree bit by bit, wherever a row lies.
 
-    With MKL 2024.2 and AVX-512 it is 64. One row would have a routine of its own.
+    Those of 2, 4, .. rows by BLAS; of 1, 2, .. by oneDNN, of which less than 64 says only that it
+    will not do. It takes 1 ms for a number of rows that is new to it: not all are tried.
     """
-    most = 64
-    for w in weights:
+    most, step = MOST_ROWS, 2 - onednn
+    tried = (*range(2, 12), 16, 31, 48, 64) if onednn else range(4, 65, 2)
+    if onednn and (weights[0].is_cuda or not torch.backends.mkldnn.is_available()):
+        return 0
+    for w in weights:  # [J, K]
         generator = torch.Generator(w.device).manual_seed(0)
-        x = torch.randn(most, len(w), generator=generator, device=w.device)
-        bias = w.new_ones(w.shape[1])
-        want = grouped_linear(x, w, bias, 2)
-        for n in range(4, most + 1, 2):
-            if not torch.equal(torch.addmm(bias, x[:n], w), want[:n]):
-                most = n - 2
+        x = torch.randn(most, w.shape[1], generator=generator, device=w.device)
+        product = make_linear(w, w.new_ones(len(w)), onednn, most)
+        want = torch.cat([*map(product, x.split(step))])
+        for n in tried:
+            if n <= most and not torch.equal(product(x[:n].roll(1, 0)), want[:n].roll(1, 0)):
+                most = n - step
                 break
     return most
 
