@@ -343,8 +343,8 @@ class TorchDecoder(Decoder):
         same = MOST_ROWS if onednn else same
         if fast and (rows < 4 or same < MOST_ROWS):
             onednn, same = False, sys.maxsize
-        # A single row has a routine of its own in BLAS.
-        self.step = 2 if same <= MOST_ROWS and not onednn else 1
+        # BLAS has routines of its own for one row, and for the attention of one head.
+        self.step = 1 if (onednn and c.n_head > 1) or same > MOST_ROWS else 2
         linear = partial(make_linear, onednn=onednn, most=same)
         self.layers = [
             (*fp32(b.ln.weight, b.ln.bias), linear(*fp32(b.w_in[order], b.b_in[order])),

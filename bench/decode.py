@@ -4,12 +4,13 @@
 
 Random weights, random prompts of one length, greedy, no end of text: each call gives batch x
 new_tokens tokens, prefill included. The peer is PhiForCausalLM of the same weights with sdpa
-attention; the two take turns. same_frac is the share of tokens that are ours; roof_frac is what a
+attention; they take turns. same_frac is the share of tokens that are ours; roof_frac is what a
 token must read, weights and keys and values, over its time and the rate of a large copy.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -49,7 +50,7 @@ class Numbers:
 
 @torch.inference_mode()
 def measure(c: TrainConfig, batch: int, new_tokens: int) -> Iterator[dict]:
-    """Time both for one batch size; yield a row for each."""
+    """Time all for one batch size; yield a row for each."""
     if PROMPT_TOKENS + new_tokens > c.seq_len:
         raise UserError(f"{PROMPT_TOKENS} + {new_tokens} tokens are more than seq_len {c.seq_len}")
     device = device_of(c.device)
@@ -59,14 +60,14 @@ def measure(c: TrainConfig, batch: int, new_tokens: int) -> Iterator[dict]:
         model, peer = Phi(c.model).to(dtype).eval(), HuggingFace(c.model).net.to(dtype).eval()
     peer.load_state_dict(parts(model))
     peer.config.use_cache = True
-    generator = Generator(model, Numbers())
-    generator.end_of_text = -1  # no token is
+    generator, fast = Generator(model, Numbers()), Generator(model, Numbers(), fast=True)
+    generator.end_of_text = fast.end_of_text = -1  # no token is
     idx = torch.randint(1, c.vocab_size, (batch, PROMPT_TOKENS))
     prompts = [" ".join(map(str, row)) for row in idx.tolist()]
     on_device = {"input_ids": idx.to(device), "attention_mask": torch.ones_like(idx, device=device)}
     options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
 
-    def ours() -> torch.Tensor:
+    def ours(generator: Generator = generator) -> torch.Tensor:
         done = dict(generator.stream(prompts, new_tokens, batch_size=batch))
         return torch.tensor([done[row].tokens for row in range(batch)])
 
@@ -78,7 +79,8 @@ def measure(c: TrainConfig, batch: int, new_tokens: int) -> Iterator[dict]:
     read = sum(p.nbytes for n, p in model.named_parameters() if "ln" not in n and "embed" not in n)
     cached = batch * (PROMPT_TOKENS + new_tokens / 2)  # positions, on average
     read += 2 * cached * c.n_layer * c.width * dtype.itemsize
-    calls, times, tokens = {"ours": ours, "transformers": theirs}, {}, {}
+    calls = {"ours": ours, "ours, fast": partial(ours, fast), "transformers": theirs}
+    times, tokens = {}, {}
     for turn in tqdm(range(ROUNDS + 1), desc=f"batch {batch}", disable=None):
         for name, call in calls.items():
             ms, tokens[name] = wall_ms(call, device)
