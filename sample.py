@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import UserError, parse, run
+from common.config import UserError, parse, printable, run
 from model import QK_NORM, Phi, load_model, select_kernels
 from tokenizer import Tokenizer
 
@@ -113,10 +114,10 @@ class Generator:
     ) -> Iterator[tuple[int, Row]]:
         """Yield (index of the prompt, its row) each time that the row has new tokens.
 
-        Raises UserError if a prompt fills the context.
+        Raises UserError, before anything else, if a prompt fills the context.
         """
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise UserError("want temperature >= 0 and 0 < top_p <= 1")
+        if not (0 <= temperature < float("inf") and 0 < top_p <= 1 and all(stop)):
+            raise UserError("want 0 <= temperature < inf, 0 < top_p <= 1 and no empty stop")
         ids = [self.encode(prompt) for prompt in prompts]
         if too_long := [p for p in prompts if not self.fits(p)]:
             raise UserError(
@@ -494,22 +495,22 @@ def main() -> None:
         raise UserError("want samples and max_new_tokens of at least 1")
     if not config.prompt and sys.stdin.isatty():
         print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
-    prompt = config.prompt or sys.stdin.read()
-    generator = Generator.load(config.checkpoint, config.device)
+    prompt = config.prompt or TextIOWrapper(sys.stdin.buffer, "utf-8", "surrogateescape").read()
+    show = printable if sys.stdout.isatty() else str
+    generator = Generator.load(config.checkpoint, config.device, config.fast)
     stop = tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in config.stop)
     options = {"temperature": config.temperature, "top_p": config.top_p, "stop": stop,
                "seed": config.seed}  # fmt: skip
     if config.samples > 1:
         texts = generator.generate([prompt] * config.samples, config.max_new_tokens, **options)
-        return print(("\n" + "-" * 40 + "\n").join(prompt + text for text in texts))
-    print(prompt, end="", flush=True)
+        return print(("\n" + "-" * 40 + "\n").join(show(prompt + text) for text in texts))
     held, sent = max(map(len, stop), default=1) - 1, 0  # the end may be the start of a stop string
     for _, row in generator.stream([prompt], config.max_new_tokens, **options):
-        text = row.text
+        text = prompt + row.text
         if not row.done:  # nor is a character whole before its last byte
-            text = generator.tokenizer.decode(row.tokens).rstrip("\ufffd")
+            text = prompt + generator.tokenizer.decode(row.tokens).rstrip("\ufffd")
             text = text[: max(sent, len(text) - held)]
-        print(text[sent:], end="", flush=True)
+        print(show(text[sent:]), end="", flush=True)
         sent = len(text)
     print()
 

@@ -145,15 +145,21 @@ def test_text_appears_as_it_is_generated(in_process, monkeypatch):
     assert not any("\ufffd" in text for text in shown)
 
 
-def test_command(cli, in_process, generator, tmp_path):
+def test_command(cli, in_process, generator, tmp_path, monkeypatch):
     run = save_run(tmp_path / "run", generator.model, generator.tokenizer)
     command = ["--checkpoint", run, "--max_new_tokens=5", "--device=cpu"]
     status, asked, _ = in_process(sample.main, *command, "--prompt", "def f")
     assert (status, asked[:5]) == (0, "def f")
     piped = cli("sample.py", *command, "--samples=2", stdin="def f")
     assert piped.stdout == asked + "-" * 40 + "\n" + asked
-    status, _, error = in_process(sample.main, *command, "--prompt", "x", "--top_p=0")
-    assert (status, "0 < top_p <= 1" in error) == (2, True)
+    wrong = {"--top_p=0": "0 < top_p", "--stop=": "no empty stop", "--prompt=\udcff": "surrogates",
+             "--prompt=" + "x y " * 200: "shorten it"}  # fmt: skip
+    wrong |= {f"--temperature={t}": "0 <= temperature < inf" for t in ("nan", "inf", "-1")}
+    for flag, want in wrong.items():
+        status, shown, error = in_process(sample.main, *command, "--prompt=x", flag)
+        assert (status, shown, want in error) == (2, "", True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert in_process(sample.main, *command, "--prompt=\x1b[2J\n")[1].startswith("\\x1b[2J\n")
 
 
 # ---- Decoders alone
