@@ -46,7 +46,6 @@ FIXED = {
     "hidden_act": ("gelu_new", "gelu_pytorch_tanh"),  # two names of tanh-GELU
     "layer_norm_eps": (1e-5,),
     "tie_word_embeddings": (False,),
-    "embd_pdrop": (0.0,),
     "rope_scaling": (None,),
     "quantization_config": (None,),
 }
@@ -107,7 +106,13 @@ def export(config: Export) -> None:
 
 def import_(config: Import) -> None:
     """Write the PhiForCausalLM in `config.source` to the checkpoint folder `config.out`."""
-    c, tokenizer = model_config(config.source / "config.json"), Tokenizer(config.source)
+    c = model_config(config.source / "config.json")
+    if not any((config.source / name).exists() for name in (MODEL_FILE, JSON_FILE)):
+        raise UserError(
+            f"{config.source} has no {JSON_FILE}; from vocab.json and merges.txt, transformers "
+            "makes it: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    tokenizer = Tokenizer(config.source)
     if (n := tokenizer.vocab_size) > c.vocab_size:
         raise UserError(f"{tokenizer.path} has {n} tokens, more than the vocab_size {c.vocab_size}")
     model = Phi(c)
@@ -162,7 +167,7 @@ def parts(model: Phi) -> dict[str, torch.Tensor]:
 def load(model: Phi, folder: Path) -> None:
     """Copy the safetensors weights in `folder`, whole or in shards, into `model`.
 
-    Raises UserError if a tensor is missing or unknown, or its shape does not fit.
+    Raises UserError if a tensor is missing or unknown, its shape does not fit, or it is not finite.
     """
     mine, where = parts(model), {}  # {name: the open file that has it}
     for path in sorted(folder.glob("*.safetensors")):
@@ -182,6 +187,8 @@ def load(model: Phi, folder: Path) -> None:
         got, want = list(tensor.shape), list(part.shape)
         if got != want:
             raise UserError(f"{folder}: {name} is {got}, and config.json makes it {want}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder}: {name} has NaN or inf; import weights that do not")
         if any(norm in name for norm in QK_NORMS) and not tensor.equal(part):
             raise UserError(
                 f"{folder}: {name} is not {part[0]:g} throughout, as this model's always is; "
@@ -200,6 +207,7 @@ def phi_config(c: ModelConfig, tokenizer: Tokenizer) -> dict:
         "num_key_value_heads": c.n_head,
         "attention_dropout": c.dropout,
         "resid_pdrop": c.dropout,
+        "embd_pdrop": 0.0,
         "rope_parameters": {"rope_type": "default", **rope},  # where transformers 5 looks
         **rope,  # where transformers 4 and others do
         "dtype": "float32",
@@ -234,8 +242,11 @@ def model_config(path: Path) -> ModelConfig:
     c = ModelConfig(**shape, rotary_dim=0)
     check("num_key_value_heads", h.get("num_key_value_heads"), None, c.n_head)
     check("head_dim", h.get("head_dim"), None, c.head_dim)
-    dropout = h.get("attention_dropout", 0.0)
-    check("resid_pdrop", h.get("resid_pdrop", 0.0), dropout)
+    drops = [h.get(key, 0.0) for key in ("attention_dropout", "resid_pdrop", "embd_pdrop")]
+    dropout = drops[0]
+    if drops != [dropout, dropout, 0]:
+        dropout = 0.0
+        print(f"{path}: dropout becomes 0, as this model has one for attention and residual")
     rope = h.get("rope_parameters") or {}
     check("rope_type", rope.get("rope_type", "default"), "default")
     theta = rope.get("rope_theta", h.get("rope_theta", ModelConfig.rope_theta))

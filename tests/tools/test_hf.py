@@ -215,10 +215,21 @@ def config(**settings):
     return change
 
 
-def train_a_norm(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.self_attn.k_layernorm.weight"][3] = 1.3
-    save_file(weights, folder / "model.safetensors")
+def weight(name, value):
+    """Return a function that changes a number of a folder's tensor `name`."""
+
+    def change(folder):
+        weights = load_file(folder / "model.safetensors")
+        weights[name][3] = value
+        save_file(weights, folder / "model.safetensors")
+
+    return change
+
+
+def leave_merges(folder):
+    for path in folder.glob("tokenizer.*"):
+        path.unlink()
+    (folder / "merges.txt").touch()
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -231,7 +242,10 @@ def train_a_norm(folder):
     (config(num_hidden_layers=3), "model.layers.2.input_layernorm.bias is missing"),
     (config(num_hidden_layers=1), "model.layers.1.input_layernorm.bias has no place"),
     (lambda f: (f / "model.safetensors").write_bytes(b"x"), "cannot be read"),
-    (train_a_norm, "model.layers.1.self_attn.k_layernorm.weight is not 1.5 throughout"),
+    (weight("model.layers.1.self_attn.k_layernorm.weight", 1.3), "k_layernorm.weight is not 1.5"),
+    (weight("lm_head.bias", float("nan")), "lm_head.bias has NaN or inf"),
+    (weight("model.layers.1.mlp.fc2.weight", -float("inf")), "1.mlp.fc2.weight has NaN or inf"),
+    (leave_merges, r"no tokenizer.json; .*from_pretrained\(FOLDER\).save_pretrained\(FOLDER\)"),
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
 ])  # fmt: skip
 def test_what_cannot_be_imported(exported, tmp_path, change, message):
@@ -240,6 +254,15 @@ def test_what_cannot_be_imported(exported, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         hf.import_(hf.Import(tmp_path / "in", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"resid_pdrop": 0.1}, {"embd_pdrop": 0.1}])
+def test_dropouts_that_differ_become_0(exported, tmp_path, change, capsys):
+    shutil.copytree(exported, tmp_path / "in")
+    config(**change)(tmp_path / "in")
+    hf.import_(hf.Import(tmp_path / "in", tmp_path / "out"))
+    assert checkpoint.read_meta(tmp_path / "out")["model"]["dropout"] == 0
+    assert "dropout becomes 0" in capsys.readouterr().out
 
 
 def test_a_tokenizer_that_loses_text(released, tmp_path):
