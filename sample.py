@@ -9,10 +9,10 @@ picks the next token of every row over a static KV cache: in plain torch, or on 
 kernels/decode.py as a CUDA graph.
 
 A completion depends on its prompt, the prompt's index and the seed, never on the batch: draws come
-from Philox keyed by (seed, index); probabilities are summed as integers; attention is by row;
-products are of as many rows as agree bit by bit (torch: `same_rows`), or of tiles of 16 rows
-(kernels). With `--fast`, torch gives that up where it costs time: for up to 3 rows at once, and
-where only few agree.
+from Philox keyed by (seed, index); probabilities are summed as integers; attention is by row (in
+torch, if 4 divides the head dim); products are of as many rows as agree bit by bit (torch:
+`same_rows`), or of tiles of 16 rows (kernels). With `--fast`, torch gives that up where it costs
+time: for up to 3 rows at once, and where only few agree.
 """
 
 import sys
@@ -323,7 +323,7 @@ class TorchDecoder(Decoder):
 
     @torch.inference_mode()
     def __init__(self, model: Phi, rows: int, positions: int, fast: bool = False):
-        self.model, c = model, model.c
+        self.model, self.fast, c = model, fast, model.c
         if c.head_dim % 2 or c.mlp_width % 2:
             raise UserError(f"want even head_dim and mlp_width, got {c.head_dim}, {c.mlp_width}")
         order = torch.arange(3 * c.width + c.mlp_width)
@@ -379,6 +379,8 @@ class TorchDecoder(Decoder):
         y, a = ya[:, :C].view(n, H, D), ya[:, C:]
         pairs = (3, n, H, D // 2), (C // 2, (3 * C + c.mlp_width) // 2, D // 2, 1)  # sizes, strides
         turned = qkv.view(torch.complex64)
+        # Torch shares out 2^14 numbers or more among threads, and rounds otherwise where it cuts.
+        most = n if self.fast else max(1, (2**14 - 1) // c.mlp_width)
         for i, (gain, bias, w_in, w_out) in enumerate(self.layers):
             h = w_in(torch.layer_norm(x, (C,), gain, bias, self.eps))  # q | k | v | up
             if c.qk_norm:
@@ -386,7 +388,8 @@ class TorchDecoder(Decoder):
                 qk.copy_(QK_NORM * F.layer_norm(qk, (D,)))
             torch.mul(h.view(torch.complex64).as_strided(*pairs), turn, out=turned)
             attend(i, qkv, y)
-            F.gelu(h[:, 3 * C :], approximate="tanh", out=a)
+            for up, act in zip(h[:, 3 * C :].split(most), a.split(most)):
+                F.gelu(up, approximate="tanh", out=act)
             x = x + w_out(ya)
         return x
 

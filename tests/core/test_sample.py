@@ -215,13 +215,13 @@ def test_a_decoder_s_greedy_tokens_are_the_model_s(new_decoder):
 
 
 @pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 5])
 def test_bits_do_not_depend_on_the_batch(threads, onednn, monkeypatch):
     """At the demo's width: every row alone has the logits that it has among 17."""
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: onednn)
     torch.set_num_threads(threads)
     try:
-        model = large(ModelConfig(512, 64, 1, 6, 192, 768, 16, qk_norm=True))
+        model = large(ModelConfig(512, 64, 2, 6, 192, 768, 16, qk_norm=True))
         ids = random_ids(17, 512, 40)
         tokens, logits = steps(model, ids, 3, (0.8, 0.9))
         for rows in ([0], [7, 3], [16, 13, 1], list(range(4, 15))):
