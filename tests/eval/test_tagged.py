@@ -112,7 +112,7 @@ def test_a_changed_argument(value):
 @pytest.mark.parametrize(
     "message",
     [
-        {}, {"bytes": "x"}, {"float": "0x1p0"}, {"int": 5}, {"list": []}, {"tuple": 3}, {"dict": [[[], 1]]},
+        {}, {"bytes": "x"}, {"float": "1"}, {"int": 5}, {"list": []}, {"tuple": 3}, {"dict": [[[], 1]]},
         {"type": "print"}, {"a": 1, "b": 2}, {"Fraction": "1/0"}, {"range": [1, 2, 0]},
     ],
 )  # fmt: skip
