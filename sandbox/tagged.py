@@ -12,6 +12,7 @@ import json
 from array import array
 from collections import Counter, OrderedDict, UserDict, UserList, UserString, defaultdict, deque
 from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
 
@@ -27,6 +28,8 @@ FLAT = {
     complex: (lambda z: [z.real.hex(), z.imag.hex()], lambda z: complex(*map(float.fromhex, z))),
     Decimal: (str, Decimal),
     Fraction: (str, Fraction),
+    datetime: (datetime.isoformat, datetime.fromisoformat),
+    date: (date.isoformat, date.fromisoformat),
 }
 BUILD = {kind.__name__: build for kind, (_, build) in FLAT.items()} | {"int": lambda x: int(x, 16)}
 
@@ -52,6 +55,7 @@ COLLECTIONS = {
     defaultdict: (lambda x: [x.default_factory, pairs(x)], lambda x: defaultdict(*x)),
     dict: (pairs, dict),
     range: (lambda x: [x.start, x.stop, x.step], lambda x: range(*x)),
+    timedelta: (lambda x: [x.days, x.seconds, x.microseconds], lambda x: timedelta(*x)),
     deque: (lambda x: [list(x), x.maxlen], lambda x: deque(*x)),
     array: (lambda x: [x.typecode, x.tolist()], lambda x: array(*x)),
     UserList: (list, UserList),
@@ -106,9 +110,11 @@ def decode(value, remote: Callable[[object], object]):
 
     Raises ValueError, TypeError, LookupError or ArithmeticError for what `encode` cannot have made.
     """
-    if type(value) in PLAIN or (isinstance(value, list) and set(map(type, value)) <= PLAIN):
+    if type(value) in PLAIN:
         return value
     if isinstance(value, list):
+        if set(map(type, value)) <= PLAIN:
+            return value[:]  # a copy: the message is what an argument was before it changed
         return [decode(x, remote) for x in value]
     if len(value) != 1:
         raise ValueError(f"not a tagged value: {value!r:.80}")

@@ -11,6 +11,7 @@ from collections import (
     deque,
     namedtuple,  # fmt: skip
 )
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
@@ -68,6 +69,7 @@ def test_hard_cases():
         {(1, "a"): {frozenset({2}): [b"\xff", 1j]}}, [], (), set(), {},
         Decimal("1.50"), Fraction(1, 3), bytearray(b"\xff"), array("d", [0.5]),
         deque([1, (2,)], 3), Counter("aab"), OrderedDict(b=1, a=2), defaultdict(int, a=1),
+        date(2024, 2, 29), datetime(2024, 2, 29, 1, 2, 3, 4), timedelta(-1, 2, 3),
         UserList([1]), UserDict(a=[1]), UserString("a"), {1: "a"}.keys(), {1: "a"}.items(),
     ):  # fmt: skip
         assert same(through(value), value)
@@ -112,8 +114,9 @@ def test_a_changed_argument(value):
 @pytest.mark.parametrize(
     "message",
     [
-        {}, {"bytes": "x"}, {"float": "1"}, {"int": 5}, {"list": []}, {"tuple": 3}, {"dict": [[[], 1]]},
-        {"type": "print"}, {"a": 1, "b": 2}, {"Fraction": "1/0"}, {"range": [1, 2, 0]},
+        {}, {"bytes": "x"}, {"float": "1"}, {"int": 5}, {"list": []}, {"tuple": 3},
+        {"dict": [[[], 1]]}, {"type": "print"}, {"a": 1, "b": 2}, {"Fraction": "1/0"},
+        {"range": [1, 2, 0]},
     ],
 )  # fmt: skip
 def test_what_encode_cannot_have_made(message):
