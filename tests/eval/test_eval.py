@@ -192,7 +192,7 @@ def test_generated_samples_outlive_a_fault(command, model, problems, tmp_path, m
         patch.setattr("eval.harness.run_all", fail)
         arguments = ("--problems", problems, "--out", out)
         status, _, stderr = command(humaneval, *arguments, "--checkpoint", "run")
-    kept = tmp_path / "new" / "out.samples.jsonl"
+    kept = tmp_path / "new" / "out.unscored.jsonl"
     assert status != 0
     assert f"--samples {kept}" in stderr
     assert not out.exists()
