@@ -20,7 +20,7 @@ def main() -> None:
     rows = list(read_jsonl(config.problems))
     if any("assertion" in row or "test_list" in row for row in rows):
         raise UserError(f"{config.problems} is of MBPP's kind: use python -m eval.mbpp")
-    problems = check_problems(config.problems, plus.convert(rows))
+    problems = check_problems(config.problems, plus.convert(config.problems, rows))
     name, slash, _ = problems[0]["task_id"].partition("/")  # HumanEval, exercises, unseen
     harder = any("plus_test" in p or "def assertion(out, exp, atol)" in p["test"] for p in problems)
     evaluate(config, (name if slash else config.problems.stem) + "+" * harder, problems, BODY)

@@ -36,7 +36,7 @@ def main() -> None:
         raise UserError(f"--protocol {config.protocol!r}: want {' or '.join(STOP)}")
     rows = read_rows(config.problems)
     if any("plus_input" in row for row in rows):
-        name, problems = "MBPP+", plus.convert(rows)
+        name, problems = "MBPP+", plus.convert(config.problems, rows)
     else:
         name, rows = read_mbpp(config.problems)
         shots = three_shots(config.problems, rows) if config.protocol == "three-shot" else ""

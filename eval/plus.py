@@ -6,7 +6,9 @@ become problems in HumanEval's format, with `plus_test` beside `test`. Inputs wh
 32 MB and more, as up to 1 GB of Mbpp/255, are left out.
 """
 
-from collections.abc import Iterable
+from pathlib import Path
+
+from data.base import benchmarks
 
 INPUTS = ("base_input", "plus_input", "atol", "contract", "assertion")  # beside HumanEval's fields
 # Runs outside of the sandbox. Tolerances and exceptions are EvalPlus's (evalplus 0.3.1).
@@ -62,7 +64,7 @@ EXCEPTIONS = {
     "HumanEval/32": "return abs(poly(*given, out)) <= atol",
     **dict.fromkeys(map("Mbpp/{}".format, (2, 7, 111, 140, 232, 249, 579, 769)), AS_SETS),
     **dict.fromkeys(map("Mbpp/{}".format, (737, 787, 794)), AS_TRUTH),
-    "Mbpp/164": "return isinstance(out, bool)",  # EvalPlus takes anything: its reference is wrong
+    "Mbpp/164": "return isinstance(out, bool)",  # EvalPlus takes any answer
     "Mbpp/295": "if out == 0: return True",
     "Mbpp/558": "digits = [str(n).zfill(max(len(str(m)) for m in given)) for n in given]\n"
     "    if out == sum(abs(int(a) - int(b)) for a, b in zip(*digits)): return True",
@@ -79,26 +81,20 @@ DEPTHS = {
 TUPLES = {f"Mbpp/{n}": depths for depths, ids in DEPTHS.items() for n in ids.split()}
 ARGUMENT = dict.fromkeys(map("Mbpp/{}".format, (250, 307, 405, 446, 617, 720, 763, 808)), 0)
 ARGUMENT |= {"Mbpp/106": 1, "Mbpp/750": 1}  # the one argument that is a tuple
-
-
 # The test of HumanEval/32 in HumanEval+ in HumanEval's format (v0.1.9 and v0.1.10), which fails the
 # reference, too, and what EvalPlus itself asks.
 WRONG, RIGHT = "_poly(*candidate(*inp), inp)", "abs(_poly(*inp, candidate(*inp)))"
 
 
-def convert(rows: Iterable[dict]) -> list[dict]:
-    """Return rows in HumanEval's format; those that have it pass through, unknown fields too."""
-    return [
-        problem(row)
-        if "plus_input" in row
-        else row | {"test": test.replace(WRONG, RIGHT)}
-        if isinstance(test := row.get("test"), str)
-        else row
-        for row in rows
-    ]
+def convert(path: Path, rows: list[dict]) -> list[dict]:
+    """Return the rows of `path` in HumanEval's format; those that have it pass through, unknown
+    fields too. Raises UserError."""
+    return benchmarks.convert(path, "EvalPlus's format", problem, rows)
 
 
 def problem(row: dict) -> dict:
+    if "plus_input" not in row:
+        return row | {"test": row["test"].replace(WRONG, RIGHT)}
     given = {kind: [arguments(row["task_id"], x) for x in row[kind]] for kind in INPUTS[:2]}
     code = row["prompt"] + row["canonical_solution"]
 

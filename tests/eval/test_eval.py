@@ -325,6 +325,8 @@ def test_evalplus_in_the_formats_of_the_originals(command, tmp_path):
         (humaneval, [{**PROBLEMS[0], "stop_tokens": []}], "problem 1: its field 'stop_tokens'"),
         (mbpp, [{**ROWS[3], "tests": []}], "problem 1: its field 'tests'"),
         (humaneval, MBPP_PLUS, "use python -m eval.mbpp"),
+        (humaneval, [{**PLUS[0], "base_input": 7}], "not EvalPlus's format: TypeError"),
+        (humaneval, [{"task_id": "T/0"}], "KeyError('test')"),
         (humaneval, ROWS, "use python -m eval.mbpp"),
     ],
 )
