@@ -2,8 +2,8 @@
 
 A row there has inputs in place of tests: a sample must answer each as the reference does. Base
 inputs are those of the original benchmark, plus inputs about 80 (MBPP: 35) times as many. The rows
-become problems in HumanEval's format, with `plus_test` beside `test`. Inputs whose answers are of
-32 MB and more, as up to 1 GB of Mbpp/255, are left out.
+become problems in HumanEval's format, with `plus_test` beside `test`. Inputs whose answers take
+12 MiB and more, as 1 GB of Mbpp/255, are left out.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ cases = []
 for given in {inputs!r}:
     with contextlib.suppress(MemoryError):
         want = reference[{name!r}](*copy.deepcopy(given))
-        if size(want) < 1 << 25:
+        if size(want) < 12 << 20:
             cases.append((given, want))
         del want
 
