@@ -65,7 +65,7 @@ def problem(row: Mbpp, shots: str) -> dict:
         "entry_point": row.entry_point,
         "setup": row.imports,
         "test": tests(*row.tests),
-        **({"plus_test": tests(row.plus)} if row.plus else {}),
+        **({"plus_test": tests(plus.mend(row.plus))} if row.plus else {}),
     }
 
 

@@ -177,10 +177,7 @@ class _Supervisor:
         try:
             self.process.stdin.write(json.dumps(asdict(check)).encode() + b"\n")
             self.process.stdin.flush()
-            poll = select.poll()
-            poll.register(self.process.stdout, select.POLLIN)
-            answered = poll.poll((BUSY * check.timeout_s + GRACE_S) * 1000)
-            verdict = Verdict(*json.loads(self.process.stdout.readline() if answered else b""))
+            verdict = Verdict(*json.loads(self.hear(BUSY * check.timeout_s)))
         except (OSError, ValueError):
             verdict = Verdict("died", "its supervisor was killed")
         if verdict.status in ("died", "infrastructure"):
@@ -203,8 +200,14 @@ class _Supervisor:
             env=environment,
             start_new_session=True,
         )
-        if self.process.stdout.readline() != b"ready\n":
+        if self.hear() != b"ready\n":
             raise OSError("the sandbox does not start")
+
+    def hear(self, wait_s: float = 0) -> bytes:
+        """Return its next line, empty if it has ended or takes GRACE_S more than `wait_s`."""
+        poll = select.poll()
+        poll.register(self.process.stdout, select.POLLIN)
+        return self.process.stdout.readline() if poll.poll((wait_s + GRACE_S) * 1000) else b""
 
     def close(self, wait_s: float = GRACE_S) -> tuple[int, str]:
         """End the process, or else kill it. Return its exit code and what it last complained of."""

@@ -303,10 +303,13 @@ def test_evalplus_in_the_formats_of_the_originals(command, tmp_path):
         "import numpy as np\n\ndef assertion(out, exp, atol):\n"
         "    assert np.allclose(out, exp, rtol=1e-07, atol=atol)\n\n"
     )
-    add = f"{test}def check(candidate):\n    assertion(candidate(5, 3), 8, 0)\n"
+    add = f"{test}def ref_func(a, b):\n    return a + b\n\ndef check(candidate):\n"
+    add += "    for inp in [[[5], [3]]]:\n        assertion(candidate(*inp), ref_func(*inp), 0)\n"
     problems = [{**PROBLEMS[0], "task_id": "HumanEval/0", "test": add}]
-    files = [("--problems", write(tmp_path / "he.jsonl", problems), "--samples", write(
-        tmp_path / "s.jsonl", [{"task_id": 0, "completion": "    return a + b"}]))]  # fmt: skip
+    bodies = "return a + b", "a.clear(), b.clear()\n    return a"  # unseen by the reference
+    samples = [{"task_id": 0, "completion": f"    {body}"} for body in bodies]
+    files = [("--problems", write(tmp_path / "he.jsonl", problems), "--samples",
+              write(tmp_path / "s.jsonl", samples))]  # fmt: skip
     row = {"task_id": 600, "prompt": "Add.", "code": "def add(a):\n    return math.floor(a) + 1",
            "test_imports": ["import math"], "test_list": ["assert add(1) == 2"],
            "test": f"{test}assertion(add(2), 3, 0)\n"}  # fmt: skip
@@ -316,7 +319,7 @@ def test_evalplus_in_the_formats_of_the_originals(command, tmp_path):
     found = [json.loads(command(module, *arguments, "--json")[1])
              for module, arguments in zip((humaneval, mbpp), files)]  # fmt: skip
     assert [r["benchmark"] for r in found] == ["HumanEval+", "MBPP+"]
-    assert (found[0]["pass@1"], found[1]["pass@1"], found[1]["base"]["pass@1"]) == (1, 0, 1)
+    assert (found[0]["pass@1"], found[1]["pass@1"], found[1]["base"]["pass@1"]) == (0.5, 0, 1)
 
 
 @pytest.mark.parametrize(
