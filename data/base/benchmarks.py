@@ -70,9 +70,9 @@ class Mbpp:
     text: str  # the task
     code: str  # the reference solution
     tests: list[str]  # assert statements
-    imports: str  # to run before the candidate, too
-    setup: str  # statements to run before the tests
-    plus: str  # MBPP+'s tests, "" elsewhere
+    imports: str = ""  # to run before the candidate, too
+    setup: str = ""  # statements to run before the tests
+    plus: str = ""  # MBPP+'s tests, "" elsewhere
 
     @classmethod
     def of(cls, row: dict) -> "Mbpp":

@@ -162,7 +162,7 @@ def test_decode():
     shape = {"vocab_size": 64, "seq_len": 48, "n_layer": 2, "width": 32, "mlp_width": 64}
     c = TrainConfig(**shape, n_head=2, rotary_dim=8, device="cpu")
     rows = list(decode.measure(c, 2, 6))
-    assert [r["impl"] for r in rows] == ["ours", "transformers"]
+    assert [r["impl"] for r in rows] == ["ours", "ours, fast", "transformers"]
     for row in rows:
         assert row["same_frac"] == 1
         assert row["tokens_per_s"] == pytest.approx(2 * 6 / row["p50_ms"] * 1e3)
