@@ -14,6 +14,7 @@ defaults; flags come last.
 import argparse
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -41,7 +42,7 @@ def require(config, name: str, ok: bool, want: str) -> None:
 
 
 def run(main) -> None:
-    """Call `main()`; print a UserError as one line on stderr and exit with status 2.
+    """Call `main()`; print a UserError or an OSError of a file as one line, exit with status 2.
 
     What stdout's encoding lacks is escaped.
     """
@@ -59,6 +60,14 @@ def run(main) -> None:
         # What reads our output, such as head, has enough. Nothing is left to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as e:
+        if not (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            raise
+        told = f"{e.filename or sys.argv[0]}: {e.strerror}"
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            told += "; free some space, then run the same command again"
+        print(f"error: {printable(told)}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -87,7 +96,7 @@ def parse(cls, argv: list[str] | None = None, toml: bool = False, hidden: type |
             f"--{f.name}",
             *{f"--{f.name.replace('_', '-')}"} - {f"--{f.name}"},
             dest=f.name,
-            action="append" if get_origin(types_[f.name]) is tuple else "store",
+            action="append",
             **({"nargs": "?", "const": "true"} if types_[f.name] is bool else {}),
             metavar=_type_name(types_[f.name]),
             default=argparse.SUPPRESS,
@@ -107,7 +116,12 @@ def parse(cls, argv: list[str] | None = None, toml: bool = False, hidden: type |
         near = _nearest(key, [f"--{f.name}" for f in fields])
         raise UserError(f"unknown argument {key!r}{near}; --help lists the options")
     values = _from_toml(Path(path), types_) if path else {}
-    values |= {k: _convert(v, types_[k], f"--{k}") for k, v in vars(flags).items()}
+    for name, given in vars(flags).items():
+        if get_origin(types_[name]) is not tuple:
+            if len(given) > 1:
+                raise UserError(f"--{name} is given {len(given)} times; it takes one value")
+            [given] = given
+        values[name] = _convert(given, types_[name], f"--{name}")
     if missing := [name for name in required if name not in values]:
         raise UserError(f"missing required option --{missing[0]}; --help lists the options")
     return cls(**values)
@@ -150,7 +164,9 @@ def _convert(value, want, where: str):
         raise error
     try:
         converted = want(value)
-    except (TypeError, ValueError):
+        if want is Path:
+            converted = converted.expanduser()  # a shell leaves the ~ of --out=~/x as it is
+    except (TypeError, ValueError, RuntimeError):  # the last of ~nobody
         raise error from None
     if converted != converted:  # not a number, which no comparison would refuse
         raise error

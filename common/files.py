@@ -1,7 +1,7 @@
 """Read and write files that are whole or absent: JSON, JSON lines (plain, gzip, zstd), folders."""
 
 import contextlib
-import gzip
+import fcntl
 import json
 import os
 import shutil
@@ -11,12 +11,16 @@ from pathlib import Path
 
 from common.config import UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PACKED = (".gz", ".zst")
+# A .json file is one value, but .json.gz is how lines of JSON are published.
+NAMES = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (*NAMES[:2], *(f"{name}{end}" for name in NAMES for end in PACKED))
 MARK = ".nanophi"  # an empty file in every folder that a stage wrote: it may be replaced
 MAX_LINE_BYTES = 16 << 20  # of a .jsonl file: a document of 1 MiB, all of it escaped, has 6 MiB
 PIECE_BYTES = 1 << 16  # split into lines at once: a bomb may be lines of nothing
-ZSTD_FEED_BYTES = 1 << 10  # zstd makes 128 KiB of 4 bytes: at most 32 MiB at once, whatever it is
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
+FEED_BYTES = 1 << 10  # zstd makes 128 KiB of 4 bytes: at most 32 MiB at once, whatever it is
+PADDING = b"\0\r\n"  # may follow a frame: tar pads with NULs, an editor ends with a newline
+DAMAGED = (EOFError, zlib.error, OSError)
 
 # bad(reason, position, what stands there): the position is a line, a row or an element, from 1.
 Bad = Callable[[str, int, bytes | str], None]
@@ -41,18 +45,24 @@ def read_json(path: Path, strict: bool = True):
 def write_json(path: Path, value) -> None:
     """Write JSON under a temporary name, then rename: a reader never sees half a file."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    temporary.write_bytes(dumps(value, indent=2))
     temporary.replace(path)
 
 
-def write_jsonl(path: Path, records: Iterable[dict], ensure_ascii: bool = False) -> None:
-    """Write records as JSON, one a line; lone surrogates need `ensure_ascii`."""
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(record, ensure_ascii=ensure_ascii) + "\n" for record in records)
+def write_jsonl(path: Path, records: Iterable[dict]) -> None:
+    """Write records as JSON, one a line."""
+    with open(path, "wb") as f:
+        f.writelines(map(dumps, records))
+
+
+def dumps(value, **options) -> bytes:
+    """Return a line of JSON; lone surrogates, as in a file name that is no UTF-8, are escaped."""
+    line = json.dumps(value, ensure_ascii=False, **options) + "\n"
+    return line.encode(errors="backslashreplace")
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
-    """Yield the objects of a .jsonl, .jsonl.gz or .jsonl.zst file.
+    """Yield the objects of a file of JSON lines, plain, .gz or .zst.
 
     Raises UserError for a line that holds none, and for a compressed file that ends early.
     """
@@ -85,54 +95,66 @@ def json_lines(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
         bad("damaged file", number + 1, f"cannot be read past line {number}: {e}")
 
 
-def read_documents(paths: list[Path]) -> Iterator[dict]:
-    """Yield the documents of files, and of the shards in folders, in the order of sorted names."""
-    for path in paths:
-        files = shard_files(path)
-        if not files:
-            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file there")
-        for file in files:
-            yield from read_jsonl(file)
-
-
-def shard_files(path: Path, formats: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """List the document shards at `path`: itself if a file, the sorted shards of a folder."""
-    path = Path(path)
-    if not path.is_dir():
-        return [path]
-    return sorted(p for p in path.iterdir() if p.name.endswith(formats))
-
-
 def check_out(out: Path, reads: Iterable[Path] = ()) -> None:
     """Raise UserError if `out` is no output of ours or holds an input: it would be replaced."""
     where, out = out, Path(out).resolve()
     if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {where} is there and is no output of ours; name a new folder")
     for path in reads:
-        if Path(path).resolve().is_relative_to(out):
+        if Path(os.path.realpath(path)).is_relative_to(out):  # resolve() fails on a link to itself
             raise UserError(f"--out {where} holds the input {path}; name another folder")
 
 
 @contextlib.contextmanager
+def work_folder(out: Path, reads: Iterable[Path] = ()) -> Iterator[Path]:
+    """Yield the folder .OUT.work, locked, in which `out` is made; raises as check_out does."""
+    check_out(out, reads)
+    place = Path(out).resolve()
+    work = place.with_name(f".{place.name}.work")
+    work.mkdir(parents=True, exist_ok=True)
+    (work / MARK).touch()
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--out {out}: another run is writing it; wait for its end") from None
+        if (work / "old").exists() and not place.exists():  # killed between the two renames
+            (work / "old").rename(place)
+        shutil.rmtree(work / "old", ignore_errors=True)
+        yield work
+
+
+def replace_folder(out: Path, made: Path) -> None:
+    """Give `made`, a folder in work_folder(out), the name `out`."""
+    out = Path(out).resolve()
+    if out.exists():
+        out.rename(made.with_name("old"))
+    made.rename(out)
+
+
+@contextlib.contextmanager
 def new_folder(out: Path, reads: Iterable[Path] = ()) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` that takes the name `out` if the block succeeds.
+    """Yield a temporary folder that takes the name `out` if the block succeeds, in one process.
 
     The old `out` stays whole until then, and stays if the block fails. Raises as check_out does.
     """
-    check_out(out, reads)
-    out = Path(out).resolve()
-    temporary, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / MARK).touch()
-    try:
-        yield temporary
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if mpi_size() > 1:
+        raise UserError("this command runs in one process; start it without mpirun")
+    with work_folder(out, reads) as work:
+        made = work / "result"
+        shutil.rmtree(made, ignore_errors=True)
+        try:
+            made.mkdir()
+            (made / MARK).touch()
+            yield made
+            replace_folder(out, made)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def mpi_size() -> int:
+    """Return how many processes mpirun started, 1 without it."""
+    return int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
 
 
 def lines(path: Path) -> Iterator[bytes | None]:
@@ -162,26 +184,29 @@ def chunks(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: {e.strerror.lower()}") from None
     with f:
         if path.suffix == ".zst":
-            yield from _zstd(f)
-            return
-        if path.suffix == ".gz" and not os.fstat(f.fileno()).st_size:
-            raise EOFError("it is empty")  # gzip.open would read it as no lines
-        content = gzip.open(f) if path.suffix == ".gz" else f  # noqa: SIM115
-        yield from iter(lambda: content.read(PIECE_BYTES), b"")
+            import zstandard
+
+            yield from _unpacked(f, lambda: zstandard.ZstdDecompressor().decompressobj())
+        elif path.suffix == ".gz":
+            yield from _unpacked(f, lambda: zlib.decompressobj(zlib.MAX_WBITS | 16))
+        else:
+            yield from iter(lambda: f.read(PIECE_BYTES), b"")
 
 
-def _zstd(f) -> Iterator[bytes]:
-    """Yield the content of zstd frames. Raises EOFError for one that is cut short or damaged."""
-    import zstandard
+def _unpacked(f, new_frame: Callable) -> Iterator[bytes]:
+    """Yield the content of gzip members or zstd frames, all that stands before a damaged place.
 
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    while fed := frame.unused_data or f.read(ZSTD_FEED_BYTES):
-        if frame.eof:
-            frame = zstandard.ZstdDecompressor().decompressobj()
+    Raises EOFError for a frame that is damaged or cut short.
+    """
+    frame, rest, whole = new_frame(), b"", False
+    while fed := rest or f.read(FEED_BYTES):
+        if whole:
+            frame, fed = new_frame(), fed.lstrip(PADDING)
         try:
             piece = frame.decompress(fed)
-        except zstandard.ZstdError as e:
+        except Exception as e:  # zlib.error, or ZstdError, which needs zstandard to be named
             raise EOFError(str(e)) from None
+        rest, whole = frame.unused_data, frame.eof or (whole and not fed)
         yield from (piece[i : i + PIECE_BYTES] for i in range(0, len(piece), PIECE_BYTES))
-    if not frame.eof:
-        raise EOFError("the last zstd frame is cut short")
+    if not whole:
+        raise EOFError("it is cut short")

@@ -30,12 +30,12 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import UserError, parse, run
-from common.files import read_documents, read_jsonl, write_json
+from common.files import read_jsonl, write_json
 from data.base.documents import source_shards
 from data.base.features import measured
 from data.base.llm import Client, Options, Refused, mark
 from data.base.ranks import Ranks, say
-from data.base.readers import read_documents_of
+from data.base.readers import read_documents, read_documents_of
 from data.base.stage import Part, Stage, total
 from data.base.syntax import strip_licence
 

@@ -28,6 +28,7 @@ import numpy as np
 from common.config import UserError, parse, run
 from data.base.documents import batched, document, source_shards
 from data.base.ranks import Ranks, say
+from data.base.readers import decode
 from data.base.stage import Part, Stage, size_and_time, total
 from data.base.unique import Candidates, choose, write_chosen
 
@@ -104,7 +105,7 @@ def list_files(source: str, left_out: Counter) -> Iterator[File]:
     """
     path = Path(source).expanduser()  # a shell leaves the ~ of --source=~/code as it is
     if source not in SYSTEM and not path.is_dir():
-        yield from (File(file, file.name, file.stat().st_size) for file in source_shards(path))
+        yield from (File(file, file.name, size_and_time(file)[0]) for file in source_shards(path))
         return
     roots = [Path(sysconfig.get_path(key)) for key in SYSTEM.get(source, ())] or [path]
     name = source if source in SYSTEM else path.resolve().name
@@ -121,7 +122,7 @@ def list_files(source: str, left_out: Counter) -> Iterator[File]:
                 else:
                     yield File(file, f"{name}:{inside}", size_and_time(file)[0])
     for file in [] if found else source_shards(path):
-        yield File(file, f"{name}:{file.name}", file.stat().st_size)
+        yield File(file, f"{name}:{file.relative_to(path)}", size_and_time(file)[0])
 
 
 def left_out_path(inside: str) -> bool:
@@ -160,7 +161,7 @@ def read_texts(part: Part, file: File) -> Iterator[tuple[str, str]]:
         try:
             if not file.path.is_file():  # a dangling link, or a named pipe, which would block
                 raise OSError
-            yield file.path.read_bytes().decode("utf-8-sig"), file.origin
+            yield decode(file.path.read_bytes()), file.origin
         except (OSError, UnicodeDecodeError) as e:
             part.bad("unreadable" if isinstance(e, OSError) else "not UTF-8", file.origin, 1)
 

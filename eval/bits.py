@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.config import UserError, parse, run
-from common.files import read_documents, write_json
+from common.files import write_json
+from data.base.readers import read_documents
 from model import Phi, load_model
 
 BATCH_TOKENS = 1 << 13  # in one forward pass: its logits are 64 MB at a vocabulary of 2,048

@@ -176,7 +176,7 @@ def writing(out: Path | None) -> Iterator[Callable]:
                 if folder:
                     write_json(folder / "results.json", result)
                     for name, rows in files.items():
-                        write_jsonl(folder / f"{name}.jsonl", rows, ensure_ascii=True)
+                        write_jsonl(folder / f"{name}.jsonl", rows)
 
             yield write
     except BaseException:
@@ -215,7 +215,7 @@ def measure(
         too_long = [s["completion"] is None for s in samples]
         samples = [{**s, "completion": s["completion"] or ""} for s in samples]
         if config.out:
-            write_jsonl(unscored(config.out), samples, ensure_ascii=True)
+            write_jsonl(unscored(config.out), samples)
     else:
         too_long = [False] * len(samples)
     verdicts = [TOO_LONG] * len(samples)

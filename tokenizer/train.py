@@ -13,7 +13,8 @@ from pathlib import Path
 import sentencepiece
 
 from common.config import UserError, parse, run
-from common.files import new_folder, read_documents, write_json
+from common.files import new_folder, write_json
+from data.base.readers import read_documents
 from tokenizer import END_OF_TEXT, MODEL_FILE, SPACE_MARK, Tokenizer
 
 # Whole documents are too long for the trainer and single lines hide the newline-and-indent pieces

@@ -10,14 +10,16 @@ and a stage may add fields of its own.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 from common.config import UserError
-from common.files import SUFFIXES, shard_files
+from common.files import MARK, PACKED, SUFFIXES
 
-FORMATS = (*SUFFIXES, ".parquet", "Posts.xml", "Posts.xml.gz", "Posts.xml.zst")  # readers.py
+FORMATS = (*SUFFIXES, ".parquet", *(f"Posts.xml{end}" for end in ("", *PACKED)))  # readers.py
+WANTED = ".jsonl or .ndjson (.gz, .zst), .json.gz, .parquet or Posts.xml (.gz, .zst)"
 
 
 def document(text: str, origin: str, **fields) -> dict:
@@ -27,15 +29,27 @@ def document(text: str, origin: str, **fields) -> dict:
 
 
 def source_shards(*sources: Path) -> list[Path]:
-    """List the shards of all `sources`, in any format. Raises UserError where one has none."""
+    """List files and the shards in folders, in any format. Raises UserError where there is none."""
     shards = []
     for source in sources:
-        found = shard_files(source, FORMATS)
-        if not found or not all(p.is_file() and p.name.endswith(FORMATS) for p in found):
+        found = [source] if source.is_file() else shard_files(source)
+        if not found or not found[0].name.endswith(FORMATS):
             there = "no shard there" if source.exists() else "no such file or folder"
-            raise UserError(f"--source {source}: {there}; want {', '.join(FORMATS)}")
+            raise UserError(f"--source {source}: {there}; want {WANTED}")
         shards += found
     return shards
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """List the shards in a folder and those below it, sorted; of an output of ours, its own alone.
+
+    What is hidden is left out, and links to folders are not followed.
+    """
+    found = []
+    for where, folders, files in os.walk(folder):
+        found += [Path(where, f) for f in files if f.endswith(FORMATS) and f[0] != "."]
+        folders[:] = [] if MARK in files else [f for f in folders if f[0] != "."]
+    return sorted(found)
 
 
 class DocumentFile(ExitStack):

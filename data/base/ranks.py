@@ -1,16 +1,16 @@
 """The processes of a run: one, or as many as mpirun started."""
 
-import os
 import sys
 
 from common.config import UserError
+from common.files import mpi_size
 
 
 class Ranks:
     """The processes of this run: one, or those that mpirun started. Values must be picklable."""
 
     def __init__(self):
-        started = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+        started = mpi_size()
         self.comm, self.rank, self.size = None, 0, 1
         if started > 1:
             if "mpi4py.run" not in sys.modules:

@@ -1,41 +1,74 @@
 """Read documents from files that others made: report what cannot be read, and go on.
 
-    .jsonl, .jsonl.gz, .jsonl.zst   objects with `text` or `content`
-    .parquet                        rows with `text` or `content`, as in The Stack (extra: parquet)
-    Posts.xml, .gz, .zst            StackExchange's dump: title and body of each post
+    .jsonl, .ndjson, .json.gz   lines of JSON (.gz, .zst) whose `text` or `content` is a string
+    .parquet                    rows with `text` or `content`, as in The Stack (extra: parquet)
+    Posts.xml (.gz, .zst)       StackExchange's dump: questions about Python, with their best answer
 
-Everything streams. A document of our own is known by its sha256, and left out if its text has
-another.
+Everything streams. A document of our own is known by its id and sha256, and left out if its text
+has another.
 """
 
+import ast
+import contextlib
 import html
+import io
 import json
+import os
 import re
-from collections.abc import Iterator
+import sqlite3
+import sys
+import tokenize
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from xml.etree.ElementTree import ParseError, XMLPullParser
 
 from common.config import UserError
-from common.files import DAMAGED, Bad, chunks, json_lines
-from data.base.documents import document
+from common.files import DAMAGED, SUFFIXES, Bad, chunks, json_lines
+from data.base.documents import WANTED, document, source_shards
 
 PARQUET_ROWS = 64  # decoded at once
+TEXTS = ("text", "content")  # fields that may hold a document's text, the first that does
+THE_STACK_ORIGIN = ("max_stars_repo_name", "max_stars_repo_path")
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
+QUESTION, ANSWER = "1", "2"  # types of posts; all others are wikis and notes of moderators
+MIN_VOTES = 1  # of a question and of its answer: someone but the author found it useful
 # StackExchange escapes every other < in a body. Possessive: linear in whatever stands there.
 TAG = re.compile(r"<(/?[a-zA-Z0-9]++)[^<>]*+>")
-BLOCKS = ("p", "pre", "ul", "ol", "blockquote", "hr", "h1", "h2", "h3", "h4", "h5", "h6")
-TAG_TEXT = {f"{end}{tag}": "\n\n" for tag in BLOCKS for end in ("", "/")} | {"li": "\n", "br": "\n"}
-THE_STACK_ORIGIN = ("max_stars_repo_name", "max_stars_repo_path")
+PRE = re.compile(r"(</?pre\b[^<>]*+>)")
+BLOCKS = ("p", "ul", "ol", "blockquote", "hr", "table", "h1", "h2", "h3", "h4", "h5", "h6")
+TAG_TEXT = {f"{end}{tag}": "\n\n" for tag in BLOCKS for end in ("", "/")}
+TAG_TEXT |= {"li": "\n- ", "br": "\n", "/tr": "\n", "/td": " | ", "/th": " | ", "code": "`",
+             "/code": "`"}  # fmt: skip
+
+
+def read_documents(sources: Iterable[Path]) -> Iterator[dict]:
+    """Yield the documents of files and folders; say on stderr how many were skipped, and why.
+
+    Raises UserError for a source without any file to read.
+    """
+    skipped: Counter = Counter()
+    try:
+        for path in source_shards(*sources):
+            yield from read_documents_of(path, lambda why, *_, p=path: skipped.update([(p, why)]))
+    finally:  # also where the reader has enough
+        for (path, why), n in skipped.items():
+            print(f"{path}: skipped {n:,}: {why}", file=sys.stderr)
 
 
 def read_documents_of(path: Path, bad: Bad = lambda *_: None, name: str = "") -> Iterator[dict]:
     """Yield the documents of a file; those of our own with all of their fields.
 
     The origin of another's is `name`, that of the file by default, and where in it.
-    Raises UserError for a file that is not there, of an unknown format, or that needs an extra.
+    Raises UserError for a file of an unknown format, or that needs an extra.
     """
+    name = os.fsencode(name or path.name).decode(errors="replace")  # it need not be UTF-8
+    if not path.is_file():  # a dangling link, or a named pipe, which would block
+        bad("unreadable", 1, "no such file")
+        return
     for position, record in read_records(path, bad):
         try:
-            yield _document(record, f"{name or path.name}:{position}")
+            yield _document(record, f"{name}:{position}")
         except UserError as e:
             bad(str(e), position, repr(record)[:200])
         except (ValueError, RecursionError) as e:
@@ -45,31 +78,45 @@ def read_documents_of(path: Path, bad: Bad = lambda *_: None, name: str = "") ->
 
 def _document(record: dict, origin: str) -> dict:
     """Return the document of a record. Raises UserError, or ValueError for bad values."""
-    text = record.get("text", record.get("content"))
-    if not isinstance(text, str):
+    text = next((t for key in TEXTS if isinstance(t := record.get(key), str)), None)
+    if text is None:
         raise UserError("no text or content")
     if "\0" in text:
         raise UserError("NUL")
     json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # it must be written again
-    if not (isinstance(record.get("sha256"), str) and isinstance(record.get("origin"), str)):
+    *strings, sha256 = (record.get(key) for key in ("text", "origin", "id", "sha256"))
+    if not all(isinstance(s, str) for s in (*strings, sha256)) or strings[-1] != sha256[:16]:
         where = [record.get(key) for key in THE_STACK_ORIGIN]
         return document(text, "/".join(where) if all(isinstance(w, str) for w in where) else origin)
     made = document(text, record["origin"])
-    if record["sha256"] != made["sha256"] or record.get("id", made["id"]) != made["id"]:
+    if sha256 != made["sha256"]:
         raise UserError("wrong sha256")
     return record | made
 
 
+def decode(data: bytes) -> str:
+    """Decode text by its byte order mark, else by its PEP 263 cookie, else as UTF-8.
+
+    Raises UnicodeDecodeError, also for a cookie that names no encoding.
+    """
+    if data.startswith(UTF16):
+        return data.decode("utf-16")
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        return data.decode(encoding)
+    except (SyntaxError, LookupError) as e:
+        raise UnicodeDecodeError("utf-8", data[:100], 0, 1, str(e)) from None
+
+
 def read_records(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
     """Yield the (position, record) of each line or row of a file, by its name's format."""
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    if name.endswith(".jsonl"):
+    if path.name.endswith(SUFFIXES):
         return json_lines(path, bad)
-    if name.endswith(".parquet"):
+    if path.name.endswith(".parquet"):
         return _parquet(path, bad)
-    if name.endswith("Posts.xml"):
+    if path.name.removesuffix(".gz").removesuffix(".zst").endswith("Posts.xml"):
         return _posts(path, bad)
-    raise UserError(f"{path}: want .jsonl (.gz, .zst), .parquet or Posts.xml (.gz, .zst)")
+    raise UserError(f"{path}: want {WANTED}")
 
 
 def _parquet(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
@@ -82,42 +129,115 @@ def _parquet(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            columns = [n for n in ("text", "content", *THE_STACK_ORIGIN) if n in names]
-            if "text" not in columns and "content" not in columns:
+            columns = [n for n in (*TEXTS, *THE_STACK_ORIGIN) if n in names]
+            if not set(TEXTS) & set(columns):
                 bad("no text or content", 1, f"columns {', '.join(names)}")
                 return
             for batch in file.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
                 for i in range(batch.num_rows):
                     position += 1
                     try:
-                        yield position, {n: batch.column(n)[i].as_py() for n in columns}
+                        row = {n: batch.column(n)[i].as_py() for n in columns}
+                        texts = {n: decode(v) for n, v in row.items() if isinstance(v, bytes)}
                     except UnicodeDecodeError:
                         bad("not UTF-8", position, "")
+                        continue
+                    yield position, row | texts
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as e:
         bad("damaged file", position + 1, f"cannot be read past row {position}: {e}")
 
 
+# ---- StackExchange
+
+
 def _posts(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
-    """Yield posts as text: title, then body with its markup taken off."""
-    parser, root, number = XMLPullParser(["start", "end"]), None, 0
+    """Yield (id, record) of the questions about Python, each with its best answer, by id.
+
+    The best answer is the accepted one, else that of most votes. Questions wait for it on disk.
+    """
+    parser, root, number, left_out = XMLPullParser(["start", "end"]), None, 0, Counter()
+    with contextlib.closing(sqlite3.connect("")) as db:  # a file of its own, gone when it is closed
+        db.execute("create table questions (id integer primary key, accepted, text)")
+        db.execute("create table answers (question integer primary key, accepted, votes, text)")
+        try:
+            for piece in chunks(path):
+                parser.feed(piece)
+                for event, element in parser.read_events():
+                    root = element if root is None else root
+                    if event == "end" and element.tag == "row":
+                        number += 1
+                        try:
+                            left_out[_store(db, element.attrib)] += 1
+                        except (LookupError, ValueError, OverflowError):
+                            left_out["malformed"] += 1
+                    if event == "end" and element is not root:
+                        root.clear()
+            parser.close()
+        except (*DAMAGED, ParseError, ValueError, LookupError) as e:  # LookupError: the encoding
+            bad("damaged file", number + 1, f"cannot be read past row {number}: {e}")
+        joined = "select id, q.text, a.text from questions q join answers a on question = id"
+        for id_, question, answer in db.execute(f"{joined} order by id"):
+            left_out[""] -= 2
+            yield id_, {"text": f"{question}\n## Answer\n\n{answer}"}
+    left_out["question without an answer"] = left_out.pop("", 0)
+    if told := ", ".join(f"{n:,} {why}" for why, n in left_out.most_common() if n):
+        bad("posts left out", number, told)  # one line: a dump has tens of millions
+
+
+def _store(db: sqlite3.Connection, post: dict[str, str]) -> str:
+    """Store a question, or an answer that is its question's best so far; return why not, or ""."""
+    body, votes = post.get("Body", ""), int(post.get("Score", MIN_VOTES))
+    kind = post.get("PostTypeId")
+    if kind not in (QUESTION, ANSWER):
+        return "neither question nor answer"
+    if votes < MIN_VOTES:
+        return "of low score"
+    if kind == QUESTION:
+        tags = re.split(r"[<>|]+", post.get("Tags", "python"))
+        if not any(re.fullmatch(r"python([-_.\d].*)?", tag) for tag in tags):
+            return "not about Python"
+        if "ClosedDate" in post:
+            return "closed, as duplicates are"
+        row = int(post["Id"]), int(post.get("AcceptedAnswerId", 0))
+        text = f"# {post.get('Title', '').strip()}\n\n{post_text(body)}"
+        db.execute("insert or replace into questions values (?, ?, ?)", (*row, text))
+        return ""
+    known = "select q.accepted = ?, a.accepted, a.votes from questions q left join answers a "
+    found = db.execute(
+        f"{known} on question = id where id = ?", (int(post["Id"]), int(post.get("ParentId", 0)))
+    ).fetchone()
+    if not found:
+        return "answer to a question left out"
+    accepted, *other = found
+    if other[0] is not None and (accepted, votes) <= tuple(other):
+        return "answer that is not the best"
+    db.execute("insert or replace into answers values (?, ?, ?, ?)",
+               (int(post["ParentId"]), accepted, votes, post_text(body)))  # fmt: skip
+    return "answer that is not the best" if other[0] is not None else ""
+
+
+def post_text(markup: str) -> str:
+    """Return the body of a post as Markdown: its code in fences, as python if it parses as that."""
+    blocks, inside = [], False
+    for piece in PRE.split(markup):
+        if PRE.fullmatch(piece):
+            inside = piece[1] != "/"
+            continue
+        text = html.unescape(TAG.sub("" if inside else _markdown, piece))
+        if not inside:
+            text = re.sub(r"\n{3,}", "\n\n", re.sub(r"( \|)? *$", "", text, flags=re.MULTILINE))
+        if text := text.strip("\n").rstrip():
+            blocks.append(fenced(text) if inside else text)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown(tag: re.Match) -> str:
+    return TAG_TEXT.get(tag[1].lower(), "")
+
+
+def fenced(code: str) -> str:
     try:
-        for piece in chunks(path):
-            parser.feed(piece)
-            for event, element in parser.read_events():
-                root = element if root is None else root
-                if event == "end" and element.tag == "row":
-                    number += 1
-                    if (body := element.get("Body")) is not None:
-                        yield number, {"text": post_text(element.get("Title", ""), body)}
-                if event == "end" and element is not root:
-                    root.clear()
-        parser.close()
-    except (*DAMAGED, ParseError, ValueError, LookupError) as e:  # LookupError: of the encoding
-        bad("damaged file", number + 1, f"cannot be read past row {number}: {e}")
-
-
-def post_text(title: str, markup: str) -> str:
-    """Return a post of StackExchange as plain text: blocks on lines of their own, code as it is."""
-    text = html.unescape(TAG.sub(lambda tag: TAG_TEXT.get(tag[1].lower(), ""), markup))
-    lines = map(str.rstrip, f"{title}\n\n{text}".split("\n"))
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n") + "\n"
+        language = "python" if ast.parse(code).body else ""
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        language = ""
+    return f"```{language}\n{code}\n```"

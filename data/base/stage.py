@@ -17,8 +17,8 @@ unreadable), lineage.json (script, hash of its code, arguments) and, written las
 """
 
 import dataclasses
-import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -26,17 +26,19 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.code import ROOT, code_hash
-from common.config import UserError
-from common.files import MARK, check_out, read_json, read_jsonl, write_json
+from common.config import UserError, printable
+from common.files import MARK, read_json, read_jsonl, replace_folder, work_folder, write_json
 from data.base.documents import DocumentFile
 from data.base.ranks import Ranks
 from data.base.readers import read_documents_of
 
+SHOWN = 3  # unreadable things that a run which fails shows: their folder goes with it
 MAX_ITEMS = 100_000  # names are five digits wide, so that sorted names are the items' order
 
 
@@ -50,7 +52,7 @@ class Stage:
         self.out = Path(config.out).resolve()
         self.work = self.out.with_name(f".{self.out.name}.work")
         self.result, self.scratch = self.work / "result", self.work / "scratch"
-        self.old = self.work / "old"  # the former OUT, for a moment
+        self.lock = ExitStack()
 
     def __enter__(self) -> "Stage":
         if self.ranks.rank == 0:
@@ -60,17 +62,7 @@ class Stage:
 
     def prepare(self) -> None:
         """Lock OUT; keep an earlier run's work if it was the same, else start afresh."""
-        check_out(self.config.out, [*self.shards, *self.reads])
-        self.work.mkdir(parents=True, exist_ok=True)
-        (self.work / MARK).touch()
-        self.lock = open(self.work / "lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            out = self.config.out
-            raise UserError(f"--out {out}: another run is writing it; wait for its end") from None
-        if self.old.exists() and not self.out.exists():  # killed between the two renames
-            self.old.rename(self.out)
+        self.lock.enter_context(work_folder(self.config.out, [*self.shards, *self.reads]))
         self.identity = self.identify()
         known = read_json(self.work / "identity.json", strict=False)
         if known != self.identity or not self.result.exists():
@@ -85,8 +77,12 @@ class Stage:
 
     def __exit__(self, kind, error, trace) -> None:
         if self.ranks.rank == 0:
-            for reason, n in quarantined(self.result if kind else self.out).items():
+            folder = self.result if kind else self.out
+            for reason, n in reasons(quarantine(folder)).items():
                 print(f"quarantined: {n:,} {reason}", file=sys.stderr)
+            for line in itertools.islice(quarantine(folder), SHOWN if kind else 0):
+                told = "  {path} at {position}: {reason} {start!r}".format(**line)
+                print(printable(told), file=sys.stderr)
             # After a user's mistake another command comes; anything else may go on from here.
             if kind is None or issubclass(kind, UserError):
                 self.forget()
@@ -111,7 +107,7 @@ class Stage:
     def forget(self) -> None:
         """Remove finished work; the identity first, so that no run goes on with half of it."""
         (self.work / "identity.json").unlink(missing_ok=True)
-        for folder in ("state", "result", "scratch", "tmp", "old"):
+        for folder in ("state", "result", "scratch", "tmp"):
             shutil.rmtree(self.work / folder, ignore_errors=True)
 
     def map(self, name: str, items: list, work: Callable[["Part"], dict | None]) -> list[dict]:
@@ -138,13 +134,11 @@ class Stage:
     def finish(self, summary: dict) -> dict:
         """Write `summary` with the quarantined counts, and give the folder its name."""
         if self.ranks.rank == 0:
-            summary = {**summary, "quarantined": quarantined(self.result)}
+            summary = {**summary, "quarantined": reasons(quarantine(self.result))}
             del self.identity["inputs"]  # times of files, which differ where their content does not
             write_json(self.result / "lineage.json", self.identity)
             write_json(self.result / "summary.json", summary)
-            if self.out.exists():
-                self.out.rename(self.old)
-            self.result.rename(self.out)
+            replace_folder(self.out, self.result)
         self.ranks.gather(None)  # no rank goes on before the folder is there
         return summary
 
@@ -212,10 +206,14 @@ def total(counts: Iterable[dict]) -> dict:
     return added
 
 
-def quarantined(folder: Path) -> dict[str, int]:
-    """Count the unreadable things in an output, by reason."""
+def quarantine(folder: Path) -> Iterator[dict]:
+    """Yield what was unreadable for an output: path, position, reason and what stands there."""
     files = sorted((folder / "quarantine").glob("*.jsonl"))
-    return Counter(line["reason"] for file in files for line in read_jsonl(file))
+    return itertools.chain.from_iterable(map(read_jsonl, files))
+
+
+def reasons(bad: Iterable[dict]) -> Counter:
+    return Counter(line["reason"] for line in bad)
 
 
 def files_in(path: Path) -> list[Path]:

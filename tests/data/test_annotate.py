@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import data.filter
-from common.files import read_documents
 from data.annotate import (
     QUESTIONS,
     Config,
@@ -25,6 +24,7 @@ from data.annotate import (
 )
 from data.base.documents import ShardWriter, document
 from data.base.llm import Ledger, Options
+from data.base.readers import read_documents
 from data.filter import rejection
 from tests.fake_endpoint import FakeEndpoint, some_faults
 

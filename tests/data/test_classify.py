@@ -12,12 +12,12 @@ from conftest import save_run
 
 import data.filter
 from common.config import UserError
-from common.files import read_documents
 from data import classify
 from data.annotate import Config as AnnotateConfig
 from data.annotate import annotate, auc
 from data.base.documents import ShardWriter, document
 from data.base.features import STRUCTURE, WINDOWS, Features, pieces, structure
+from data.base.readers import read_documents
 from data.classify import Classifier, ScoreConfig, TrainConfig, score, train
 from data.filter import filter_documents, share_cut
 from model import ModelConfig, Phi

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from common.config import UserError
-from common.files import read_documents, read_jsonl
+from common.files import read_jsonl
 from data import collect as script
+from data.base.readers import read_documents
 from data.collect import MAX_DOCUMENT_BYTES, Config, collect, left_out_path, why_not
 
 
@@ -131,7 +132,8 @@ def test_a_sample_is_the_beginning_of_a_larger_one(tmp_path, monkeypatch):
     assert 5000 <= summary["bytes"] < 5000 + max(len(d["text"]) for d in everything)
     # Not the first of the walk, nor the order in which the system lists a folder.
     backwards = [(folder, [], names[::-1]) for folder, _, names in list(os.walk(root))[::-1]]
-    monkeypatch.setattr(os, "walk", lambda top: backwards)
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda top: backwards if top == root else walk(top))
     assert run_collect(tmp_path / "again", root, max_mb=0.005)[1] == sample
 
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 import pytest
 
 from common.config import UserError
-from common.files import read_documents, read_jsonl, shard_files
+from common.files import read_jsonl
 from data.base.ast_match import functions
 from data.base.benchmarks import read_references
-from data.base.documents import document
+from data.base.documents import document, shard_files
+from data.base.readers import read_documents
 from data.decontaminate import FAR, Config, Finder, decontaminate, ngrams
 
 LONG = '''def running_balance(entries, limit):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from common.files import read_documents, read_jsonl, shard_files
+from common.files import read_jsonl
 from data.base import minhash
-from data.base.documents import ShardWriter, document
+from data.base.documents import ShardWriter, document, shard_files
+from data.base.readers import read_documents
 from data.dedup import Config, dedup
 
 MPIRUN = Path(sys.executable).with_name("mpirun")

@@ -4,8 +4,8 @@ import random
 import pytest
 
 from common.config import UserError
-from common.files import read_documents
 from data.base.documents import ShardWriter, document
+from data.base.readers import read_documents
 from data.base.syntax import facts
 from data.diversity import Config, diversity, vendi
 

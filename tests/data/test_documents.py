@@ -5,8 +5,9 @@ import pytest
 import zstandard
 
 from common.config import UserError
-from common.files import new_folder, read_documents, read_jsonl, shard_files, write_json
-from data.base.documents import DocumentFile, ShardWriter, document
+from common.files import new_folder, read_jsonl, write_json
+from data.base.documents import DocumentFile, ShardWriter, document, shard_files
+from data.base.readers import read_documents
 
 RECORDS = [{"text": f"número {i}\n", "n": i} for i in range(20)]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encode()

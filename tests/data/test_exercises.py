@@ -15,8 +15,8 @@ from hashlib import sha256
 import pytest
 
 from common.config import UserError
-from common.files import read_documents
 from data import exercises
+from data.base.readers import read_documents
 from data.exercises import Benchmarks, solution_key, tell
 from data.synthetic.families import FAMILIES, read_concepts
 from data.synthetic.kinds import KINDS

@@ -4,8 +4,9 @@ import json
 import pytest
 
 from common.config import UserError
-from common.files import read_documents, read_jsonl
+from common.files import read_jsonl
 from data.base.documents import ShardWriter, document
+from data.base.readers import read_documents
 from data.base.syntax import measures, parse_python, strip_licence
 from data.filter import Config, filter_documents, rejection
 

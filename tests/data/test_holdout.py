@@ -3,8 +3,8 @@ import json
 import pytest
 
 from common.config import UserError
-from common.files import read_documents
 from data.base.documents import ShardWriter, document
+from data.base.readers import read_documents
 from experiments.holdout import Config, choose, holdout
 
 

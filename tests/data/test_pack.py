@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from common.files import read_documents
 from data import pack
 from data.base.documents import ShardWriter
+from data.base.readers import read_documents
 from data.shards import open_shard
 from tokenizer import Tokenizer
 

@@ -1,8 +1,8 @@
 import pytest
 from test_filter import write_source
 
-from common.files import read_documents
 from data.base.documents import document
+from data.base.readers import read_documents
 from experiments.pairs import Config, cut_pairs, pairs
 
 SOURCE = '''import functools

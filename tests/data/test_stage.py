@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT
 
 from common.config import UserError
-from common.files import read_documents
 from data.base.documents import ShardWriter, document, source_shards
+from data.base.readers import read_documents
 from data.base.stage import Stage, total
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.config import UserError
-from common.files import read_documents
+from data.base.readers import read_documents
 from data.synthesize import KINDS, Exercises, Textbooks, main, synthesize
 from data.synthetic import prompts, textbooks, worked
 from tests.fake_endpoint import FakeEndpoint

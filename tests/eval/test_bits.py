@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import save_run
 
-from common.files import read_documents
+from data.base.readers import read_documents
 from eval.bits import starts, token_nats
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
