@@ -61,12 +61,12 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as e:
-        if not (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (e.filename or full):
             raise
-        told = f"{e.filename or sys.argv[0]}: {e.strerror}"
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            told += "; free some space, then run the same command again"
-        print(f"error: {printable(told)}", file=sys.stderr)
+        told = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+        to_do = "free some space, then run the same command again" if full else "name another path"
+        print(f"error: {printable(told)}; {to_do}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -127,6 +127,33 @@ def test_another_broken_pipe_is_no_silent_end():
         run(main)
 
 
+@pytest.mark.parametrize(
+    ("action", "told"),
+    [
+        (lambda p: (p / "file" / "below").mkdir(), "file/below: Not a directory; name another path"),
+        (lambda p: open("/dev/full", "w").write("x" * 10**6), "No space left on device; free some"),
+    ],
+)
+def test_what_a_disk_refuses_is_one_line(tmp_path, capsys, action, told):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda: action(tmp_path))
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_a_value_given_twice_is_refused_and_a_home_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    c = parse(Example, ["--out=~/x", "--source=~/y"])
+    assert (c.out, c.source) == (Path("/home/ada/x"), (Path("/home/ada/y"),))
+    with pytest.raises(UserError, match="--out is given 2 times; it takes one value"):
+        parse(Example, ["--out=a", "--out", "b"])
+    with pytest.raises(UserError, match="want path"):
+        parse(Example, ["--out=~nobody-of-this-name/x"])
+
+
 def test_error_is_one_line_and_status_2(in_process):
     status, _, error = in_process(train.main, ROOT / "configs/demo.toml", "--max_stepz=3")
     assert (status, error) == (2, "error: unknown argument '--max_stepz', did you mean "

@@ -75,6 +75,16 @@ def test_new_folder_replaces_what_it_wrote_if_the_block_succeeds(tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
+def test_new_folder_has_one_writer(tmp_path, monkeypatch):
+    twice = pytest.raises(UserError, match="another run is writing it")
+    with new_folder(tmp_path / "out"), twice, new_folder(tmp_path / "out"):
+        pytest.fail("entered")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    ranks = pytest.raises(UserError, match="start it without mpirun")
+    with ranks, new_folder(tmp_path / "out"):
+        pytest.fail("entered")
+
+
 def test_new_folder_refuses_what_is_not_its_own_and_its_inputs(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "summary.json").write_text("{}")  # a name that others use too

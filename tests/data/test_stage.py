@@ -118,12 +118,16 @@ def test_a_finished_shard_is_not_repeated(tmp_path):
     assert go(other) == [0, 1, 2, 3]
 
 
-def test_a_users_mistake_leaves_the_old_output_and_nothing_else(tmp_path):
+def test_a_users_mistake_leaves_the_old_output_and_nothing_else(tmp_path, capsys):
     config, shards = Config(tmp_path / "out"), source_shards(shards_of(tmp_path / "in"))
     count_letters(config, shards)
     before = content(config.out)
-    with pytest.raises(UserError, match="mend it"), Stage(config, shards):
+    capsys.readouterr()
+    with pytest.raises(UserError, match="mend it"), Stage(config, shards) as stage:
+        stage.map("read", [0, 1, 2, 3], lambda part: part.bad("NUL", f"a{part.item}", 7, b"\xffx"))
         raise UserError("mend it")
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["quarantined: 4 NUL", *(f"  a{i} at 7: NUL '\ufffdx'" for i in range(3))]
     assert content(config.out) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
     (tmp_path / "mine").mkdir()
