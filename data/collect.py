@@ -12,10 +12,12 @@ exact copies, and text that is no text. Files are read in groups of about 16 MB,
 and what is left of a group becomes a shard.
 """
 
+import contextlib
 import hashlib
 import math
 import os
 import re
+import sqlite3
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.config import UserError, parse, run
+from common.files import check_out, read_jsonl, write_jsonl
 from data.base.documents import batched, document, source_shards
 from data.base.ranks import Ranks, say
 from data.base.readers import decode
@@ -68,33 +71,63 @@ class File(NamedTuple):
     path: Path
     origin: str  # where it came from, for a person
     bytes: int
+    time_ns: int  # of its last change
 
 
 def collect(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError for a source without files."""
-    ranks, max_bytes = Ranks(), config.max_mb * 1e6 or math.inf
-    groups, by_path = ranks.gather(list_groups(config) if ranks.rank == 0 else None)[0]
-    with Stage(config, [file.path for group in groups for file in group]) as stage:
+    max_bytes = config.max_mb * 1e6 or math.inf
+    with contextlib.ExitStack() as exits:  # the list is on disk: there may be millions of files
+        db = exits.enter_context(contextlib.closing(sqlite3.connect("")))
+        by_path, digest = list_all(config, db) if Ranks().rank == 0 else ({}, "")
+        stage = exits.enter_context(Stage(config, [], also=digest))
+        [groups] = stage.map("list", [by_path], lambda part: write_groups(part, db))
         read, chosen = [], {"documents": 0, "bytes": 0, "left_out": {}, "items": []}
-        while len(read) < len(groups) and chosen["bytes"] < max_bytes:
+        while len(read) < len(groups["sizes"]) and chosen["bytes"] < max_bytes:
             # As many groups as should suffice: a matter of their sizes, not of the number of ranks.
-            sizes = np.cumsum([sum(file.bytes for file in group) for group in groups[len(read) :]])
+            sizes = np.cumsum(groups["sizes"][len(read) :])
             n = len(read) + 1 + int((sizes < max_bytes - chosen["bytes"]).sum())
-            read = stage.map("read", groups[:n], lambda part: read_group(part, max_bytes))
+            items = range(len(groups["sizes"]))[:n]
+            read = stage.map("read", items, lambda part: read_group(part, max_bytes))
             [chosen] = stage.map(f"choose-{n}", [len(read)], lambda part: choose(part, max_bytes))
-        left_out = total([by_path, *read, chosen.pop("left_out")])
+        left_out = total([groups["left_out"], *read, chosen.pop("left_out")])
         if not chosen["documents"]:
             raise UserError(f"no document in {', '.join(config.source)}; left out: {left_out}")
         stage.map("write", chosen.pop("items"), write_chosen)
         return stage.finish({**chosen, "left_out": left_out})
 
 
-def list_groups(config: Config) -> tuple[list[list[File]], Counter]:
-    """List all files to read, in groups; count those that their path rules out."""
-    left_out: Counter = Counter()
-    listed = [file for s in dict.fromkeys(config.source) for file in list_files(s, left_out)]
-    listed.sort(key=lambda f: hashlib.sha256(f"0:{f.origin}".encode()).digest())
-    return list(batched(listed, GROUP_BYTES, lambda file: file.bytes)), left_out
+def list_all(config: Config, db: sqlite3.Connection) -> tuple[Counter, str]:
+    """List all files to read in `db`; return counts of those that their path rules out, and a hash.
+
+    Raises UserError as list_files and check_out do.
+    """
+    left_out, digest = Counter(), hashlib.sha256()
+    db.execute("create table files (key, path, origin, bytes, time_ns)")
+    for source in dict.fromkeys(config.source):
+        for path, *about in list_files(source, left_out):
+            key = hashlib.sha256(f"0:{about[0]}".encode()).digest()
+            db.execute("insert into files values (?, ?, ?, ?, ?)", (key, os.fsencode(path), *about))
+    for file in listed(db):
+        digest.update(repr(file).encode(errors="surrogateescape"))
+    check_out(config.out, (file.path for file in listed(db)))
+    return left_out, digest.hexdigest()
+
+
+def listed(db: sqlite3.Connection) -> Iterator[File]:
+    """Yield the files in the order of a sample."""
+    rows = db.execute("select path, origin, bytes, time_ns from files order by key, rowid")
+    return (File(Path(os.fsdecode(path)), *about) for path, *about in rows)
+
+
+def write_groups(part: Part, db: sqlite3.Connection) -> dict:
+    """Leave the groups of files in scratch; return their sizes in bytes, and counts by path."""
+    sizes = []
+    for group in batched(listed(db), GROUP_BYTES, lambda file: file.bytes):
+        rows = (file._asdict() | {"path": str(file.path)} for file in group)
+        write_jsonl(part.scratch / f"group-{len(sizes):05d}.jsonl", rows)
+        sizes.append(sum(file.bytes for file in group))
+    return {"sizes": sizes, "left_out": part.item}
 
 
 def list_files(source: str, left_out: Counter) -> Iterator[File]:
@@ -105,7 +138,7 @@ def list_files(source: str, left_out: Counter) -> Iterator[File]:
     """
     path = Path(source).expanduser()  # a shell leaves the ~ of --source=~/code as it is
     if source not in SYSTEM and not path.is_dir():
-        yield from (File(file, file.name, size_and_time(file)[0]) for file in source_shards(path))
+        yield from (File(f, f.name, *size_and_time(f)) for f in source_shards(path))
         return
     roots = [Path(sysconfig.get_path(key)) for key in SYSTEM.get(source, ())] or [path]
     name = source if source in SYSTEM else path.resolve().name
@@ -115,14 +148,18 @@ def list_files(source: str, left_out: Counter) -> Iterator[File]:
             subfolders[:] = [s for s in subfolders if not NOT_OF_THE_SOURCE.fullmatch(s)]
             for file in (Path(folder, file) for file in files if file.endswith(".py")):
                 found = True
-                # A file name need not be UTF-8, but an origin is written as UTF-8.
-                inside = os.fsencode(file.relative_to(root).as_posix()).decode(errors="replace")
+                inside = inside_of(file, root)
                 if left_out_path(inside):
                     left_out["path"] += 1
                 else:
-                    yield File(file, f"{name}:{inside}", size_and_time(file)[0])
+                    yield File(file, f"{name}:{inside}", *size_and_time(file))
     for file in [] if found else source_shards(path):
-        yield File(file, f"{name}:{file.relative_to(path)}", size_and_time(file)[0])
+        yield File(file, f"{name}:{inside_of(file, path)}", *size_and_time(file))
+
+
+def inside_of(file: Path, root: Path) -> str:
+    """Return the path of a file in a folder. It need not be UTF-8, but an origin is."""
+    return os.fsencode(file.relative_to(root).as_posix()).decode(errors="replace")
 
 
 def left_out_path(inside: str) -> bool:
@@ -135,7 +172,9 @@ def read_group(part: Part, max_bytes: float) -> dict:
     """Write up to `max_bytes` of candidates of a group to scratch; return counts of the rest."""
     left_out, seen = Counter(), set()
     with Candidates(part) as candidates:
-        for text, origin in (text for file in part.item for text in read_texts(part, file)):
+        rows = read_jsonl(part.stage.scratch / f"group-{part.item:05d}.jsonl")
+        files = (File(**row | {"path": Path(row["path"])}) for row in rows)
+        for text, origin in (text for file in files for text in read_texts(part, file)):
             text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads source
             record, reason = document(text, origin), why_not(text)
             if reason in UNREADABLE:

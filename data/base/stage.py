@@ -45,9 +45,10 @@ MAX_ITEMS = 100_000  # names are five digits wide, so that sorted names are the 
 class Stage:
     """One run of a script, on all its ranks."""
 
-    def __init__(self, config, shards: Iterable[Path], reads: Iterable[Path] = ()):
-        """Take the script's dataclass, with a field `out`; its inputs; other files it reads."""
-        self.ranks, self.config = Ranks(), config
+    def __init__(self, config, shards: Iterable[Path], reads: Iterable[Path] = (), also: str = ""):
+        """Take the script's dataclass, with a field `out`; its inputs; other files it reads; and
+        on the first rank a hash of what else decides the output."""
+        self.ranks, self.config, self.also = Ranks(), config, also
         self.shards, self.reads = [Path(p) for p in shards], [Path(p) for p in reads]
         self.out = Path(config.out).resolve()
         self.work = self.out.with_name(f".{self.out.name}.work")
@@ -94,7 +95,7 @@ class Stage:
         script = Path(sys.modules[type(self.config).__module__].__file__).resolve()
         arguments = {k: v for k, v in dataclasses.asdict(self.config).items() if k != "out"}
         reads = [file for path in self.reads for file in files_in(path)]
-        inputs = [(str(p), *size_and_time(p)) for p in self.shards + reads]
+        inputs = [(str(p), *size_and_time(p)) for p in self.shards + reads] + [self.also]
         identity = {
             "script": script.relative_to(ROOT).as_posix(),
             "code": code_hash(script),

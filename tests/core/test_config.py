@@ -130,8 +130,8 @@ def test_another_broken_pipe_is_no_silent_end():
 @pytest.mark.parametrize(
     ("action", "told"),
     [
-        (lambda p: (p / "file" / "below").mkdir(), "file/below: Not a directory; name another path"),
-        (lambda p: open("/dev/full", "w").write("x" * 10**6), "No space left on device; free some"),
+        (lambda p: (p / "file" / "x").mkdir(), "file/x: Not a directory; name another path"),
+        (lambda p: Path("/dev/full").write_text("x"), "No space left on device; free some space"),
     ],
 )
 def test_what_a_disk_refuses_is_one_line(tmp_path, capsys, action, told):

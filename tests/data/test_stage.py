@@ -123,9 +123,15 @@ def test_a_users_mistake_leaves_the_old_output_and_nothing_else(tmp_path, capsys
     count_letters(config, shards)
     before = content(config.out)
     capsys.readouterr()
+
+
+    def read(part):
+        part.bad("NUL", f"a{part.item}", 7, b"\xffx")
+        if part.item == 4:
+            raise UserError("mend it")
+
     with pytest.raises(UserError, match="mend it"), Stage(config, shards) as stage:
-        stage.map("read", [0, 1, 2, 3], lambda part: part.bad("NUL", f"a{part.item}", 7, b"\xffx"))
-        raise UserError("mend it")
+        stage.map("read", range(5), read)
     told = capsys.readouterr().err.splitlines()
     assert told == ["quarantined: 4 NUL", *(f"  a{i} at 7: NUL '\ufffdx'" for i in range(3))]
     assert content(config.out) == before
