@@ -52,6 +52,7 @@ GENERATED = re.compile(
 )
 GENERATED_CHARS = 1000  # how far in that may stand: room for a licence header before it
 GROUP_BYTES = 16_000_000  # read by one rank: small enough that a laptop's two have work
+IN_ORDER = "from files order by key, rowid"  # the order of a sample
 UNREADABLE = ("NUL", "too large")  # reasons that are named in quarantine/
 
 
@@ -108,25 +109,20 @@ def list_all(config: Config, db: sqlite3.Connection) -> tuple[Counter, str]:
         for path, *about in list_files(source, left_out):
             key = hashlib.sha256(f"0:{about[0]}".encode()).digest()
             db.execute("insert into files values (?, ?, ?, ?, ?)", (key, os.fsencode(path), *about))
-    for file in listed(db):
-        digest.update(repr(file).encode(errors="surrogateescape"))
-    check_out(config.out, (file.path for file in listed(db)))
+    for row in db.execute(f"select * {IN_ORDER}"):
+        digest.update(repr(row).encode())
+    check_out(config.out, (os.fsdecode(path) for (path,) in db.execute("select path from files")))
     return left_out, digest.hexdigest()
-
-
-def listed(db: sqlite3.Connection) -> Iterator[File]:
-    """Yield the files in the order of a sample."""
-    rows = db.execute("select path, origin, bytes, time_ns from files order by key, rowid")
-    return (File(Path(os.fsdecode(path)), *about) for path, *about in rows)
 
 
 def write_groups(part: Part, db: sqlite3.Connection) -> dict:
     """Leave the groups of files in scratch; return their sizes in bytes, and counts by path."""
     sizes = []
-    for group in batched(listed(db), GROUP_BYTES, lambda file: file.bytes):
-        rows = (file._asdict() | {"path": str(file.path)} for file in group)
-        write_jsonl(part.scratch / f"group-{len(sizes):05d}.jsonl", rows)
-        sizes.append(sum(file.bytes for file in group))
+    rows = db.execute(f"select path, origin, bytes, time_ns {IN_ORDER}")
+    for group in batched(rows, GROUP_BYTES, lambda row: row[2]):
+        named = ({"path": os.fsdecode(path), "about": about} for path, *about in group)
+        write_jsonl(part.scratch / f"group-{len(sizes):05d}.jsonl", named)
+        sizes.append(sum(row[2] for row in group))
     return {"sizes": sizes, "left_out": part.item}
 
 
@@ -173,7 +169,7 @@ def read_group(part: Part, max_bytes: float) -> dict:
     left_out, seen = Counter(), set()
     with Candidates(part) as candidates:
         rows = read_jsonl(part.stage.scratch / f"group-{part.item:05d}.jsonl")
-        files = (File(**row | {"path": Path(row["path"])}) for row in rows)
+        files = (File(Path(row["path"]), *row["about"]) for row in rows)
         for text, origin in (text for file in files for text in read_texts(part, file)):
             text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads source
             record, reason = document(text, origin), why_not(text)
