@@ -4,7 +4,7 @@ A command's options are the fields of one dataclass, and the comment behind a fi
 
     out: Path                     # folder to write (a field without a default is required)
     source: tuple[str, ...] = ()  # a tuple field may be given several times
-    max_mb: float = 0.0           # --max_mb=3, --max_mb 3 and --max-mb 3 are the same
+    max_mb: float = 0.0           # --max_mb=3, --max_mb 3 and --max-mb 3 are the same; the last holds
     verbose: bool = False         # a bool is --verbose or --verbose=false
 
 With `toml=True`, a first argument without dashes names a TOML file whose values replace the
@@ -118,9 +118,9 @@ def parse(cls, argv: list[str] | None = None, toml: bool = False, hidden: type |
     values = _from_toml(Path(path), types_) if path else {}
     for name, given in vars(flags).items():
         if get_origin(types_[name]) is not tuple:
-            if len(given) > 1:
-                raise UserError(f"--{name} is given {len(given)} times; it takes one value")
-            [given] = given
+            if len(given) > 1 and _type_name(types_[name]) == "path":  # all but one would be lost
+                raise UserError(f"--{name} is given {len(given)} times; it takes one path")
+            given = given[-1]
         values[name] = _convert(given, types_[name], f"--{name}")
     if missing := [name for name in required if name not in values]:
         raise UserError(f"missing required option --{missing[0]}; --help lists the options")

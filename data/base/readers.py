@@ -63,8 +63,9 @@ def read_documents_of(path: Path, bad: Bad = lambda *_: None, name: str = "") ->
     Raises UserError for a file of an unknown format, or that needs an extra.
     """
     name = os.fsencode(name or path.name).decode(errors="replace")  # it need not be UTF-8
-    if not path.is_file():  # a dangling link, or a named pipe, which would block
-        bad("unreadable", 1, "no such file")
+    # A dangling link, no permission, or a named pipe, which would block.
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        bad("unreadable", 1, "no file that can be opened")
         return
     for position, record in read_records(path, bad):
         try:

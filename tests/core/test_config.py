@@ -148,7 +148,7 @@ def test_a_value_given_twice_is_refused_and_a_home_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     c = parse(Example, ["--out=~/x", "--source=~/y"])
     assert (c.out, c.source) == (Path("/home/ada/x"), (Path("/home/ada/y"),))
-    with pytest.raises(UserError, match="--out is given 2 times; it takes one value"):
+    with pytest.raises(UserError, match="--out is given 2 times; it takes one path"):
         parse(Example, ["--out=a", "--out", "b"])
     with pytest.raises(UserError, match="want path"):
         parse(Example, ["--out=~nobody-of-this-name/x"])
