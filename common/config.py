@@ -4,7 +4,7 @@ A command's options are the fields of one dataclass, and the comment behind a fi
 
     out: Path                     # folder to write (a field without a default is required)
     source: tuple[str, ...] = ()  # a tuple field may be given several times
-    max_mb: float = 0.0           # --max_mb=3, --max_mb 3 and --max-mb 3 are the same; the last holds
+    max_mb: float = 0.0           # --max_mb=3, --max_mb 3 and --max-mb 3 are one; the last holds
     verbose: bool = False         # a bool is --verbose or --verbose=false
 
 With `toml=True`, a first argument without dashes names a TOML file whose values replace the
