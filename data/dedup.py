@@ -4,8 +4,9 @@
 
 Two documents whose Jaccard index over shingles of 5 tokens reaches `--threshold` are one (see
 base/minhash.py), and so are all that such pairs connect. Of each group the document with the
-highest score stays; without scores the longest, and of equals the first. Output shard i is input
-shard i less what was removed; removed/ has a line for each, which names the one kept.
+highest `quality` (data.classify score) stays; without one the longest, and of equals the first.
+Output shard i is input shard i less what was removed; removed/ has a line for each, which names the
+one kept.
 
 Connected groups can drift: a is like b, b like c, a not like c. "drifted" counts the removed
 documents that are below the threshold to the one kept in their place.
@@ -31,7 +32,12 @@ from data.base.stage import Part, Stage, total
 BATCH_CHARS = 1 << 20  # of text sketched at once
 MATCH_SHINGLES = 1 << 22  # compared at once
 VERIFY_PARTS = 16  # into which candidate pairs are dealt for the exact comparison
-FIELDS = ("shingles", "signatures", "sizes", "sha256", "score", "chars")  # what a sketch holds
+# The search goes in rounds: of which bands, and with which members of a bucket the others are
+# compared. A round leaves out what the earlier ones have connected: of thousands of copies of one
+# text most are compared once or twice, and not with LEADERS in each band.
+ROUNDS = [(slice(0, 3), range(1)), (slice(3, None), range(1))]
+ROUNDS += [(slice(None), range(a, b)) for a, b in ((1, 8), (8, minhash.LEADERS))]
+FIELDS = ("shingles", "signatures", "sizes", "sha256", "quality", "chars")  # what a sketch holds
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,6 @@ class Config:
     source: tuple[Path, ...]  # document shards, files or folders; may be given several times
     out: Path  # folder to write
     threshold: float = 0.8  # Jaccard index over 5-token shingles from which two documents are one
-    score: str = "score"  # field of a document's score: of duplicates the highest stays
 
 
 class Corpus:
@@ -49,31 +54,60 @@ class Corpus:
 
     def __init__(self, folder: Path, shards: int, threshold: float, bands: Bands):
         def load(name: str) -> list[np.ndarray]:
-            return [np.load(folder / f"{name}-{i:05d}.npy", mmap_mode="r") for i in range(shards)]
+            files = (folder / f"{name}-{i:05d}.npy" for i in range(shards))
+            return [np.asarray(np.load(file, mmap_mode="r")) for file in files]  # slices faster
 
         self.threshold, self.bands, self.scratch = threshold, bands, folder
         self.shingles, self.signatures, sizes = map(load, FIELDS[:3])  # by shard
         self.sizes = np.concatenate(sizes)
-        self.sha256, self.score, self.chars = (np.concatenate(load(name)) for name in FIELDS[3:])
+        self.sha256, self.quality, self.chars = (np.concatenate(load(name)) for name in FIELDS[3:])
         # Where a document's shingles begin in its shard's file, and the first document of shards.
         self.place = np.concatenate([np.cumsum(s) - s for s in sizes])
         self.begin = np.cumsum([0, *map(len, sizes)])  # [shards + 1]
         # The first document with the same sha256; lexsort is stable: the first stays first.
         order = np.lexsort((self.sha256[:, 1], self.sha256[:, 0]))
         self.first, _ = leaders(order, self.sha256[order])
+        self.group = self.first  # a number of each document; `search` joins the groups
 
-    def candidates(self, part: Part) -> None:
-        """Leave pairs equal in the band that may, by their signatures, reach the threshold."""
-        keys = [minhash.band_keys(s, self.bands, part.item) for s in self.signatures]
-        keys = np.concatenate(keys)
-        members = np.flatnonzero((self.first == np.arange(len(keys))) & (self.sizes > 0))
+    def search(self, stage: Stage) -> None:
+        """Join the groups that pairs at the threshold connect."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        for self.round, (bands, paired) in enumerate(ROUNDS):
+            items = [(band, paired) for band in range(self.bands.bands)[bands]]
+            found = stage.map(f"candidates-{self.round}", items, self.candidates)
+            if total(found).get("pairs"):
+                stage.map(f"verify-{self.round}", [*range(VERIFY_PARTS)], self.verify)
+                i, j = self.group[np.stack(np.divmod(self.load_pairs("edges"), len(self.sizes)))]
+                graph = coo_array((np.ones(len(i), bool), (i, j)), (len(self.sizes),) * 2)
+                self.group = connected_components(graph, directed=False)[1][self.group]
+
+    def load_pairs(self, name: str) -> np.ndarray:
+        """Return the pairs, as i * documents + j, that a map of this round has left."""
+        return np.concatenate([*map(np.load, self.scratch.glob(f"{name}-{self.round}-*.npy"))])
+
+    def candidates(self, part: Part) -> dict:
+        """Leave pairs equal in a band, of different groups, that may reach the threshold."""
+        band, paired = part.item
+        name = f"bucket-{band:05d}.npy"
+        if paired.start:
+            keys, members = np.load(self.scratch / name)
+        else:
+            keys = np.concatenate([minhash.band_keys(s, self.bands, band) for s in self.signatures])
+            members = np.flatnonzero((self.first == np.arange(len(keys))) & (self.sizes > 0))
+            keys, members = minhash.shared(keys[members], members)
+            np.save(part.scratch / name, [keys, members.astype(np.uint64)])
         # Of a pair at the threshold, one estimate in 700 is 3 standard deviations below it.
         sigma = (self.threshold * (1 - self.threshold) / self.bands.permutations) ** 0.5
         pairs = [np.zeros(0, np.int64)]
-        for i, j in minhash.bucket_pairs(keys[members], members):
+        for i, j in minhash.bucket_pairs(keys, members.astype(np.int64), paired):
+            i, j = (of[self.group[i] != self.group[j]] for of in (i, j))
             agreement = (self.signatures_of(i) == self.signatures_of(j)).mean(1)
-            pairs.append((i * len(keys) + j)[agreement >= self.threshold - 3 * sigma])
-        np.save(part.scratch / f"candidates-{part.index:05d}.npy", np.concatenate(pairs))
+            pairs.append((i * len(self.sizes) + j)[agreement >= self.threshold - 3 * sigma])
+        pairs = np.concatenate(pairs)
+        np.save(part.scratch / f"candidates-{self.round}-{band:05d}.npy", pairs)
+        return {"pairs": len(pairs)}
 
     def signatures_of(self, indexes: np.ndarray) -> np.ndarray:
         """Return uint32 [indexes, permutations]."""
@@ -86,10 +120,10 @@ class Corpus:
 
     def verify(self, part: Part) -> None:
         """Leave the pairs among this part's candidates that do reach the threshold."""
-        found = [np.load(self.scratch / f"candidates-{b:05d}.npy") for b in range(self.bands.bands)]
-        pairs = np.unique(np.concatenate([f[f % VERIFY_PARTS == part.item] for f in found]))
+        pairs = self.load_pairs("candidates")
+        pairs = np.unique(pairs[pairs % VERIFY_PARTS == part.item])
         edges = pairs[self.jaccard(*np.divmod(pairs, len(self.sizes))) >= self.threshold]
-        np.save(part.scratch / f"edges-{part.index:05d}.npy", edges)
+        np.save(part.scratch / f"edges-{self.round}-{part.index:05d}.npy", edges)
 
     def jaccard(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """Return the exact Jaccard index float64 [pairs] of documents i and j."""
@@ -104,17 +138,8 @@ class Corpus:
 
     def choose(self) -> dict:
         """Choose the document kept in place of each, itself or the best of its group; count."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
-        edges = [np.load(self.scratch / f"edges-{i:05d}.npy") for i in range(VERIFY_PARTS)]
-        i, j = np.divmod(np.concatenate(edges), len(self.sizes))
-        every = np.arange(len(self.sizes))
-        ends = np.r_[i, self.first], np.r_[j, every]
-        graph = coo_array((np.ones(len(ends[0]), bool), ends), (len(every), len(every)))
-        group = connected_components(graph, directed=False)[1]
-        order = np.lexsort((-self.chars, -self.score, group))  # stable
-        self.keeper, sizes = leaders(order, group[order])
+        order = np.lexsort((-self.chars, -self.quality, self.group))  # stable
+        self.keeper, sizes = leaders(order, self.group[order])
         return {"groups": int((sizes > 1).sum()), "largest_group": int(sizes.max())}
 
     def write(self, part: Part) -> dict:
@@ -157,19 +182,18 @@ def dedup(config: Config) -> dict:
         raise UserError(f"--threshold {config.threshold:g}: want above 0 and at most 1")
     bands = minhash.choose_bands(config.threshold)
     with Stage(config, source_shards(*config.source)) as stage:
-        read = stage.map("sketch", stage.shards, lambda part: sketch(part, config.score, bands))
+        read = stage.map("sketch", stage.shards, lambda part: sketch(part, bands))
         if not sum(r["documents_in"] for r in read):
             raise UserError(f"--source {config.source[0]}: no document there")
         corpus = Corpus(stage.scratch, len(stage.shards), config.threshold, bands)
-        stage.map("candidates", [*range(bands.bands)], corpus.candidates)
-        stage.map("verify", [*range(VERIFY_PARTS)], corpus.verify)
+        corpus.search(stage)
         groups = corpus.choose()
         written = stage.map("write", stage.shards, corpus.write)
         options = {"threshold": config.threshold, "bands": bands.bands, "rows": bands.rows}
         return stage.finish(total(read) | total(written) | groups | {"options": options})
 
 
-def sketch(part: Part, score: str, bands: Bands) -> dict:
+def sketch(part: Part, bands: Bands) -> dict:
     """Leave what the comparison needs of a shard's documents, as arrays named in FIELDS."""
     sketched, count = [], Counter(documents_in=0, bytes_in=0)
     # An empty batch comes first: a shard without documents leaves empty arrays.
@@ -179,10 +203,10 @@ def sketch(part: Part, score: str, bands: Bands) -> dict:
         signatures = minhash.signatures(hashes, starts, bands.permutations)
         digests = b"".join(bytes.fromhex(record["sha256"][:32]) for record in batch)
         sha256 = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2)
-        scores = [record.get(score) for record in batch]
-        scores = np.array([s if isinstance(s, (int, float)) else -np.inf for s in scores], float)
+        known = [record.get("quality") for record in batch]
+        quality = np.array([q if isinstance(q, (int, float)) else -np.inf for q in known], float)
         lengths = np.array([len(record["text"]) for record in batch], np.int64)
-        sketched.append((hashes, signatures, np.diff(starts), sha256, scores, lengths))
+        sketched.append((hashes, signatures, np.diff(starts), sha256, quality, lengths))
         count.update(documents_in=len(batch), bytes_in=sum(map(len, texts)))
     for name, arrays in zip(FIELDS, zip(*sketched)):
         np.save(part.scratch / f"{name}-{part.index:05d}.npy", np.concatenate(arrays))

@@ -101,17 +101,25 @@ def band_keys(signature: np.ndarray, bands: Bands, band: int) -> np.ndarray:
     return _mix((rows * BASE ** np.arange(1, bands.rows + 1, dtype=np.uint64)).sum(1))
 
 
-def bucket_pairs(keys: np.ndarray, members: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield chunks of (i, j), i < j, of `members` (ascending) whose keys are equal.
-
-    In a bucket of more than LEADERS each member is paired with the first LEADERS only: a bucket of
-    n then costs n pairs, not n^2, and copies of one text still meet in its first members.
-    """
+def shared(keys: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the keys that several of `members` (ascending) have, in order, and who has them."""
     order = np.argsort(keys, kind="stable")
     members, keys = members[order], keys[order]
+    same = np.r_[False, keys[1:] == keys[:-1], False][: len(keys) + 1]
+    return keys[same[1:] | same[:-1]], members[same[1:] | same[:-1]]
+
+
+def bucket_pairs(
+    keys: np.ndarray, members: np.ndarray, leaders: range
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield chunks of (i, j), i < j, of members whose keys are equal, as `shared` returns them.
+
+    Each member of a bucket is paired with its members number `leaders` only, at most LEADERS: a
+    bucket of n then costs n pairs, not n^2, and copies of one text still meet in its first members.
+    """
     first = np.searchsorted(keys, keys)  # in each one's bucket
     later = np.arange(len(keys))
-    for leader in range(LEADERS):
+    for leader in leaders:
         later = later[later - first[later] > leader]
         for begin in range(0, len(later), CHUNK_PAIRS):
             chunk = later[begin : begin + CHUNK_PAIRS]

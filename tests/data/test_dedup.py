@@ -10,7 +10,7 @@ from common.files import read_jsonl
 from data.base import minhash
 from data.base.documents import ShardWriter, document, shard_files
 from data.base.readers import read_documents
-from data.dedup import Config, dedup
+from data.dedup import Config, Corpus, dedup
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
 ROOT = Path(__file__).parents[2]
@@ -74,19 +74,29 @@ def test_planted_duplicates(source, tmp_path):
     assert summary["largest_group"] == 3
 
 
-def test_the_best_score_stays(tmp_path):
+def test_the_best_quality_stays_else_the_longest_and_first(tmp_path):
     long, short = text_of(1) + "tail = 1\n", text_of(1)
     shards = [
-        [document(long, "long", score=0.2), document(short, "short", score=0.9)],
-        [document(long + "\n", "unscored"), document(short + "\n", "word", score="high")],
-        [document(text_of(2), "first"), document(text_of(2), "scored", score=1)],
+        [document(long, "long", quality=0.2), document(short, "short", quality=0.9)],
+        [document(long + "\n", "unscored"), document(short + "\n", "word", quality="high")],
+        [document(text_of(2), "first"), document(text_of(2), "scored", quality=1)],
+        [document(text_of(3), "shorter"), document(text_of(3) + "\n", "longer", score=10)],
+        [document(text_of(4), "one"), document(text_of(4), "two")],
     ]
     out = tmp_path / "out"
     summary = dedup(Config(source=(write(tmp_path / "source", shards),), out=out))
-    assert origins(out) == ["short", "scored"]
-    assert (summary["exact"], summary["near"]) == (1, 3)
-    dedup(Config(source=(tmp_path / "source",), out=out, score="mark"))
-    assert origins(out) == ["unscored", "first"]  # the longest, of equals the first
+    assert origins(out) == ["short", "scored", "longer", "one"]
+    assert (summary["exact"], summary["near"]) == (2, 4)
+
+
+def test_copies_of_one_text_are_compared_a_few_times_each(tmp_path, monkeypatch):
+    compared, jaccard = [], Corpus.jaccard
+    monkeypatch.setattr(Corpus, "jaccard", lambda self, i, j: (
+        compared.extend(zip(i.tolist(), j.tolist())) or jaccard(self, i, j)))  # fmt: skip
+    texts = [text_of(0, 60) + f"copy = {i}\n" for i in range(300)]
+    source = write(tmp_path / "source", [[document(t, str(i)) for i, t in enumerate(texts)]])
+    assert dedup(Config(source=(source,), out=tmp_path / "out"))["largest_group"] == 300
+    assert len(compared) < 3 * 300  # with the one kept for each, too; of all pairs 45 times as many
 
 
 def test_what_is_connected_is_one_group_and_drift_is_counted(tmp_path):

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.base import minhash
-from data.base.minhash import Bands, bucket_pairs, choose_bands, jaccard, shingles, signatures
+from data.base.minhash import (
+    Bands,
+    bucket_pairs,
+    choose_bands,
+    jaccard,
+    shared,
+    shingles,
+    signatures,
+)
 
 TEXTS = st.lists(st.text("ab_1é€ \t\n(+.", max_size=60), max_size=6)
 TOKEN = re.compile(r"[A-Za-z0-9_\x80-\U0010ffff]+|[!-/:-@\[-^`{-~]")
@@ -55,17 +63,20 @@ def test_bands():
     assert 1 - (1 - 0.5**rows) ** bands >= 0.99
 
 
-@given(st.lists(st.integers(0, 5), max_size=30), st.sampled_from([1, 4, 1000]))
-def test_pairs_of_a_bucket_once_and_with_its_leaders_alone(keys, chunk):
+@given(
+    st.lists(st.integers(0, 5), max_size=30),
+    st.sampled_from([1, 4, 1000]),
+    st.sampled_from([range(3), range(1), range(1, 4)]),
+)
+def test_pairs_of_a_bucket_once_and_with_its_leaders_alone(keys, chunk, leaders):
     members = np.arange(len(keys)) * 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(minhash, "CHUNK_PAIRS", chunk)
-        patch.setattr(minhash, "LEADERS", 3)
-        chunks = list(bucket_pairs(np.array(keys, np.uint64), members))
+        chunks = list(bucket_pairs(*shared(np.array(keys, np.uint64), members), leaders))
     assert all(len(i) <= chunk for i, _ in chunks)
     n = len(keys)
     want = [(3 * i, 3 * j) for i in range(n) for j in range(i + 1, n)
-            if keys[i] == keys[j] and keys[:i].count(keys[i]) < 3]  # fmt: skip
+            if keys[i] == keys[j] and keys[:i].count(keys[i]) in leaders]  # fmt: skip
     assert sorted((a, b) for i, j in chunks for a, b in zip(i.tolist(), j.tolist())) == want
 
 
