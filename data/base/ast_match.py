@@ -2,9 +2,9 @@
 
 The paper prunes CodeExercises by the edit distance of syntax trees (arXiv 2306.11644, section 5)
 and leaves the details open. Ours: a function is the sequence of its tree's nodes in preorder, each
-as its type alone (a constant as the type of its value), without docstrings, annotations and
-decorators. So names, texts, comments and layout do not count; operators and structure do. Two
-sequences have
+as its type alone (a constant as the type of its value). Names, texts, comments and layout do not
+count; operators and structure do. Left out is what a copy may add or lack: docstrings, annotations,
+decorators, `pass`, and a method's `self`; `print(x)` counts as `return x`. Two sequences have
 
     match rate = 1 - Levenshtein distance / length of the longer one
 
@@ -12,7 +12,8 @@ which is 1 for the same structure, and 0.95 for a copy with one more node in twe
 """
 
 import ast
-import contextlib
+import html
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,19 +22,95 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from data.base.syntax import FENCE, FUNCTIONS, docstring, parse_python
+from data.base.syntax import FUNCTIONS, docstring, parse_python
 
-LEFT_OUT = {"ctx", "annotation", "returns", "decorator_list", "type_params", "type_comment"}
+LEFT_OUT = {"ctx", "annotation", "returns", "decorator_list", "type_params", "type_comment",
+            "id", "attr", "arg", "name", "asname", "module", "level"}  # fmt: skip
 CODE = defaultdict(lambda: len(CODE))  # of a node's type, or of a constant's: a byte
+SELF = {"self", "cls"}
+SCRIPT_STATEMENTS = 40  # at most, of a script that may be a solution
+SCRIPT_INPUTS = 6  # of its first statements may stand for arguments
+REPAIRS = 5  # lines given up in a function that is not quite Python
+DEF = re.compile(r"def[ \t]+\w+[ \t]*\(")
+TAGGED_DEF = re.compile(r"def</\w+>")
+# How a text may quote Python: at a prompt, as HTML, in a string, as a list of such lines.
+PROMPT = re.compile(r"^([ \t]*)(?:>>>|\.\.\.:?|In \[\d+\]:) ?", re.MULTILINE)
+TAG = re.compile(r"</?[a-zA-Z][^<>\n]*>")
+STRING = re.compile(r"""(["'])((?:(?!\1)[^\\\n]|\\.)*)\1""")
+NEXT_STRING = re.compile(r"""\\n(["']),\s*\1""")
+ESCAPE = re.compile(r"\\(u00[0-7][0-9a-fA-F]|.)")
+ESCAPED = {"n": "\n", "t": "\t", "r": ""}
 
 
 @dataclass(frozen=True)
 class Function:
-    """A function in some source text."""
+    """A function in some source text, or a script that may stand for one."""
 
     name: str
-    text: str  # its lines, dedented as far as the first one is indented
-    nodes: bytes  # its tree as `node_codes` encodes it
+    nodes: bytes  # its tree as `encode` encodes it
+    lines: list[str]
+    column: int = 0  # where it begins in its first line
+
+    @property
+    def text(self) -> str:
+        """Return its lines, dedented as far as the first one is indented."""
+        return "\n".join(line[self.column :] for line in self.lines)
+
+
+class Shapes(dict):
+    """Of each type of node its code and the fields with its children, last first."""
+
+    def __missing__(self, kind: type) -> tuple[int, list[str]] | None:
+        fields = [f for f in reversed(getattr(kind, "_fields", ())) if f not in LEFT_OUT]
+        self[kind] = (CODE[kind], fields) if issubclass(kind, ast.AST) else None
+        return self[kind]
+
+
+SHAPES = Shapes({ast.Pass: None})
+
+
+def encode(tree: ast.AST) -> tuple[bytes, list[tuple[ast.AST, int, int]]]:
+    """Encode the tree in preorder, a byte a node; return where its functions are in that, too."""
+    codes, found, stack = bytearray(), [], [tree]
+    while stack:
+        node = stack.pop()
+        kind = type(node)
+        if kind is tuple:  # the end of a function
+            found.append((*node, len(codes)))
+            continue
+        if kind is ast.Constant:
+            codes.append(CODE[type(node.value)])
+            continue
+        if (shape := SHAPES[kind]) is None:  # None in a list, a name, `pass`
+            continue
+        code, fields = shape
+        if kind in FUNCTIONS:
+            stack.append((node, len(codes)))
+        elif kind is ast.arg and node.arg in SELF:
+            continue
+        elif kind is ast.Attribute and getattr(node.value, "id", "") in SELF:
+            codes.append(CODE[ast.Name])
+            continue
+        elif kind is ast.Expr and (printed := print_of(node.value)):
+            codes.append(CODE[ast.Return])
+            stack.append(printed)
+            continue
+        codes.append(code)
+        for field in fields:
+            value = getattr(node, field)
+            if type(value) is list:
+                if field == "body" and "decorator_list" in kind._fields and docstring(node):
+                    value = value[1:]
+                stack += value[::-1]
+            else:
+                stack.append(value)
+    return bytes(codes), found
+
+
+def print_of(node: ast.expr) -> ast.expr | None:
+    """Return the one thing that is printed, if `node` is such a call."""
+    called = type(node) is ast.Call and getattr(node.func, "id", "") == "print"
+    return node.args[0] if called and len(node.args) == 1 else None
 
 
 def functions(source: str) -> list[Function]:
@@ -41,40 +118,106 @@ def functions(source: str) -> list[Function]:
 
     Raises SyntaxError.
     """
-    lines, found = source.split("\n"), []
-    nodes = [n for n in ast.walk(parse_python(source)) if isinstance(n, FUNCTIONS)]
-    for node in sorted(nodes, key=lambda n: (n.lineno, n.col_offset)):
-        own = [line[node.col_offset :] for line in lines[node.lineno - 1 : node.end_lineno]]
-        found.append(Function(node.name, "\n".join(own), node_codes(node)))
-    return found
+    return functions_of(parse_python(source), source.split("\n"))
 
 
-def functions_anywhere(text: str) -> list[Function]:
-    """Find the functions in Python, or in a text's fenced code blocks that are Python."""
-    found = []
-    for block in (text, *FENCE.findall(text)):
-        with contextlib.suppress(SyntaxError):
-            found += functions(block)
-            if block is text:
+def functions_of(tree: ast.Module, lines: list[str]) -> list[Function]:
+    codes, spans = encode(tree)
+    spans.sort(key=lambda of: (of[0].lineno, of[0].col_offset))
+    return [Function(node.name, codes[a:b], lines[node.lineno - 1 : node.end_lineno],
+                     node.col_offset) for node, a, b in spans]  # fmt: skip
+
+
+def functions_anywhere(text: str) -> list[Function] | None:
+    """Find the functions in Python or in what quotes it; None if there is no Python.
+
+    What does not parse as a whole, or has a `def` that the parser does not see, is read from each
+    `def` on: as it stands, without prompts and tags, and in its strings. A script without a
+    function is read as one: its first statements, some or none, stand for the arguments.
+    """
+    try:
+        tree = parse_python(text)
+        found = functions_of(tree, text.split("\n"))
+    except SyntaxError:
+        tree, found = None, []
+    if len(DEF.findall(text)) > len(found) or TAGGED_DEF.search(text):
+        seen = {f.lines[0] for f in found}
+        for reading in dict.fromkeys((text, plain(text))):
+            for source in cut(reading, seen):
+                found += repaired(source)
+        for string in STRING.finditer(NEXT_STRING.sub(r"\\n", text)):
+            if DEF.search(string[2]) and "\\n" in string[2]:
+                found += functions_anywhere(ESCAPE.sub(unescaped, string[2])) or []
+    elif tree is not None and not found:
+        return scripts(tree, text)
+    return found if found or tree is not None else None
+
+
+def scripts(tree: ast.Module, text: str) -> list[Function]:
+    """Return the readings of a script as a function."""
+    body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
+    body = body[docstring(tree) is not None :]
+    if len(body) > SCRIPT_STATEMENTS:
+        return []
+    parts = [encode(node)[0] for node in body]
+    head = bytes([CODE[ast.FunctionDef], CODE[ast.arguments]])
+    arg = bytes([CODE[ast.arg]])
+    return [Function("", head + arg * n + b"".join(parts[n:]), text.split("\n"))
+            for n in range(min(SCRIPT_INPUTS + 1, len(body)))]  # fmt: skip
+
+
+def plain(text: str) -> str:
+    """Return the text without prompts and HTML's tags."""
+    if ">>> " in text or "In [" in text:
+        text = PROMPT.sub(r"\1", text)
+    return html.unescape(TAG.sub("", text)) if "</" in text else text
+
+
+def unescaped(match: re.Match) -> str:
+    escape = match[1]
+    return chr(int(escape[1:], 16)) if escape[1:] else ESCAPED.get(escape, escape)
+
+
+def cut(text: str, seen: set[str]) -> Iterator[str]:
+    """Yield the source of each outermost `def` in a line that is not among `seen`.
+
+    Without what stands before it in each of its lines.
+    """
+    lines, at = text.split("\n"), 0
+    while at < len(lines):
+        begin, at = DEF.search(lines[at]), at + 1
+        if not begin or begin.string in seen:
+            continue
+        before, own = begin.string[: begin.start()], [begin.string[begin.start() :]]
+        before = before.removesuffix("async ")
+        if at < len(lines) and not lines[at].startswith(before):
+            before = ""  # of the quotation, not of each line
+        deeper = tuple(before + c for c in " \t#")
+        while at < len(lines) and (
+            lines[at].startswith(deeper)
+            or lines[at].strip() in ("", before.strip())
+            or lines[at].lstrip()[0] == ")"
+        ):
+            own.append(lines[at][len(before) :])
+            at += 1
+        yield "\n".join(own).expandtabs()
+
+
+def repaired(source: str) -> list[Function]:
+    """Return the functions in `source`, less the ends of lines in which it does not parse."""
+    for _ in range(REPAIRS):
+        lines = source.split("\n")
+        try:
+            return functions_of(parse_python(source), lines)
+        except SyntaxError as e:
+            if not e.lineno or e.lineno > len(lines):
                 break
-    return found
-
-
-def node_codes(tree: ast.AST) -> bytes:
-    """Encode the tree in preorder, a byte a node, without docstrings and the fields LEFT_OUT."""
-    codes, stack = bytearray(), [tree]
-    while stack:
-        node = stack.pop()
-        codes.append(CODE[type(node.value if isinstance(node, ast.Constant) else node)])
-        documented = isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)) and docstring(node)
-        children = []
-        for field, value in ast.iter_fields(node):
-            if field not in LEFT_OUT:
-                children += value if isinstance(value, list) else [value]
-            if field == "body" and documented:
-                del children[-len(value)]
-        stack += [child for child in reversed(children) if isinstance(child, ast.AST)]
-    return bytes(codes)
+            line = lines[e.lineno - 1]
+            kept = line[: max(e.offset or 0, 1) - 1]
+            indent = line[: len(line) - len(line.lstrip())]
+            lines[e.lineno - 1] = kept if kept.strip() else indent + "pass"
+            source = "\n".join(lines)
+    return []
 
 
 class Matcher:

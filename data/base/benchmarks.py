@@ -131,7 +131,7 @@ def reference(row: dict) -> Reference:
         mbpp = Mbpp.of(row)
         f = [f for f in functions(mbpp.code) if f.name == mbpp.entry_point][-1]
         text = f'"""{mbpp.text}"""\n{f.text}'
-        return Reference(f"MBPP/{mbpp.id}", mbpp.text, Function(f.name, text, f.nodes))
+        return Reference(f"MBPP/{mbpp.id}", mbpp.text, Function(f.name, f.nodes, [text]))
     source = row["prompt"] + row["canonical_solution"]
     function = [f for f in functions(source) if f.name == row["entry_point"]][-1]
     # Not ast.get_docstring: one of HumanEval's stands behind an import.

@@ -5,7 +5,7 @@ import pytest
 
 from common.config import UserError
 from common.files import read_jsonl
-from data.base.ast_match import functions
+from data.base.ast_match import functions, functions_anywhere
 from data.base.benchmarks import read_references
 from data.base.documents import document, shard_files
 from data.base.readers import read_documents
@@ -74,7 +74,8 @@ DOCUMENTS = {
     "method": "class A:\n" + "".join(f"    {line}\n" for line in RENAMED.splitlines()),
     "markdown": f"How it works:\n\n```python\n{RENAMED}```\n\nThat is all, isn't it.\n",
     "one edit": RENAMED.replace("c += 1", "c -= 1"),
-    "many edits": RENAMED.replace("c += 1", "c -= i * 3").replace("max(b, a)", "b or a[0]"),
+    "many edits": RENAMED.replace("a += i", "a += i - i - -i"),
+    "other words": RENAMED.replace("c += 1", "c -= i * 3").replace("max(b, a)", "b or a[0]"),
     "other": 'def area(width, height):\n    """Multiply."""\n    return width * height\n',
     "no python": "Plain text, and nothing else.",
 }
@@ -89,11 +90,11 @@ def problems(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """The documents, five to a shard."""
+    """The documents, the first five in a shard of their own."""
     folder = tmp_path_factory.mktemp("documents")
     lines = [json.dumps(document(text, name)) + "\n" for name, text in DOCUMENTS.items()]
     for i in range(2):
-        (folder / f"part-{i}.jsonl").write_text("".join(lines[5 * i : 5 * i + 5]))
+        (folder / f"part-{i}.jsonl").write_text("".join(lines[5:] if i else lines[:5]))
     return folder
 
 
@@ -102,7 +103,8 @@ def out(source, problems, tmp_path_factory, cli):
     out = tmp_path_factory.mktemp("out") / "clean"
     done = cli("-m", "data.decontaminate", "--source", source, "--benchmarks", problems,
                "--out", out)  # fmt: skip
-    assert "0.95         5  50.00%        2 / 1\n" in done.stdout, done.stderr
+    assert "0.95         5  45.45%        2 / 1\n" in done.stdout, done.stderr
+    assert "\n1 documents have no Python to compare\n" in done.stdout
     return out
 
 
@@ -112,15 +114,16 @@ def removed(folder):
 
 def test_what_is_removed_and_why(out):
     gone = removed(out)
-    assert gone.keys() == {"renamed", "short near", "statement", "method", "markdown", "one edit"}
+    assert gone.keys() == {"renamed", "short near", "method", "markdown", "one edit"}
     assert {name: d["task_id"] for name, d in gone.items()} == {
         name: "T/1" if name == "short near" else "T/0" for name in gone
     }
     assert gone["renamed"]["match_rate"] == gone["method"]["match_rate"] == 1
     assert 0.95 <= gone["one edit"]["match_rate"] < 1
     words = "the largest balance that is reached before the account is closed because the"
-    assert gone["statement"]["words"] == words
-    assert gone["statement"]["match_rate"] == 0
+    (overlap,) = [d for f in shard_files(out / "report" / "overlaps") for d in read_jsonl(f)]
+    assert (overlap["origin"], overlap["words"]) == ("statement", words)
+    assert overlap["match_rate"] == 0
     assert gone["renamed"]["words"] == ""
     assert gone["short near"]["function"] == SHORT_NEAR.rstrip()
     stay = {d["origin"]: d["text"] for d in read_documents([out])}
@@ -131,29 +134,37 @@ def test_the_table(out):
     s = json.loads((out / "summary.json").read_text())
     assert s["tau"]["0.95"] == {"removed": 5, "problems_similar": 2}
     assert s["tau"]["0.8"]["removed"] == 6  # many edits
-    assert (s["documents_in"], s["documents"], s["removed"], s["by_ngram"]) == (10, 4, 6, 1)
+    assert (s["documents_in"], s["documents"], s["removed"]) == (11, 6, 5)
+    assert (s["by_ngram"], s["no_python"]) == (1, 1)
     assert s["problems"] == 3
     lines = list(read_jsonl(out / "report" / "problems.jsonl"))
     assert [p["task_id"] for p in lines] == ["T/0", "T/1", "T/2"]
     assert [p["close"]["0.95"] for p in lines] == [4, 1, 0]
 
 
+COPIES = {"renamed", "method", "markdown", "one edit"}
+
+
 @pytest.mark.parametrize(
-    ("constant", "value", "more", "less"),
+    ("changes", "more", "less"),
     [
-        ("tau", 0.8, {"many edits"}, set()),
-        ("tau", 1.0, set(), {"one edit"}),
-        ("SURE_NODES", 1, {"short far"}, set()),
-        ("SURE_NODES", 1000, set(), {"renamed", "method", "markdown", "one edit"}),
-        ("NGRAM", 14, set(), {"statement"}),
+        ({"tau": 0.8}, {"many edits"}, set()),
+        ({"tau": 0.8, "COPY_WORDS": 6}, set(), set()),
+        ({"tau": 0.8, "COPY_FRAC": 0.5}, {"many edits", "other words"}, set()),
+        ({"tau": 1.0}, set(), {"one edit"}),
+        ({"SURE_NODES": 1}, {"short far"}, set()),
+        ({"SURE_NODES": 1000, "COPY_WORDS": 6}, set(), COPIES),
+        ({"ngrams": True}, {"statement"}, set()),
+        ({"ngrams": True, "NGRAM": 14}, set(), set()),
     ],
 )
-def test_thresholds(out, source, problems, tmp_path, monkeypatch, constant, value, more, less):
+def test_thresholds(out, source, problems, tmp_path, monkeypatch, changes, more, less):
     config = Config(source=(source,), benchmarks=(problems,), out=tmp_path / "o")
-    if constant == "tau":
-        config = replace(config, tau=value)
-    else:
-        monkeypatch.setattr(f"data.decontaminate.{constant}", value)
+    for name, value in changes.items():
+        if hasattr(config, name):
+            config = replace(config, **{name: value})
+        else:
+            monkeypatch.setattr(f"data.decontaminate.{name}", value)
     decontaminate(config)
     assert removed(tmp_path / "o").keys() == removed(out).keys() - less | more
 
@@ -162,7 +173,7 @@ def test_near_is_measured_on_the_problems(problems):
     known = read_references(problems)
     assert Finder(known, 0.8).near == FAR  # unrelated to each other
     text = known[1].function.text.replace("vowels", "consonants")
-    other = replace(known[1], function=replace(known[1].function, text=text))
+    other = replace(known[1], function=replace(known[1].function, lines=[text]))
     assert 0 < Finder([known[1], other], 0.8).near < FAR
 
 
@@ -181,6 +192,15 @@ def test_problem_files(tmp_path, shared_eval):
     (first, *_) = read_references(shared_eval / "mbpp.jsonl")
     assert (first.task_id, first.function.name) == ("MBPP/1", "min_cost")
     assert first.function.nodes == functions(first.function.text)[0].nodes
+
+
+def test_every_problem_is_found_in_a_string(shared_eval):
+    problems = read_references(shared_eval / "HumanEval.jsonl.gz")
+    finder, found = Finder(problems, 0.95), []
+    texts = [json.dumps({"output": problem.function.text}) for problem in problems]
+    for problem, hits in zip(problems, finder.find(texts, list(map(functions_anywhere, texts)))):
+        found += [problem for hit in hits if hit.problem is problem and hit.reaches(0.95)]
+    assert found == problems
 
 
 HALF = '{"task_id": 1, "entry_point": "f", "canonical_solution": "", "prompt": '
