@@ -16,7 +16,7 @@ cross-validation with no package on both sides: files of one resemble each other
 data/annotate.py made the labels, an AUC shows that the plumbing works, and nothing about quality.
 
 `score` adds `quality`, the probability from 0 to 1 that a document is good, by which data/filter.py
-cuts; read its samples before you trust a threshold.
+cuts and data/dedup.py chooses; read the filter's samples before you trust a threshold.
 """
 
 import json

@@ -174,6 +174,9 @@ def test_quality_cuts_before_the_rules(tmp_path):
         summary = filter_documents(Config(source, tmp_path / "out", **options))
         assert summary["documents"] == kept
         assert summary["rejected"] == {"min_quality": 10 - kept}
+        assert [d["quality"] for d in read_documents([tmp_path / "out"])] == [
+            i / 10 for i in range(10 - kept, 10)
+        ]  # for data.dedup
     source.write_text(json.dumps(document(GOOD, "unscored")) + "\n")
     with pytest.raises(UserError, match="1 documents without `quality`"):
         filter_documents(Config(source, tmp_path / "out", keep_frac=0.3))
