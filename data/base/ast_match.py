@@ -170,7 +170,7 @@ def plain(text: str) -> str:
     """Return the text without prompts and HTML's tags."""
     if ">>> " in text or "In [" in text:
         text = PROMPT.sub(r"\1", text)
-    return html.unescape(TAG.sub("", text)) if "</" in text else text
+    return html.unescape(TAG.sub("", text) if "</" in text else text)
 
 
 def unescaped(match: re.Match) -> str:

@@ -86,6 +86,7 @@ QUOTED = {
     "notebook": json.dumps({"cells": [{"source": ["# A\n", *LINES], "outputs": []}]}, indent=1),
     "string": f"code = {ORIGINAL!r}\n\n\ndef g():\n    return code\n",
     "HTML": f"<pre><code>{html.escape(ORIGINAL.rstrip())}</code></pre>",
+    "entities": f"So,\n\n    {LINES[0]}    {html.escape(LINES[1])}",
     "coloured HTML": f"<pre>{BOLD}</pre>",
     "prompt": f"So:\n\n>>> {LINES[0]}... {LINES[1]}...\n>>> f([1], 0)\n[2]\n",
     "comments": "x = 1\n" + "".join(f"# {line}" for line in LINES) + "y = 2\n",
