@@ -104,6 +104,11 @@ def test_what_quotes_a_function_has_it(name):
     assert codes(ORIGINAL) in {f.nodes for f in functions_anywhere(QUOTED[name])}
 
 
+def test_a_line_of_python_2_stands_for_pass():
+    loop = "def f(a):\n    for x in a:\n        print x\n    return a\n"
+    assert [f.nodes for f in functions_anywhere(loop)] == [codes(loop.replace("print x", "pass"))]
+
+
 def test_nothing_to_compare():
     assert functions_anywhere("Just text, no code.") is None
     assert functions_anywhere("If you def f(x, you begin.") is None
