@@ -13,6 +13,7 @@ which is 1 for the same structure, and 0.95 for a copy with one more node in twe
 
 import ast
 import html
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -108,9 +109,10 @@ def encode(tree: ast.AST) -> tuple[bytes, list[tuple[ast.AST, int, int]]]:
 
 
 def print_of(node: ast.expr) -> ast.expr | None:
-    """Return the one thing that is printed, if `node` is such a call."""
+    """Return what is printed, a tuple if it is several things, or None for no such call."""
     called = type(node) is ast.Call and getattr(node.func, "id", "") == "print"
-    return node.args[0] if called and len(node.args) == 1 else None
+    many = called and len(node.args) > 1
+    return ast.Tuple(node.args) if many else node.args[0] if called and node.args else None
 
 
 def functions(source: str) -> list[Function]:
@@ -154,9 +156,9 @@ def functions_anywhere(text: str) -> list[Function] | None:
 
 
 def scripts(tree: ast.Module, text: str) -> list[Function]:
-    """Return the readings of a script as a function."""
-    body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
-    body = body[docstring(tree) is not None :]
+    """Return the readings of a script as a function, each with one more argument."""
+    body = tree.body[docstring(tree) is not None :]
+    body = list(itertools.dropwhile(lambda n: isinstance(n, (ast.Import, ast.ImportFrom)), body))
     if len(body) > SCRIPT_STATEMENTS:
         return []
     parts = [encode(node)[0] for node in body]

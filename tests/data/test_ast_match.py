@@ -104,6 +104,11 @@ def test_what_quotes_a_function_has_it(name):
     assert codes(ORIGINAL) in {f.nodes for f in functions_anywhere(QUOTED[name])}
 
 
+def test_what_is_printed_counts_as_returned():
+    assert codes("def f():\n    print(1, 2)\n") == codes("def f():\n    return 1, 2\n")
+    assert codes("def f():\n    print()\n") != codes("def f():\n    return\n")
+
+
 def test_a_line_of_python_2_stands_for_pass():
     loop = "def f(a):\n    for x in a:\n        print x\n    return a\n"
     assert [f.nodes for f in functions_anywhere(loop)] == [codes(loop.replace("print x", "pass"))]
