@@ -164,7 +164,7 @@ def accept(config: Config, client: Client | None, out: Path) -> dict:
             reply = client.ask(config.messages(index), config.reply_tokens)
         except Refused:
             return "refused by the endpoint"
-        return config.read(index, reply.text) if reply.complete else "cut short"
+        return reply.why or config.read(index, reply.text)
 
     seen, refused = Index(MAX_SIMILARITY), Counter()
     asked = accepted = size = barren = 0

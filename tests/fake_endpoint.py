@@ -14,17 +14,30 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 REFUSALS = ("429", "503", "408")  # these cost the client nothing: no work was done
-LOST = ("500", "drop", "half", "half json", "timeout", "no choices", "null content", "surrogate",
-        "nested")  # may have been billed  # fmt: skip
+LOST = ("500", "drop", "half", "half json", "timeout", "error", "nested")  # may have been billed
 FAULTS = (*REFUSALS, *LOST)
+# Answers that are whole, but without text: (what replaces the good reply's choice, their name)
+TEXTLESS = {
+    "null": ({"message": {"content": None}}, "empty"),
+    "blank": ({"message": {"content": " \n"}}, "empty"),
+    "filter": ({"message": {"content": None}, "finish_reason": "content_filter"}, "filtered"),
+    "refusal": ({"message": {"content": None, "refusal": "I can't."}}, "refused by the model"),
+    "thought": ({"message": {"content": "<think>Hm"}, "finish_reason": "length"}, "cut short"),
+    "surrogate": ({"message": {"content": "\udc80"}}, "not Unicode"),
+    "no choice": (None, "no choices"),
+}
+WHOLE = {  # bodies with status 200 that are no answer
+    "error": b'{"error": {"code": 502}}', "nested": b"[" * 100_000,
+    "stream": b'data: {"choices": []}', "page": b"<!DOCTYPE html>",
+}  # fmt: skip
 
 
 class FakeEndpoint:
     """`with FakeEndpoint(answer) as endpoint:` serves at endpoint.url.
 
     `answer(request)` is the text of a good reply; `faults(request)` lists what goes wrong before
-    it: names of FAULTS, other statuses, "429 SECONDS", or "no usage", "length" and "chatter"
-    for replies that are good HTTP. By default `max_faults` of FAULTS, chosen by the request's hash.
+    it: names of FAULTS, TEXTLESS or WHOLE, other statuses, "429 SECONDS", "finish REASON", or "no
+    usage" and "chatter". By default `max_faults` of FAULTS, chosen by the request's hash.
     """
 
     def __init__(self, answer, faults=None, max_faults=0, delay_s=0.0, tokens=(50, 20)):
@@ -102,22 +115,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def play(self, fault: str, request: dict, body: bytes) -> None:
         fake = self.server.fake
-        contents = {"chatter": "Sure! I would give it a 7.", "null content": None,
-                    "surrogate": "\udc80"}  # fmt: skip
-        content = contents[fault] if fault in contents else fake.answer(request)
-        reason = "length" if fault == "length" else "stop"
+        content = "Sure! I would give it a 7." if fault == "chatter" else fake.answer(request)
+        choice = {"message": {"content": content}, "finish_reason": "stop"}
+        if fault.startswith("finish"):
+            choice["finish_reason"] = fault[7:]
+        choice = TEXTLESS[fault][0] if fault in TEXTLESS else choice
         reply = {
-            "choices": [{"message": {"content": content}, "finish_reason": reason}],
+            "choices": [choice] if choice else [],
             "usage": {"prompt_tokens": fake.tokens[0], "completion_tokens": fake.tokens[1]},
         }
         good = json.dumps(reply).encode()
         match fault.split():
-            case ["chatter" | "length"] | []:
+            case ["chatter" | "finish", *_] | []:
                 with fake.lock:
                     fake.replied[body] += 1
                 self.send(200, good)
-            case ["no", field]:
-                self.send(200, json.dumps({k: v for k, v in reply.items() if k != field}).encode())
+            case _ if fault in TEXTLESS:
+                self.send(200, good)
+            case [name] if name in WHOLE:
+                self.send(200, WHOLE[name])
+            case ["no", "usage"]:
+                self.send(200, json.dumps({"choices": [choice]}).encode())
             case ["429", value]:
                 self.send(429, b"slow down", {"Retry-After": value})
             case ["drop"]:
@@ -129,13 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(200, good[: len(good) // 2])
             case ["timeout"]:
                 fake.stopped.wait(0.5)
-            case ["nested"]:
-                self.send(200, b"[" * 100_000)
-            case [_, "content"] | ["surrogate"]:
-                self.send(200, good)
-            case [status]:
+            case ["307"]:
+                self.send(307, b"", {"Location": "http://host:8000/v1/chat/completions"})
+            case [status, *more]:
                 key = self.headers.get("Authorization", "")  # some endpoints repeat it
-                self.send(int(status), b'{"error": "' + key.encode() + b'"}')
+                told = json.dumps({"error": " ".join([key, *more])})
+                self.send(int(status), told.encode())
 
     def send(self, status: int, body: bytes, headers=()):
         headers = {"Content-Length": str(len(body)), "Content-Type": "application/json",

@@ -8,6 +8,9 @@ cost and the reply). A killed run goes on with every reply that arrived, and cou
 flight at its worst. The budget covers all runs that share the file, and every attempt: a refusal
 (4xx, 503) costs nothing; one that is lost, damaged or without `usage` costs its worst case, a token
 per byte of the request (no byte-level BPE makes more), the chat template, and the longest reply.
+
+An answer without text, as by a filter, is kept as one: asked again, it would be paid again. stderr
+hears of the first failure and of every 20th, and once a minute of what was spent.
 """
 
 import contextlib
@@ -18,7 +21,10 @@ import json
 import math
 import os
 import random
+import re
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +32,27 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from common.config import UserError
 
 TEMPLATE_TOKENS = 256  # what a chat template may add to a request: system prompt, date, role names
 BYTES_PER_TOKEN = 3.5  # of code, for the likely price (sentencepiece at a vocabulary of 32k)
 TRIES = 10  # attempts at a request before the command ends
 MAX_WAIT_S = 600  # longest Retry-After to follow
+REPORT_S, REPORT_EVERY = 60.0, 20  # between reports on stderr: seconds, and failures
+LEAST_BAD = 16  # requests without text before the command may end: it ends if 3 in 4 are
+THINKING = re.compile(r"\A.*</think(?:ing)?>|\A\s*<think(?:ing)?>.*", re.DOTALL)
+ADVICE = {  # what to change, by what an error says
+    "max_completion_tokens": "give --limit_field max_completion_tokens",
+    "temperature.{1,40} support": "give the --temperature that the model allows, often 1",
+    "^HTTP 200 (data|event|:)": """it streams; give --extra '{"stream": false}'""",
+    "^HTTP 3": "give the address that it redirects to as --base_url, up to /v1",
+    "^HTTP (200 <|404|405)": "--base_url should end in /v1, and --model be one that it lists",
+    "Timeout|^HTTP (429|503)": "raise --timeout_s or lower --concurrency",
+    "^no text: cut short": "a model that thinks needs more tokens than the command allows: give "
+    """--extra '{"max_tokens": 4000}', with the name that --limit_field has""",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +86,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    text: str
-    complete: bool  # False: cut at max_reply_tokens, or by a filter
+    text: str  # without what the model thought first
+    why: str = ""  # it has no text, or ends early
 
 
 class Ledger:
@@ -95,7 +116,10 @@ class Ledger:
                     self.open[self.last] = ("", tokens)
                     continue
                 if "key" in record:
-                    self.replies[record["key"]] = Reply(record["text"], record["complete"])
+                    self.replies[record["key"]] = Reply(
+                        THINKING.sub("", record["text"]),
+                        record.get("why", "" if record.get("complete", True) else "cut short"),
+                    )
                 self.open.pop(record["settled"], None)
                 self.spent += tokens
         self.spent, self.open = self.committed(), {}  # a kill left these open
@@ -171,9 +195,11 @@ class Client(AbstractContextManager):
             raise UserError("no budget: give --budget_tokens, or --budget_usd and --usd_per_m_*")
         try:
             self.extra = dict(json.loads(o.extra or "{}"))
+            int(self.extra.get(o.limit_field, 1))
             import openai
         except (ValueError, TypeError):
-            raise UserError(f"--extra {o.extra!r}: want a JSON object") from None
+            told = f"want a JSON object; {o.limit_field}, if in it, a number"
+            raise UserError(f"--extra {o.extra!r}: {told}") from None
         except ImportError:
             raise UserError("to ask an endpoint, pip install openai") from None
         self.client = openai.OpenAI(
@@ -181,6 +207,8 @@ class Client(AbstractContextManager):
             http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )  # fmt: skip
         self.openai, self.stop, self.ledger = openai, threading.Event(), Ledger(cache, o)
+        self.good = self.bad = self.failed = 0  # requests with text and without; attempts
+        self.reported = time.monotonic()
 
     def __exit__(self, *exc) -> None:
         self.stop.set()
@@ -194,7 +222,7 @@ class Client(AbstractContextManager):
         """Return the reply to `messages`, from the cache if it was paid. Blocks; thread-safe.
 
         Another `draw` of the same messages is another reply. Raises Refused if the endpoint will
-        not answer this one; UserError if it answers none, or the budget is reached.
+        not answer this one; UserError if it answers none, or few, or the budget is reached.
         """
         request, key, worst = self.request(messages, max_reply_tokens, draw)
         wait_s = 0.0
@@ -203,25 +231,30 @@ class Client(AbstractContextManager):
                 raise UserError("stopped")  # by an error that another thread has reported
             sent = self.ledger.reserve(key, worst)
             if isinstance(sent, Reply):
-                return sent
-            used, reply, error = worst, None, "no text in the reply"
+                return self.received(sent)
+            used, reply = worst, None
             wait_s = min(60.0, self.options.backoff_s * 2**attempt) * random.uniform(0.5, 1.0)
             try:
                 answer = self.client.chat.completions.with_raw_response.create(**request)
                 used, reply = read_answer(answer.content, worst)
+                error = "" if reply else self.told(answer.http_response)
+                if error and not self.good and answer.content.lstrip()[:1] not in b"{[":
+                    raise UserError(f"{self.url} sends no JSON: {error}")
+                if error and attempt == TRIES - 1:
+                    reply = Reply("", "no answer")
             except self.openai.APIStatusError as e:
-                told = " ".join(e.response.text.replace(self.key, "[key]").split())
-                error = f"HTTP {e.status_code} {told[:300]}"
+                error = self.told(e.response)
                 if e.status_code < 500 or e.status_code == 503:
                     used = Counter()
                     after = e.response.headers.get("retry-after", "")
                     wait_s = max(wait_s, min(int(after), MAX_WAIT_S) if after.isdecimal() else 0)
                 if e.status_code in (400, 413, 422):
+                    self.note(error, bad=True)
                     raise Refused(error) from None
                 if e.status_code < 500 and e.status_code not in (408, 409, 425, 429):
                     raise UserError(f"{self.url}: {error}") from None
             except self.openai.APIConnectionError as e:
-                error = repr(e.__cause__ or e)
+                error = advised(repr(e.__cause__ or e))
                 if type(e.__cause__).__name__ == "ConnectError":  # httpx: nothing was sent
                     used = Counter()
             finally:  # also for what is raised: a reservation left open would count for ever
@@ -230,9 +263,38 @@ class Client(AbstractContextManager):
                 told = f"{dict(used)} for a request of at most {dict(worst)}"
                 raise UserError(f"{self.url} counts {told}: no budget can be held with it")
             if reply:
-                return reply
+                return self.received(reply)
+            self.note(error)
         told = f"{TRIES} tries failed, the last with {error}"
         raise UserError(f"{self.url}: {told}; run the same command again to go on from here")
+
+    def told(self, response) -> str:
+        """Return status and beginning of an answer that is of no use, and what to change."""
+        target = response.headers.get("location", "")
+        body = " ".join(response.text.replace(self.key, "[key]").split())[:300]
+        return advised(" ".join(filter(None, (f"HTTP {response.status_code}", target, body))))
+
+    def received(self, reply: Reply) -> Reply:
+        self.note("" if reply.text else advised(f"no text: {reply.why}"), bad=not reply.text)
+        return reply
+
+    def note(self, error: str, bad: bool = False) -> None:
+        """Count an attempt and say on stderr how it goes. Raises UserError if most are `bad`."""
+        with self.ledger.changed:
+            self.failed, self.bad = self.failed + bool(error), self.bad + bad
+            self.good += not error
+            due = time.monotonic() >= self.reported + REPORT_S
+            if due or (error and self.failed % REPORT_EVERY == 1):
+                self.reported = time.monotonic()
+                last = f", the last: {error}" if error else ""
+                tqdm.write(
+                    f"{self.url}: replies {self.good}, failures {self.failed}{last}; "
+                    f"tokens spent {self.ledger.spent.total():,}",
+                    file=sys.stderr,
+                )
+            if self.bad >= LEAST_BAD and self.bad > 3 * self.good:
+                told = f"{self.bad} of {self.bad + self.good} requests brought no text"
+                raise UserError(f"{self.url}: {told}, the last: {error}")
 
     def request(self, messages: list[dict], limit: int, draw: int) -> tuple[dict, str, Counter]:
         """Return a request's arguments, its key in the cache and its worst case."""
@@ -241,7 +303,7 @@ class Client(AbstractContextManager):
         asked = {"model": o.model, "messages": messages}
         sent = json.dumps(asked | rest, ensure_ascii=False, sort_keys=True).encode()
         key = hashlib.sha256(sent + b"\n%d" % draw).hexdigest()
-        worst = Counter(prompt=len(sent) + TEMPLATE_TOKENS, reply=limit)
+        worst = Counter(prompt=len(sent) + TEMPLATE_TOKENS, reply=int(rest[o.limit_field]))
         return {**asked, "extra_body": rest}, key, worst
 
     def in_order(self, ask: Callable, items: Iterable) -> Iterator:
@@ -278,18 +340,38 @@ class Client(AbstractContextManager):
 
 
 def read_answer(content: bytes, worst: Counter) -> tuple[Counter, Reply | None]:
-    """Return the tokens that an answer says it used, else `worst`, and its reply, if it has one."""
-    used, reply = worst, None
-    with contextlib.suppress(ValueError, RecursionError):  # no JSON, or text that is no Unicode
+    """Return the tokens that an answer says it used, else `worst`, and its reply.
+
+    What is damaged, or an error sent with status 200, has the reply None: it may be asked again.
+    """
+    used, answer = worst, None
+    with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(content)
-        match answer:
-            case {"usage": {"prompt_tokens": int(prompt), "completion_tokens": int(tokens)}}:
-                used = Counter(prompt=max(prompt, 0), reply=max(tokens, 0))
-        match answer:
-            case {"choices": [{"message": {"content": str(text)}, **choice}, *_]} if text.strip():
-                text.encode()
-                reply = Reply(text, choice.get("finish_reason") in ("stop", None))
-    return used, reply
+    if not isinstance(answer, dict) or answer.get("error"):
+        return used, None
+    match answer:
+        case {"usage": {"prompt_tokens": int(prompt), "completion_tokens": int(tokens)}}:
+            used = Counter(prompt=max(prompt, 0), reply=max(tokens, 0))
+    match answer:
+        case {"choices": [{"message": {**message}, **choice}, *_]}:
+            reasons = {"length": "cut short", "content_filter": "filtered"}
+            why, text = reasons.get(str(choice.get("finish_reason")), ""), message.get("content")
+            why = "refused by the model" if message.get("refusal") else why
+        case _:
+            why, text = "no choices", ""
+    try:
+        text = THINKING.sub("", text) if isinstance(text, str) else ""
+        text.encode()
+    except UnicodeError:
+        why, text = "not Unicode", ""
+    why = why or ("" if text.strip() else "empty")
+    return used, Reply(text if text.strip() else "", why)
+
+
+def advised(error: str) -> str:
+    """Return `error` and what may mend it."""
+    advice = (change for shows, change in ADVICE.items() if re.search(shows, error))
+    return "; ".join([error, *itertools.islice(advice, 1)])
 
 
 def mark(text: str) -> str:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -6,8 +7,8 @@ import pytest
 
 from common.config import UserError
 from data.base import llm
-from data.base.llm import Client, Ledger, Options, Refused
-from tests.fake_endpoint import FAULTS, REFUSALS, FakeEndpoint
+from data.base.llm import Client, Ledger, Options, Refused, Reply
+from tests.fake_endpoint import FAULTS, REFUSALS, TEXTLESS, FakeEndpoint
 
 pytest.importorskip("openai", reason="the client of endpoints is the openai package")
 
@@ -31,8 +32,12 @@ def client_of(endpoint: FakeEndpoint, cache, **more):
         yield client
 
 
+def reply_to(client: Client, text, draw=0) -> Reply:
+    return client.ask([{"role": "user", "content": str(text)}], 20, draw)
+
+
 def ask(client: Client, text, draw=0) -> str:
-    return client.ask([{"role": "user", "content": str(text)}], 20, draw).text
+    return reply_to(client, text, draw).text
 
 
 def ask_all(client: Client, texts) -> list[str]:
@@ -91,6 +96,87 @@ def test_what_is_refused_concerns_one_request_alone(tmp_path):
         with pytest.raises(Refused):
             ask(client, "bad")
         assert ask(client, "good") == "to good"
+
+
+@pytest.mark.parametrize("fault", [*TEXTLESS, "half json"])
+def test_an_answer_without_text_concerns_its_prompt_and_is_paid_once(fault, tmp_path, monkeypatch):
+    monkeypatch.setattr(llm, "TRIES", 2)
+    fourths = {str(i) for i in range(0, 24, 4)}
+    endpoint = FakeEndpoint(
+        echo, lambda r: [fault] * 9 if r["messages"][0]["content"] in fourths else []
+    )
+    why = TEXTLESS[fault][1] if fault in TEXTLESS else "no answer"
+    with endpoint:
+        for _ in range(2):  # the second is from the cache
+            with Client(options(endpoint.url), tmp_path / "c") as client:
+                replies = list(client.in_order(lambda i: reply_to(client, i), range(24)))
+            assert replies == [Reply(f"to {i}") if i % 4 else Reply("", why) for i in range(24)]
+            assert endpoint.seen.total() == 24 + (0 if fault in TEXTLESS else 6)
+
+
+@pytest.mark.parametrize(("fault", "told"), [("filter", "no text: filtered"), ("422", "HTTP 422")])
+def test_a_command_ends_where_most_requests_bring_no_text(fault, told, tmp_path):
+    endpoint = FakeEndpoint(echo, lambda r: [fault] if "0" not in str(r["messages"]) else [])
+
+    def item(i):
+        with contextlib.suppress(Refused):
+            return ask(client, i)
+
+    told = pytest.raises(UserError, match=f"16 of 18 requests brought no text.*{told}")
+    with client_of(endpoint, tmp_path / "c", concurrency=1) as client, told:
+        list(client.in_order(item, range(10, 99)))
+
+
+@pytest.mark.parametrize(
+    ("finish", "why"),
+    [("length", "cut short"), ("content_filter", "filtered"), ("eos_token", ""), ("end_turn", ""),
+     ("", "")],
+)  # fmt: skip
+def test_only_a_limit_or_a_filter_makes_a_reply_incomplete(finish, why, tmp_path):
+    with client_of(FakeEndpoint(echo, lambda r: [f"finish {finish}"]), tmp_path / "c") as client:
+        assert reply_to(client, "x") == Reply("to x", why)
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>\nIt <b>\n</think>\n\nto x", "<thinking></thinking>to x", "Hm.</think> to x"]
+)
+def test_what_a_model_thinks_first_is_no_part_of_its_reply(text, tmp_path):
+    with client_of(FakeEndpoint(lambda r: text), tmp_path / "c") as client:
+        assert ask(client, "x").strip() == "to x"
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("400 use 'max_completion_tokens'", "--limit_field max_completion_tokens"),
+        ("400 Unsupported: 'temperature' does not support 0.3", "--temperature that the model"),
+        ("stream", "HTTP 200 data: .*--extra '{\"stream\": false}'"),
+        ("page", "HTTP 200 <!DOCTYPE.*--base_url should end in /v1"),
+        ("404", "--base_url should end in /v1"),
+        ("307", "HTTP 307 http://host:8000/v1/chat/completions.*redirects to as --base_url"),
+    ],
+)
+def test_an_error_says_what_to_change(fault, told, tmp_path):
+    endpoint, told = (
+        FakeEndpoint(echo, lambda r: [fault] * 99),
+        pytest.raises(Exception, match=told),
+    )
+    with client_of(endpoint, tmp_path / "c") as client, told as error:
+        ask(client, "x")
+    assert error.type is (Refused if fault.startswith("400") else UserError)
+
+
+def test_failures_and_progress_are_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(llm, "REPORT_EVERY", 3)
+    with client_of(FakeEndpoint(echo, lambda r: ["timeout"] + ["500"] * 6), tmp_path / "c") as c:
+        ask(c, "x")
+        first, *others = capsys.readouterr().err.splitlines()
+        assert "replies 0, failures 1, the last: ReadTimeout" in first
+        assert "raise --timeout_s or lower --concurrency" in first
+        assert [line.split(", ")[1] for line in others] == ["failures 4", "failures 7"]
+        monkeypatch.setattr(llm, "REPORT_S", 0.0)
+        ask(c, "x")
+        assert "replies 2, failures 7; tokens spent " in capsys.readouterr().err
 
 
 def test_an_error_that_concerns_all_ends_the_command_and_hides_the_key(tmp_path, monkeypatch):
@@ -163,6 +249,7 @@ def test_a_reply_without_usage_is_counted_at_its_worst(tmp_path):
         ({"budget_usd": 1.0}, "no budget"),
         ({"model": ""}, "--model is missing"),
         ({"url": "ftp://x"}, "OPENAI_BASE_URL"),
+        ({"extra": '{"max_tokens": []}'}, "max_tokens, if in it, a number"),
     ],
 )
 def test_options_that_lack_something(wrong, told, tmp_path):
@@ -217,6 +304,21 @@ def test_a_cache_cut_anywhere_loses_at_most_one_reply_and_counts_what_was_in_fli
     assert again.committed()["reply"] == 20 * (len(sent) + 1)
     assert fill(tmp_path / "cut") == 1
     assert fill(tmp_path / "cut") == 0
+
+
+def test_a_limit_in_extra_is_the_worst_case(tmp_path):
+    extra = '{"max_tokens": 4000, "seed": 1}'
+    with client_of(FakeEndpoint(echo, tokens=(50, 3000)), tmp_path / "c", extra=extra) as client:
+        assert ask(client, "x") == "to x"
+    assert json.loads((tmp_path / "c").read_text().splitlines()[0])["reply"] == 4000
+
+
+def test_a_cache_of_an_earlier_version(tmp_path):
+    spent = {"prompt": 1, "reply": 1}
+    lines = [{"settled": i, **spent, "key": str(i), "text": "x", "complete": i > 0} for i in (0, 1)]
+    (tmp_path / "c").write_text("\n".join(map(json.dumps, lines)))
+    replies = Ledger(tmp_path / "c", options(dry_run=True)).replies
+    assert replies == {"0": Reply("x", "cut short"), "1": Reply("x")}
 
 
 def test_a_damaged_line_is_asked_again(tmp_path):
