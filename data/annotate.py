@@ -14,7 +14,8 @@ well as a true one. LOG.md says how far to trust them.
 A sample is the documents with the smallest hashes, so that a smaller one is part of a larger one.
 Every document keeps its fields and gets `score`, `points` (of the five questions), `reason` and
 `labeller`. tests/data/labels.jsonl holds the scores of 300 documents that were read by hand:
-`--against` labels the documents that it names, and tells how well the labeller agrees.
+`--against` labels the documents that it names, or a sample of them, and tells how well the labeller
+agrees.
 """
 
 import hashlib
@@ -68,7 +69,6 @@ REPLY_TOKENS = 200  # a sentence and five digits, with room for a fence
 MAX_CHARS = 6000  # of a document that the endpoint sees: its head and its middle
 DRAWS = 3  # replies to ask for until one can be parsed
 GOOD = 6  # a score from here on counts as good where a ranking is judged (AUC): our choice
-FENCE = re.compile(r"\s*```(?:json)?\n(.*)\n```\s*", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,20 +152,19 @@ def excerpt(text: str, max_chars: int) -> str:
 
 
 def parse_reply(text: str, labeller: str) -> dict | None:
-    """Read the label in a reply; None if it is not just what was asked for, but for a fence."""
-    fenced = FENCE.fullmatch(text)
-    try:
-        reply = json.loads(fenced[1] if fenced else text)
-        json.dumps(reply, ensure_ascii=False).encode()  # a lone surrogate would not
-    except (ValueError, RecursionError):
-        return None
-    match reply:
-        case {"reason": str(reason), "points": [*points]} if (
-            len(reply) == 2
-            and len(points) == len(QUESTIONS)
-            and all(type(p) is int and 0 <= p <= 2 for p in points)
-        ):
-            return label(dict(zip(QUESTIONS, points)), " ".join(reason.split())[:300], labeller)
+    """Read the label in a reply, the last JSON object in it that has the points; None without."""
+    for start in reversed([m.start() for m in re.finditer("{", text)]):
+        try:
+            reply, _ = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        match reply:
+            case {"points": [*points]} if len(points) == len(QUESTIONS) and all(
+                type(p) in (int, float) and p in (0, 1, 2) for p in points
+            ):
+                reason = " ".join(str(reply.get("reason", "")).split())[:300]
+                reason = reason.encode(errors="backslashreplace").decode()  # no lone surrogates
+                return label(dict(zip(QUESTIONS, map(int, points))), reason, labeller)
     return None
 
 
@@ -178,7 +177,7 @@ def by_endpoint(client: Client, text: str) -> dict | str:
             return "refused"
         if found := parse_reply(reply.text, client.options.model):
             return found
-    return "unparsable"
+    return reply.why or "unparsable"
 
 
 # ---- The sample, and the whole job
@@ -214,16 +213,18 @@ def annotate(config: Config) -> dict:
 
 
 def chooser(config: Config, truth: dict, shards: list[Path]) -> Callable[[dict], bool]:
-    """Return the test for documents to label: those in `truth`, or those of the sample."""
-    if truth:
-        return lambda record: record["sha256"] in truth
+    """Return the test for documents to label: those in `truth`, if any; of them, the sample."""
+
+    def named(record: dict) -> bool:
+        return not truth or record["sha256"] in truth
+
     if not config.sample:
-        return lambda record: True
+        return named
     smallest = np.zeros(0, np.uint64)
     for shard in tqdm(shards, "sample", disable=None):
-        keys = np.array([key(record) for record in read_documents_of(shard)], np.uint64)
-        smallest = np.union1d(smallest, keys)[: config.sample]
-    return lambda record: key(record) <= smallest[-1]
+        keys = [key(record) for record in read_documents_of(shard) if named(record)]
+        smallest = np.union1d(smallest, np.array(keys, np.uint64))[: config.sample]
+    return lambda record: named(record) and key(record) <= smallest[-1]
 
 
 def key(record: dict) -> int:

@@ -90,23 +90,34 @@ def reply(points=(2, 1, 0, 1, 2), **more) -> str:
     return json.dumps({"reason": "so so", "points": list(points), **more})
 
 
-@pytest.mark.parametrize("text", [f"\n{reply()}\n", f"```json\n{reply()}\n```"])
-def test_replies_that_are_as_asked(text):
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"\n{reply()}\n", f"```json\n{reply()}\n```\nOr so.", f"Sure! {{}} {reply(score=6)}",
+        reply(points=(2, 1.0, 0, 1.0, 2)), f"{reply(points=(0, 0, 0, 0, 0))}\nNo: {reply()}",
+        f'{{"label": {reply()}}}', reply() + " {",
+    ],
+)  # fmt: skip
+def test_a_label_is_found_in_a_reply(text):
     points = dict(zip(QUESTIONS, (2, 1, 0, 1, 2)))
     label = {"score": 6, "points": points, "reason": "so so", "labeller": "m"}
     assert parse_reply(text, "m") == label
 
 
+def test_a_label_that_cannot_be_encoded_is_escaped():
+    found = parse_reply('{"points": [0, 0, 0, 0, 1], "reason": "\\ud800"}', "m")
+    assert (found["reason"], found["score"]) == ("\\ud800", 1)
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        "Sure! " + reply(), reply() + " Anything else?", reply()[:-1], reply(score=6), "[" * 10**5,
-        reply(points=(2, 1, 0, 1)), reply(points=(2, 1, 0, 1, 3)), reply(points=(2, 1, 0, 1, 1.0)),
-        reply(points=(2, 1, 0, 1, True)), '{"reason": 1, "points": [2, 1, 0, 1, 2]}',
-        '{"reason": "\\ud800", "points": [2, 1, 0, 1, 2]}',
+        "Sure!", reply()[:-1], "[" * 10**5, '{"a":' * 10**4, '{"points": 6}',
+        reply(points=(2, 1, 0, 1)), reply(points=(2, 1, 0, 1, 3)), reply(points=(2, 1, 0, 1, 1.5)),
+        reply(points=(2, 1, 0, 1, True)),
     ],
 )  # fmt: skip
-def test_replies_that_are_not(text):
+def test_replies_without_a_label(text):
     assert parse_reply(text, "m") is None
 
 
@@ -192,12 +203,13 @@ def test_labels_by_a_misbehaving_endpoint_are_complete(source):
 def test_what_cannot_be_labelled_is_counted(source):
     def faults(request):
         name = request["messages"][0]["content"]
-        return ["400"] * 9 if "mean_3(" in name else ["chatter"] * 9 if "mean_4(" in name else []
+        played = {"mean_3(": "400", "mean_4(": "chatter", "mean_5(": "filter"}
+        return [fault for part, fault in played.items() if part in name] * 9
 
     with FakeEndpoint(answer, faults) as endpoint:
         summary = annotate(settings(source, endpoint))
-    assert summary["documents"] == 22
-    assert summary["refused"] == summary["unparsable"] == 1
+    assert summary["documents"] == 21
+    assert summary["refused"] == summary["unparsable"] == summary["filtered"] == 1
     assert endpoint.met["chatter"] == 3
 
 
@@ -216,6 +228,8 @@ def test_against_labels_only_what_they_name(source, tmp_path):
     summary = annotate(settings(source, against=tmp_path / "labels.jsonl"))
     assert summary["documents"] == summary["agreement"]["documents"] == 10
     assert summary["agreement"]["good"] == 4
+    few = annotate(settings(source, against=tmp_path / "labels.jsonl", sample=3))
+    assert few["documents"] == few["agreement"]["documents"] == 3
 
 
 def test_killed_at_random_gives_the_same_bytes_and_pays_for_nothing_twice(source, tmp_path):
