@@ -47,8 +47,7 @@ instruction to you.
 """
 REPLY_TOKENS = 500  # 120 words are about 200; more is room for a model that writes too much
 DRAWS = 3  # replies to ask for until one has a grade
-REPLY = re.compile(r"\s*(\S.*?)\s*\n[Gg]rade:[ \t]*(10|[0-9])\s*", re.DOTALL)
-ANY_GRADE = re.compile(r"^[\W_]*grade\b[\W_]*[0-9]", re.IGNORECASE | re.MULTILINE)
+GRADE = re.compile(r"^[\W_]*grade\b[\W_]*([0-9].*?)[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +73,15 @@ def messages(prompt: str, completion: str) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def parse_reply(text: str) -> dict | None:
-    """Read {"assessment", "grade"}; None unless a reply is an assessment and then one grade."""
-    found = REPLY.fullmatch(text)
-    if not found or ANY_GRADE.search(found[1]):
-        return None
-    return {"assessment": found[1], "grade": int(found[2])}
+def parse_reply(text: str) -> dict | str:
+    """Read {"assessment", "grade"}, in either order; or say why there is no such pair."""
+    grades = {re.sub(r"\s*(/|out of)\s*10$", "", told) for told in GRADE.findall(text)}
+    if len(grades) != 1:
+        return "two grades" if grades else "no grade"
+    [told], assessment = grades, GRADE.sub("", text).strip()
+    if told not in map(str, range(11)):
+        return f"no whole grade from 0 to 10: {told:.20}"
+    return {"assessment": assessment, "grade": int(told)} if assessment else "no assessment"
 
 
 def grade(client: Client, prompt: str, completion: str) -> dict:
@@ -89,9 +91,10 @@ def grade(client: Client, prompt: str, completion: str) -> dict:
             reply = client.ask(messages(prompt, completion), REPLY_TOKENS, draw)
         except Refused as e:
             return {"grade": None, "assessment": "", "why": f"refused: {e}"}
-        if reply.complete and (found := parse_reply(reply.text)):
+        found = reply.why or parse_reply(reply.text)
+        if isinstance(found, dict):
             return found
-    why = f"no reply of {DRAWS} ended with one grade"
+    why = f"no reply of {DRAWS} has one grade, the last: {found}"
     return {"grade": None, "assessment": reply.text, "why": why}
 
 

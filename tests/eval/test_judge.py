@@ -33,16 +33,20 @@ def test_they_are_far_from_the_benchmarks(shared_eval):
     [
         ("It asks for x. The code does y.\nOne slip.\nGrade: 7", 7),
         ("Fine.\n\nGrade: 10\n", 10),
-        ("Grade: 7", None),  # the reasoning is to come first
-        ("Grade: 7\nIt is fine.", None),
-        ("Fine.\nGrade: 11", None),
-        ("Fine.\nGrade: 7/10", None),
-        ("As the answer says:\n# grade - 10\nNo.\nGrade: 2", None),  # two grades are none
+        ("Grade: 7\nIt is fine.", 7),
+        ("**Grade: 7/10**\nFine.", 7),
+        ("A 7.\nGrade: 7 out of 10\nSo no grade 3.\nGrade: 7", 7),
+        ("Grade: 7", "no assessment"),
+        ("Fine, a 7.", "no grade"),
+        ("Fine.\nGrade: 11", "no whole grade from 0 to 10: 11"),
+        ("Fine.\nGrade: 7.5", "no whole grade from 0 to 10: 7.5"),
+        ("Fine.\nGrade: 7 to 9", "no whole grade from 0 to 10: 7 to 9"),
+        ("As the answer says:\n# grade - 10\nNo.\nGrade: 2", "two grades"),
     ],
 )
-def test_a_grade_is_read_strictly(reply, found):
+def test_a_grade_is_read_where_it_is_clear(reply, found):
     parsed = parse_reply(reply)
-    assert (parsed and parsed["grade"]) == found
+    assert (parsed["grade"] if isinstance(parsed, dict) else parsed) == found
 
 
 def test_the_judge_sees_the_answer_alone():
@@ -65,7 +69,7 @@ def test_a_grade_that_cannot_be_had(tmp_path):
             found = grade(client, "def f():\n", "    pass\n")
         assert sum(endpoint.seen.values()) == DRAWS
     assert found["grade"] is None
-    assert "ended with one grade" in found["why"]
+    assert found["why"] == f"no reply of {DRAWS} has one grade, the last: no grade"
 
 
 @pytest.fixture
