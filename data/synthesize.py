@@ -15,12 +15,19 @@ So does this. PAPER: its prompts, topics and names are undisclosed; ours are in 
 Run all code in the sandbox, an exercise with its tests, a lesson from first to last block. Refuse
 duplicates and near-duplicates of what was accepted before. Candidate i depends on i and the seed
 alone. A killed run starts again, but no reply is paid for twice.
+
+Models are worse at telling what their code returns than at writing it. So the tests of an exercise
+call what the reply's asserts and examples call, and expect what came out: they show that the code
+runs and repeats itself, not that it is right. What speaks for that are the writer's claims: every
+example in the docstring must hold, and at least half of examples and asserts together. `wrong` of a
+document counts the asserts that did not hold as written.
 """
 
 import contextlib
 import functools
 import json
 import random
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -37,16 +44,18 @@ from data.base.ranks import Ranks
 from data.exercises import Benchmarks, fold, ngrams, normalize
 from data.synthetic import prompts, textbooks
 from data.synthetic.textbooks import AUDIENCES, LEVELS, TOPICS
-from sandbox.execute import run_programs
+from sandbox.execute import Verdict, run_programs
 
 BATCH = 100  # candidates to run at a time
 MAX_SIMILARITY = 0.8  # Jaccard index over 5-token shingles from which a candidate is refused
 MOST_BARREN = 100  # candidates in a row that give nothing new, before the command ends
 RUN_TIMEOUT_S = 10.0  # for the code of one candidate
+CALL_TIMEOUT_S = 3.0  # for one call of an exercise
 ASKED_WORDS = 3  # random words that a request demands
 TAIL_SHARE = 0.6  # of the function names have a third part
 
-Made = tuple[dict, str] | str  # a candidate: (document, program to run), or why there is none
+# A candidate: (document, program to run, or the claims of an exercise), or why there is none
+Made = tuple[dict, str | list[prompts.Claim]] | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,10 @@ class Config(Options):
 
     def messages(self, index: int) -> list[dict]:
         return [{"role": "user", "content": self.prompt(index)}]
+
+    def finish(self, batch: list[Made]) -> list[Made]:
+        """Return the candidates of `batch` with the programs to run."""
+        return batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +104,8 @@ class Textbooks(Config):
         return prompts.TEXTBOOK_PROMPT.format(words=words, **self.fields(index))
 
     def read(self, index: int, reply: str) -> Made:
-        text = reply.strip().replace("\r\n", "\n") + "\n"
-        return self.judge(index, text, writer=self.model, words=self.draw(index)[3])
+        text, why_not = prompts.read_lesson(reply)
+        return why_not or self.judge(index, text, writer=self.model, words=self.draw(index)[3])
 
     def judge(self, index: int, text: str, **more) -> Made:
         program, why_not = prompts.lesson_program(text)
@@ -122,7 +135,7 @@ class Exercises(Config):
 
     def read(self, index: int, reply: str) -> Made:
         name, words = self.draw(index)
-        fields, why_not = prompts.read_exercise(reply, name)
+        fields, claims, why_not = prompts.read_exercise(reply, name)
         if why_not:
             return why_not
         benchmarks, told = benchmarks_of(self.benchmarks), normalize(fields["prompt"])
@@ -130,7 +143,37 @@ class Exercises(Config):
             return "like a benchmark problem"
         code = fields["prompt"] + fields["solution"]
         fields |= {"words": words, "writer": self.model}
-        return document(code, f"exercises:{self.model}", **fields), f"{code}\n{fields['tests']}"
+        return document(code, f"exercises:{self.model}", **fields), claims
+
+    def finish(self, batch: list[Made]) -> list[Made]:
+        """Run what each exercise claims; give it the tests that its results make, or refuse it."""
+        programs = [
+            f"{made[0]['text']}\nraise LookupError(repr((bool({test}), {call})))"
+            for made in batch if not isinstance(made, str) for call, test, _ in made[1]
+        ]  # fmt: skip
+        told = (verdict.detail for verdict in run_all(programs, CALL_TIMEOUT_S, self.workers))
+        return [
+            made if isinstance(made, str) else tested(*made, [next(told) for _ in made[1]])
+            for made in batch
+        ]
+
+
+def tested(record: dict, claims: list[prompts.Claim], told: list[str]) -> Made:
+    """Return an exercise with the tests that follow from what its calls `told`, or why not."""
+    results, held = {}, []
+    for (call, _, in_docstring), detail in zip(claims, told):
+        outcome = re.match(r"LookupError: \((True|False), (.*)\)$", detail)  # else it is too long
+        held.append(detail.startswith("LookupError: (True, "))
+        if in_docstring and not held[-1]:
+            return "the docstring's example is wrong"
+        if outcome and prompts.is_plain(outcome[2]):
+            results[call] = outcome[2]
+    if sum(held) * 2 < len(held):
+        return "most tests are wrong"
+    if len(results) < prompts.MIN_ASSERTS or {*results.values()} == {"None"}:
+        return "no tests"
+    tests = "".join(prompts.asserted(*result) + "\n" for result in results.items())
+    return record | {"tests": tests, "wrong": held.count(False)}, f"{record['text']}\n{tests}"
 
 
 KINDS = {"textbooks": Textbooks, "exercises": Exercises}
@@ -167,7 +210,7 @@ def accept(config: Config, client: Client | None, out: Path) -> dict:
         return reply.why or config.read(index, reply.text)
 
     seen, refused = Index(MAX_SIMILARITY), Counter()
-    asked = accepted = size = barren = 0
+    asked = accepted = size = wrong = barren = 0
     bar = tqdm(total=config.count, desc="accepted", disable=None)
     with ShardWriter(out) as shards, bar:
         while accepted < config.count:
@@ -175,35 +218,46 @@ def accept(config: Config, client: Client | None, out: Path) -> dict:
             asked = indexes.stop
             made = client.in_order(ask, indexes) if client else map(config.make, indexes)
             for batch in batched(made, BATCH):
-                passed = run_all(batch, config.workers, refused)
+                passed = passing(config.finish(batch), config.workers, refused)
                 reasons = seen.add([record["text"] for record in passed])
                 refused.update(filter(None, reasons))
                 new = [record for record, reason in zip(passed, reasons) if not reason]
                 for record in new:
                     shards.write(record)
                     size += len(record["text"].encode())
+                    wrong += record.get("wrong", 0)
                 accepted += len(new)
                 bar.update(len(new))
                 barren = 0 if new else barren + len(batch)
             if barren >= MOST_BARREN:
+                [(reason, n)] = refused.most_common(1)
+                advice = "ask for fewer"
+                if "duplicate" not in reason:
+                    advice = f"see what is wrong with the replies, in {config.replies()}"
                 raise UserError(
-                    f"--count {config.count}: only {accepted} different ones were found in "
-                    f"{asked} candidates ({dict(refused)}); ask for fewer"
+                    f"--count {config.count}: only {accepted} were accepted of {asked} candidates, "
+                    f"mostly for {reason!r} ({n} of {dict(refused)}); {advice}"
                 )
-    return {"documents": accepted, "bytes": size, "candidates": asked,
+    told = {"wrong_tests": wrong} if isinstance(config, Exercises) else {}
+    return {"documents": accepted, "bytes": size, "candidates": asked, **told,
             "refused": dict(refused.most_common())}  # fmt: skip
 
 
-def run_all(batch: list[Made], workers: int, refused: Counter) -> list[dict]:
+def passing(batch: list[Made], workers: int, refused: Counter) -> list[dict]:
     """Return the documents of `batch` whose programs pass; count why the others are refused."""
     made = [candidate for candidate in batch if not isinstance(candidate, str)]
     refused.update(candidate for candidate in batch if isinstance(candidate, str))
-    verdicts = run_programs([program for _, program in made], RUN_TIMEOUT_S, workers)
+    verdicts = run_all([program for _, program in made], RUN_TIMEOUT_S, workers)
+    refused.update(f"code: {v.status}" for v in verdicts if v.status != "passed")
+    return [record for (record, _), v in zip(made, verdicts) if v.status == "passed"]
+
+
+def run_all(programs: list[str], timeout_s: float, workers: int) -> list[Verdict]:
+    verdicts = run_programs(programs, timeout_s, workers)
     for verdict in verdicts:
         if verdict.status == "infrastructure":
             raise UserError(f"the sandbox does not work here: {verdict.detail}")
-    refused.update(f"code: {v.status}" for v in verdicts if v.status != "passed")
-    return [record for (record, _), v in zip(made, verdicts) if v.status == "passed"]
+    return verdicts
 
 
 def check(config: Config) -> None:

@@ -1,72 +1,169 @@
 """What an endpoint is asked to write, and how its replies are read: see data/synthesize.py.
 
-PAPER: the prompts, topics and names of the paper are undisclosed; ours are in prompts.txt. A reply
-is taken if it is exactly what was asked for, or not at all: code without its tests cannot be
-trusted, and a sentence such as "Sure, here is" would be learned with the rest.
+PAPER: the prompts, topics and names of the paper are undisclosed; ours are in prompts.txt. What
+surrounds a lesson or an exercise in a reply, such as "Sure, here is", is dropped; what is left is
+taken as it is, or not at all.
 """
 
 import ast
+import contextlib
+import doctest
 import re
+import textwrap
+from collections import Counter
 
-from data.base.syntax import docstring, is_pair, parse_python
+from data.base.syntax import FENCE, docstring, is_pair, parse_python
 from data.synthetic import texts
 
 MIN_ASSERTS = 3  # that come with an exercise
 MIN_PROSE_CHARS = 400  # around the code of a lesson
-BLOCK = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+MOST_REPEATS = 4  # of a line of 20 characters or more, outside of the code
+BLOCK = re.compile(
+    r"^[ \t]*```(?:python3?|py)[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S | re.IGNORECASE
+)
+MARKDOWN = re.compile(  # a fence around the whole lesson
+    r"\A(?:(?!^#|^```).)*^```(?:markdown|md)?[ \t]*\n\s*(#.*)^```", re.M | re.S | re.IGNORECASE
+)
+HEADING = re.compile(r"^(?:#{1,6} |\*\*[^*\n]+\*\*$)", re.MULTILINE)
+CHAT = re.compile(
+    r"(?:(?:\n+|(?<=[.!?]) )(?:---+|[*_> ]{0,3}(?:I hope|I'd be happy|Let me know|Feel free|Happy "
+    r"coding|Would you like|If you(?:'d like| have any| need| want me))[^\n]*))+\s*\Z",
+    re.IGNORECASE,
+)
 
 TEXTS = texts.sections("prompts.txt")
 TEXTBOOK_PROMPT, EXERCISE_PROMPT = TEXTS["textbook_prompt"] + "\n", TEXTS["exercise_prompt"] + "\n"
 VERBS, NOUNS, TAILS, WORDS = (TEXTS[k].split() for k in ("verbs", "nouns", "tails", "words"))
 
 
+# ---- Lessons
+
+
+def read_lesson(reply: str) -> tuple[str, str]:
+    """Return the lesson in a reply, from its first heading, and why it is refused, else ""."""
+    text = reply.replace("\r\n", "\n") + "\n"
+    whole = MARKDOWN.search(text)
+    text = whole[1] if whole else text
+    start = HEADING.search(text)
+    if not start or "```" in text[: start.start()]:
+        return "", "no heading first"
+    return CHAT.sub("", text[start.start() :]).strip() + "\n", ""
+
+
 def lesson_program(text: str) -> tuple[str, str]:
     """Return all code of a lesson, and why it is refused, "" if it is not."""
-    blocks = BLOCK.findall(text)
-    program = "\n".join(blocks)
+    blocks, prose, others = BLOCK.findall(text), FENCE.sub("", text), BLOCK.sub("", text)
+    program = "\n".join(map(textwrap.dedent, blocks))
+    lines = Counter(line for line in map(str.strip, others.split("\n")) if len(line) >= 20)
+    words = prose.split()
     if not blocks:
         return "", "no code"
-    if len(BLOCK.sub("", text)) < MIN_PROSE_CHARS:
+    if len(prose) < MIN_PROSE_CHARS:
         return "", "no prose"
+    if re.search("^[ \t]*```", prose, re.MULTILINE):
+        return "", "an open fence"
+    if max(lines.values(), default=0) > MOST_REPEATS or len(set(words)) < len(words) / 5:
+        return "", "repeats itself"
     try:
-        parse_python(program)
+        tree = parse_python(program)
     except SyntaxError:
         return "", "syntax"
-    return program, ""
+    return (program, "") if has_check(tree) else ("", "no check that runs")
 
 
-def read_exercise(reply: str, name: str) -> tuple[dict, str]:
-    """Return the exercise in a reply, and why it is refused, "" if it is not.
+def has_check(tree: ast.Module) -> bool:
+    """Return whether a module, when it runs, meets an assert of something that has a name.
 
-    An exercise is {"prompt", "solution", "entry_point", "tests"}: prompt + solution is the function
-    called `name`, below its imports, and tests are assert statements that call it.
+    Functions count where they are called outside of others and are named as tests are.
     """
-    blocks = BLOCK.findall(reply.replace("\r\n", "\n"))
-    if len(blocks) != 2 or BLOCK.sub("", reply.replace("\r\n", "\n")).strip():
-        return {}, "not two blocks"
-    code, tests = (block.strip("\n") + "\n" for block in blocks)
-    try:
-        body, asserts = parse_python(code).body, parse_python(tests).body
-    except SyntaxError:
-        return {}, "syntax"
-    *imports, function = body or [None]
-    named = isinstance(function, ast.FunctionDef) and function.name == name
-    if not named or not all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in imports):
-        return {}, "not the function asked for"
+    hidden = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+    functions = {n.name: n.body for n in tree.body if isinstance(n, ast.FunctionDef)}
+    tests = {name: functions[name] for name in functions if name.startswith(("test", "check"))}
+    nodes = [n for n in tree.body if not isinstance(n, hidden)]
+    for node in nodes:  # it grows
+        if isinstance(node, ast.Assert) and any(isinstance(n, ast.Name) for n in ast.walk(node)):
+            return True
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            nodes += tests.pop(node.func.id, [])
+        nodes += [n for n in ast.iter_child_nodes(node) if not isinstance(n, hidden)]
+    return False
+
+
+# ---- Exercises
+
+Claim = tuple[str, str, bool]  # a call, an expression that is to be true, is it in the docstring
+
+
+def read_exercise(reply: str, name: str) -> tuple[dict, list[Claim], str]:
+    """Return the exercise in a reply, what it claims, and why it is refused, "" if it is not.
+
+    An exercise is {"prompt", "solution", "entry_point"}: prompt + solution is the function called
+    `name`, below the imports of its block. The claims are its docstring's examples, and the asserts
+    that call it anywhere in the reply. Any fence counts, or none if there are none.
+    """
+    reply, nodes, why_not = reply.replace("\r\n", "\n"), [], "not the function asked for"
+    for block in map(textwrap.dedent, FENCE.findall(reply) or [reply]):
+        try:
+            body = parse_python(block).body
+        except SyntaxError:
+            why_not = "syntax"
+            continue
+        nodes += [(block.split("\n"), body, node) for node in body]
+    functions = [x for x in nodes if isinstance(x[2], ast.FunctionDef) and x[2].name == name]
+    if not functions:
+        return {}, [], why_not
+    lines, body, function = max(functions, key=lambda x: docstring(x[2]) is not None)
     doc = docstring(function)
     if not doc or not doc.value.strip():
-        return {}, "no docstring"
-    lines = code.split("\n")
-    prompt, solution = ("\n".join(lines[: doc.end_lineno]), "\n".join(lines[doc.end_lineno :]))
-    signature = "\n".join(lines[function.lineno - 1 : doc.end_lineno]) + "\n"
-    if not is_pair(signature, solution):
-        return {}, "no solution below the docstring"
-    tests_it = [
-        isinstance(node, ast.Assert)
-        and any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
-        for node in asserts
-    ]
-    if len(asserts) < MIN_ASSERTS or not all(tests_it):
-        return {}, "no tests"
-    fields = {"prompt": prompt + "\n", "solution": solution, "entry_point": name, "tests": tests}
-    return fields, ""
+        return {}, [], "no docstring"
+    first = min(n.lineno for n in (function, *function.decorator_list)) - 1
+    prompt = "\n".join(lines[first : doc.end_lineno]) + "\n"
+    solution = "\n".join(lines[doc.end_lineno : function.end_lineno]) + "\n"
+    if not is_pair(prompt, solution):
+        return {}, [], "no solution below the docstring"
+    imports = [ast.unparse(n) + "\n" for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    prompt = "".join([*imports, "\n\n" * bool(imports), prompt])
+    asserts = [n for *_, node in nodes if node not in [x[2] for x in functions]
+               for n in ast.walk(node) if isinstance(n, ast.Assert)]  # fmt: skip
+    claims = [(call, ast.unparse(n.test), False) for n in asserts if (call := called(n.test, name))]
+    if len(claims) < MIN_ASSERTS:
+        return {}, [], "no tests"
+    claims += examples(doc.value, name)
+    return {"prompt": prompt, "solution": solution, "entry_point": name}, claims, ""
+
+
+def called(node: ast.AST, name: str) -> str:
+    """Return the first, outermost call of `name` in `node`, "" without."""
+    calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
+    named = (n for n in calls if isinstance(n.func, ast.Name) and n.func.id == name)
+    return next(map(ast.unparse, named), "")
+
+
+def examples(doc: str, name: str) -> list[Claim]:
+    """Return what the examples in a docstring claim: those of one expression that calls `name`."""
+    found = []
+    with contextlib.suppress(ValueError):  # of the parser: indented badly
+        for example in doctest.DocTestParser().get_examples(doc):
+            with contextlib.suppress(SyntaxError):
+                node, want = ast.parse(example.source.strip(), mode="eval").body, example.want
+                if not want or example.exc_msg is not None or not (call := called(node, name)):
+                    continue
+                shown = isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+                test = ast.unparse(node.args[0] if shown else node)
+                test = [f"str({test}) == {want.strip()!r}", f"({test}) == ({want.strip()})"]
+                found.append((call, test[not shown and is_plain(want)], True))
+    return found
+
+
+def is_plain(text: str) -> bool:
+    """Return whether `text` is a literal of plain data, such as the repr of a list."""
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        ast.literal_eval(text.strip())
+        return True
+    return False
+
+
+def asserted(call: str, result: str) -> str:
+    """Return the assert of a call's result, which is a repr."""
+    ways = {"True": call, "False": f"not {call}", "None": f"{call} is None"}
+    return f"assert {ways.get(result, f'{call} == {result}')}"

@@ -272,11 +272,7 @@ class Writer:
 
     def tested(self, calls: list[str]) -> str:
         """Return asserts of the results of `calls`."""
-        said, lines = self.say("test"), []
-        for call in calls:
-            result = self.result(call)
-            ways = {"True": call, "False": f"not {call}", "None": f"{call} is None"}
-            lines.append(f"assert {ways.get(result, f'{call} == {result}')}")
+        said, lines = self.say("test"), [prompts.asserted(c, self.result(c)) for c in calls]
         return said + "\n\n" + block("\n".join(lines))
 
 

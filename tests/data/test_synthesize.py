@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import textwrap
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -71,46 +72,161 @@ def fenced(*blocks: str) -> str:
     return "\n".join(f"```python\n{block}```" for block in blocks)
 
 
+NAME = "double_all"
 FUNCTION = '''def double_all(numbers):
     """Double each."""
     return [2 * x for x in numbers]
 '''
-TESTS = "".join(f"assert double_all([{x}]) == [{y}]\n" for x, y in [(1, 2), ("", ""), (3, 6)])
+EXAMPLE = FUNCTION.replace("each.", "each.\\n\\n    >>> double_all([5])\\n    [10]\\n    ")
+CASES = [("[1]", "[2]"), ("[]", "[]"), ("[3]", "[6]"), ("(0, 'a')", "[0, 'aa']")]
+TESTS = "".join(f"assert double_all({x}) == {y}\n" for x, y in CASES)
 
 
-@pytest.mark.parametrize("above", ["", "import math\n\n"])
-def test_an_exercise_as_asked_for(above):
-    found, why_not = prompts.read_exercise(fenced(above + FUNCTION, TESTS), "double_all")
-    assert not why_not
-    assert found["prompt"] + found["solution"] == above + FUNCTION
+def exercise_in(reply: str) -> tuple[dict, str] | str:
+    """Return the exercise that becomes of a reply, with its tests, or why none does."""
+    fields, claims, why_not = prompts.read_exercise(reply, NAME)
+    if why_not:
+        return why_not
+    record = {**fields, "text": fields["prompt"] + fields["solution"]}
+    made = Exercises(out=Path("x"), count=1).finish(["refused", (record, claims)])
+    assert made[0] == "refused"
+    return made[1] if isinstance(made[1], str) else made[1][0]
+
+
+@pytest.mark.parametrize(
+    ("reply", "wrong"),
+    [
+        (fenced(FUNCTION + "\n\n" + TESTS), 0),
+        (fenced(FUNCTION, TESTS), 0),
+        (f"Sure!\n```py\n{FUNCTION}```\nTests:\n```\n{TESTS}```\nI hope it helps.", 0),
+        (f"{FUNCTION}\n{TESTS}", 0),
+        (fenced(f"def other():\n    pass\n\n\n{FUNCTION}print(double_all([1]))\n", TESTS), 0),
+        (fenced(FUNCTION, FUNCTION.replace('    """Double each."""\n', "") + TESTS), 0),
+        (fenced(FUNCTION, f"def test():\n{textwrap.indent(TESTS, '    ')}test()\n"), 0),
+        (fenced(FUNCTION, TESTS.replace("[2]", "[1]").replace("[6]", "[8]")), 2),
+        (fenced(FUNCTION, "".join(f"assert double_all({x})\n" for x, _ in CASES)), 1),
+        ("```text\nDouble 1 to get 2\n```\n" + fenced("x = 1\n" + FUNCTION, TESTS), 0),
+    ],
+)
+def test_an_exercise_gets_the_tests_that_its_code_passes(reply, wrong):
+    found = exercise_in(reply)
+    assert found["prompt"] + found["solution"] == FUNCTION
     assert found["prompt"].endswith('each."""\n')
-    assert found["tests"] == TESTS
+    assert (found["tests"], found["wrong"]) == (TESTS, wrong)
+
+
+def test_imports_and_decorators_belong_to_an_exercise():
+    code = "import functools\n# cached\n@functools.cache\n" + FUNCTION
+    found, claims, why_not = prompts.read_exercise(fenced(code, TESTS), NAME)
+    assert not why_not
+    want = "import functools\n\n\n@functools.cache\n" + FUNCTION
+    assert found["prompt"] + found["solution"] == want
+    assert claims[0] == ("double_all([1])", "double_all([1]) == [2]", False)
+
+
+@pytest.mark.parametrize(
+    ("example", "tested"),
+    [
+        (">>> double_all([5])\n    [10]", True),
+        (">>> print(double_all([5]))\n    [10]", True),
+        (">>> double_all([5])[0] == 10\n    True", True),
+        (">>> double_all([5])", False),
+        (">>> numbers = [5]\n    >>> len(numbers)\n    7", False),
+        (">>> double_all(5)\n    Traceback (most recent call last):\n    TypeError", False),
+        (">>> double_all([5])\n    [5]", None),
+        (">>> double_all([5])\n    ten", None),
+        (">>> double_all(numbers)\n    [10]", None),
+    ],
+)
+def test_an_example_in_the_docstring_must_hold(example, tested):
+    found = exercise_in(fenced(FUNCTION.replace("each.", f"each.\n\n    {example}\n    "), TESTS))
+    if tested is None:
+        assert found == "the docstring's example is wrong"
+    else:
+        assert found["tests"] == TESTS + "assert double_all([5]) == [10]\n" * tested
 
 
 @pytest.mark.parametrize(
     ("old", "new", "why"),
     [
-        ("```python\ndef", "Sure!\n```python\ndef", "not two blocks"),
         ("return", "return (", "syntax"),
-        ("def double", "x = 1\ndef double", "not the function asked for"),
+        ("double_all(numbers):", "double(numbers):", "not the function asked for"),
         ('    """Double each."""\n', "", "no docstring"),
         ("    return [2 * x for x in numbers]\n", "", "no solution below the docstring"),
         ('each."""\n    return', 'each."""; return', "no solution below the docstring"),
-        ("assert double_all([]) == []", "assert True", "no tests"),
-        ("[6]\n", "[6]\nimport os\n", "no tests"),
+        ("assert double_all([", "assert ([", "no tests"),
+        ("return [2", "return [3", "most tests are wrong"),
+        ("return [2", "return [1 / 0", "most tests are wrong"),
+        ("return [2", "[2", "most tests are wrong"),
     ],
 )
-def test_an_exercise_that_is_not(old, new, why):
-    reply = fenced(FUNCTION, TESTS)
-    assert prompts.read_exercise(reply.replace(old, new), "double_all") == ({}, why)
+def test_an_exercise_that_is_none(old, new, why):
+    assert exercise_in(fenced(FUNCTION, TESTS).replace(old, new)) == why
 
 
-def test_a_lesson_that_is_none():
-    words = "words " * 200 + "\n"
-    assert prompts.lesson_program(words + fenced("x = 1\n")) == ("x = 1\n", "")
-    assert prompts.lesson_program(words) == ("", "no code")
-    assert prompts.lesson_program("words\n" + fenced("x = 1\n")) == ("", "no prose")
-    assert prompts.lesson_program(words + fenced("x = (\n")) == ("", "syntax")
+def test_what_returns_nothing_or_no_plain_data_has_no_tests():
+    tests = "".join(f"assert double_all([{i}]) != 0\n" for i in range(4))
+    for returned in ("None", "object()", "[0] * 99", "float('nan')"):
+        reply = fenced(FUNCTION.replace("[2 * x for x in numbers]", returned), tests)
+        assert exercise_in(reply) == "no tests"
+
+
+WORDS = " ".join(prompts.WORDS) + "\n"
+LESSON = f"# Title\n\n{WORDS}\n" + fenced("x = 1\nassert x == 1\n") + "\n\nThe end.\n"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        LESSON, f"Sure! Here is a lesson:\n\n{LESSON}", f"```markdown\n{LESSON}```",
+        f"```\n{LESSON}```\n", f"Here it is:\n```md\n\n{LESSON}```\nI hope this helps!",
+        LESSON.replace("\n", "\r\n"), f"{LESSON}\n---\n\n**Let me know** if you like it.\n",
+        LESSON.rstrip() + " I hope this helps! Feel free to ask.",
+    ],
+)  # fmt: skip
+def test_a_lesson_in_a_reply(reply):
+    assert prompts.read_lesson(reply) == (LESSON, "")
+
+
+@pytest.mark.parametrize(
+    "reply", ["A lesson.", fenced("# a comment\n"), fenced("x = 1\n") + LESSON]
+)
+def test_a_reply_without_a_lesson(reply):
+    assert prompts.read_lesson(reply) == ("", "no heading first")
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("x = 1\nassert x == 1\n", ""),
+        ("for x in (1, 2):\n    assert x\n", ""),
+        ("def test_it():\n    assert int('1') == 1\n\n\ntest_it()\n", ""),
+        ("def test_it():\n    assert int('1') == 1\n", "no check that runs"),
+        ("def f(x):\n    assert x\n    return x\n\n\nf(1)\n", "no check that runs"),
+        ("def f(x):\n    return x\n", "no check that runs"),
+        ("assert True\n", "no check that runs"),
+        ("x = (\n", "syntax"),
+    ],
+)
+def test_a_lesson_checks_something(code, why):
+    for label in ("python", "py", "Python"):
+        text = WORDS + fenced(code).replace("python", label)
+        assert prompts.lesson_program(text) == ("" if why else code, why)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (WORDS, "no code"),
+        ("words\n" + fenced("x = 1\nassert x\n"), "no prose"),
+        (f"```\n{WORDS}```\n" + fenced("x = 1\nassert x\n"), "no prose"),
+        ("words " * 200 + "\n" + fenced("x = 1\nassert x\n"), "repeats itself"),
+        (LESSON + f"```text\n{'The output is 5 or 6.' + chr(10)}```\n" * 5, "repeats itself"),
+        (LESSON + "```\n", "an open fence"),
+    ],
+)
+def test_a_lesson_that_is_none(text, why):
+    assert prompts.lesson_program(text) == ("", why)
 
 
 def test_requests_are_varied_by_topic_audience_names_and_words():
@@ -135,11 +251,20 @@ def test_textbooks_offline(tmp_path):
     assert all(r["writer"] == "builtin" and r["audience"] for r in records)
 
 
+def test_the_main_reason_for_too_few_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.synthesize.MOST_BARREN", 3)
+    with FakeEndpoint(lambda request: "Sure!") as endpoint:
+        config = by_endpoint(Textbooks, tmp_path / "out", endpoint, count=4)
+        told = rf"only 0 .* mostly for 'no heading first' \(4 of .*in {config.replies()}"
+        with pytest.raises(UserError, match=told):
+            synthesize(config)
+
+
 def test_too_few_different_ones_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("data.synthesize.MOST_BARREN", 3)
     with FakeEndpoint(lambda request: written(request, ("copy",))) as endpoint:
         config = by_endpoint(Textbooks, tmp_path / "out", endpoint, count=4)
-        with pytest.raises(UserError, match=r"only 1 different.*'duplicate': \d"):
+        with pytest.raises(UserError, match=r"only 1 .* mostly for 'duplicate' .*ask for fewer"):
             synthesize(config)
     assert not (tmp_path / "out").exists()
 
@@ -161,7 +286,7 @@ def written(request: dict, ways: tuple[str, ...] = WAYS) -> str:
         tests = [f"assert {m[1]}({x}) == {x + number + (way == 'wrong')}\n" for x in (0, 1, 2)]
         tests = "assert True\n" * 3 if way == "untested" else "".join(tests)
         return "Sure!\n" * (way == "prose") + fenced(f"{code}    return x + {number}\n", tests)
-    words = " ".join(rng.choices(prompts.WORDS, k=120)) if number else "the same again " * 40
+    words = "# Title\n\n" + " ".join(rng.sample(prompts.WORDS, 90) if number else prompts.WORDS)
     code = f"x = {number}\nassert x == {number + (way == 'wrong')}\n"
     return words if way == "prose" else f"{words}\n\n" + fenced(code)
 
@@ -190,8 +315,8 @@ def test_an_endpoint_that_misbehaves_writes_all_and_is_paid_once(kind, tmp_path)
     assert len(records) == summary["documents"] == 40
     refused = summary["refused"]
     assert summary["candidates"] - sum(refused.values()) >= 40
-    assert refused["code: failed"]
-    assert refused["not two blocks" if kind == "exercises" else "no code"]
+    assert refused["most tests are wrong" if kind == "exercises" else "code: failed"]
+    assert refused["no tests" if kind == "exercises" else "no code"]
     assert all(len(r["words"]) == 3 and r["writer"] == "m" for r in records)
     for r in records:
         exec(r["text"] + r["tests"] if "tests" in r else prompts.lesson_program(r["text"])[0])
