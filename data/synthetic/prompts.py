@@ -7,7 +7,6 @@ taken as it is, or not at all.
 
 import ast
 import contextlib
-import doctest
 import re
 import textwrap
 from collections import Counter
@@ -27,7 +26,8 @@ MARKDOWN = re.compile(  # a fence around the whole lesson
 HEADING = re.compile(r"^(?:#{1,6} |\*\*[^*\n]+\*\*$)", re.MULTILINE)
 CHAT = re.compile(
     r"(?:(?:\n+|(?<=[.!?]) )(?:---+|[*_> ]{0,3}(?:I hope|I'd be happy|Let me know|Feel free|Happy "
-    r"coding|Would you like|If you(?:'d like| have any| need| want me))[^\n]*))+\s*\Z",
+    r"coding|Would you like|If you(?:'d like| have| need) (?:any|more|further|help|me))[^\n]*))"
+    r"+\s*\Z",
     re.IGNORECASE,
 )
 
@@ -91,29 +91,31 @@ def has_check(tree: ast.Module) -> bool:
 
 # ---- Exercises
 
-Claim = tuple[str, str, bool]  # a call, an expression that is to be true, is it in the docstring
+Claim = tuple[str, str, bool]  # a call, an expression that is to be true, is it of the docstring
+EXAMPLES = (  # whether the examples in a docstring hold
+    "not __import__('doctest').DocTestRunner(verbose=False).run(__import__('doctest')"
+    ".DocTestParser().get_doctest({!r}, globals(), 'examples', None, 0), out=len).failed"
+)
 
 
 def read_exercise(reply: str, name: str) -> tuple[dict, list[Claim], str]:
     """Return the exercise in a reply, what it claims, and why it is refused, "" if it is not.
 
     An exercise is {"prompt", "solution", "entry_point"}: prompt + solution is the function called
-    `name`, below the imports of its block. The claims are its docstring's examples, and the asserts
-    that call it anywhere in the reply. Any fence counts, or none if there are none.
+    `name`, below the imports of its block. The claims are the asserts that call it, anywhere in the
+    reply, and that its docstring passes doctest. Any fence counts, or none if there are none.
     """
     reply, nodes, why_not = reply.replace("\r\n", "\n"), [], "not the function asked for"
     for block in map(textwrap.dedent, FENCE.findall(reply) or [reply]):
         try:
-            body = parse_python(block).body
+            nodes += [(block, node) for node in parse_python(block).body]
         except SyntaxError:
             why_not = "syntax"
-            continue
-        nodes += [(block.split("\n"), body, node) for node in body]
-    functions = [x for x in nodes if isinstance(x[2], ast.FunctionDef) and x[2].name == name]
+    functions = [x for x in nodes if isinstance(x[1], ast.FunctionDef) and x[1].name == name]
     if not functions:
         return {}, [], why_not
-    lines, body, function = max(functions, key=lambda x: docstring(x[2]) is not None)
-    doc = docstring(function)
+    whole, function = max(functions, key=lambda x: docstring(x[1]) is not None)
+    doc, lines = docstring(function), whole.split("\n")
     if not doc or not doc.value.strip():
         return {}, [], "no docstring"
     first = min(n.lineno for n in (function, *function.decorator_list)) - 1
@@ -121,38 +123,25 @@ def read_exercise(reply: str, name: str) -> tuple[dict, list[Claim], str]:
     solution = "\n".join(lines[doc.end_lineno : function.end_lineno]) + "\n"
     if not is_pair(prompt, solution):
         return {}, [], "no solution below the docstring"
-    imports = [ast.unparse(n) + "\n" for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    imports = [ast.unparse(node) + "\n" for block, node in nodes
+               if block is whole and isinstance(node, (ast.Import, ast.ImportFrom))]  # fmt: skip
     prompt = "".join([*imports, "\n\n" * bool(imports), prompt])
-    asserts = [n for *_, node in nodes if node not in [x[2] for x in functions]
+    asserts = [(block, n.test) for block, node in nodes if (block, node) not in functions
                for n in ast.walk(node) if isinstance(n, ast.Assert)]  # fmt: skip
-    claims = [(call, ast.unparse(n.test), False) for n in asserts if (call := called(n.test, name))]
+    claims = [(called(test, name, block), ast.get_source_segment(block, test), False)
+              for block, test in asserts if called(test, name, block)]  # fmt: skip
     if len(claims) < MIN_ASSERTS:
         return {}, [], "no tests"
-    claims += examples(doc.value, name)
+    if ">>>" in doc.value:
+        claims.append(("None", EXAMPLES.format(doc.value), True))
     return {"prompt": prompt, "solution": solution, "entry_point": name}, claims, ""
 
 
-def called(node: ast.AST, name: str) -> str:
-    """Return the first, outermost call of `name` in `node`, "" without."""
+def called(node: ast.AST, name: str, source: str) -> str:
+    """Return the first, outermost call of `name` in `node`, a part of `source`; "" without."""
     calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
-    named = (n for n in calls if isinstance(n.func, ast.Name) and n.func.id == name)
-    return next(map(ast.unparse, named), "")
-
-
-def examples(doc: str, name: str) -> list[Claim]:
-    """Return what the examples in a docstring claim: those of one expression that calls `name`."""
-    found = []
-    with contextlib.suppress(ValueError):  # of the parser: indented badly
-        for example in doctest.DocTestParser().get_examples(doc):
-            with contextlib.suppress(SyntaxError):
-                node, want = ast.parse(example.source.strip(), mode="eval").body, example.want
-                if not want or example.exc_msg is not None or not (call := called(node, name)):
-                    continue
-                shown = isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
-                test = ast.unparse(node.args[0] if shown else node)
-                test = [f"str({test}) == {want.strip()!r}", f"({test}) == ({want.strip()})"]
-                found.append((call, test[not shown and is_plain(want)], True))
-    return found
+    named = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == name]
+    return ast.get_source_segment(source, named[0]) if named else ""
 
 
 def is_plain(text: str) -> bool:

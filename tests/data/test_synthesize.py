@@ -125,25 +125,34 @@ def test_imports_and_decorators_belong_to_an_exercise():
 
 
 @pytest.mark.parametrize(
-    ("example", "tested"),
+    ("example", "holds"),
     [
         (">>> double_all([5])\n    [10]", True),
-        (">>> print(double_all([5]))\n    [10]", True),
-        (">>> double_all([5])[0] == 10\n    True", True),
-        (">>> double_all([5])", False),
-        (">>> numbers = [5]\n    >>> len(numbers)\n    7", False),
-        (">>> double_all(5)\n    Traceback (most recent call last):\n    TypeError", False),
-        (">>> double_all([5])\n    [5]", None),
-        (">>> double_all([5])\n    ten", None),
-        (">>> double_all(numbers)\n    [10]", None),
+        (">>> numbers = [5]\n    >>> print(double_all(numbers), 1)\n    [10] 1", True),
+        (">>> double_all([]) is None\n    False", True),
+        (">>> double_all([5])\n    [5]", False),
+        (">>> double_all(numbers)\n    [10]", False),
+        (">>>double_all([5])\n    [10]", False),
     ],
 )
-def test_an_example_in_the_docstring_must_hold(example, tested):
-    found = exercise_in(fenced(FUNCTION.replace("each.", f"each.\n\n    {example}\n    "), TESTS))
-    if tested is None:
-        assert found == "the docstring's example is wrong"
-    else:
-        assert found["tests"] == TESTS + "assert double_all([5]) == [10]\n" * tested
+def test_an_example_in_the_docstring_must_hold(example, holds):
+    code = FUNCTION.replace("each.", f"each.\n\n    {example}\n    ")
+    found = exercise_in(fenced(code, TESTS))
+    assert found["tests"] == TESTS if holds else found == "the docstring's example is wrong"
+
+
+def test_the_docstring_counts_among_the_claims_that_hold():
+    code = FUNCTION.replace("each.", "each.\n\n    >>> double_all([5])\n    [10]\n    ")
+    tests = TESTS.replace("[2]", "[1]").replace("== []", "== 0").replace("== [6]", "== 3")
+    assert exercise_in(fenced(FUNCTION, tests)) == "most tests are wrong"
+    three = "".join(tests.splitlines(keepends=True)[1:])
+    assert exercise_in(fenced(FUNCTION, three)) == "most tests are wrong"
+    assert exercise_in(fenced(code, three))["wrong"] == 2
+
+
+def test_a_reply_nested_deeply_is_no_exercise():
+    deep = f"assert double_all([1]) == {'-' * 900}2\n" * 3
+    assert exercise_in(fenced(FUNCTION, deep)) in ("most tests are wrong", "syntax")
 
 
 @pytest.mark.parametrize(
