@@ -166,6 +166,12 @@ def test_an_error_says_what_to_change(fault, told, tmp_path):
     assert error.type is (Refused if fault.startswith("400") else UserError)
 
 
+def test_a_page_among_replies_is_outlived(tmp_path):
+    endpoint = FakeEndpoint(echo, lambda r: ["page"] if "x" in str(r["messages"]) else [])
+    with client_of(endpoint, tmp_path / "c") as client:
+        assert [ask(client, text) for text in "ax"] == ["to a", "to x"]
+
+
 def test_failures_and_progress_are_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(llm, "REPORT_EVERY", 3)
     with client_of(FakeEndpoint(echo, lambda r: ["timeout"] + ["500"] * 6), tmp_path / "c") as c:
