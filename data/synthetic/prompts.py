@@ -126,10 +126,9 @@ def read_exercise(reply: str, name: str) -> tuple[dict, list[Claim], str]:
     imports = [ast.unparse(node) + "\n" for block, node in nodes
                if block is whole and isinstance(node, (ast.Import, ast.ImportFrom))]  # fmt: skip
     prompt = "".join([*imports, "\n\n" * bool(imports), prompt])
-    asserts = [(block, n.test) for block, node in nodes if (block, node) not in functions
-               for n in ast.walk(node) if isinstance(n, ast.Assert)]  # fmt: skip
-    claims = [(called(test, name, block), ast.get_source_segment(block, test), False)
-              for block, test in asserts if called(test, name, block)]  # fmt: skip
+    claims = [(call, ast.get_source_segment(block, n.test), False)
+              for block, node in nodes for n in ast.walk(node)
+              if isinstance(n, ast.Assert) and (call := called(n.test, name, block))]  # fmt: skip
     if len(claims) < MIN_ASSERTS:
         return {}, [], "no tests"
     if ">>>" in doc.value:

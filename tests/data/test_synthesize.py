@@ -98,6 +98,7 @@ def exercise_in(reply: str) -> tuple[dict, str] | str:
     [
         (fenced(FUNCTION + "\n\n" + TESTS), 0),
         (fenced(FUNCTION, TESTS), 0),
+        (textwrap.indent(fenced(FUNCTION, TESTS), "  "), 0),
         (f"Sure!\n```py\n{FUNCTION}```\nTests:\n```\n{TESTS}```\nI hope it helps.", 0),
         (f"{FUNCTION}\n{TESTS}", 0),
         (fenced(f"def other():\n    pass\n\n\n{FUNCTION}print(double_all([1]))\n", TESTS), 0),
@@ -218,9 +219,9 @@ def test_a_reply_without_a_lesson(reply):
     ],
 )
 def test_a_lesson_checks_something(code, why):
-    for label in ("python", "py", "Python"):
-        text = WORDS + fenced(code).replace("python", label)
-        assert prompts.lesson_program(text) == ("" if why else code, why)
+    block = fenced(code)
+    for written in (block, block.replace("python", "Py"), textwrap.indent(block, "   ")):
+        assert prompts.lesson_program(WORDS + written) == ("" if why else code, why)
 
 
 @pytest.mark.parametrize(
