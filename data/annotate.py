@@ -202,7 +202,8 @@ def annotate(config: Config) -> dict:
         with Stage(config, shards, [config.against] if config.against else []) as stage:
             count = total(stage.map("label", shards, lambda part: write(part, wanted, client)))
             if not count["documents"]:
-                raise UserError(f"--source {config.source}: nothing was labelled ({count})")
+                told = f"; the replies are in {config.replies()}" if llm else ""
+                raise UserError(f"--source {config.source}: nothing was labelled ({count}){told}")
             if client:  # apart from the summary: it differs where a run was killed and went on
                 write_json(stage.result / "endpoint.json", client.summary())
             count["labeller"] = config.model if llm else "rules"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import data.filter
+from common.config import UserError
 from data.annotate import (
     QUESTIONS,
     Config,
@@ -211,6 +212,13 @@ def test_what_cannot_be_labelled_is_counted(source):
     assert summary["documents"] == 21
     assert summary["refused"] == summary["unparsable"] == summary["filtered"] == 1
     assert endpoint.met["chatter"] == 3
+
+
+def test_where_nothing_can_be_labelled_the_replies_are_named(source, tmp_path):
+    with FakeEndpoint(lambda r: "No.") as endpoint:
+        told = rf"'unparsable': 24.*the replies are in {tmp_path / 'cache'}"
+        with pytest.raises(UserError, match=told):
+            annotate(settings(source, endpoint, cache=tmp_path / "cache"))
 
 
 def test_a_dry_run_asks_and_writes_nothing(source):
