@@ -16,11 +16,11 @@ Run all code in the sandbox, an exercise with its tests, a lesson from first to 
 duplicates and near-duplicates of what was accepted before. Candidate i depends on i and the seed
 alone. A killed run starts again, but no reply is paid for twice.
 
-Models are worse at telling what their code returns than at writing it. So the tests of an exercise
-call what the reply's asserts call, and expect what came out: they show that the code runs and
-repeats itself, not that it is right. For that speak the writer's own claims: the docstring must
-pass doctest, and half of the asserts must hold as written, with the docstring's examples, if it
-has any, counted as one more. `wrong` of a document counts those that do not.
+Models predict what their code returns less well than they write it. So the tests of an exercise
+are the calls in the reply's asserts, with the values that they returned here. Such tests show that
+the code runs and is deterministic, not that it is right. Evidence for that are the writer's own
+claims: the docstring must pass doctest, and half of the asserts must hold as written, where a
+docstring with examples counts as one more. `wrong` of a document is how many do not.
 """
 
 import contextlib
@@ -146,7 +146,7 @@ class Exercises(Config):
         return document(code, f"exercises:{self.model}", **fields), claims
 
     def finish(self, batch: list[Made]) -> list[Made]:
-        """Run what each exercise claims; give it the tests that its results make, or refuse it."""
+        """Run the claims of each exercise, and give it tests by their results, or refuse it."""
         programs = [
             f"{made[0]['text']}\nraise LookupError(repr((bool({test}), {call})))"
             for made in batch if not isinstance(made, str) for call, test, _ in made[1]
@@ -159,7 +159,7 @@ class Exercises(Config):
 
 
 def tested(record: dict, claims: list[prompts.Claim], told: list[str]) -> Made:
-    """Return an exercise with the tests that follow from what its calls `told`, or why not."""
+    """Return an exercise with tests by what its calls `told`, and its program, or why not."""
     results, held = {}, []
     for (call, _, in_docstring), detail in zip(claims, told):
         outcome = re.match(r"LookupError: \((True|False), (.*)\)$", detail)  # else it is too long

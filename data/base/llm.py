@@ -9,8 +9,8 @@ flight at its worst. The budget covers all runs that share the file, and every a
 (4xx, 503) costs nothing; one that is lost, damaged or without `usage` costs its worst case, a token
 per byte of the request (no byte-level BPE makes more), the chat template, and the longest reply.
 
-An answer without text, as by a filter, is kept as one: asked again, it would be paid again. stderr
-hears of the first failure and of every 20th, and once a minute of what was spent.
+An answer without text, such as a refusal, is kept too: to ask again would cost again. The first
+failure, every 20th, and once a minute the tokens spent are reported on stderr.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ BYTES_PER_TOKEN = 3.5  # of code, for the likely price (sentencepiece at a vocab
 TRIES = 10  # attempts at a request before the command ends
 MAX_WAIT_S = 600  # longest Retry-After to follow
 REPORT_S, REPORT_EVERY = 60.0, 20  # between reports on stderr: seconds, and failures
-LEAST_BAD = 16  # requests without text before the command may end: it ends if 3 in 4 are
+LEAST_BAD = 16  # requests without text that end the command, if they are more than 3 in 4
 THINKING = re.compile(r"\A.*</think(?:ing)?>|\A\s*<think(?:ing)?>.*", re.DOTALL)
 ADVICE = {  # what to change, by what an error says
     "max_completion_tokens": "give --limit_field max_completion_tokens",
@@ -49,9 +49,10 @@ ADVICE = {  # what to change, by what an error says
     "^HTTP 200 (data|event|:)": """it streams; give --extra '{"stream": false}'""",
     "^HTTP 3": "give the address that it redirects to as --base_url, up to /v1",
     "^HTTP (200 <|404|405)": "--base_url should end in /v1, and --model be one that it lists",
-    "Timeout|^HTTP (429|503)": "raise --timeout_s or lower --concurrency",
-    "^no text: cut short": "a model that thinks needs more tokens than the command allows: give "
-    """--extra '{"max_tokens": 4000}', with the name that --limit_field has""",
+    "Timeout": "raise --timeout_s or lower --concurrency",
+    "^HTTP (429|503)": "lower --concurrency",
+    "^no text: cut short": "a reasoning model needs more tokens; give --extra "
+    """'{"max_tokens": 4000}', named as --limit_field says""",
 }  # fmt: skip
 
 
@@ -86,8 +87,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    text: str  # without what the model thought first
-    why: str = ""  # it has no text, or ends early
+    text: str  # without the model's thinking
+    why: str = ""  # there is no text, or not all of it
 
 
 class Ledger:
@@ -269,7 +270,7 @@ class Client(AbstractContextManager):
         raise UserError(f"{self.url}: {told}; run the same command again to go on from here")
 
     def told(self, response) -> str:
-        """Return status and beginning of an answer that is of no use, and what to change."""
+        """Return the status and the beginning of a useless answer, and what to change."""
         target = response.headers.get("location", "")
         body = " ".join(response.text.replace(self.key, "[key]").split())[:300]
         return advised(" ".join(filter(None, (f"HTTP {response.status_code}", target, body))))
@@ -279,7 +280,7 @@ class Client(AbstractContextManager):
         return reply
 
     def note(self, error: str, bad: bool = False) -> None:
-        """Count an attempt and say on stderr how it goes. Raises UserError if most are `bad`."""
+        """Count an attempt; report progress on stderr. Raises UserError if most are `bad`."""
         with self.ledger.changed:
             self.failed, self.bad = self.failed + bool(error), self.bad + bad
             self.good += not error
@@ -342,7 +343,7 @@ class Client(AbstractContextManager):
 def read_answer(content: bytes, worst: Counter) -> tuple[Counter, Reply | None]:
     """Return the tokens that an answer says it used, else `worst`, and its reply.
 
-    What is damaged, or an error sent with status 200, has the reply None: it may be asked again.
+    The reply is None where the answer is damaged, or an error sent with status 200: try again.
     """
     used, answer = worst, None
     with contextlib.suppress(ValueError, RecursionError):

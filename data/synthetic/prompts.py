@@ -72,9 +72,9 @@ def lesson_program(text: str) -> tuple[str, str]:
 
 
 def has_check(tree: ast.Module) -> bool:
-    """Return whether a module, when it runs, meets an assert of something that has a name.
+    """Return whether running a module reaches an assert about something that has a name.
 
-    Functions count where they are called outside of others and are named as tests are.
+    Of functions, only those called test... or check... count, where the module calls them.
     """
     hidden = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
     functions = {n.name: n.body for n in tree.body if isinstance(n, ast.FunctionDef)}
@@ -91,8 +91,8 @@ def has_check(tree: ast.Module) -> bool:
 
 # ---- Exercises
 
-Claim = tuple[str, str, bool]  # a call, an expression that is to be true, is it of the docstring
-EXAMPLES = (  # whether the examples in a docstring hold
+Claim = tuple[str, str, bool]  # a call, an expression that should be true, is it the docstring's
+EXAMPLES = (  # true if the examples in a docstring hold
     "not __import__('doctest').DocTestRunner(verbose=False).run(__import__('doctest')"
     ".DocTestParser().get_doctest({!r}, globals(), 'examples', None, 0), out=len).failed"
 )
