@@ -34,6 +34,7 @@ from data.synthetic import prompts, texts, worked
 # The levels, the audiences, and wordings to choose from, by what they introduce
 SAY = {kind: texts.lines(text) for kind, text in texts.sections("textbooks.txt").items()}
 LEVELS = dict(line.split(": ") for line in SAY["levels"])
+NUMBERS = dict(enumerate("no one two three four five six seven eight nine ten".split()))
 MOST_DRAFTS = 8  # of a lesson
 
 
@@ -74,7 +75,7 @@ def write(topic: Topic, audience: dict[str, str], level: str, rng: random.Random
     writer = Writer(topic, audience, level, rng)
     for _ in range(MOST_DRAFTS):
         text = writer.lesson()
-        if prompts.lesson_program(text)[1] != "no prose":  # it was left out, or is in comments
+        if not prompts.lesson_program(text)[1]:  # such as: its prose was left out or is in comments
             break
     return text
 
@@ -84,7 +85,7 @@ class Writer:
 
     def __init__(self, topic: Topic, audience: dict[str, str], level: str, rng: random.Random):
         self.topic, self.audience, self.level, self.rng = topic, audience, level, rng
-        self.namespace = {}
+        self.namespace, self.words = {}, audience["words"].split()
         self.filled = audience | {"ones": audience["many"], "title": topic.title.lower()}
         taken = set()
         for key, names in topic.names.items():
@@ -93,7 +94,7 @@ class Writer:
         makers = {
             "ints": lambda n, low, high: [rng.randint(low, high) for _ in range(n)],
             "distinct": lambda n, low, high: rng.sample(range(low, high + 1), n),
-            "words": lambda n: rng.sample(audience["words"].split(), n),
+            "words": lambda n: rng.sample(self.words, n),
             "number": rng.randint,
             "pick": lambda *options: rng.choice(options),
             "sorted": sorted,
@@ -119,8 +120,7 @@ class Writer:
 
     def say(self, kind: str, **words: str) -> str:
         """Return one of the wordings that introduce this kind of thing."""
-        text = self.rng.choice(SAY[kind])
-        return text.format(**words) if words else text
+        return self.choose(self.rng.choice(SAY[kind])).format(f=self.filled.get("f"), **words)
 
     # ---- Code, and what comes of it
 
@@ -144,61 +144,55 @@ class Writer:
 
     def lesson(self) -> str:
         rng = self.rng
-        parts = [self.opening()]
-        reminder = self.reminder() if rng.random() < 0.55 else []
-        if early := rng.random() < 0.5:
-            parts += reminder
-        parts.append(self.prose(rng.choice(self.topic.of("why"))))
+        parts = [self.prose(rng.choice(self.topic.of("why")))]
         code, calls = self.sections("code", "calls")
         wrong = self.wrong(code, calls) if rng.random() < 0.5 else []
         parts += wrong
-        parts += self.explained(code, calls)
+        parts += self.explained(code, calls, bool(wrong))
         ending = [self.tested(calls)]
         if rng.random() < 0.4:
             ending.append(self.rounds(code, calls))
         if self.topic.of("mistake") and not wrong and rng.random() < 0.6:
-            ending.append(f"{self.say('mistake')} {self.section('mistake')}")
+            label = self.say("mistake") if self.topic.of("doc") and rng.random() < 0.4 else ""
+            ending.append(f"{label} {self.section('mistake')}".strip())
         if self.topic.of("deeper") and rng.random() < (0.25 if self.level == "beginner" else 0.75):
             ending.append(self.section("deeper"))
         rng.shuffle(ending)
         parts += ending
         if self.topic.of("task") and rng.random() < 0.7:
             parts += self.task()
-        if not early:
-            parts += reminder
-        return "\n\n".join(part for part in parts if part) + "\n"
+        body = "\n\n".join(part for part in parts if part)
+        return f"{self.opening(body)}\n\n{body}\n"
 
-    def opening(self) -> str:
-        title, who = self.topic.title, f"$who who {LEVELS[self.level]}"
-        lines = {
-            f"# {title}\n\nThis lesson is for {who}.": 2,
-            f"# {title}\n\n<Imagine|Suppose> that you are {who}.": 2,
-            f"# {title}": 3,
-            f"**{title}** (<written|meant> for {who})": 1,
-            f"## {self.rng.randint(1, 12)}.{self.rng.randint(1, 9)} {title}": 2,
-            f"Lesson {self.rng.randint(2, 140)}: {title}\n\nThe examples are about $many, as {who} "
-            "<might|may> have them.": 1,
-        }
-        return self.choose(self.rng.choices([*lines], [*lines.values()])[0])
+    def opening(self, body: str) -> str:
+        """Return the heading; it names the audience only where the lesson speaks of its world."""
+        part, lesson = self.rng.randint(1, 12), self.rng.randint(1, 9)
+        heading = self.rng.choice(["# {}", "# {}", "**{}**", f"## {part}.{lesson} {{}}"])
+        heading = heading.format(self.topic.title)
+        world = "|".join([self.audience["one"], self.audience["many"], *self.words])
+        told = len(re.findall(rf"\b(?:{world})\b", body)) >= 3 and self.rng.random() < 0.6
+        return f"{heading}\n\n{self.say('reader', level=LEVELS[self.level])}" if told else heading
 
-    def explained(self, code: str, calls: list[str]) -> list[str]:
+    def explained(self, code: str, calls: list[str], mended: bool) -> list[str]:
         """Return the code, told what it does, with some of the calls."""
         rng, how, told = self.rng, self.section("how"), code
-        says = self.section("doc")
+        says, lead = self.section("doc"), self.say("mended") if mended else ""
         if says and rng.random() < 0.5:
             told = self.documented(code, self.filled["f"], says, calls)
+        elif says and not mended:
+            lead = self.say("code", says=says[0].lower() + says[1:])
         some = rng.sample(range(len(calls)), min(len(calls), rng.choice([1, 2, 2, 3])))
         calls = [calls[i] for i in sorted(some)]
         way = rng.choices(["after", "before", "comment", "list"], [45, 20, 20, 15])[0]
         if way == "comment":
-            parts = [self.say("code"), block(f"{worked.comment(how)}\n{told}")]
+            parts = [lead, block(f"{worked.comment(how)}\n{told}")]
         elif way == "list":
             steps = re.split(r"(?<=[.?!])\s+(?=[A-Z`])", how)
-            parts = [block(told), numbered(steps)]
+            parts = [lead, block(told), numbered(steps)]
         elif way == "before":
-            parts = [how, self.say("code"), block(told)]
+            parts = [how, lead, block(told)]
         else:
-            parts = [block(told), how]
+            parts = [lead, block(told), how]
         return parts if told != code and rng.random() < 0.6 else [*parts, self.shown(calls)]
 
     def shown(self, calls: list[str]) -> str:
@@ -207,18 +201,18 @@ class Writer:
         way = self.rng.choice(["prose", "session", "comments", "quiz"])
         if way == "prose":
             told = [f"`{call}` {self.say('gives')} `{result}`" for call, result in results]
-            return f"{self.say('example')} " + ", and ".join(told) + "."
-        if way == "session":
-            lines = "".join(f">>> {call}\n{result}\n" for call, result in results)
-            return self.say("session") + f"\n\n```\n{lines}```"
-        if way == "comments":
-            printed = [str(eval(call, self.namespace)).replace("\n", "\\n") for call in calls]
-            lines = "\n".join(f"print({c})  # {text}" for c, text in zip(calls, printed))
-            return self.say("session") + "\n\n" + block(lines)
-        return "\n\n".join(
-            f"**Question.** {self.say('question', call=call)}\n\n**Answer.** `{result}`."
-            for call, result in results
-        )
+            return listed(told) + "."
+        if way == "quiz":
+            asked, answers = ([f"`{x}`" for x in column] for column in zip(*results))
+            many = "many" if len(calls) > 1 else "one"
+            return self.say(f"quiz_{many}", calls=listed(asked), results=listed(answers))
+        printed = [str(eval(call, self.namespace)) for call in calls]
+        if way == "comments" and all(text == text.strip() != "" for text in printed):
+            if not any("\n" in text for text in printed):
+                return block("\n".join(f"print({c})  # {t}" for c, t in zip(calls, printed)))
+        lines = "\n".join(worked.prompted(*pair) for pair in results)
+        lead = f"{self.say('session')}\n\n" if self.topic.of("doc") else ""
+        return f"{lead}```\n{lines}\n```"
 
     def wrong(self, code: str, calls: list[str]) -> list[str]:
         """Return the code as it is easily got wrong, what comes of it, and why."""
@@ -232,48 +226,56 @@ class Writer:
             return []
         call, got, want = self.rng.choice(found)
         verb = "raises" if re.match(r"\w+(Error|Exception|Iteration)\b", got) else "gives"
-        words = self.choose(self.say("wrong")).format(call=call, verb=verb, got=got)
-        before, after = words.replace("@want", f"`{want}`").split("@code")
-        return [before, block(broken), after, self.section("mistake"), self.say("mended")]
+        words = self.say("wrong", call=call, verb=verb, got=got, want=want)
+        before, after = words.split("@code")
+        return [before, block(broken), f"{after} {self.section('mistake')}"]
 
     def rounds(self, code: str, calls: list[str]) -> str:
         """Return what the variables are in each round of one of the calls, if it can be told."""
         for call in self.rng.sample(calls, len(calls)):
             if seen := worked.rounds(code, call, self.namespace):
-                told = [", ".join(f"`{k} = {v}`" for k, v in row.items()) for row in seen]
-                lines = [self.say("round", call=call), numbered(told)]
-                return "\n\n".join([*lines, f"It returns `{self.result(call)}`."])
+                words = {"call": call, "n": NUMBERS[len(seen)], "result": self.result(call)}
+                if self.rng.random() < 0.4:
+                    told = [", ".join(f"`{k} = {v}`" for k, v in row.items()) for row in seen]
+                    return f"{self.say('round', **words)}\n\n{numbered(told)}"
+                return f"{self.say('round', **words)}\n\n```\n{worked.table(seen)}\n```"
         return ""
-
-    def reminder(self) -> list[str]:
-        """Return a function of another lesson that is no harder, as one meets it again later."""
-        known = [t for t in TOPICS if t.difficulty <= self.topic.difficulty and t.of("doc")]
-        known = [t for t in known if t.title != self.topic.title]
-        other = Writer(self.rng.choice(known), self.audience, self.level, self.rng)
-        code, calls = other.sections("code", "calls")
-        says = other.section("doc")
-        words = self.say("reminder", title=other.topic.title)
-        told = other.documented(code, other.filled["f"], says, calls)
-        return [words, block(told), other.tested(self.rng.sample(calls, min(2, len(calls))))]
 
     def task(self) -> list[str]:
         """Return an exercise, its solution, and tests of it."""
         asked = self.section("task")
         answer, checks = self.sections("answer", "checks")
-        name = re.search(r"`(\w+)`", asked)
-        says, told = worked.imperative(asked), answer
-        if says and name and worked.function_in(answer, name[1]) and self.rng.random() < 0.6:
-            told = self.documented(answer, name[1], says, checks)
+        name, told = re.search(r"`(\w+)`", asked)[1], answer
+        says = worked.imperative(asked)
+        if says and worked.function_in(answer, name) and self.rng.random() < 0.6:
+            told = self.documented(answer, name, says, checks)
         if told != answer and self.rng.random() < 0.4:
-            parts = [f"{self.say('task')}\n\n{block(told)}"]
+            said = self.say("task", name=name)
         else:
-            parts = [f"{self.say('task')} {asked}", self.say("answer"), block(told)]
-        return [*parts, self.tested(checks)]
+            means = worked.means(answer, name)
+            said = f"{asked}\n\n{self.say('answer', name=name, means=means)}"
+        if self.rng.random() < 0.5:
+            return [said, block(f"{told}\n\n\n{self.asserts(checks)}")]
+        return [said, block(told), self.tested(checks, name)]
 
-    def tested(self, calls: list[str]) -> str:
-        """Return asserts of the results of `calls`."""
-        said, lines = self.say("test"), [prompts.asserted(c, self.result(c)) for c in calls]
-        return said + "\n\n" + block("\n".join(lines))
+    def tested(self, calls: list[str], name: str = "") -> str:
+        """Return asserts of the results of `calls`, most of them introduced."""
+        name = name or self.filled.get("f")
+        if not name or self.rng.random() < 0.4:
+            return block(self.asserts(calls))
+        edge = next(filter(None, (worked.edge(call, name) for call in calls)), "")
+        words = {"name": name, "n": NUMBERS[len(calls)], "edge": edge}
+        return self.say("test_edge" if edge else "test", **words) + "\n\n" + block(
+            self.asserts(calls)
+        )
+
+    def asserts(self, calls: list[str]) -> str:
+        lines = []
+        for call in calls:
+            result = self.result(call)
+            ways = {"True": call, "False": f"not {call}", "None": f"{call} is None"}
+            lines.append(f"assert {ways.get(result, f'{call} == {result}')}")
+        return "\n".join(lines)
 
 
 def block(code: str) -> str:
@@ -282,3 +284,8 @@ def block(code: str) -> str:
 
 def numbered(lines: list[str]) -> str:
     return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
+
+
+def listed(parts: list[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last

@@ -5,6 +5,8 @@ textbooks.py.
 """
 
 import ast
+import contextlib
+import copy
 import re
 import sys
 import textwrap
@@ -13,6 +15,8 @@ from collections.abc import Callable
 WIDTH = 79  # of a docstring's and a comment's lines
 MOST_ROUNDS, MOST_CHARS = 6, 36  # of a trace, of one value in it
 SCALARS = {type(None): "None", bool: "bool", int: "int", float: "float", str: "str"}
+EDGES = {"[]": "the empty list", "''": "the empty string", "{}": "the empty dictionary"}
+EDGES |= {"0": "zero", "None": "None"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -75,6 +79,13 @@ def type_of(values) -> str:
     return f"{kind.__name__}[{', '.join(inner)}]" if all(inner) else kind.__name__
 
 
+def as_floats(value):
+    """Return the value with floats for the ints in it."""
+    if type(value) in (list, tuple):
+        return type(value)(map(as_floats, value))
+    return float(value) if type(value) is int else value
+
+
 def from_typing(hints) -> tuple[str, tuple[str, ...]]:
     """Return the line that imports what hints need of the module typing, and the hints with it."""
 
@@ -95,17 +106,27 @@ def from_typing(hints) -> tuple[str, tuple[str, ...]]:
 
 def hints(function: ast.FunctionDef, calls: list[str], namespace: dict) -> list[str]:
     """Return the types of arguments and result that `calls` have, [] where they are not plain."""
-    seen = []
+    seen, nodes = [], [*ast.walk(function)]
+    whole = any(isinstance(node, (ast.FloorDiv, ast.Mod)) for node in nodes)
     for call in calls:
         node = ast.parse(call, mode="eval").body
         if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == function.name):
             continue
         if node.keywords or len(node.args) != len(function.args.args):
             return []
-        seen.append([eval(ast.unparse(part), namespace) for part in [*node.args, node]])
+        args = [eval(ast.unparse(part), namespace) for part in node.args]
+        seen.append([*args, eval(call, namespace)])
+        for i, arg in enumerate([] if whole else args):  # any number will do where a float does
+            with contextlib.suppress(Exception):
+                other = [*args[:i], as_floats(arg), *args[i + 1 :]]
+                result = namespace[function.name](*copy.deepcopy(other))
+                if result == seen[-1][len(args)]:
+                    seen.append([*other, result])
     found = [*map(type_of, zip(*seen))]
     bare = re.compile(r"\b(list|dict|set|tuple)\b(?!\[)")
-    return [] if any(not hint or bare.search(hint) for hint in found) else found
+    nothing = any(isinstance(node, ast.Return) and "None" in ast.unparse(node) for node in nodes)
+    vague = any(not hint or bare.search(hint) for hint in found)
+    return [] if vague or nothing and "None" not in found[-1] else found
 
 
 # ---- A function as a programming exercise
@@ -129,10 +150,10 @@ def documented(
             arg.annotation = ast.Name(hint)
         head = f"def {name}({ast.unparse(function.args)}) -> {types[-1]}:"
     text = textwrap.fill(says, WIDTH - 4, break_long_words=False, break_on_hyphens=False)
-    examples = [(c, outcome(c, namespace)) for c in calls if c.startswith(f"{name}(")]
-    examples = [e for e in examples if len("".join(e)) < 90 and "\\" not in "".join(e)][:told]
+    examples = [prompted(c, outcome(c, namespace)) for c in calls if c.startswith(f"{name}(")]
+    examples = [e for e in examples if len(e) < 95 and "\\" not in e][:told]
     if examples:
-        text += "\n\n" + "\n".join(f">>> {call}\n{result}" for call, result in examples)
+        text += "\n\n" + "\n".join(examples)
     end = "\n" * ("\n" in text)
     quoted = textwrap.indent(f'"""{text}{end}"""', "    ")
     first = function.body[0].lineno - 1
@@ -157,6 +178,31 @@ def comment(text: str) -> str:
 
 
 # ---- What happens in it
+
+
+def prompted(call: str, result: str) -> str:
+    """Return a call at the prompt and what Python prints, which would be nothing for None."""
+    return f">>> {call} is None\nTrue" if result == "None" else f">>> {call}\n{result}"
+
+
+def edge(call: str, name: str) -> str:
+    """Return what is special about the first argument of a call of `name`, "" if nothing is."""
+    node = ast.parse(call, mode="eval").body
+    called = isinstance(node, ast.Call) and getattr(node.func, "id", "") == name and node.args
+    return EDGES.get(ast.unparse(node.args[0]), "") if called else ""
+
+
+def means(code: str, name: str) -> str:
+    """Return by what means the function `name` works, in words such as "with one loop"."""
+    nodes = [*ast.walk(function_in(code, name) or ast.Module([], []))]
+    loops = sum(isinstance(node, (ast.For, ast.While)) for node in nodes)
+    if any(isinstance(n, ast.Call) and getattr(n.func, "id", "") == name for n in nodes):
+        return "by recursion"
+    if loops:
+        return "with one loop" if loops == 1 else "with more than one loop"
+    if any(isinstance(node, COMPREHENSIONS) for node in nodes):
+        return "with a comprehension"
+    return "without a loop" if nodes[1:] else "in a class"
 
 
 def shown(value: object) -> str:
@@ -200,6 +246,15 @@ def rounds(code: str, call: str, namespace: dict) -> list[dict[str, str]]:
     long = any(len(v) > MOST_CHARS or " at 0x" in v for r in seen for v in r.values())
     plain = 2 <= len(seen) <= MOST_ROUNDS and seen[0] and not long
     return seen if plain else []
+
+
+def table(seen: list[dict[str, str]]) -> str:
+    """Return rounds as lines of aligned columns."""
+    names = [*dict.fromkeys(name for row in seen for name in row)]
+    rows = [["round", *names]]
+    rows += [[str(i), *(row.get(n, "-") for n in names)] for i, row in enumerate(seen, 1)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def differences(wrong: str, calls: list[str], namespace: dict) -> list[tuple[str, str, str]]:
