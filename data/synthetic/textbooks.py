@@ -170,8 +170,11 @@ class Writer:
         heading = self.rng.choice(["# {}", "# {}", "**{}**", f"## {part}.{lesson} {{}}"])
         heading = heading.format(self.topic.title)
         world = "|".join([self.audience["one"], self.audience["many"], *self.words])
-        told = len(re.findall(rf"\b(?:{world})\b", body)) >= 3 and self.rng.random() < 0.6
-        return f"{heading}\n\n{self.say('reader', level=LEVELS[self.level])}" if told else heading
+        prose = re.sub(r"^```.*?^```$", "", body, flags=re.MULTILINE | re.DOTALL)
+        told, shown = (len(re.findall(rf"\b(?:{world})\b", text)) for text in (prose, body))
+        if not told or shown < 3 or self.rng.random() < 0.4:
+            return heading
+        return f"{heading}\n\n{self.say('reader', level=LEVELS[self.level])}"
 
     def explained(self, code: str, calls: list[str], mended: bool) -> list[str]:
         """Return the code, told what it does, with some of the calls."""
@@ -273,7 +276,8 @@ class Writer:
         lines = []
         for call in calls:
             result = self.result(call)
-            ways = {"True": call, "False": f"not {call}", "None": f"{call} is None"}
+            wrong = call.replace(" == ", " != ") if " == " in call else f"not {call}"
+            ways = {"True": call, "False": wrong, "None": f"{call} is None"}
             lines.append(f"assert {ways.get(result, f'{call} == {result}')}")
         return "\n".join(lines)
 

@@ -67,7 +67,7 @@ def type_of(values) -> str:
     (kind,) = types
     if kind is dict:
         inside = [[k for v in values for k in v], [x for v in values for x in v.values()]]
-    elif issubclass(kind, tuple):
+    elif kind is tuple:
         if len({len(v) for v in values}) != 1 or not values[0]:
             return "tuple"
         inside = [*zip(*values)]
@@ -81,9 +81,22 @@ def type_of(values) -> str:
 
 def as_floats(value):
     """Return the value with floats for the ints in it."""
-    if type(value) in (list, tuple):
+    if type(value) is dict:
+        return dict(map(as_floats, value.items()))
+    if type(value) in (list, tuple, set):
         return type(value)(map(as_floats, value))
     return float(value) if type(value) is int else value
+
+
+def takes_floats(function, args: list) -> bool:
+    """Return whether some argument may be of floats as well as of ints, so that no hint is sure."""
+    for i, arg in enumerate(args):
+        other = [*args[:i], as_floats(arg), *args[i + 1 :]]
+        if repr(other) != repr(args):
+            with contextlib.suppress(Exception):
+                function(*copy.deepcopy(other))
+                return True
+    return False
 
 
 def from_typing(hints) -> tuple[str, tuple[str, ...]]:
@@ -106,8 +119,7 @@ def from_typing(hints) -> tuple[str, tuple[str, ...]]:
 
 def hints(function: ast.FunctionDef, calls: list[str], namespace: dict) -> list[str]:
     """Return the types of arguments and result that `calls` have, [] where they are not plain."""
-    seen, nodes = [], [*ast.walk(function)]
-    whole = any(isinstance(node, (ast.FloorDiv, ast.Mod)) for node in nodes)
+    seen = []
     for call in calls:
         node = ast.parse(call, mode="eval").body
         if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == function.name):
@@ -115,18 +127,14 @@ def hints(function: ast.FunctionDef, calls: list[str], namespace: dict) -> list[
         if node.keywords or len(node.args) != len(function.args.args):
             return []
         args = [eval(ast.unparse(part), namespace) for part in node.args]
+        if takes_floats(namespace[function.name], args):
+            return []
         seen.append([*args, eval(call, namespace)])
-        for i, arg in enumerate([] if whole else args):  # any number will do where a float does
-            with contextlib.suppress(Exception):
-                other = [*args[:i], as_floats(arg), *args[i + 1 :]]
-                result = namespace[function.name](*copy.deepcopy(other))
-                if result == seen[-1][len(args)]:
-                    seen.append([*other, result])
     found = [*map(type_of, zip(*seen))]
     bare = re.compile(r"\b(list|dict|set|tuple)\b(?!\[)")
-    nothing = any(isinstance(node, ast.Return) and "None" in ast.unparse(node) for node in nodes)
-    vague = any(not hint or bare.search(hint) for hint in found)
-    return [] if vague or nothing and "None" not in found[-1] else found
+    returns = [ast.unparse(n) for n in ast.walk(function) if isinstance(n, ast.Return)]
+    partial = "None" in " ".join(returns) and "None" not in found[-1]
+    return [] if partial or any(not hint or bare.search(hint) for hint in found) else found
 
 
 # ---- A function as a programming exercise
@@ -202,7 +210,7 @@ def means(code: str, name: str) -> str:
         return "with one loop" if loops == 1 else "with more than one loop"
     if any(isinstance(node, COMPREHENSIONS) for node in nodes):
         return "with a comprehension"
-    return "without a loop" if nodes[1:] else "in a class"
+    return "without a loop" if nodes[1:] else f"in {len(code.splitlines())} lines"
 
 
 def shown(value: object) -> str:
@@ -251,7 +259,7 @@ def rounds(code: str, call: str, namespace: dict) -> list[dict[str, str]]:
 def table(seen: list[dict[str, str]]) -> str:
     """Return rounds as lines of aligned columns."""
     names = [*dict.fromkeys(name for row in seen for name in row)]
-    rows = [["round", *names]]
+    rows = [["step", *names]]
     rows += [[str(i), *(row.get(n, "-") for n in names)] for i, row in enumerate(seen, 1)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

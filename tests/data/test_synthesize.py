@@ -1,5 +1,6 @@
 """synthesize.py, its lessons and its requests: all that is written runs, and nothing twice."""
 
+import doctest
 import json
 import random
 import re
@@ -63,6 +64,21 @@ def test_what_a_lesson_claims_is_computed():
     topic = textbooks.Topic(text)
     lesson = textbooks.write(topic, textbooks.AUDIENCES[0], "beginner", random.Random(0))
     assert "assert half(3) == 0.75" in lesson
+
+
+def test_examples_are_what_a_session_prints():
+    writer, attempted = Textbooks(out=Path("x"), count=1), 0
+    for i in range(2 * len(textbooks.TOPICS)):
+        record, program = writer.make(i)
+        space = {}
+        exec(program, space)
+        text = re.sub(r'^ *("""|```).*', "", record["text"], flags=re.MULTILINE)
+        text = re.sub(r"^(print\(.*\))  # (.*)", r">>> \1\n\2\n", text, flags=re.MULTILINE)
+        test = doctest.DocTestParser().get_doctest(text, space, record["topic"], None, 0)
+        result = doctest.DocTestRunner().run(test)
+        assert not result.failed, text
+        attempted += result.attempted
+    assert attempted > 2 * len(textbooks.TOPICS)
 
 
 # ---- Replies

@@ -26,9 +26,15 @@ def test_a_docstring_has_the_types_and_results_that_the_calls_have():
     assert code.startswith("def f(a: str) -> str:\n")
     assert ">>> f('')\n    ''\n" in code
     assert code.count(">>>") == 2  # no other function, no backslash
-    code = told(first, "f", ["f([1, 2])"], typed="old")
-    assert code.startswith("from typing import List\n\n\ndef f(a: List[int]) -> List[int]:\n")
-    assert told(first, "f", ["f([])"], examples=0).startswith("def f(a):\n")
+    code = told(first, "f", ["f(['a', 'b'])"], typed="old")
+    assert code.startswith("from typing import List\n\n\ndef f(a: List[str]) -> List[str]:\n")
+    for call in ("f([])", "f([1, 2])"):  # floats would do as well as ints
+        assert told(first, "f", [call], examples=0).startswith("def f(a):\n")
+    find = "def f(a):\n    return a.index('x') if 'x' in a else None"
+    assert told(find, "f", ["f('ax')"], examples=0).startswith("def f(a):\n")  # it may be None
+    code = told(find, "f", ["f('ax')", "f('')"])
+    assert code.startswith("def f(a: str) -> int | None:\n")
+    assert ">>> f('') is None\n    True\n" in code  # None itself prints nothing
 
 
 def test_the_rounds_of_a_loop_and_a_wrong_version():
