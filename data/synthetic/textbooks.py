@@ -34,7 +34,7 @@ from data.synthetic import prompts, texts, worked
 # The levels, the audiences, and wordings to choose from, by what they introduce
 SAY = {kind: texts.lines(text) for kind, text in texts.sections("textbooks.txt").items()}
 LEVELS = dict(line.split(": ") for line in SAY["levels"])
-NUMBERS = dict(enumerate("no one two three four five six seven eight nine ten".split()))
+NUMBERS = SAY["numbers"][0].split()
 MOST_DRAFTS = 8  # of a lesson
 
 
@@ -210,9 +210,8 @@ class Writer:
             many = "many" if len(calls) > 1 else "one"
             return self.say(f"quiz_{many}", calls=listed(asked), results=listed(answers))
         printed = [str(eval(call, self.namespace)) for call in calls]
-        if way == "comments" and all(text == text.strip() != "" for text in printed):
-            if not any("\n" in text for text in printed):
-                return block("\n".join(f"print({c})  # {t}" for c, t in zip(calls, printed)))
+        if way == "comments" and all(re.fullmatch(r"\S(.*\S)?", text) for text in printed):
+            return block("\n".join(f"print({c})  # {t}" for c, t in zip(calls, printed)))
         lines = "\n".join(worked.prompted(*pair) for pair in results)
         lead = f"{self.say('session')}\n\n" if self.topic.of("doc") else ""
         return f"{lead}```\n{lines}\n```"
@@ -268,9 +267,8 @@ class Writer:
             return block(self.asserts(calls))
         edge = next(filter(None, (worked.edge(call, name) for call in calls)), "")
         words = {"name": name, "n": NUMBERS[len(calls)], "edge": edge}
-        return self.say("test_edge" if edge else "test", **words) + "\n\n" + block(
-            self.asserts(calls)
-        )
+        said = self.say("test_edge" if edge else "test", **words)
+        return f"{said}\n\n{block(self.asserts(calls))}"
 
     def asserts(self, calls: list[str]) -> str:
         lines = []
