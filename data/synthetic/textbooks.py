@@ -237,9 +237,6 @@ class Writer:
         for call in self.rng.sample(calls, len(calls)):
             if seen := worked.rounds(code, call, self.namespace):
                 words = {"call": call, "n": NUMBERS[len(seen)], "result": self.result(call)}
-                if self.rng.random() < 0.4:
-                    told = [", ".join(f"`{k} = {v}`" for k, v in row.items()) for row in seen]
-                    return f"{self.say('round', **words)}\n\n{numbered(told)}"
                 return f"{self.say('round', **words)}\n\n```\n{worked.table(seen)}\n```"
         return ""
 

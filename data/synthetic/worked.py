@@ -29,15 +29,20 @@ def outcome(call: str, namespace: dict) -> str:
 
 
 def plain(call: str) -> str:
-    """Work out arguments of `call` such as `[1, 2] + [3]`, where that loses no digits."""
-    changes = []
-    for node in ast.walk(ast.parse(call, mode="eval")):
-        for arg in node.args if isinstance(node, ast.Call) else []:
-            parts = [*ast.walk(arg)]
-            named = any(isinstance(part, (ast.Name, ast.Call)) for part in parts)
-            floats = any(isinstance(getattr(part, "value", None), float) for part in parts)
-            if isinstance(arg, (ast.BinOp, ast.Subscript)) and not named and not floats:
-                changes.append((arg.col_offset, arg.end_col_offset, repr(eval(ast.unparse(arg)))))
+    """Work out parts of arguments such as `[1, 2] + [3]`, where that loses no digits."""
+
+    def parts(node: ast.AST):
+        inside = [*ast.walk(node)]
+        fixed = not any(isinstance(part, (ast.Name, ast.Call)) for part in inside)
+        fixed &= not any(isinstance(getattr(part, "value", None), float) for part in inside)
+        if isinstance(node, (ast.BinOp, ast.Subscript)) and fixed:
+            yield node.col_offset, node.end_col_offset, repr(eval(ast.unparse(node)))
+        elif not isinstance(node, (ast.Lambda, ast.JoinedStr)):
+            for child in ast.iter_child_nodes(node):
+                yield from parts(child)
+
+    calls = [node for node in ast.walk(ast.parse(call, mode="eval")) if isinstance(node, ast.Call)]
+    changes = {change for node in calls for arg in node.args for change in parts(arg)}
     for start, end, text in sorted(changes, reverse=True):
         call = call[:start] + text + call[end:]
     return call
@@ -176,6 +181,7 @@ def imperative(task: str) -> str:
         return ""
     verb = re.sub("ies$", "y", found[1])
     verb = re.sub("(?<=ss|sh|ch|do|go|ix)es$|s$", "", verb) if verb == found[1] else verb
+    verb = "return" if verb == "give" or found[2].startswith("whether") else verb
     return f"{verb.capitalize()} {found[2]}"
 
 
@@ -252,7 +258,7 @@ def rounds(code: str, call: str, namespace: dict) -> list[dict[str, str]]:
     same = {k for k, v in seen[0].items() if all(r.get(k) == v for r in seen)} if seen else set()
     seen = [{k: v for k, v in r.items() if k not in same} for r in seen]
     long = any(len(v) > MOST_CHARS or " at 0x" in v for r in seen for v in r.values())
-    plain = 2 <= len(seen) <= MOST_ROUNDS and seen[0] and not long
+    plain = 2 <= len(seen) <= MOST_ROUNDS and len(seen[0]) > 1 and not long
     return seen if plain else []
 
 
