@@ -6,7 +6,8 @@ wording, layout and the sections that are told vary besides. data/synthesize.py 
 
 The topics are in lessons/*.txt, between lines of `=`. A topic has a title and `difficulty: 1` to 3.
 Then `name: a b c` lists names that `$name` stands for, and `name = expression` gives a value, over
-`ints`, `words`, `number` and so on. Sections follow, each below a line `== kind`:
+`ints`, `words`, `number` and so on; of a list `w`, `$w0` is the first. Sections follow, each below
+a line `== kind`:
 
     why      what it is good for: prose (one of several is taken)
     code     code
@@ -103,7 +104,10 @@ class Writer:
         }
         for key, expression in topic.values.items():
             expression = self.fill(expression)
-            self.filled[key] = repr(eval(expression, {"__builtins__": {}, **makers}))
+            value = eval(expression, {"__builtins__": {}, **makers})
+            self.filled[key] = repr(value)
+            if isinstance(value, list):
+                self.filled |= {f"{key}{i}": str(part) for i, part in enumerate(value)}
 
     def fill(self, text: str) -> str:
         return re.sub(r"\$(\w+)", lambda m: self.filled[m[1]], text)
