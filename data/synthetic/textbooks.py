@@ -108,6 +108,9 @@ class Writer:
             self.filled[key] = repr(value)
             if isinstance(value, list):
                 self.filled |= {f"{key}{i}": str(part) for i, part in enumerate(value)}
+        code = self.fill(topic.of("code")[0])
+        told = re.findall(r"^class (\w+)", code, re.M) or re.findall(r"^def (\w+)", code, re.M)
+        self.name = self.filled.get("f", told[-1])  # of what is taught
 
     def fill(self, text: str) -> str:
         return re.sub(r"\$(\w+)", lambda m: self.filled[m[1]], text)
@@ -124,7 +127,7 @@ class Writer:
 
     def say(self, kind: str, **words: str) -> str:
         """Return one of the wordings that introduce this kind of thing."""
-        return self.choose(self.rng.choice(SAY[kind])).format(f=self.filled.get("f"), **words)
+        return self.choose(self.rng.choice(SAY[kind])).format(f=self.name, **words)
 
     # ---- Code, and what comes of it
 
@@ -157,7 +160,7 @@ class Writer:
         if rng.random() < 0.4:
             ending.append(self.rounds(code, calls))
         if self.topic.of("mistake") and not wrong and rng.random() < 0.6:
-            label = self.say("mistake") if self.topic.of("doc") and rng.random() < 0.4 else ""
+            label = self.say("mistake") if rng.random() < 0.4 else ""
             ending.append(f"{label} {self.section('mistake')}".strip())
         if self.topic.of("deeper") and rng.random() < (0.25 if self.level == "beginner" else 0.75):
             ending.append(self.section("deeper"))
@@ -217,8 +220,7 @@ class Writer:
         if way == "comments" and all(re.fullmatch(r"\S(.*\S)?", text) for text in printed):
             return block("\n".join(f"print({c})  # {t}" for c, t in zip(calls, printed)))
         lines = "\n".join(worked.prompted(*pair) for pair in results)
-        lead = f"{self.say('session')}\n\n" if self.topic.of("doc") else ""
-        return f"{lead}```\n{lines}\n```"
+        return f"{self.say('session')}\n\n```\n{lines}\n```"
 
     def wrong(self, code: str, calls: list[str]) -> list[str]:
         """Return the code as it is easily got wrong, what comes of it, and why."""
@@ -263,8 +265,8 @@ class Writer:
 
     def tested(self, calls: list[str], name: str = "") -> str:
         """Return asserts of the results of `calls`, most of them introduced."""
-        name = name or self.filled.get("f")
-        if not name or self.rng.random() < 0.4:
+        name = name or self.name
+        if self.rng.random() < 0.4:
             return block(self.asserts(calls))
         edge = next(filter(None, (worked.edge(call, name) for call in calls)), "")
         words = {"name": name, "n": NUMBERS[len(calls)], "edge": edge}
