@@ -220,7 +220,8 @@ class Writer:
         if way == "comments" and all(re.fullmatch(r"\S(.*\S)?", text) for text in printed):
             return block("\n".join(f"print({c})  # {t}" for c, t in zip(calls, printed)))
         lines = "\n".join(worked.prompted(*pair) for pair in results)
-        return f"{self.say('session')}\n\n```\n{lines}\n```"
+        lead = f"{self.say('session')}\n\n" if f"{self.name}(" in calls[0] else ""
+        return f"{lead}```\n{lines}\n```"
 
     def wrong(self, code: str, calls: list[str]) -> list[str]:
         """Return the code as it is easily got wrong, what comes of it, and why."""

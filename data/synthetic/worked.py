@@ -246,7 +246,7 @@ def rounds(code: str, call: str, namespace: dict) -> list[dict[str, str]]:
         if frame.f_code.co_filename != "<lesson>":
             return None
         if event == "line" and frame.f_lineno == line:
-            seen.append({k: shown(v) for k, v in frame.f_locals.items()})
+            seen.append({k: shown(v) for k, v in frame.f_locals.items() if k != "_"})
         return trace
 
     before = sys.gettrace()
