@@ -214,8 +214,7 @@ class Writer:
             return listed(told) + "."
         if way == "quiz":
             asked, answers = ([f"`{x}`" for x in column] for column in zip(*results))
-            many = "many" if len(calls) > 1 else "one"
-            return self.say(f"quiz_{many}", calls=listed(asked), results=listed(answers))
+            return self.say("quiz", calls=listed(asked), results=listed(answers))
         printed = [str(eval(call, self.namespace)) for call in calls]
         if way == "comments" and all(re.fullmatch(r"\S(.*\S)?", text) for text in printed):
             return block("\n".join(f"print({c})  # {t}" for c, t in zip(calls, printed)))

@@ -96,10 +96,9 @@ def as_floats(value):
 def takes_floats(function, args: list) -> bool:
     """Return whether some argument may be of floats as well as of ints, so that no hint is sure."""
     for i, arg in enumerate(args):
-        other = [*args[:i], as_floats(arg), *args[i + 1 :]]
-        if repr(other) != repr(args):
+        if repr(other := as_floats(arg)) != repr(arg):
             with contextlib.suppress(Exception):
-                function(*copy.deepcopy(other))
+                function(*copy.deepcopy([*args[:i], other, *args[i + 1 :]]))
                 return True
     return False
 
