@@ -52,6 +52,18 @@ def test_the_rounds_of_a_loop_and_a_wrong_version():
     ]
 
 
+def test_what_is_said_of_a_function_and_of_a_call():
+    assert worked.means(TOTAL, "total") == "with one loop"
+    assert worked.means("def f(n):\n    return n and f(n - 1)", "f") == "by recursion"
+    assert worked.means("def f(n):\n    return {x for x in n}", "f") == "with a comprehension"
+    assert worked.means("def f(n):\n    return n", "f") == "without a loop"
+    edges = [worked.edge(call, "f") for call in ("f([])", "f(0, 1)", "f(1)", "g('')")]
+    assert edges == ["the empty list", "zero", "", ""]
+    assert worked.plain("f({[3, 4][1]: 'a' + 'b'}, lambda: 1 / 0)") == "f({4: 'ab'}, lambda: 1 / 0)"
+    seen = [{"x": "5"}, {"x": "6", "y": "'long'"}]
+    assert worked.table(seen) == "step  x  y\n1     5  -\n2     6  'long'"
+
+
 def test_lessons_do_not_depend_on_the_order_of_sets(cli):
     script = (
         "import hashlib, random\nfrom data.synthetic import textbooks as t\n"
