@@ -81,6 +81,17 @@ def test_examples_are_what_a_session_prints():
     assert attempted > 2 * len(textbooks.TOPICS)
 
 
+def test_a_lesson_names_its_audience_only_where_it_speaks_of_its_things():
+    writer, named = Textbooks(out=Path("x"), count=1), 0
+    for i in range(200):
+        text, audience = writer.make(i)[0]["text"], writer.draw(i)[1]
+        if f"{audience['who']} who" in text:
+            things = [audience["one"], audience["many"], *audience["words"].split()]
+            assert sum(text.count(thing) for thing in things) >= 3
+            named += 1
+    assert 10 < named < 60
+
+
 # ---- Replies
 
 
