@@ -152,6 +152,8 @@ def is_plain(text: str) -> bool:
 
 
 def asserted(call: str, result: str) -> str:
-    """Return the assert of a call's result, which is a repr."""
-    ways = {"True": call, "False": f"not {call}", "None": f"{call} is None"}
+    """Return the assert of the result, a repr, of a call or comparison."""
+    compared = isinstance(ast.parse(call, mode="eval").body, ast.Compare)
+    wrong = call.replace(" == ", " != ") if compared and " == " in call else f"not {call}"
+    ways = {"True": call, "False": wrong, "None": f"{call} is None"}
     return f"assert {ways.get(result, f'{call} == {result}')}"

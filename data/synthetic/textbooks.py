@@ -274,13 +274,7 @@ class Writer:
         return f"{said}\n\n{block(self.asserts(calls))}"
 
     def asserts(self, calls: list[str]) -> str:
-        lines = []
-        for call in calls:
-            result = self.result(call)
-            wrong = call.replace(" == ", " != ") if " == " in call else f"not {call}"
-            ways = {"True": call, "False": wrong, "None": f"{call} is None"}
-            lines.append(f"assert {ways.get(result, f'{call} == {result}')}")
-        return "\n".join(lines)
+        return "\n".join(prompts.asserted(call, self.result(call)) for call in calls)
 
 
 def block(code: str) -> str:
