@@ -31,6 +31,7 @@ from common.config import UserError, parse, run
 from common.files import new_folder, write_json, write_jsonl
 from data.base.benchmarks import Mbpp, convert, read_rows
 from data.base.documents import ShardWriter, document
+from data.base.ranks import Ranks
 from data.synthetic.damage import damage
 from data.synthetic.families import FAMILIES, Task, read_concepts
 from data.synthetic.forms import (
@@ -75,6 +76,8 @@ class Config:
 
 def main() -> None:
     config = parse(Config)
+    if Ranks().size > 1:
+        raise UserError("data.exercises runs in one process; start it without mpirun")
     if config.count < 1 or config.heldout < 0 or config.unseen < 0:
         raise UserError("want a --count of 1 or more, --heldout and --unseen of 0 or more")
     if not 0 <= config.damage_frac <= 1:

@@ -11,6 +11,7 @@ import textwrap
 from collections import Counter
 from dataclasses import replace
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 
@@ -270,6 +271,13 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, in_process, flag, message)
     assert code == 2
     assert message in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_are_refused(tmp_path, monkeypatch, in_process):
+    monkeypatch.setattr(exercises, "Ranks", lambda: SimpleNamespace(size=2))
+    code, _, stderr = in_process(exercises.main, f"--out={tmp_path / 'out'}")
+    assert code == 2
+    assert "data.exercises runs in one process; start it without mpirun" in stderr
 
 
 # ---- Benchmarks
