@@ -1,7 +1,8 @@
 """Write short programming exercises, signature + docstring -> body, with a held-out split.
 
 An offline stand-in for the language model that wrote phi-1's CodeExercises (arXiv 2306.11644):
-families.txt gives the tasks, in many wordings and names. Every solution is compared with an oracle.
+families.txt gives the tasks, in many wordings and names; concepts.txt and programs.txt more of them
+(--concepts). Every solution is compared with an oracle.
 
     python -m data.exercises --out data/exercises --benchmarks ../shared/eval/HumanEval.jsonl.gz
 
@@ -68,7 +69,8 @@ class Config:
     unseen: int = 0  # problems of families that training then lacks; they do not depend on seed
     seed: int = 0  # of the choice of training tasks, wordings and names
     damage_frac: float = 0.0  # of the training solutions, damaged so that they give wrong results
-    concepts: bool = False  # also the families of data/synthetic/concepts.txt
+    concepts: bool = False  # also the families of concepts.txt and programs.txt, and a family has
+    # a share by the lines of its solutions, so that most exercises take several steps
     benchmarks: tuple[Path, ...] = ()  # HumanEval or MBPP file (.jsonl, .jsonl.gz, .json) to avoid
     shuffle_docstrings: bool = False  # a control: give each training solution the docstring and
     # function name of another one with the same kinds of arguments
@@ -96,7 +98,8 @@ def main() -> None:
     seen = leave_families_out(outputs, dropped) if config.unseen else outputs
     problems = hold_out(seen, config.heldout, benchmarks, asked)
     train = {task: v for task, v in seen.items() if str(task) not in problems}
-    exercises = list(draw(train, config.count, config.seed, benchmarks, dropped, told))
+    how = config.count, config.seed, benchmarks, dropped, told, config.concepts
+    exercises = list(draw(train, *how))
     hidden = {
         solution_key(p["prompt"] + p["canonical_solution"])
         for p in [*problems.values(), *unseen.values()]
@@ -363,9 +366,10 @@ def draw(
     benchmarks: "Benchmarks",
     dropped: Counter,
     told: Callable = tell,
+    by_lines: bool = False,
 ) -> Iterator[Exercise]:
-    """Yield `count` exercises. A family with n tasks gets a share in proportion to sqrt(n), and
-    its tasks take turns. Raises UserError if there are too few."""
+    """Yield `count` exercises. A family with n tasks, or n lines of solutions in all, gets a share
+    in proportion to sqrt(n), and its tasks take turns. Raises UserError if there are too few."""
     rng, seen, misses = random.Random(seed), set(), 0
     families = defaultdict(list)
     for task in outputs:
@@ -373,7 +377,8 @@ def draw(
     for tasks in families.values():
         rng.shuffle(tasks)
     turns = [itertools.cycle(tasks) for tasks in families.values()]
-    weights = [*itertools.accumulate(len(tasks) ** 0.5 for tasks in families.values())]
+    lines = lambda task: task.body.count("\n") + 1 if by_lines else 1  # noqa: E731
+    weights = [*itertools.accumulate(sum(map(lines, v)) ** 0.5 for v in families.values())]
     progress = tqdm(total=count, desc="exercises", disable=None)
     while len(seen) < count:
         task = next(rng.choices(turns, cum_weights=weights)[0])

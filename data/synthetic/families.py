@@ -1,4 +1,4 @@
-"""Read the families of exercises that data/exercises.py sets, from families.txt and concepts.txt.
+r"""Read the families of exercises: families.txt, and with --concepts also two more files.
 
 A family is a block of lines, as this one:
 
@@ -25,9 +25,10 @@ It holds, in this order:
     = expression          the oracle over a, b and c: it computes the same by other means
 
 `<this|that>` is a choice of wording; $a, $b and $c are the arguments, whose names vary. A parameter
-is replaced wherever it stands as a word, or part of a name between "_". In families.txt, what
-stands in braces is evaluated: the rows of tables are a Piece or a Source. A line that begins with
-";" continues the one above. exercises.py runs each body against its oracle.
+is replaced wherever it stands as a word, or part of a name between "_". What stands in braces is
+evaluated, but in concepts.txt: the rows of tables are a Piece or a Source. A line that begins with
+";" continues the one above. In code, " \ " begins a line, " \> " one that is indented, and "\#" a
+comment; lines left empty are dropped. exercises.py runs each body against its oracle.
 """
 
 import bisect  # noqa: F401, as other imports here, for oracles
@@ -42,6 +43,7 @@ import operator  # noqa: F401
 import random
 import re
 import statistics  # noqa: F401
+import textwrap  # noqa: F401
 from collections import Counter, deque  # noqa: F401
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +70,9 @@ class Task:
         return f"{self.family}({', '.join(map(str, self.params))})"
 
 
+OPPOSITES = {"==": "!=", "!=": "==", "<": ">=", ">": "<=", "in": "not in", "not in": "in"}
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """A row of a table: a test, change or key of one element `x`, or what to make of many."""
@@ -80,6 +85,13 @@ class Piece:
 
     def on(self, name: str) -> str:
         return re.sub(r"\bx\b", name, self.code)
+
+    def no(self, name: str) -> str:
+        """Return the opposite of a test."""
+        code = self.on(name)
+        if m := re.fullmatch("(.+?) (==|!=|<|>|not in|in) ([^<>=]+)", code):
+            return f"{m[1]} {OPPOSITES[m[2]]} {m[3]}"
+        return f"not {code}"
 
     def __str__(self) -> str:
         return self.code or "all"
@@ -250,7 +262,7 @@ def read_family(
             kinds,
             put(name, lambda value: re.sub(r"\W+", "_", value)),
             singular(put(doc)),
-            put(code),
+            laid_out(put(code)),
             made(*rows.values()),
             label,
             tuple(v for k, v in chosen.items() if k not in hidden),
@@ -264,6 +276,17 @@ def read_family(
     return [task for task in tasks if str(task) not in {f"{label}({v})" for v in said["never"]}]
 
 
+def laid_out(code: str) -> str:
+    """Return `code` with a line for each " \\ " in it, deeper by each ">", and no empty one."""
+    found = []
+    for line in code.split("\n"):
+        indent, rest = re.fullmatch("( *)(.*)", line).groups()
+        first, *others = re.split(r" \\(>*) ", rest)
+        parts = [("", first), *zip(others[::2], others[1::2])]
+        found += [indent + "    " * len(deeper) + part for deeper, part in parts if part]
+    return "\n".join(found).replace("\\#", "#")
+
+
 def singular(text: str) -> str:
     """ "1 place" where a wording has "K places"."""
     nouns = "bit|character|decimal|decimal place|digit|element|letter|place|step|time"
@@ -275,12 +298,14 @@ FAMILIES = read_families("families.txt", globals() | ONE_ROW, braces=True)
 
 
 def read_concepts() -> dict[str, list[Task]]:
-    """Return the families of concepts.txt: the breadth of what short functions do.
+    """Return the families of concepts.txt and programs.txt.
 
-    The families of families.txt compose filters, changes and gathers. These have one idea each, or
-    two in a row, told in several wordings.
+    The families of families.txt compose filters, changes and gathers. Those of concepts.txt have
+    one idea each, or two in a row: the breadth of what short functions do. Those of programs.txt
+    compose the steps of a longer function: parse, filter, carry a state or pass twice, finish.
     """
-    return read_families("concepts.txt", globals(), limit=60)
+    programs = read_families("programs.txt", globals() | ONE_ROW, braces=True)
+    return read_families("concepts.txt", globals(), limit=60) | programs
 
 
 # ---- Oracles of concepts.txt that are no one-liners

@@ -24,6 +24,7 @@ class Kind:
 
 ROWS, WORDS = blocks("kinds.txt")
 WORDS = WORDS.split()
+FOODS = ["fig", "egg", "kiwi", "pear", "tea"]
 
 
 def some_word(rng: random.Random) -> str:

@@ -1,4 +1,4 @@
-"""exercises.py, families.txt and concepts.txt: right solutions, no leaks, tests that tell apart."""
+"""exercises.py and its families: right solutions, no leaks, tests that tell apart."""
 
 import ast
 import builtins
@@ -27,8 +27,10 @@ CONCEPTS = read_concepts()
 ALL = FAMILIES | CONCEPTS
 TASKS = [task for tasks in ALL.values() for task in tasks]
 FEW = ("clamp", "combine", "count", "cut_text")
-# A part of each family
-SOME = {k: random.Random(k).sample(v, min(len(v), 70)) for k, v in FAMILIES.items()}
+SOME, MORE = (  # a part of each family
+    {k: random.Random(k).sample(v, min(len(v), 70)) for k, v in families.items()}
+    for families in (FAMILIES, CONCEPTS)
+)
 
 
 def run_tasks(families):
@@ -80,7 +82,7 @@ def test_every_task_is_well_formed():
             assert max(map(len, source(e).splitlines())) <= 100, f"{task}: a line is too long"
 
 
-@pytest.mark.parametrize("families", [SOME, CONCEPTS], ids=["families", "concepts"])
+@pytest.mark.parametrize("families", [SOME, MORE], ids=["families", "concepts"])
 def test_a_docstring_determines_the_answer_and_the_body_gives_it(families):
     known = {}
     for task, results in run_tasks(families).items():
@@ -90,7 +92,7 @@ def test_a_docstring_determines_the_answer_and_the_body_gives_it(families):
 
 
 def test_a_wrong_body_is_caught():
-    for label in ("in_base", "find", "both", "list_then", "nested_walk"):
+    for label in ("in_base", "find", "both", "list_then", "nested_walk", "ledger"):
         with pytest.raises(AssertionError, match=label):
             run_tasks({label: [replace(ALL[label][0], body="return None if 0 else []")]})
 
@@ -156,6 +158,13 @@ def test_too_large_a_count_is_refused(outputs, monkeypatch):
     some = {task: v for task, v in outputs.items() if task.family == "runs"}
     with pytest.raises(UserError, match="--count 5000: only about"):
         list(exercises.draw(some, 5000, 0, NONE, Counter()))
+
+
+def test_a_family_has_a_share_by_its_tasks_or_their_lines(outputs):
+    some = {task: v for task, v in outputs.items() if task.family in ("clamp", "in_base")}
+    for by_lines, least in [(False, 70), (True, 110)]:  # expected: 90, and 129 of 5 lines each
+        drawn = exercises.draw(some, 200, 0, NONE, Counter(), by_lines=by_lines)
+        assert least < Counter(e.task.family for e in drawn)["in_base"] < least + 40
 
 
 def test_shuffled_docstrings_keep_the_solutions(train):
