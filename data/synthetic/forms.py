@@ -35,7 +35,9 @@ TEXTS = texts.sections("forms.txt")
 GENERIC, VERBS, NAMED, BEFORE = (TEXTS[k].split() for k in ("generic", "verbs", "named", "before"))
 ARGUMENTS, BEHIND = texts.lists(TEXTS["arguments"]), texts.lists(TEXTS["behind"])
 NOUNS = texts.lists(TEXTS["nouns"], "; ")
-SYNONYMS = [line.split(" => ") for line in TEXTS["synonyms"].split("\n")]
+MENDS, SYNONYMS = (
+    [line.split(" => ") for line in TEXTS[k].split("\n")] for k in ("mends", "synonyms")
+)
 FRAMES, MBPP_FRAMES, FREE_FRAMES, HEADERS, MANNERS = (
     texts.lines(TEXTS[k]) for k in ("frames", "mbpp_frames", "free_frames", "headers", "manners")
 )
@@ -255,7 +257,8 @@ def types_of(task: Task) -> tuple[str, ...]:
 def type_hints(types: tuple[str, ...], rng: random.Random) -> tuple[str, tuple[str, ...]]:
     """Return the lines of imports that stand above, and the hints in one of three styles."""
     if rng.random() < 0.15:  # of the arguments alone, or without what is inside
-        types = (*types[:-1], "") if rng.random() < 0.5 else tuple(t.split("[")[0] for t in types)
+        bare = tuple(re.sub(r"\[.*\]", "", t) for t in types)
+        types = (*types[:-1], "") if rng.random() < 0.5 else bare
     return ("", types) if rng.random() < 0.4 else from_typing(types)
 
 
@@ -276,6 +279,8 @@ def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str
     """Return the task in other words, `$a` for an argument; and the same in a frame, with more."""
     core = texts.choose(task.doc, rng)
     core = core[0].upper() + core[1:]
+    for old, new in MENDS:
+        core = re.sub(old, new, core)
     for old, new in SYNONYMS:
         if rng.random() < 0.35 and re.search(old, core):
             core = re.sub(old, rng.choice(new.split("|")), core)
@@ -283,7 +288,8 @@ def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str
     first = core.split()[0].lower()
     frames = MBPP_FRAMES if mbpp else FRAMES
     frame = rng.choice(frames if first in VERBS else FREE_FRAMES)
-    if first == "given" or ("{does}" in frame.lower() and ". " in core):
+    says = re.match(r"(\$a|The \w+ \$a) (is|are|has|holds|and \$b are|maps) ", core)
+    if says or first == "given" or ("{does}" in frame.lower() and ". " in core):
         frame = "{Do}"
     named = "{given}" in frame
     core = mention(core, task, types, mbpp, named, rng)
@@ -389,7 +395,8 @@ def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tup
         answer, values = task.oracle(*inputs), [*map(repr, inputs)]
         call, result = f"{name}({', '.join(values)})", repr(answer)
         dull = answer in (None, "", [], {}, 0, False) and rng.random() < 0.6
-        if len(call) + len(result) > CALL_CHARS or "\\" in call + result or dull:
+        blank = answer is None and manner.startswith(">>> {call}\\n")  # a session prints nothing
+        if len(call) + len(result) > CALL_CHARS or "\\" in call + result or dull or blank:
             continue
         named = ", ".join(f"{n} = {v}" for n, v in zip(arguments, values))
         found += manner.format(call=call, result=result, named=named).split("\\n")

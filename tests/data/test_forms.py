@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import doctest
 import keyword
 import random
 import re
@@ -14,12 +15,15 @@ import pytest
 from data import exercises
 from data.base.benchmarks import Mbpp
 from data.synthetic import forms
-from data.synthetic.families import FAMILIES
-from data.synthetic.forms import Task, results, vary
+from data.synthetic.families import FAMILIES, read_concepts
+from data.synthetic.forms import Task, results, tell, vary
+from data.synthetic.kinds import KINDS
+from data.synthetic.worked import type_of
 from eval import mbpp
 from eval.harness import BODY, Protocol
 
-TASKS = random.Random(0).sample([task for tasks in FAMILIES.values() for task in tasks], 600)
+ALL = FAMILIES | read_concepts()
+TASKS = random.Random(0).sample([task for tasks in ALL.values() for task in tasks], 600)
 RESERVED = {*dir(builtins), *keyword.kwlist}
 
 
@@ -38,7 +42,7 @@ def run(exercise):
     return namespace
 
 
-def told(e):
+def docstring(e):
     """Return the docstring of a form, as Python reads it."""
     tree = ast.parse(source(e))
     return ast.get_docstring(tree if e.mbpp else tree.body[-1], clean=False)
@@ -47,7 +51,7 @@ def told(e):
 def test_varied_exercises_give_the_oracles_results_and_their_names_shadow_nothing(varied):
     for e in varied:
         exercises.check(e, results(e.task), range(20))
-        tree = ast.parse(exercises.fill(e.task.body, ("_a", "_b")))
+        tree = ast.parse(exercises.fill(e.task.body, ("_a", "_b", "_c")))
         body = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
         names = {e.name, *e.arguments}
         assert len(names) == 1 + len(e.arguments)
@@ -72,7 +76,7 @@ CALL = (
 def test_every_example_is_right(varied):
     found = Counter()
     for e in varied:
-        lines = [line.strip() for line in told(e).splitlines()]
+        lines = [line.strip() for line in docstring(e).splitlines()]
         for line, below in zip(lines, [*lines[1:], ""]):
             if match := re.fullmatch(CALL.format(name=e.name), line):
                 call, result = match.groups()
@@ -83,6 +87,19 @@ def test_every_example_is_right(varied):
             assert eval(call, run(e)) == eval(result), (call, result)
             found[line.startswith("assert")] += 1
     assert min(found[True], found[False]) > 50
+
+
+def test_a_session_prints_what_the_docstrings_of_every_form_show(varied):
+    none = [t for t in ALL["find"] + ALL["early_exit"] + ALL["machine"] if None in results(t)][:99]
+    some = [tasks[0] for tasks in ALL.values()] + none
+    told = [form(task, random.Random(i)) for i, task in enumerate(some) for form in (tell, vary)]
+    runner, failed = doctest.DocTestRunner(verbose=False), []
+    for e in varied + told:
+        if ">>>" in (shown := docstring(e)):
+            test = doctest.DocTestParser().get_doctest(shown, run(e), e.name, None, None)
+            runner.run(test, out=failed.append)
+    assert not failed, "".join(failed)
+    assert runner.tries > 150
 
 
 def test_type_hints_are_right(varied):
@@ -96,6 +113,12 @@ def test_type_hints_are_right(varied):
             assert {type(v) for v in seen[name]} == kinds, (str(e.task), hint)
             checked[name == "return"] += 1
     assert min(checked[True], checked[False]) > 100
+    both = ("int", "list[int] | None")
+    hints = {forms.type_hints(both, random.Random(i))[1][1] for i in range(99)}
+    assert hints == {"", "list | None", "list[int] | None", "Optional[list]", "Optional[List[int]]"}
+    rng = random.Random(0)
+    for name, kind in KINDS.items():  # also for inputs that are not in the pool
+        assert type_of([kind.sample(rng) for _ in range(300)]) == forms.argument_types(name)[0]
 
 
 def test_a_varied_docstring_determines_the_answer(varied):
@@ -123,7 +146,7 @@ def test_an_exercise_compiles_whatever_its_docstring_quotes(quoted):
         for seed in range(60):
             e = vary(task, random.Random(f"{seed} {doc}"))
             assert run(e)[e.name]("x") == "x"
-            assert quoted in told(e), source(e)
+            assert quoted in docstring(e), source(e)
 
 
 def test_an_argument_is_named_where_it_is_needed():
