@@ -32,7 +32,6 @@ from common.config import UserError, parse, run
 from common.files import new_folder, write_json, write_jsonl
 from data.base.benchmarks import Mbpp, convert, read_rows
 from data.base.documents import ShardWriter, document
-from data.base.ranks import Ranks
 from data.synthetic.damage import damage
 from data.synthetic.families import FAMILIES, Task, read_concepts
 from data.synthetic.forms import (
@@ -78,8 +77,6 @@ class Config:
 
 def main() -> None:
     config = parse(Config)
-    if Ranks().size > 1:
-        raise UserError("data.exercises runs in one process; start it without mpirun")
     if config.count < 1 or config.heldout < 0 or config.unseen < 0:
         raise UserError("want a --count of 1 or more, --heldout and --unseen of 0 or more")
     if not 0 <= config.damage_frac <= 1:
@@ -88,6 +85,19 @@ def main() -> None:
         raise UserError(f"--forms {config.forms!r}: want plain or varied")
     if config.shuffle_docstrings and config.forms != "plain":
         raise UserError("--shuffle_docstrings: only with --forms plain")
+    with new_folder(config.out, config.benchmarks) as out:
+        s = write(config, out)
+    for why, n in s["dropped"].items():
+        print(f"{n:9,} dropped, {why}")
+    also = f", {s['unseen']} of unseen families" if s["unseen"] else ""
+    print(
+        f"{config.out}: {s['documents']:,} exercises of {s['tasks']:,} tasks, {s['heldout']} other "
+        f"tasks held out{also}"
+    )
+
+
+def write(config: Config, out: Path) -> dict:
+    """Write exercises and problems to the folder `out`; return the summary."""
     if config.concepts:
         FAMILIES.update(read_concepts())
     told = tell if config.forms == "plain" else vary
@@ -121,22 +131,15 @@ def main() -> None:
         "args": {k: v for k, v in vars(config).items() if k not in ("out", "benchmarks")},
         "benchmarks": [path.name for path in config.benchmarks],
     }
-    with new_folder(config.out) as out:
-        (out / "train").mkdir()
-        with ShardWriter(out / "train") as shards:
-            for record in records:
-                shards.write(record)
-        write_jsonl(out / "heldout.jsonl", problems.values())
-        if unseen:
-            write_jsonl(out / "unseen.jsonl", unseen.values())
-        write_json(out / "summary.json", summary)
-    for why, n in dropped.items():
-        print(f"{n:9,} dropped, {why}")
-    also = f", {len(unseen)} of unseen families" if unseen else ""
-    print(
-        f"{config.out}: {len(exercises):,} exercises of {summary['tasks']:,} tasks, "
-        f"{len(problems)} other tasks held out{also}"
-    )
+    (out / "train").mkdir()
+    with ShardWriter(out / "train") as shards:
+        for record in records:
+            shards.write(record)
+    write_jsonl(out / "heldout.jsonl", problems.values())
+    if unseen:
+        write_jsonl(out / "unseen.jsonl", unseen.values())
+    write_json(out / "summary.json", summary)
+    return summary
 
 
 def training_record(exercise: Exercise) -> dict:

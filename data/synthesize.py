@@ -40,7 +40,6 @@ from common.files import new_folder, write_json
 from data.base.documents import ShardWriter, batched, document
 from data.base.llm import Client, Options, Refused
 from data.base.minhash import Index
-from data.base.ranks import Ranks
 from data.exercises import Benchmarks, fold, ngrams, normalize
 from data.synthetic import prompts, textbooks
 from data.synthetic.textbooks import AUDIENCES, LEVELS, TOPICS
@@ -265,8 +264,6 @@ def check(config: Config) -> None:
         raise UserError(f"--writer {config.writer}: want builtin or llm")
     if config.writer == "builtin" and isinstance(config, Exercises):
         raise UserError("exercises offline: use python -m data.exercises, or give --writer llm")
-    if Ranks().size > 1:
-        raise UserError("data.synthesize runs in one process; start it without mpirun")
     if config.count < 1 or config.workers < 1:
         raise UserError("--count or --workers: want at least 1")
     if config.dry_run and config.writer != "llm":

@@ -130,7 +130,7 @@ def results(task: Task) -> list:
 def tell(task: Task, rng: random.Random) -> Exercise:
     """Return an exercise for `task`; `rng` chooses wording, names, and whether to show a call."""
     name = re.sub("_+", "_", texts.choose(task.name, rng)).strip("_")
-    doc = texts.choose(task.doc, rng)
+    doc = sentence(task, rng)
     arguments = tuple(rng.choice(KINDS[kind].names.split()) for kind in task.args.split())
     lines = ()
     if rng.random() < EXAMPLE_SHARE:
@@ -139,8 +139,16 @@ def tell(task: Task, rng: random.Random) -> Exercise:
         dull = not all(inputs) or result in (None, "", [], {})
         if not dull and len(f"{call}\n{result!r}") <= EXAMPLE_CHARS:
             lines = ("", call, repr(result))
-    doc = doc[0].upper() + doc[1:]
     return Exercise(task, name, doc, arguments, doc, lines, end="\n" * bool(lines))
+
+
+def sentence(task: Task, rng: random.Random) -> str:
+    """Return one of the task's wordings, those put together from tables in plainer words."""
+    doc = texts.choose(task.doc, rng)
+    doc = doc[0].upper() + doc[1:]
+    for old, new in MENDS:
+        doc = re.sub(old, new, doc)
+    return doc
 
 
 # ---- Varied forms
@@ -277,10 +285,7 @@ def a_noun(type_: str, rng: random.Random) -> str:
 
 def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str]:
     """Return the task in other words, `$a` for an argument; and the same in a frame, with more."""
-    core = texts.choose(task.doc, rng)
-    core = core[0].upper() + core[1:]
-    for old, new in MENDS:
-        core = re.sub(old, new, core)
+    core = sentence(task, rng)
     for old, new in SYNONYMS:
         if rng.random() < 0.35 and re.search(old, core):
             core = re.sub(old, rng.choice(new.split("|")), core)
