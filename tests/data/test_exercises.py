@@ -225,7 +225,7 @@ def generate(cli, tmp_path):
 
 
 HELDOUT_SHA256 = "3beb0f16606cc2fd5063518380832a0e663aa78bbb204478ac957e1c879e3038"
-TRAIN_SHA256 = "99e0785bdc5b38d1c13012849f9d1dad9c9a54176c9d724790f36aabf6f03c5f"
+TRAIN_SHA256 = "eaf9dd69060dae1246e8617431f6dc704b2165fd6ab61e68f35d039580a988d8"
 
 
 def test_command_writes_the_same_bytes_for_a_seed(generate):
