@@ -5,8 +5,9 @@
 The paper (section 2.1) finds raw code not self-contained, full of boilerplate with no meaningful
 computation, its logic buried in complex undocumented functions. `measures` puts a number on each of
 these, and every number has a threshold among the options; a document that misses one is rejected
-under its name. A leading licence is cut off first. The thresholds were set by reading: a fifth of
-the standard library and site-packages stays, as of the paper's raw code (6 of 35 billion tokens).
+under its name. Of a post in Markdown, the fenced Python is judged. A leading licence is cut off
+first. The thresholds were set by reading: a fifth of the standard library and site-packages stays,
+as of the paper's raw code (6 of 35 billion tokens).
 
 Where `data.classify score` has given the documents a `quality`, --keep_frac or --min_quality cut by
 it, before the rules; with --rules=false it decides alone, as the paper's random forest did.
@@ -25,7 +26,7 @@ from common.files import write_jsonl
 from data.base.documents import document, source_shards
 from data.base.ranks import say
 from data.base.stage import Part, Stage, total
-from data.base.syntax import measures, strip_licence
+from data.base.syntax import NoCode, measures, strip_licence
 
 REJECTED_SAMPLES, KEPT_SAMPLES, SAMPLE_CHARS = 5, 10, 2000  # for a person to read in ten minutes
 
@@ -60,14 +61,17 @@ class Config:
 
 
 def rejection(text: str, config: Config) -> str:
-    """Name the option that `text` misses first, "syntax" if it is not Python, "" to keep."""
+    """Name the option that `text` misses first, "" to keep.
+
+    "syntax" if its code is not Python, "no code" if it has none.
+    """
     try:
         for option, value in measures(text):
             threshold = getattr(config, option)
             if value < threshold if option.startswith("min_") else value > threshold:
                 return option
-    except SyntaxError:
-        return "syntax"
+    except SyntaxError as e:
+        return "no code" if isinstance(e, NoCode) else "syntax"
     return ""
 
 
@@ -87,7 +91,7 @@ def filter_documents(config: Config) -> dict:
             found = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
             raise UserError(
                 f"--source {config.source}: nothing is left; rejected: {found or 'no document'}; "
-                "a reason is an option to loosen, but for syntax: is it Python 3?"
+                "a reason is an option to loosen, but for syntax (is it Python 3?) and no code"
             )
         if stage.ranks.rank == 0:
             write_samples(stage.result / "samples", samples)

@@ -6,7 +6,6 @@ model are imported where a checkpoint is named: they take seconds to load.
 """
 
 import ast
-import functools
 import keyword
 import re
 from collections import Counter
@@ -14,7 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data.base.syntax import COMPUTES, FUNCTIONS, docstring, measures, parse_python, strip_licence
+from data.base.syntax import (
+    COMPUTES,
+    FUNCTIONS,
+    STATEMENTS,
+    Syntax,
+    docstring,
+    measures,
+    strip_licence,
+)
 
 WINDOWS = 8  # pieces of a document that the model sees: 6 kB of it at a context of 256 tokens
 CHARS_PER_TOKEN = 3  # of code: a piece fills the context (what is longer is cut to it)
@@ -22,53 +29,42 @@ BATCH_TOKENS = 1 << 14  # in one forward pass
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")  # parts of snake_case and camelCase
 PER_STATEMENT = {
     "functions": FUNCTIONS,
-    "classes": ast.ClassDef,
-    "returns": ast.Return,
+    "classes": (ast.ClassDef,),
+    "returns": (ast.Return,),
     "raises": (ast.Raise, ast.Try),
-    "calls": ast.Call,
-    "asserts": ast.Assert,
+    "calls": (ast.Call,),
+    "asserts": (ast.Assert,),
 }
 PER_FUNCTION = {
     "loops": (ast.For, ast.While, ast.comprehension),
     "branches": (ast.If, ast.IfExp, ast.BoolOp),
     "computes": COMPUTES,
 }
-COUNTED = {"nodes": ast.AST, "statements": ast.stmt, "attributes": ast.Attribute}
-COUNTED |= PER_STATEMENT | PER_FUNCTION
-
-
-@functools.cache
-def kinds(node_type: type) -> list[str]:
-    return [name for name, kind in COUNTED.items() if issubclass(node_type, kind)]
 
 
 def measured(text: str) -> dict[str, float]:
     """Return the filter's measures of a text and more of its syntax tree. Raises SyntaxError."""
-    m, stack = dict(measures(text)), [(parse_python(text), 1)]
-    c, names, arguments, lines, depth = Counter(), Counter(), [], 0, 0
-    while stack:
-        node, level = stack.pop()
-        depth = max(depth, level)
-        stack += [(child, level + 1) for child in ast.iter_child_nodes(node)]
-        c.update(kinds(type(node)))
-        if isinstance(node, ast.Return):
-            c["returns"] -= node.value is None
-        elif isinstance(node, ast.Name):
-            names[node.id] += 1
-        elif isinstance(node, FUNCTIONS):
-            arguments.append([a.arg for a in (*node.args.args, *node.args.kwonlyargs)])
-            doc = docstring(node)
-            lines += node.end_lineno - (doc.end_lineno if doc else node.lineno)
-    functions, used = max(c["functions"], 1), max(names.total(), 1)
-    m |= {name: c[name] / max(c["statements"], 1) for name in PER_STATEMENT}
+    s = Syntax(text)
+    names, arguments, lines = Counter(node.id for node in s.by[ast.Name]), [], 0
+    for node in s.functions:
+        arguments.append([a.arg for a in (*node.args.args, *node.args.kwonlyargs)])
+        doc = docstring(node)
+        lines += node.end_lineno - (doc.end_lineno if doc else node.lineno)
+    if s.blocks and not arguments:  # each block stands for a function, of no arguments
+        arguments, lines = [[]] * s.blocks, s.code.count("\n")
+    functions, used = max(len(arguments), 1), max(names.total(), 1)
+    c = {name: s.count(*kinds) for name, kinds in (PER_STATEMENT | PER_FUNCTION).items()}
+    c["returns"] -= sum(node.value is None for node in s.by[ast.Return])
+    m = dict(measures(text, s))
+    m |= {name: c[name] / max(s.count(*STATEMENTS), 1) for name in PER_STATEMENT}
     m |= {name: c[name] / functions for name in PER_FUNCTION}
     plain = sum(given[:1] not in (["self"], ["cls"]) for given in arguments)
     return m | {
         "arguments": sum(map(len, arguments)) / functions,
         "plain": plain / functions,  # functions that are no methods
         "lines": lines / functions,
-        "depth": depth,
-        "attributes": c["attributes"] / c["nodes"],
+        "depth": s.depth,
+        "attributes": s.count(ast.Attribute) / s.nodes(),
         "distinct_names": len(names) / used,
         "examples": text.count(">>>"),
         "name_chars": sum(len(name) * n for name, n in names.items()) / used,

@@ -4,21 +4,47 @@ import ast
 import contextlib
 import re
 import sys
+import textwrap
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import chain
+from operator import attrgetter
 
 LEADING_COMMENTS = re.compile(r"(?:[ \t]*(?:#.*)?\n)*")
 COMMENT_BLOCK = re.compile(r"(?:[ \t]*#.*\n)+")
 LICENCE = re.compile(r"copyright|licen[cs]e|spdx", re.IGNORECASE)
 COMMENT = re.compile(r"^[ \t]*#.*", re.MULTILINE)  # also lines of strings that look like one: few
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
-DIGITS = re.compile(r"[0-9]")
+CODE_LINE = re.compile(  # that is no prose, whichever Python it is
+    r"^[ \t]*(?:(?:def|class|import|print|return) ?[\w(\"']|from [\w.]+ import |[\w.]+ ?=)",
+    re.MULTILINE,
+)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 COMPUTES = (ast.For, ast.While, ast.If, ast.IfExp, ast.comprehension, ast.BinOp, ast.BoolOp,
             ast.Compare, ast.AugAssign, ast.Subscript)  # fmt: skip
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler,
             ast.comprehension, ast.match_case)  # fmt: skip
+
+STATEMENTS = ast.stmt.__subclasses__()
+ENDS = (ast.Constant, ast.MatchSingleton, ast.Global, ast.Nonlocal)  # hold no nodes
+NO_NODES = re.compile(  # the fields that Syntax does not follow; it counts contexts and operators
+    "ctx|ops?|id|attr|arg|name|asname|module|level|type_comment|simple|conversion|is_async|rest|"
+    "kwd_attrs|tag|str"
+)
+EXAMPLE = 10  # constants that a block of a post may show its code on
+
+
+def children(kind: type) -> Callable | None:
+    """Return what gets the fields of a type of nodes that hold nodes, None if it has none."""
+    if kind in ENDS:
+        return None
+    fields = [f for f in kind._fields if not NO_NODES.fullmatch(f) or kind.__name__ == "TypeAlias"]
+    return attrgetter(*fields) if fields else None
+
+
+CHILDREN = {kind: children(kind) for kind in vars(ast).values()
+            if isinstance(kind, type) and issubclass(kind, ast.AST)}  # fmt: skip
 
 # What a document is about, by what its syntax tree has: node types, `.attribute`s, `name()`s that
 # are called, `import module`s. Ours: the topics of an introduction to programming, and beyond it.
@@ -59,48 +85,118 @@ TOPICS = {
 }
 
 
-def measures(text: str) -> Iterator[tuple[str, float]]:
-    """Yield the filter's rules as (option, measured value), cheap ones first. Raises SyntaxError.
+class NoCode(SyntaxError):
+    """There is no Python in a text, not even Python that does not parse."""
+
+
+class Syntax:
+    """A text's syntax tree: its nodes by type, without contexts and operators.
+
+    A text that is no Python, such as an answer on a forum, stands for the fenced blocks in it that
+    are. Raises SyntaxError if none is, NoCode if there is none.
+    """
+
+    def __init__(self, text: str):
+        self.code, self.prose, self.blocks = text, 0, 0  # blocks of a post, and chars around them
+        try:
+            tree = parse_python(text)
+        except SyntaxError:
+            self.code, self.blocks = join_blocks(text)
+            self.prose, tree = len(FENCE.sub("", text)), parse_python(self.code)
+        self.by, self.depth = walk(tree)
+        self.functions = [*self.by[ast.FunctionDef], *self.by[ast.AsyncFunctionDef]]
+
+    def count(self, *kinds: type) -> int:
+        return sum(len(self.by[kind]) for kind in kinds if kind in self.by)
+
+    def nodes(self) -> int:
+        """Count all nodes."""
+        hidden = sum(len(node.ops) for node in self.by[ast.Compare])
+        return hidden + sum(
+            len(nodes) * (1 + ("ctx" in kind._fields) + ("op" in kind._fields))
+            for kind, nodes in self.by.items()
+        )
+
+
+def walk(tree: ast.AST) -> tuple[dict[type, list], int]:
+    """Return the nodes by type, in the order of ast.walk, and the depth; see Syntax.
+
+    A loop over nodes with a table of their fields: ast.walk takes four times as long.
+    """
+    by, level, depth = defaultdict(list), [tree], 0
+    while level:
+        depth, last, level = depth + 1, level, []
+        for node in last:
+            kind = node.__class__
+            by[kind].append(node)
+            if get := CHILDREN.get(kind):
+                found = get(node)
+                for value in found if found.__class__ is tuple else (found,):
+                    if value.__class__ is list:
+                        level += value
+                    elif value is not None:
+                        level.append(value)
+    by.pop(type(None), None)  # of lists, such as the keys of {**a}
+    return by, depth + any(hasattr(node, "ctx") for node in last)
+
+
+def join_blocks(text: str) -> tuple[str, int]:
+    """Join the fenced blocks that are Python; return that and their number. Raises as Syntax."""
+    blocks = [textwrap.dedent(found[1]) for found in FENCE.finditer(text)
+              if re.match(r"\s*```\W*(py|$)", found[0], re.IGNORECASE | re.MULTILINE)]  # fmt: skip
+    good = []
+    for block in blocks:
+        with contextlib.suppress(SyntaxError):
+            parse_python(block)
+            good.append(block)
+    if not good:
+        raise SyntaxError if blocks or CODE_LINE.search(FENCE.sub("", text)) else NoCode
+    return "\n".join(good), len(good)
+
+
+def measures(text: str, syntax: Syntax | None = None) -> Iterator[tuple[str, float]]:
+    """Yield the filter's rules as (option, measured value), cheap ones first. Raises as Syntax.
 
     A new rule is one `yield` here and one field of Config in data/filter.py. Lazy: a document that
     an early rule rejects is never parsed.
+
+    Of a post, the prose around its blocks counts as documentation, and long lines are the blocks'.
+    A block without functions is what there is to learn, as a function of a file; it may bring one
+    import and one short display as an example, which would be a large share of few statements.
     """
     chars = max(len(text), 1)
     yield "min_chars", len(text)
     yield "max_chars", len(text)
-    yield "max_line_chars", max(map(len, text.split("\n")))
-    yield "max_digit_frac", len(DIGITS.findall(text)) / chars
+    if "```" in text or not CODE_LINE.search(text):
+        syntax = syntax or Syntax(text)
+    lines = (syntax.code if syntax else text).split("\n")
+    yield "max_line_chars", max(map(len, lines))
+    yield "max_digit_frac", sum(map(text.count, "0123456789")) / chars
     yield "min_ascii_frac", 1 if text.isascii() else sum(map(str.isascii, text)) / chars
-    c, functions, names, calls = Counter(), [], set(), []
-    docs = sum(map(len, COMMENT.findall(text)))
-    for node in ast.walk(parse_python(text)):
-        c["nodes"] += 1
-        c["statements"] += isinstance(node, ast.stmt)
-        c["computes"] += isinstance(node, COMPUTES)
-        c["assigns"] += isinstance(node, (ast.Assign, ast.AnnAssign))
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            c["imports"] += 1
-            names |= foreign_names(node)
-        elif isinstance(node, ast.Call):
-            calls.append(root_name(node.func))
-        elif isinstance(node, (ast.List, ast.Tuple, ast.Set, ast.Dict)):
-            values = node.values if isinstance(node, ast.Dict) else node.elts
-            c["data"] += sum(isinstance(e, ast.Constant) for e in values)
-        elif isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)):
-            doc = docstring(node)
-            docs += len(doc.value) if doc else 0
-            if isinstance(node, FUNCTIONS):
-                c["documented"] += doc is not None
-                functions.append(node.end_lineno - (doc.end_lineno if doc else node.lineno - 1))
-    statements = max(c["statements"], 1)
+    s = syntax or Syntax(text)
+    by, blocks, functions, documented = s.by, s.blocks, [], 0
+    docs = s.prose + sum(map(len, COMMENT.findall(s.code)))
+    for node in chain(by[ast.ClassDef], by[ast.Module], s.functions):
+        doc = docstring(node)
+        docs += len(doc.value) if doc else 0
+        if isinstance(node, FUNCTIONS):
+            documented += doc is not None
+            functions.append(node.end_lineno - (doc.end_lineno if doc else node.lineno - 1))
+    displays = [node.elts for kind in (ast.List, ast.Tuple, ast.Set) for node in by[kind]]
+    displays += [node.values for node in by[ast.Dict]]
+    data = sum(e.__class__ is ast.Constant for display in displays for e in display)
+    imports = by[ast.Import] + by[ast.ImportFrom]
+    names = set().union(*map(foreign_names, imports))
+    calls = [root_name(node.func) for node in by[ast.Call]]
+    statements = max(s.count(*STATEMENTS), 1)
     yield "min_doc_frac", docs / chars
     yield "max_doc_frac", docs / chars
-    yield "min_functions", len(functions)
-    yield "min_documented_frac", c["documented"] / len(functions) if functions else 1
-    yield "max_import_frac", c["imports"] / statements
-    yield "max_assign_frac", c["assigns"] / statements
-    yield "min_compute_frac", c["computes"] / statements
-    yield "max_data_frac", c["data"] / max(c["nodes"], 1)
+    yield "min_functions", len(functions) or blocks
+    yield "min_documented_frac", documented / len(functions) if functions and not blocks else 1
+    yield "max_import_frac", max(len(imports) - blocks, 0) / statements
+    yield "max_assign_frac", s.count(ast.Assign, ast.AnnAssign) / statements
+    yield "min_compute_frac", s.count(*COMPUTES) / statements
+    yield "max_data_frac", max(data - EXAMPLE * blocks, 0) / s.nodes()
     yield "max_function_lines", max(functions, default=0)
     yield "max_foreign_names", len(names)
     yield "max_foreign_frac", sum(name in names for name in calls) / max(len(calls), 1)
@@ -158,36 +254,29 @@ def is_pair(prompt: str, solution: str) -> bool:
 
 
 def facts(text: str) -> dict:
-    """Return topics and the complexity of each function of a text's syntax tree.
-
-    A text that is no Python stands for the fenced blocks in it.
-    """
-    marks, complexity, tree = set(), [], ast.Module([], [])
-    for code in (text, "\n".join(FENCE.findall(text))):
-        with contextlib.suppress(SyntaxError):
-            tree = parse_python(code)
-            break
-    for node in ast.walk(tree):
-        marks.add(type(node).__name__)
-        if isinstance(node, ast.Import):
-            marks |= {f"import {alias.name.split('.')[0]}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            marks.add(f"import {node.module.split('.')[0]}")
-        elif isinstance(node, ast.Attribute):
-            marks.add(f".{node.attr}")
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            marks.add(f"{node.func.id}()")
-        elif isinstance(node, FUNCTIONS):
-            inside = list(ast.walk(node))
-            branches = sum(isinstance(n, BRANCHES) for n in inside)
-            joined = sum(len(n.values) - 1 for n in inside if isinstance(n, ast.BoolOp))
-            complexity.append(1 + branches + joined)
-            called = [n.func for n in inside if isinstance(n, ast.Call)]
-            recursive = any(isinstance(f, ast.Name) and f.id == node.name for f in called)
-            annotated = node.returns or any(a.annotation for a in node.args.args)
-            marks |= {"recursion"} if recursive else set()
-            marks |= {"decorator"} if node.decorator_list else set()
-            marks |= {"annotation"} if annotated else set()
+    """Return topics and the complexity of each function of a text's syntax tree."""
+    try:
+        by = Syntax(text).by
+    except SyntaxError:
+        by = defaultdict(list)
+    marks, complexity = {kind.__name__ for kind, nodes in by.items() if nodes}, []
+    marks |= {type(node.op).__name__ for node in by[ast.BinOp] + by[ast.AugAssign]}
+    marks |= {f".{node.attr}" for node in by[ast.Attribute]}
+    marks |= {f"{node.func.id}()" for node in by[ast.Call] if isinstance(node.func, ast.Name)}
+    names = [alias.name for node in by[ast.Import] for alias in node.names]
+    names += [node.module for node in by[ast.ImportFrom] if not node.level]
+    marks |= {f"import {name.split('.')[0]}" for name in names}
+    for node in by[ast.FunctionDef] + by[ast.AsyncFunctionDef]:
+        inside = walk(node)[0]
+        branches = sum(len(inside[kind]) for kind in BRANCHES)
+        joined = sum(len(n.values) - 1 for n in inside[ast.BoolOp])
+        complexity.append(1 + branches + joined)
+        called = [n.func for n in inside[ast.Call]]
+        recursive = any(isinstance(f, ast.Name) and f.id == node.name for f in called)
+        annotated = node.returns or any(a.annotation for a in node.args.args)
+        marks |= {"recursion"} if recursive else set()
+        marks |= {"decorator"} if node.decorator_list else set()
+        marks |= {"annotation"} if annotated else set()
     return {
         "topics": [topic for topic, wanted in TOPICS.items() if wanted & marks],
         "complexity": complexity,

@@ -1,5 +1,7 @@
+import ast
 import dataclasses
 import json
+from collections import Counter
 
 import pytest
 
@@ -7,7 +9,7 @@ from common.config import UserError
 from common.files import read_jsonl
 from data.base.documents import ShardWriter, document
 from data.base.readers import read_documents
-from data.base.syntax import measures, parse_python, strip_licence
+from data.base.syntax import Syntax, measures, parse_python, strip_licence
 from data.filter import Config, filter_documents, rejection
 
 CONFIG = Config(source=None, out=None)
@@ -70,6 +72,26 @@ REJECTED = {
 }
 
 
+# Posts as StackExchange has them: a question, and answers below it.
+QUESTION = "# How can I count the runs of equal items?\n\n" + "I have a list with repeats. " * 9
+FENCED = "\n\n```python\n{}```\n\n## Answer\n\nHere is how it works: " + "it goes on. " * 20
+SCRIPT = """import itertools
+items = [1, 1, 2, 3, 3]
+for item, group in itertools.groupby(items):
+    count = sum(1 for _ in group)
+    print(item, count if count > 1 else "once")
+"""
+POSTS = {
+    "answered": (QUESTION + FENCED.format(GOOD), ""),
+    "a script": (QUESTION + FENCED.format(SCRIPT), ""),
+    "one block of two": (QUESTION + FENCED.format(SCRIPT + "```\n\n```\nprint 1\n"), ""),
+    "Python 2": (QUESTION + FENCED.format("print 'hello'\n"), "syntax"),
+    "prose": (QUESTION + "\n\n## Answer\n\n" + "Count one by one in a loop. " * 20, "no code"),
+    "a shell": (QUESTION + FENCED.format("x = 1\n").replace("```python", "```bash"), "no code"),
+    "settings": (QUESTION + FENCED.format("number = number_of_items\n" * 20), "max_assign_frac"),
+}
+
+
 def write_source(folder, texts):
     folder.mkdir()
     with ShardWriter(folder) as writer:
@@ -87,6 +109,51 @@ def test_each_rule_rejects(reason):
     if reason != "syntax":
         measured = dict(measures(text))[reason]
         assert rejection(text, dataclasses.replace(CONFIG, **{reason: measured})) == ""
+
+
+@pytest.mark.parametrize("name", POSTS)
+def test_a_post_is_judged_by_its_fenced_python(name):
+    text, reason = POSTS[name]
+    assert max(map(len, text.split("\n"))) > CONFIG.max_line_chars  # paragraphs of prose
+    assert rejection(text, CONFIG) == reason
+
+
+def test_measures_of_a_post_counted_by_hand():
+    code = "import re\nx = [1, 2]\nif x:\n    print(x)  # three\n"
+    head, tail = "# Title\n\nProse.\n\n", "\n\nMore prose."
+    m = dict(measures(f"{head}```py\n{code}```{tail}"))
+    assert m["min_doc_frac"] == (len(head) + len(tail)) / (len(head + code + tail) + 9)
+    assert (m["min_functions"], m["min_documented_frac"], m["max_import_frac"]) == (1, 1, 0)
+    assert m["min_compute_frac"] == m["max_assign_frac"] == 1 / 4
+    assert m["max_data_frac"] == 0
+    assert m["max_line_chars"] == len("    print(x)  # three")
+
+
+MATCHED = """
+global_ = {**a, "x": [*b, lambda y, /, *z, k=1, **m: -y < z <= k]}
+async def f(self, *, a: int, b=2):
+    global x; nonlocal_ = f"{a!r:>{b}}"
+    async with a as b, c: del a[1:2, ...]
+    match x:
+        case [1, *rest] | {"k": None, **more} | C(1, z=None) as whole if a: yield (await b)
+try: import a.b as c
+except* E as e: raise E from e
+x: int = 1; x += (y := 2); assert x, "no"
+"""
+
+
+@pytest.mark.parametrize("text", [MATCHED, GOOD, "", "()", "x.y"])
+def test_syntax_has_the_nodes_of_ast_walk(text):
+    def depth(node):
+        return 1 + max(map(depth, ast.iter_child_nodes(node)), default=0)
+
+    tree, syntax = ast.parse(text), Syntax(text)
+    left_out = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
+    kept = [node for node in ast.walk(tree) if not isinstance(node, left_out)]
+    by_type = {k.__name__: len(v) for k, v in syntax.by.items() if v}
+    assert by_type == Counter(type(node).__name__ for node in kept)
+    assert syntax.nodes() == len([*ast.walk(tree)])
+    assert syntax.depth == depth(tree)
 
 
 def test_measures_of_a_text_counted_by_hand():
