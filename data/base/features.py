@@ -1,18 +1,20 @@
-"""Texts as vectors: by their syntax tree, by the words they use, by a checkpoint's hidden states.
+"""Texts as vectors: by their syntax tree, by the words they use, by a model's hidden states.
 
 The paper's classifier takes the output embedding of a code model (arXiv 2306.11644, sections 2.1
 and 5) and does not say how it pools: `Features` takes the mean over a text's tokens. torch and the
-model are imported where a checkpoint is named: they take seconds to load.
+model are imported where one is named: they take seconds to load.
 """
 
 import ast
 import keyword
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from common.config import UserError
 from data.base.syntax import (
     COMPUTES,
     FUNCTIONS,
@@ -25,6 +27,7 @@ from data.base.syntax import (
 
 WINDOWS = 8  # pieces of a document that the model sees: 6 kB of it at a context of 256 tokens
 CHARS_PER_TOKEN = 3  # of code: a piece fills the context (what is longer is cut to it)
+ENCODER_TOKENS = 256  # of a piece: many encoders saw no longer texts
 BATCH_TOKENS = 1 << 14  # in one forward pass
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")  # parts of snake_case and camelCase
 PER_STATEMENT = {
@@ -91,33 +94,65 @@ def pieces(text: str, chars: int) -> list[str]:
 
 
 class Features:
-    """Map documents to rows for the forest: the syntax tree's, or a checkpoint's hidden states."""
+    """Map documents to rows: the syntax tree's, a checkpoint's hidden states, or an encoder's.
 
-    def __init__(self, path: Path | None, rank: int):
-        """Take a run or checkpoint folder, or None for the syntax tree's features."""
-        self.path, self.model = path, None
-        self.kind, self.width = {"features": "structure"}, len(STRUCTURE)
-        if path is None:
-            return
+    An encoder knows what a text is about and little of how it is built, so the tree's come along.
+    """
+
+    def __init__(self, rank: int, checkpoint: Path | None = None, encoder: Path | None = None):
+        """Take a run or checkpoint folder, a Hugging Face model's, or neither. Raises UserError."""
+        if checkpoint and encoder:
+            raise UserError("--checkpoint or --encoder, not both")
+        self.path, self.kind, self.widths = checkpoint or encoder, {"features": "structure"}, []
+        self.bytes = self.seconds = 0  # of the texts, and what they took
+        if self.path:
+            self.load(rank, checkpoint, encoder)
+        if not checkpoint:
+            self.widths.append(len(STRUCTURE))
+
+    def load(self, rank: int, checkpoint: Path | None, encoder: Path | None) -> None:
         import torch
 
         from common.checkpoint import checksum
-        from model import load_model
 
-        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        self.device = device = (
+            f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        )
         if device == "cpu":  # a rank is one core, and one thread's sums depend on no other core
             torch.set_num_threads(1)
-        self.model, self.tokenizer, folder = load_model(path, device)
-        self.model.head = torch.nn.Identity()  # so that a forward pass ends at the hidden states
-        self.kind = {"features": "hidden", "weights": checksum(folder)}
-        self.width = self.model.c.width
+        if encoder:
+            model, tokenize, self.limit = load_encoder(encoder)
+            self.model, width, folder = model.to(device), model.config.hidden_size, encoder
+            self.encode = lambda text: tokenize(text, truncation=True, max_length=self.limit)[
+                "input_ids"
+            ]
+            self.states = lambda ids, inside: self.model(ids, inside).last_hidden_state
+        else:
+            from model import load_model
+
+            self.model, self.tokenizer, folder = load_model(checkpoint, device)
+            self.model.head = torch.nn.Identity()  # so that a forward pass ends at hidden states
+            self.limit, width = self.model.c.seq_len, self.model.c.width
+            end = self.tokenizer.end_of_text
+            self.encode = lambda text: [end, *self.tokenizer.encode(text)][: self.limit]
+            self.states = lambda ids, inside: self.model(ids)  # causal: no padding reaches a token
+        self.kind = {"features": "encoder" if encoder else "hidden", "weights": checksum(folder)}
+        self.widths = [width]
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """Return float32 [texts, width]."""
+        """Return float32 [texts, sum of widths]."""
+        start = time.perf_counter()
         texts = [strip_licence(text) for text in texts]
-        if self.model is None:
-            return np.array([structure(text) for text in texts], np.float32)
-        cut = [pieces(text, self.model.c.seq_len * CHARS_PER_TOKEN) for text in texts]
+        rows = [self.pooled(texts)] if self.path else []
+        if self.kind["features"] != "hidden":
+            rows.append(np.array([structure(text) for text in texts], np.float32))
+        self.bytes += sum(len(text.encode()) for text in texts)
+        self.seconds += time.perf_counter() - start
+        return np.concatenate(rows, axis=1)
+
+    def pooled(self, texts: list[str]) -> np.ndarray:
+        """Return the mean of the hidden states of each text's pieces, float32 [texts, width]."""
+        cut = [pieces(text, self.limit * CHARS_PER_TOKEN) for text in texts]
         vectors = self.hidden([piece for of_text in cut for piece in of_text])
         counts = np.array([len(of_text) for of_text in cut])
         return np.add.reduceat(vectors, np.cumsum(counts) - counts) / counts[:, None]
@@ -129,24 +164,39 @@ class Features:
         """
         import torch
 
-        limit, end = self.model.c.seq_len, self.tokenizer.end_of_text
-        device = self.model.embed.weight.device
-        ids = [[end, *self.tokenizer.encode(text)][:limit] for text in texts]
-        out = np.empty((len(texts), self.width), np.float32)
+        ids = [self.encode(text) for text in texts]
+        out = np.empty((len(texts), self.widths[0]), np.float32)
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         while by_length:
             longest = len(ids[by_length[-1]])
             count = max(1, BATCH_TOKENS // longest)
             rows, by_length = by_length[-count:], by_length[:-count]
             lengths = torch.tensor([[len(ids[i])] for i in rows])  # [B, 1]
-            padded = torch.tensor([ids[i] + [end] * (longest - len(ids[i])) for i in rows])
+            padded = torch.tensor([ids[i] + [0] * (longest - len(ids[i])) for i in rows])
+            inside = (torch.arange(longest) < lengths).float()
             with torch.inference_mode():
-                # [B, T, C]; causal: the padding behind a text does not reach it
-                hidden = self.model(padded.to(device)).float().cpu()
-            inside = (torch.arange(longest) < lengths).float()[:, :, None]
-            mean = (hidden * inside).sum(1) / lengths
+                hidden = self.states(padded.to(self.device), inside.to(self.device))  # [B, T, C]
+            mean = (hidden.float().cpu() * inside[:, :, None]).sum(1) / lengths
             out[rows] = torch.nn.functional.normalize(mean, dim=1).numpy()
         return out
+
+
+def load_encoder(path: Path) -> tuple:
+    """Return model, tokenizer and tokens of a piece of a Hugging Face folder.
+
+    Nothing is fetched, nothing unpickled, and no code of the folder runs. Raises UserError.
+    """
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError:
+        raise UserError("--encoder needs transformers; pip install 'nanophi[hf]'") from None
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **local)
+        model = AutoModel.from_pretrained(path, use_safetensors=True, **local).eval()
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"--encoder {path}: no Hugging Face model, safetensors ({e})") from None
+    return model, tokenizer, min(ENCODER_TOKENS, tokenizer.model_max_length)
 
 
 class Lexical:

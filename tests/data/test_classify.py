@@ -117,7 +117,7 @@ def test_pieces_reach_from_the_first_to_the_last_character():
 
 def test_hidden_features_are_the_mean_over_tokens_then_over_pieces(model):
     texts = [teaching(1), teaching(2) * 5, ""]
-    features, states = Features(model, 0), []
+    features, states = Features(0, model), []
     found = features(texts)
     assert found.shape == (3, 32)
     features.model.ln_f.register_forward_hook(lambda module, args, output: states.append(output))
@@ -180,7 +180,7 @@ def test_labels_of_a_file_decide_where_it_is_given(labelled, tmp_path):
     summary = train(config)
     assert summary["documents"] == 50
     assert summary["labellers"] == {"file": 50}
-    assert Classifier(config.out, None, 0).quality([glue(1)]) > 0.5
+    assert Classifier(config.out, 0).quality([glue(1)]) > 0.5
 
 
 def test_scores_then_the_filters_cut(trained, labelled, tmp_path):
