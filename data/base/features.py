@@ -48,17 +48,17 @@ PER_FUNCTION = {
 def measured(text: str) -> dict[str, float]:
     """Return the filter's measures of a text and more of its syntax tree. Raises SyntaxError."""
     s = Syntax(text)
+    m = dict(measures(text, s))
     names, arguments, lines = Counter(node.id for node in s.by[ast.Name]), [], 0
     for node in s.functions:
         arguments.append([a.arg for a in (*node.args.args, *node.args.kwonlyargs)])
         doc = docstring(node)
         lines += node.end_lineno - (doc.end_lineno if doc else node.lineno)
-    if s.blocks and not arguments:  # each block stands for a function, of no arguments
+    if not arguments and m["min_functions"]:  # blocks of a post, as functions of no arguments
         arguments, lines = [[]] * s.blocks, s.code.count("\n")
     functions, used = max(len(arguments), 1), max(names.total(), 1)
     c = {name: s.count(*kinds) for name, kinds in (PER_STATEMENT | PER_FUNCTION).items()}
     c["returns"] -= sum(node.value is None for node in s.by[ast.Return])
-    m = dict(measures(text, s))
     m |= {name: c[name] / max(s.count(*STATEMENTS), 1) for name in PER_STATEMENT}
     m |= {name: c[name] / functions for name in PER_FUNCTION}
     plain = sum(given[:1] not in (["self"], ["cls"]) for given in arguments)

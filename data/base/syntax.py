@@ -161,8 +161,8 @@ def measures(text: str, syntax: Syntax | None = None) -> Iterator[tuple[str, flo
     an early rule rejects is never parsed.
 
     Of a post, the prose around its blocks counts as documentation, and long lines are the blocks'.
-    A block without functions is what there is to learn, as a function of a file; it may bring one
-    import and one short display as an example, which would be a large share of few statements.
+    Without functions, blocks that compute are what there is to learn: each counts as one. A block
+    may bring an import and EXAMPLE constants, which are a large share of its few statements.
     """
     chars = max(len(text), 1)
     yield "min_chars", len(text)
@@ -188,14 +188,14 @@ def measures(text: str, syntax: Syntax | None = None) -> Iterator[tuple[str, flo
     imports = by[ast.Import] + by[ast.ImportFrom]
     names = set().union(*map(foreign_names, imports))
     calls = [root_name(node.func) for node in by[ast.Call]]
-    statements = max(s.count(*STATEMENTS), 1)
+    statements, computes = max(s.count(*STATEMENTS), 1), s.count(*COMPUTES)
     yield "min_doc_frac", docs / chars
     yield "max_doc_frac", docs / chars
-    yield "min_functions", len(functions) or blocks
+    yield "min_functions", len(functions) or blocks * (computes > 0)
     yield "min_documented_frac", documented / len(functions) if functions and not blocks else 1
     yield "max_import_frac", max(len(imports) - blocks, 0) / statements
     yield "max_assign_frac", s.count(ast.Assign, ast.AnnAssign) / statements
-    yield "min_compute_frac", s.count(*COMPUTES) / statements
+    yield "min_compute_frac", computes / statements
     yield "max_data_frac", max(data - EXAMPLE * blocks, 0) / s.nodes()
     yield "max_function_lines", max(functions, default=0)
     yield "max_foreign_names", len(names)

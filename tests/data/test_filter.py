@@ -88,7 +88,7 @@ POSTS = {
     "Python 2": (QUESTION + FENCED.format("print 'hello'\n"), "syntax"),
     "prose": (QUESTION + "\n\n## Answer\n\n" + "Count one by one in a loop. " * 20, "no code"),
     "a shell": (QUESTION + FENCED.format("x = 1\n").replace("```python", "```bash"), "no code"),
-    "settings": (QUESTION + FENCED.format("number = number_of_items\n" * 20), "max_assign_frac"),
+    "settings": (QUESTION + FENCED.format("number = number_of_items\n" * 20), "min_functions"),
 }
 
 
