@@ -23,7 +23,7 @@ import numpy as np
 from common.config import UserError, parse, run
 from common.files import read_jsonl, write_jsonl
 from data.base.documents import batched, source_shards
-from data.base.features import words
+from data.base.features import Features, words
 from data.base.ranks import say
 from data.base.stage import Part, Stage
 from data.base.syntax import TOPICS, facts
@@ -41,6 +41,7 @@ TITLES = {
     "distinct_4": "distinct 4-grams of tokens",  # share; low: the same phrases again and again
     "compression": "compression ratio",  # of zstd at level 19; high: redundant
     "vendi": "Vendi score",  # so many documents with no word in common would be as diverse
+    "vendi_states": "Vendi score of meanings",  # the same of an --encoder's states
     "names": "different names",  # keywords left out
     "complexity": "cyclomatic complexity",  # of a function: 10th, 50th and 90th percentile
     "topics_covered": "topics covered",  # that 1% of the documents have, and their shares
@@ -53,6 +54,7 @@ class Config:
 
     source: tuple[Path, ...]  # document shards, a file or folder; each is a set
     out: Path  # folder to write
+    encoder: Path | None = None  # folder of a Hugging Face model, for the Vendi score of its states
 
 
 def diversity(config: Config) -> dict:
@@ -60,14 +62,15 @@ def diversity(config: Config) -> dict:
     names, sets = list(map(str, config.source)), [source_shards(path) for path in config.source]
     if len(set(names)) < len(names):
         raise UserError(f"--source {names[0]}: a set is given twice")
-    with Stage(config, chain.from_iterable(sets)) as stage:
+    with Stage(config, chain.from_iterable(sets), filter(None, [config.encoder])) as stage:
+        encoder = config.encoder and Features(stage.ranks.rank, encoder=config.encoder)
         looks = stage.map("look", sets, look)
         for name, found in zip(names, looks):
             if found["documents"] < 2:
                 raise UserError(f"--source {name}: {found['documents']} documents, want 2 or more")
         chars = min(BUDGET_CHARS, *(found.pop("cut_chars") for found in looks))
         compared = min(VENDI_DOCUMENTS, *(found["documents"] for found in looks))
-        measures = stage.map("measure", sets, lambda part: measure(part, chars, compared))
+        measures = stage.map("measure", sets, lambda part: measure(part, chars, compared, encoder))
         measured = {n: {**found, **more} for n, found, more in zip(names, looks, measures)}
         if stage.ranks.rank == 0:
             draw(measured, stage.result / "diversity.png")
@@ -89,7 +92,7 @@ def look(part: Part) -> dict:
     }
 
 
-def measure(part: Part, chars: int, compared: int) -> dict:
+def measure(part: Part, chars: int, compared: int, encoder: Features | None) -> dict:
     """Measure a set's sample, its first `chars` characters and `compared` documents."""
     import zstandard
 
@@ -102,10 +105,12 @@ def measure(part: Part, chars: int, compared: int) -> dict:
     topics = Counter(topic for fact in known for topic in fact["topics"])
     complexity = [c for fact in known for c in fact["complexity"]] or [0]
     compressed = zstandard.ZstdCompressor(level=19).compress(together.encode())
+    states = {"vendi_states": round(vendi(encoder.pooled(texts[:compared])), 1)} if encoder else {}
     return {
         "distinct_4": round(len(set(grams)) / max(len(grams), 1), 4),
         "compression": round(len(together.encode()) / len(compressed), 2),
-        "vendi": round(vendi(texts[:compared]), 1),
+        "vendi": round(vendi(of_words(texts[:compared])), 1),
+        **states,
         "names": len({*NAME.findall(together)} - STOP),
         "topics_covered": sum(n >= len(sample) / 100 for n in topics.values()),
         "complexity": [round(float(q)) for q in np.quantile(complexity, [0.1, 0.5, 0.9])],
@@ -113,17 +118,23 @@ def measure(part: Part, chars: int, compared: int) -> dict:
     }
 
 
-def vendi(texts: list[str]) -> float:
-    """Compute the Vendi score (Friedman and Dieng 2023, arXiv 2210.02410) of texts by their words.
+def of_words(texts: list[str]):
+    """Return sparse rows [texts, words] of the words that each has."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(analyzer=lambda text: set(words(text)) - STOP, use_idf=False)
+    return vectorizer.fit_transform(texts)
+
+
+def vendi(rows) -> float:
+    """Compute the Vendi score (Friedman and Dieng 2023, arXiv 2210.02410) of vectors [n, width].
 
     exp of the entropy of the eigenvalues of their cosines over n: 1 for n equal texts, n for n
     that have no word in common.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.metrics.pairwise import cosine_similarity
 
-    vectorizer = TfidfVectorizer(analyzer=lambda text: set(words(text)) - STOP, use_idf=False)
-    x = vectorizer.fit_transform(texts)  # rows of length 1
-    p = np.linalg.eigvalsh((x @ x.T).toarray() / len(texts))
+    p = np.linalg.eigvalsh(cosine_similarity(rows) / rows.shape[0])
     p = p[p > 1e-12] / p.sum()
     return math.exp(-(p * np.log(p)).sum())
 
@@ -150,6 +161,8 @@ def main() -> None:
     width = max(24, *map(len, sets)) + 2
     say("".ljust(28) + "".join(f"{name:>{width}}" for name in sets))
     for key, title in TITLES.items():
+        if key not in sets[str(config.source[0])]:
+            continue
         say(f"{title:28}" + "".join(f"{measured[key]!s:>{width}}" for measured in sets.values()))
     say(f"figure: {config.out / 'diversity.png'}")
 

@@ -123,3 +123,23 @@ def save_run(run: Path, model, tokenizer) -> Path:
     saver.save(1, model, {"nothing": torch.zeros(1)}, tokenizer, {"world_size": 1})
     assert saver.finish() is None
     return checkpoint.find(run)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory) -> Path:
+    """A folder of a Hugging Face model with random weights, that reads bytes, 64 at most."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 32, "vocab_size": 257}  # fmt: skip
+    transformers.BertModel(transformers.BertConfig(**shape)).save_pretrained(folder)
+    characters = ["[PAD]", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", model_max_length=64
+    ).save_pretrained(folder)
+    return folder

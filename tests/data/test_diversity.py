@@ -7,7 +7,7 @@ from common.config import UserError
 from data.base.documents import ShardWriter, document
 from data.base.readers import read_documents
 from data.base.syntax import facts
-from data.diversity import Config, diversity, vendi
+from data.diversity import Config, diversity, of_words, vendi
 
 WORDS = [f"{a}{b}" for a in "bcdfgklmnprst" for b in ("ake", "ill", "ound", "ery", "isto", "ump")]
 
@@ -77,11 +77,20 @@ def test_facts_of_a_function_counted_by_hand():
 
 
 def test_vendi_of_known_sets():
-    assert vendi(["a b", "c d", "e"]) == pytest.approx(3)
-    assert vendi(["def add_two(): pass", "two add()"] * 5) == pytest.approx(1)
-    assert vendi(["a b", "c"] * 10) == pytest.approx(2)
+    assert vendi(of_words(["a b", "c d", "e"])) == pytest.approx(3)
+    assert vendi(of_words(["def add_two(): pass", "two add()"] * 5)) == pytest.approx(1)
+    assert vendi(of_words(["a b", "c"] * 10)) == pytest.approx(2)
     # Of a cosine of 0.5: eigenvalues 0.75 and 0.25.
-    assert vendi(["a b", "a c"]) == pytest.approx(0.75**-0.75 * 0.25**-0.25)
+    assert vendi(of_words(["a b", "a c"])) == pytest.approx(0.75**-0.75 * 0.25**-0.25)
+
+
+def test_an_encoders_states_have_a_score_too(sets, encoder, cli):
+    done = cli("-m", "data.diversity", "--source", sets / "same", "--out", sets / "out",
+               "--encoder", encoder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Vendi score of meanings" in done.stdout
+    (found,) = json.loads((sets / "out" / "summary.json").read_text())["sets"].values()
+    assert 1 <= found["vendi_states"] < 2
 
 
 def test_an_empty_set_is_refused(tmp_path):
