@@ -60,6 +60,20 @@ def test_rules_score_junk_low_and_what_teaches_high(name):
     assert by_rules(JUNK[name])["score"] < 4.5 < 8 < by_rules(TAUGHT)["score"]
 
 
+@pytest.mark.parametrize(
+    ("block", "low", "high"),
+    [
+        (TAUGHT, 7, 10),
+        ("for word in words:\n    if word[0] == 'a':\n        print(word[1:] + word[0])\n", 6, 10),
+        ("import numpy\n", 0, 1),
+        ("print 'hello'\n", 0, 0),
+    ],
+)  # fmt: skip
+def test_rules_score_a_post_by_its_fenced_python(block, low, high):
+    post = f"# How do I do that?\n\nIn detail. \n\n```python\n{block}```\n\n## Answer\n\nSo.\n"
+    assert low <= by_rules(post)["score"] <= high
+
+
 def test_rules_agree_with_hand_labels_better_than_the_filters_verdict():
     """On the half of the labels that the rules were not set on, where this Python has the file."""
     found = []

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,37 @@ def test_hidden_features_are_the_mean_over_tokens_then_over_pieces(model):
     assert not np.allclose(found[0], found[1], atol=1e-3)
 
 
+def test_an_encoders_states_are_a_mean_over_what_is_no_padding(encoder):
+    import transformers
+
+    theirs = transformers.AutoModel.from_pretrained(encoder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
+    texts = [teaching(1), "x = 1\n", teaching(2) * 3]
+    found = Features(0, encoder=encoder)(texts)
+    assert found.shape == (3, 16 + len(STRUCTURE))
+    for text, row in zip(texts, found):
+        means = []
+        for piece in pieces(text, 64 * 3):
+            ids = torch.tensor([tokenizer(piece).input_ids[:64]])
+            with torch.inference_mode():
+                mean = theirs(ids).last_hidden_state[0].mean(0)
+            means.append((mean / mean.norm()).numpy())
+        assert row[:16] == pytest.approx(np.mean(means, 0), abs=1e-5)
+        assert row[16:] == pytest.approx(structure(text))
+
+
+def test_a_ridge_finds_the_few_features_that_tell(tmp_path):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(400, 200)).astype(np.float32)  # of 190 that tell nothing, and 10
+    y = x[:, 190:].sum(1) * 0.1 + rng.normal(size=400)
+    (x, held), (y, truth) = np.split(x, 2), np.split(y, 2)
+    np.savez(tmp_path / "forest.npz", **classify.regress(x, y, [190, 10]))
+    with np.load(tmp_path / "forest.npz", allow_pickle=False) as ridge:
+        votes = classify.predict(dict(ridge), held)
+    unweighted = classify.predict(classify.regress(x, y, [200]), held)
+    assert np.corrcoef(votes, truth)[0, 1] > np.corrcoef(unweighted, truth)[0, 1] + 0.02
+
+
 def test_the_interval_counts_packages_not_files():
     rng = np.random.default_rng(1)
     y = np.arange(200) % 2 == 1
@@ -158,6 +190,19 @@ def test_labels_by_rules_are_learned_and_said_to_be_the_rules_own(
     assert summary["brier"] < 0.125  # 0.25 is what knowing the share of good ones gives
     command = ("train", "--source", labelled, "--out", tmp_path / "f", "--trees=2")
     assert "plumbing" in in_process(classify.main, *command)[1]
+
+
+def test_an_encoder_trains_a_ridge_that_scores(labelled, encoder, tmp_path):
+    summary = train(TrainConfig(source=(labelled,), out=tmp_path / "f", encoder=encoder))
+    assert (summary["head"], summary["features"]) == ("ridge", "encoder")
+    assert summary["auc"] > 0.9
+    assert summary["f1_at_kept"] == pytest.approx(2 * 12 / (12 + 30), abs=1e-3)  # of 60, 30 good
+    config = ScoreConfig(source=(labelled,), forest=tmp_path / "f", out=tmp_path / "s")
+    score(config)
+    good = [r["quality"] for r in read_documents([tmp_path / "s"]) if r["score"] >= 6]
+    assert min(good) > 0.4
+    with pytest.raises(UserError, match="not both"):
+        score(replace(config, checkpoint=encoder, encoder=encoder))
 
 
 def test_a_package_is_never_on_both_sides(tmp_path):
@@ -212,9 +257,13 @@ def test_equals_stay_together_at_a_cut():
     assert share_cut(np.array([0.3]), 0.01) == 0.3
 
 
-def test_too_few_labels_and_wrong_models_are_refused(trained, model, labelled, tmp_path):
-    with pytest.raises(UserError, match="too few for 31 folds"):
-        train(TrainConfig(source=(labelled,), out=tmp_path / "f", folds=31))
+def test_too_few_labels_and_wrong_models_are_refused(
+    trained, model, labelled, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.delattr(classify, "Features")  # told before any feature is made
+        with pytest.raises(UserError, match="too few for 31 folds"):
+            train(TrainConfig(source=(labelled,), out=tmp_path / "f", folds=31))
     scores = ScoreConfig(source=(labelled,), forest=trained[0], out=tmp_path / "s",
                          checkpoint=model)  # fmt: skip
     with pytest.raises(UserError, match="was trained on"):
