@@ -115,17 +115,13 @@ class Features:
 
         from common.checkpoint import checksum
 
-        self.device = device = (
-            f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-        )
+        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
         if device == "cpu":  # a rank is one core, and one thread's sums depend on no other core
             torch.set_num_threads(1)
         if encoder:
-            model, tokenize, self.limit = load_encoder(encoder)
+            model, tokens, self.limit = load_encoder(encoder)
             self.model, width, folder = model.to(device), model.config.hidden_size, encoder
-            self.encode = lambda text: tokenize(text, truncation=True, max_length=self.limit)[
-                "input_ids"
-            ]
+            self.encode = lambda text: tokens.encode(text, truncation=True, max_length=self.limit)
             self.states = lambda ids, inside: self.model(ids, inside).last_hidden_state
         else:
             from model import load_model
@@ -137,7 +133,7 @@ class Features:
             self.encode = lambda text: [end, *self.tokenizer.encode(text)][: self.limit]
             self.states = lambda ids, inside: self.model(ids)  # causal: no padding reaches a token
         self.kind = {"features": "encoder" if encoder else "hidden", "weights": checksum(folder)}
-        self.widths = [width]
+        self.widths, self.device = [width], device
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """Return float32 [texts, sum of widths]."""
@@ -164,7 +160,7 @@ class Features:
         """
         import torch
 
-        ids = [self.encode(text) for text in texts]
+        ids = [self.encode(text) or [0] for text in texts]
         out = np.empty((len(texts), self.widths[0]), np.float32)
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         while by_length:
@@ -196,7 +192,8 @@ def load_encoder(path: Path) -> tuple:
         model = AutoModel.from_pretrained(path, use_safetensors=True, **local).eval()
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"--encoder {path}: no Hugging Face model, safetensors ({e})") from None
-    return model, tokenizer, min(ENCODER_TOKENS, tokenizer.model_max_length)
+    context = getattr(model.config, "max_position_embeddings", ENCODER_TOKENS)
+    return model, tokenizer, min(ENCODER_TOKENS, context, tokenizer.model_max_length)
 
 
 class Lexical:

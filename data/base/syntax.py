@@ -121,7 +121,7 @@ class Syntax:
 def walk(tree: ast.AST) -> tuple[dict[type, list], int]:
     """Return the nodes by type, in the order of ast.walk, and the depth; see Syntax.
 
-    A loop over nodes with a table of their fields: ast.walk takes four times as long.
+    A loop over nodes with a table of their fields: ast.walk alone takes twice as long.
     """
     by, level, depth = defaultdict(list), [tree], 0
     while level:

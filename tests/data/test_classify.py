@@ -141,6 +141,7 @@ def test_an_encoders_states_are_a_mean_over_what_is_no_padding(encoder):
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
     texts = [teaching(1), "x = 1\n", teaching(2) * 3]
     found = Features(0, encoder=encoder)(texts)
+    assert np.isfinite(Features(0, encoder=encoder)([""])).all()  # no token at all
     assert found.shape == (3, 16 + len(STRUCTURE))
     for text, row in zip(texts, found):
         means = []
