@@ -186,12 +186,14 @@ def load_encoder(path: Path) -> tuple:
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
         raise UserError("--encoder needs transformers; pip install 'nanophi[hf]'") from None
+    if not (path / "model.safetensors").is_file():
+        raise UserError(f"--encoder {path}: want a Hugging Face folder with model.safetensors")
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **local)
         model = AutoModel.from_pretrained(path, use_safetensors=True, **local).eval()
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"--encoder {path}: no Hugging Face model, safetensors ({e})") from None
+        raise UserError(f"--encoder {path}: no Hugging Face model ({e})") from None
     context = getattr(model.config, "max_position_embeddings", ENCODER_TOKENS)
     return model, tokenizer, min(ENCODER_TOKENS, context, tokenizer.model_max_length)
 

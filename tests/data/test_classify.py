@@ -269,6 +269,8 @@ def test_too_few_labels_and_wrong_models_are_refused(
                          checkpoint=model)  # fmt: skip
     with pytest.raises(UserError, match="was trained on"):
         score(scores)
+    with pytest.raises(UserError, match=r"with model\.safetensors"):
+        Features(0, encoder=labelled)
     with pytest.raises(UserError, match="no forest of"):
         score(ScoreConfig(source=(labelled,), forest=labelled, out=tmp_path / "s"))
 
