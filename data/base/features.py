@@ -182,12 +182,12 @@ def load_encoder(path: Path) -> tuple:
 
     Nothing is fetched, nothing unpickled, and no code of the folder runs. Raises UserError.
     """
+    if not (path / "model.safetensors").is_file():
+        raise UserError(f"--encoder {path}: want a Hugging Face folder with model.safetensors")
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
         raise UserError("--encoder needs transformers; pip install 'nanophi[hf]'") from None
-    if not (path / "model.safetensors").is_file():
-        raise UserError(f"--encoder {path}: want a Hugging Face folder with model.safetensors")
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **local)
