@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from common.config import UserError
-from common.files import read_documents
 from data import annotate, synthesize
 from data.base.documents import ShardWriter, document
+from data.base.readers import read_documents
 
 pytestmark = pytest.mark.slow
 LABEL = {
