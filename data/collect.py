@@ -29,7 +29,7 @@ import numpy as np
 
 from common.config import UserError, parse, run
 from common.files import check_out, read_jsonl, write_jsonl
-from data.base.documents import batched, document, source_shards
+from data.base.documents import as_utf8, batched, document, source_shards
 from data.base.ranks import Ranks, say
 from data.base.readers import decode
 from data.base.stage import Part, Stage, size_and_time, total
@@ -106,9 +106,11 @@ def list_all(config: Config, db: sqlite3.Connection) -> tuple[Counter, str]:
     left_out, digest = Counter(), hashlib.sha256()
     db.execute("create table files (key, path, origin, bytes, time_ns)")
     for source in dict.fromkeys(config.source):
-        for path, *about in list_files(source, left_out):
-            key = hashlib.sha256(f"0:{about[0]}".encode()).digest()
-            db.execute("insert into files values (?, ?, ?, ?, ?)", (key, os.fsencode(path), *about))
+        for path, name, *about in list_files(source, left_out):
+            origin = as_utf8(name)
+            key = hashlib.sha256(f"0:{origin}".encode()).digest()
+            row = key, os.fsencode(path), origin, *about
+            db.execute("insert into files values (?, ?, ?, ?, ?)", row)
     for row in db.execute(f"select * {IN_ORDER}"):
         digest.update(repr(row).encode())
     check_out(config.out, (os.fsdecode(path) for (path,) in db.execute("select path from files")))
@@ -144,18 +146,13 @@ def list_files(source: str, left_out: Counter) -> Iterator[File]:
             subfolders[:] = [s for s in subfolders if not NOT_OF_THE_SOURCE.fullmatch(s)]
             for file in (Path(folder, file) for file in files if file.endswith(".py")):
                 found = True
-                inside = inside_of(file, root)
+                inside = file.relative_to(root).as_posix()
                 if left_out_path(inside):
                     left_out["path"] += 1
                 else:
                     yield File(file, f"{name}:{inside}", *size_and_time(file))
     for file in [] if found else source_shards(path):
-        yield File(file, f"{name}:{inside_of(file, path)}", *size_and_time(file))
-
-
-def inside_of(file: Path, root: Path) -> str:
-    """Return the path of a file in a folder. It need not be UTF-8, but an origin is."""
-    return os.fsencode(file.relative_to(root).as_posix()).decode(errors="replace")
+        yield File(file, f"{name}:{file.relative_to(path)}", *size_and_time(file))
 
 
 def left_out_path(inside: str) -> bool:

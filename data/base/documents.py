@@ -28,6 +28,11 @@ def document(text: str, origin: str, **fields) -> dict:
     return {"id": sha256[:16], "origin": origin, "sha256": sha256, "text": text, **fields}
 
 
+def as_utf8(name: str) -> str:
+    """Return a file's name for an origin: it need not be UTF-8, but an origin is."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def source_shards(*sources: Path) -> list[Path]:
     """List files and the shards in folders, in any format. Raises UserError where there is none."""
     shards = []

@@ -25,7 +25,7 @@ from xml.etree.ElementTree import ParseError, XMLPullParser
 
 from common.config import UserError
 from common.files import DAMAGED, SUFFIXES, Bad, chunks, json_lines
-from data.base.documents import WANTED, document, source_shards
+from data.base.documents import WANTED, as_utf8, document, source_shards
 
 PARQUET_ROWS = 64  # decoded at once
 TEXTS = ("text", "content")  # fields that may hold a document's text, the first that does
@@ -62,7 +62,7 @@ def read_documents_of(path: Path, bad: Bad = lambda *_: None, name: str = "") ->
     The origin of another's is `name`, that of the file by default, and where in it.
     Raises UserError for a file of an unknown format, or that needs an extra.
     """
-    name = os.fsencode(name or path.name).decode(errors="replace")  # it need not be UTF-8
+    name = as_utf8(name or path.name)
     # A dangling link, no permission, or a named pipe, which would block.
     if not (path.is_file() and os.access(path, os.R_OK)):
         bad("unreadable", 1, "no file that can be opened")

@@ -101,14 +101,14 @@ def test_origins_tell_no_absolute_path(tmp_path, monkeypatch):
         {"json/decoder.py": "x = 1\n", "test/t.py": "", "site-packages/pkg/m.py": "y = 1\n"},
     )
     tree(tmp_path / "code", {"deep/er/m.py": "z = 1\n"})
-    name = os.fsdecode(os.fsencode(tmp_path) + b"/code/caf\xe9.py")  # not UTF-8
-    Path(name).write_text("z = 2\n")
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))  # not UTF-8
+    tree(folder, {folder.name + ".py": "z = 2\n"})
     paths = {"stdlib": lib, **dict.fromkeys(("purelib", "platlib"), lib / "site-packages")}
     monkeypatch.setattr(sysconfig, "get_path", lambda key: str(paths[key]))
     monkeypatch.setenv("HOME", str(tmp_path))
-    _, documents = run_collect(tmp_path / "out", "stdlib", "site-packages", "~/code")
+    _, documents = run_collect(tmp_path / "out", "stdlib", "site-packages", "~/code", folder)
     origins = {"stdlib:json/decoder.py", "site-packages:pkg/m.py", "code:deep/er/m.py"}
-    assert {d["origin"] for d in documents} == origins | {"code:caf\ufffd.py"}
+    assert {d["origin"] for d in documents} == origins | {"caf\ufffd:caf\ufffd.py"}
 
 
 def test_jsonl_sources(tmp_path):
