@@ -177,7 +177,8 @@ def train(config: TrainConfig) -> dict:
         if min(good, len(rows) - good, packages) < config.folds:
             raise UserError(
                 f"--source: {len(rows)} labelled documents, {good} of them good, of "
-                f"{packages} packages: too few for {config.folds} folds; label more, or lower --folds"
+                f"{packages} packages: too few for {config.folds} folds; label more or lower "
+                "--folds"
             )
         features = Features(stage.ranks.rank, config.checkpoint, config.encoder)
         stage.map("features", stage.shards, lambda part: save_features(part, features, labels))
