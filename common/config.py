@@ -4,7 +4,7 @@ A command's options are the fields of one dataclass, and the comment behind a fi
 
     out: Path                     # folder to write (a field without a default is required)
     source: tuple[str, ...] = ()  # a tuple field may be given several times
-    max_mb: float = 0.0           # --max_mb=3, --max_mb 3 and --max-mb 3 are one; the last holds
+    max_mb: float = 0.0           # --max_mb=3, --max_mb 3 and --max-mb 3 are the same
     verbose: bool = False         # a bool is --verbose or --verbose=false
 
 With `toml=True`, a first argument without dashes names a TOML file whose values replace the
@@ -96,7 +96,7 @@ def parse(cls, argv: list[str] | None = None, toml: bool = False, hidden: type |
             f"--{f.name}",
             *{f"--{f.name.replace('_', '-')}"} - {f"--{f.name}"},
             dest=f.name,
-            action="append",
+            action="append" if get_origin(types_[f.name]) is tuple else "store",
             **({"nargs": "?", "const": "true"} if types_[f.name] is bool else {}),
             metavar=_type_name(types_[f.name]),
             default=argparse.SUPPRESS,
@@ -116,12 +116,7 @@ def parse(cls, argv: list[str] | None = None, toml: bool = False, hidden: type |
         near = _nearest(key, [f"--{f.name}" for f in fields])
         raise UserError(f"unknown argument {key!r}{near}; --help lists the options")
     values = _from_toml(Path(path), types_) if path else {}
-    for name, given in vars(flags).items():
-        if get_origin(types_[name]) is not tuple:
-            if len(given) > 1 and _type_name(types_[name]) == "path":  # all but one would be lost
-                raise UserError(f"--{name} is given {len(given)} times; it takes one path")
-            given = given[-1]
-        values[name] = _convert(given, types_[name], f"--{name}")
+    values |= {k: _convert(v, types_[k], f"--{k}") for k, v in vars(flags).items()}
     if missing := [name for name in required if name not in values]:
         raise UserError(f"missing required option --{missing[0]}; --help lists the options")
     return cls(**values)

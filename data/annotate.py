@@ -75,7 +75,7 @@ GOOD = 6  # a score from here on counts as good where a ranking is judged (AUC):
 class Config(Options):
     """Score a sample of documents from 0 to 10 for their educational value."""
 
-    source: Path  # folder of documents
+    source: tuple[Path, ...]  # documents, files or folders; may be given several times
     out: Path  # folder to write
     labeller: str = "rules"  # rules (the syntax tree, offline) or llm (an endpoint)
     sample: int = 0  # how many documents, 0 = all
@@ -193,7 +193,7 @@ def annotate(config: Config) -> dict:
     if llm and Ranks().size > 1:
         raise UserError("--labeller llm asks from one process, which holds the budget: no mpirun")
     truth = read_labels(config.against) if config.against else {}
-    shards = source_shards(config.source)
+    shards = source_shards(*config.source)
     wanted = chooser(config, truth, shards)
     with Client(config, config.replies()) if llm else nullcontext() as client:
         if config.dry_run:
@@ -203,7 +203,7 @@ def annotate(config: Config) -> dict:
             count = total(stage.map("label", shards, lambda part: write(part, wanted, client)))
             if not count["documents"]:
                 told = f"; the replies are in {config.replies()}" if llm else ""
-                raise UserError(f"--source {config.source}: nothing was labelled ({count}){told}")
+                raise UserError(f"--source {config.source[0]}: no label ({count}){told}")
             if client:  # apart from the summary: it differs where a run was killed and went on
                 write_json(stage.result / "endpoint.json", client.summary())
             count["labeller"] = config.model if llm else "rules"

@@ -35,7 +35,7 @@ REJECTED_SAMPLES, KEPT_SAMPLES, SAMPLE_CHARS = 5, 10, 2000  # for a person to re
 class Config:
     """Keep the documents that teach, and say why each of the others is rejected."""
 
-    source: Path  # documents: a file, or a folder of shards
+    source: tuple[Path, ...]  # documents, files or folders; may be given several times
     out: Path  # folder to write
     min_chars: int = 500  # shorter ones are stubs and re-exports
     max_chars: int = 100_000  # longer ones are frameworks in a file, and would outweigh the rest
@@ -79,7 +79,7 @@ def filter_documents(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError if nothing is left."""
     if not 0 < config.keep_frac <= 1:
         raise UserError(f"--keep_frac {config.keep_frac:g}: want above 0 and at most 1")
-    with Stage(config, source_shards(config.source)) as stage:
+    with Stage(config, source_shards(*config.source)) as stage:
         cut = quality_cut(config, stage)
         results = stage.map("filter", stage.shards, lambda part: filter_shard(config, part, cut))
         samples: dict[str, list] = {}
@@ -88,9 +88,9 @@ def filter_documents(config: Config) -> dict:
         count = total(results)
         reasons = Counter(count.pop("rejected", {}))
         if not count.get("documents"):
-            found = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+            found = ", ".join(f"{n:,} {why}" for why, n in reasons.most_common()) or "no document"
             raise UserError(
-                f"--source {config.source}: nothing is left; rejected: {found or 'no document'}; "
+                f"--source {config.source[0]}: nothing is left; rejected: {found}; "
                 "a reason is an option to loosen, but for syntax (is it Python 3?) and no code"
             )
         if stage.ranks.rank == 0:
@@ -107,7 +107,7 @@ def quality_cut(config: Config, stage: Stage) -> float:
     quality = np.concatenate([np.load(f) for f in sorted(stage.scratch.glob("quality-*.npy"))])
     if np.isnan(quality).any():
         raise UserError(
-            f"--source {config.source}: {np.isnan(quality).sum():,} documents without `quality`; "
+            f"--source {config.source[0]}: {np.isnan(quality).sum():,} documents lack `quality`; "
             "run `python -m data.classify score` on it first"
         )
     share = share_cut(quality, config.keep_frac) if len(quality) and config.keep_frac < 1 else 0.0

@@ -34,7 +34,7 @@ class Config:
     """Measure the bits per byte that a model gives to documents."""
 
     checkpoint: Path  # run or checkpoint folder
-    source: Path  # documents: a file, or a folder of shards
+    source: tuple[Path, ...]  # documents, files or folders; may be given several times
     out: Path | None = None  # JSON file to write
     device: str = "auto"  # auto, cpu or cuda
 
@@ -81,9 +81,9 @@ def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
 
 def main() -> None:
     config = parse(Config)
-    texts = [record["text"] for record in read_documents([config.source])]
+    texts = [record["text"] for record in read_documents(config.source)]
     if not texts:
-        raise UserError(f"--source {config.source}: no document there; name a folder with some")
+        raise UserError(f"--source {config.source[0]}: no document there; name a folder with some")
     model, tokenizer, folder = load_model(config.checkpoint, config.device)
     ids = [tokenizer.encode(text) for text in texts]
     nats = token_nats(model, tokenizer.end_of_text, ids)

@@ -26,7 +26,7 @@ MAX_SHARE = 0.2  # of the held-out bytes that one package may be
 class Config:
     """Write the documents of held-out packages, or those of all others."""
 
-    source: Path  # documents: a file, or a folder of shards
+    source: tuple[Path, ...]  # documents, files or folders; may be given several times
     out: Path  # folder to write
     heldout_mb: float = 1.0  # megabytes of text to hold out
     keep: str = "rest"  # which side to write: rest or heldout
@@ -36,7 +36,7 @@ def holdout(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError if a side would be empty."""
     if config.keep not in ("rest", "heldout"):
         raise UserError(f"--keep {config.keep!r}: want rest or heldout")
-    with Stage(config, source_shards(config.source)) as stage:
+    with Stage(config, source_shards(*config.source)) as stage:
         sizes = total(stage.map("weigh", stage.shards, weigh))
         chosen = choose(sizes, config.heldout_mb * 1e6)
         if not 0 < len(chosen) < len(sizes):

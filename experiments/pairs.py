@@ -28,7 +28,7 @@ MAX_CHARS = 1200  # of a pair; 256 tokens hold about 750 at a vocabulary of 4k
 class Config:
     """Cut documented functions out of raw code, as pairs of prompt and solution."""
 
-    source: Path  # documents: a file, or a folder of shards
+    source: tuple[Path, ...]  # documents, files or folders; may be given several times
     out: Path  # folder to write
 
 
@@ -54,11 +54,11 @@ def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
 
 def pairs(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError if there is no pair."""
-    with Stage(config, source_shards(config.source)) as stage:
+    with Stage(config, source_shards(*config.source)) as stage:
         count = total(stage.map("pairs", stage.shards, cut_shard))
         [chosen] = stage.map("choose", [len(stage.shards)], choose)
         if not chosen["documents"]:
-            raise UserError(f"--source {config.source}: no documented function in it ({count})")
+            raise UserError(f"--source {config.source[0]}: no documented function in it ({count})")
         stage.map("write", chosen.pop("items"), write_chosen)
         return stage.finish({**chosen, **count})
 

@@ -178,7 +178,7 @@ def settings(source: Path, endpoint=None, **more) -> Config:
     if endpoint:
         more = {"labeller": "llm", "model": "m", "base_url": endpoint.url, "budget_tokens": 10**9,
                 "backoff_s": 0.001, "timeout_s": 0.3, **more}  # fmt: skip
-    return Config(**{"source": source, "out": out, **more})
+    return Config(**{"source": (source,), "out": out, **more})
 
 
 def shards(folder: Path) -> dict[str, bytes]:

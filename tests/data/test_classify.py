@@ -57,7 +57,7 @@ def labelled(tmp_path_factory) -> Path:
             text = teaching(i) if i % 2 else glue(i)
             writer.write(document(text, f"code:package{i // 3}/file{i}.py"))
     assert writer.shards > 1
-    annotate(AnnotateConfig(source=root / "raw", out=root / "labels"))
+    annotate(AnnotateConfig(source=(root / "raw",), out=root / "labels"))
     return root / "labels"
 
 
@@ -239,7 +239,7 @@ def test_scores_then_the_filters_cut(trained, labelled, tmp_path):
     assert min(good) > 0.5 > max(bad)
     assert sum(summary["from_quality"].values()) == 60
     config = data.filter.Config(
-        source=tmp_path / "scored", out=tmp_path / "kept", keep_frac=0.5, rules=False
+        source=(tmp_path / "scored",), out=tmp_path / "kept", keep_frac=0.5, rules=False
     )
     filtered = filter_documents(config)
     assert filtered["documents"] == 30
@@ -248,8 +248,8 @@ def test_scores_then_the_filters_cut(trained, labelled, tmp_path):
 
 
 def test_the_filter_wants_qualities_where_it_cuts_by_them(labelled, tmp_path):
-    config = data.filter.Config(source=labelled, out=tmp_path / "kept", min_quality=0.5)
-    with pytest.raises(UserError, match="60 documents without `quality`"):
+    config = data.filter.Config(source=(labelled,), out=tmp_path / "kept", min_quality=0.5)
+    with pytest.raises(UserError, match="60 documents lack `quality`"):
         filter_documents(config)
 
 

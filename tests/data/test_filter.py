@@ -215,7 +215,7 @@ def test_a_run_counts_samples_and_keeps(tmp_path):
     short = [f"x = {i}\n" for i in range(9)]
     source = write_source(tmp_path / "raw", [GOOD, licensed, *bad, *short])
     (source / "x.jsonl").write_text("{\n")
-    summary = filter_documents(Config(source=source, out=tmp_path / "out"))
+    summary = filter_documents(Config(source=(source,), out=tmp_path / "out"))
     expected = dict.fromkeys(REJECTED, 1) | {"min_chars": 9}
     assert summary["rejected"] == expected
     assert summary["documents"] == 2
@@ -238,19 +238,19 @@ def test_quality_cuts_before_the_rules(tmp_path):
     scored = [document(f"{GOOD}# {i}\n", f"{i}", quality=i / 10) for i in range(10)]
     source.write_text("".join(json.dumps(d) + "\n" for d in scored))
     for options, kept in [({"keep_frac": 0.3}, 3), ({"min_quality": 0.5}, 5)]:
-        summary = filter_documents(Config(source, tmp_path / "out", **options))
+        summary = filter_documents(Config((source,), tmp_path / "out", **options))
         assert summary["documents"] == kept
         assert summary["rejected"] == {"min_quality": 10 - kept}
         assert [d["quality"] for d in read_documents([tmp_path / "out"])] == [
             i / 10 for i in range(10 - kept, 10)
         ]  # for data.dedup
     source.write_text(json.dumps(document(GOOD, "unscored")) + "\n")
-    with pytest.raises(UserError, match="1 documents without `quality`"):
-        filter_documents(Config(source, tmp_path / "out", keep_frac=0.3))
+    with pytest.raises(UserError, match="1 documents lack `quality`"):
+        filter_documents(Config((source,), tmp_path / "out", keep_frac=0.3))
 
 
 def test_where_nothing_is_left_the_error_says_why(tmp_path):
     texts = [UNDOCUMENTED, UNDOCUMENTED + "\n", "x = 1\n", "print 'x'" * 60]
     source = write_source(tmp_path / "bad", texts)
     with pytest.raises(UserError, match="2 min_doc_frac, 1 min_chars, 1 max_line_chars"):
-        filter_documents(Config(source, tmp_path / "out"))
+        filter_documents(Config((source,), tmp_path / "out"))

@@ -19,7 +19,7 @@ def test_packages_go_to_one_side_as_a_whole(tmp_path):
     sides = {}
     for keep in ("rest", "heldout"):
         out = tmp_path / keep
-        summary = holdout(Config(source, out, heldout_mb=0.005, keep=keep))
+        summary = holdout(Config((source,), out, heldout_mb=0.005, keep=keep))
         found = list(read_documents([out]))
         assert summary["documents"] == len(found)
         assert summary == json.loads((out / "summary.json").read_text())
@@ -42,4 +42,4 @@ def test_more_is_a_superset():
 ])  # fmt: skip
 def test_what_cannot_be(corpus, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        holdout(Config(corpus, tmp_path / "out", **options))
+        holdout(Config((corpus,), tmp_path / "out", **options))

@@ -35,17 +35,17 @@ def test_every_document_once_on_one_side(corpus, tokens):
 
 def test_bad_input_leaves_the_old_output(corpus, tokens, tmp_path, in_process):
     out = tmp_path / "out"
-    arguments, good = ["--out", out], ["--tokenizer", tokens]
-    assert in_process(pack.main, *arguments, *good, "--source", corpus)[0] == 0
+    arguments = ["--tokenizer", tokens, "--out", out]
+    assert in_process(pack.main, *arguments, "--source", corpus)[0] == 0
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "empty.jsonl").write_text("")
     for args, message in [
-        ([*good, "--source", tmp_path / "bad.jsonl"], "quarantined: 1 not JSON"),
-        ([*good, "--source", tmp_path / "empty.jsonl"], "no document in the train split"),
-        ([*good, "--source", corpus, "--val_frac", 0], "--val_frac 0.0"),
-        ([*good, "--source", corpus, "--epochs", 1, "--epochs", 2], "got 2 for 1 sources"),
-        ([*good, "--source", corpus, "--weight", 0], "got 0, want more"),
+        (["--source", tmp_path / "bad.jsonl"], "quarantined: 1 not JSON"),
+        (["--source", tmp_path / "empty.jsonl"], "no document in the train split"),
+        (["--source", corpus, "--val_frac", 0], "--val_frac 0.0"),
+        (["--source", corpus, "--epochs", 1, "--epochs", 2], "got 2 for 1 sources"),
+        (["--source", corpus, "--weight", 0], "got 0, want more"),
         (["--source", corpus, "--tokenizer", tmp_path], "no tokenizer at"),
     ]:
         status, _, stderr = in_process(pack.main, *arguments, *args)

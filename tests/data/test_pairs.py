@@ -83,7 +83,7 @@ def test_what_lines_cannot_cut_is_left_out(text):
 def test_a_run(tmp_path):
     long = SOURCE.replace("return self.n", "return self.n + " + " + ".join(["self.n"] * 400))
     source = write_source(tmp_path / "raw", [SOURCE, SOURCE + "\n# again\n", long, "print 'x'\n"])
-    summary = pairs(Config(source=source, out=tmp_path / "out"))
+    summary = pairs(Config(source=(source,), out=tmp_path / "out"))
     found = list(read_documents([tmp_path / "out"]))
     assert [d["entry_point"] for d in found] == ["up", "outer", "inner"]
     assert [d["origin"] for d in found] == ["code:0.py:8", "code:0.py:22", "code:0.py:25"]

@@ -59,7 +59,7 @@ def test_labels_with_a_schema(server, tmp_path):
             text = f'def add_{i}(x):\n    """Add {i} to x."""\n    return x + {i}\n'
             writer.write(document(text, f"code:{i}.py"))
     schema = {"type": "json_schema", "json_schema": {"name": "label", "schema": LABEL}}
-    more = {"source": tmp_path / "source", "labeller": "llm"}
+    more = {"source": (tmp_path / "source",), "labeller": "llm"}
     more["extra"] = json.dumps({"response_format": schema})
     config = annotate.Config(**options(server, tmp_path, **more))
     assert annotate.annotate(config)["documents"] == 3
