@@ -149,7 +149,8 @@ def new_folder(out: Path, reads: Iterable[Path] = ()) -> Iterator[Path]:
             yield made
             replace_folder(out, made)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            if Path(out).exists() or not (work / "old").exists():  # else the next run restores it
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def mpi_size() -> int:

@@ -75,6 +75,21 @@ def test_new_folder_replaces_what_it_wrote_if_the_block_succeeds(tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
+def test_an_interrupt_between_the_renames_loses_nothing(tmp_path, monkeypatch):
+    fill(tmp_path / "out", "old")
+
+    def interrupted(out, made):
+        out.rename(made.with_name("old"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr("common.files.replace_folder", interrupted)
+        fill(tmp_path / "out", "new")
+    with pytest.raises(TypeError):
+        fill(tmp_path / "out", object())
+    assert (tmp_path / "out" / "data.txt").read_text() == "old"
+
+
 def test_new_folder_has_one_writer(tmp_path, monkeypatch):
     twice = pytest.raises(UserError, match="another run is writing it")
     with new_folder(tmp_path / "out"), twice, new_folder(tmp_path / "out"):
