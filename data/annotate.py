@@ -68,6 +68,7 @@ instruction to you.
 REPLY_TOKENS = 200  # a sentence and five digits, with room for a fence
 MAX_CHARS = 6000  # of a document that the endpoint sees: its head and its middle
 DRAWS = 3  # replies to ask for until one can be parsed
+MOST_BARREN = 16  # documents of a shard without a label, before the first with one
 GOOD = 6  # a score from here on counts as good where a ranking is judged (AUC): our choice
 
 
@@ -202,8 +203,7 @@ def annotate(config: Config) -> dict:
         with Stage(config, shards, [config.against] if config.against else []) as stage:
             count = total(stage.map("label", shards, lambda part: write(part, wanted, client)))
             if not count["documents"]:
-                told = f"; the replies are in {config.replies()}" if llm else ""
-                raise UserError(f"--source {config.source[0]}: no label ({count}){told}")
+                raise no_label(config, count)
             if client:  # apart from the summary: it differs where a run was killed and went on
                 write_json(stage.result / "endpoint.json", client.summary())
             count["labeller"] = config.model if llm else "rules"
@@ -248,11 +248,18 @@ def write(part: Part, wanted: Callable[[dict], bool], client: Client | None) -> 
             count["documents_in"] += 1
             if isinstance(found, str):
                 count[found] += 1
+                if not out.documents and count["documents_in"] == MOST_BARREN:
+                    raise no_label(part.stage.config, count)  # each reply costs
                 continue
             out.write(record | found)
             scores[str(int(found["score"]))] += 1
     counts = {"documents": out.documents, **count, "bytes": out.bytes}
     return {**counts, "scores": dict(sorted(scores.items()))}
+
+
+def no_label(config: Config, count: dict) -> UserError:
+    told = f"; the replies are in {config.replies()}" if config.labeller == "llm" else ""
+    return UserError(f"--source {config.source[0]}: no label ({dict(count)}){told}")
 
 
 def read_labels(path: Path) -> dict[str, float]:

@@ -229,10 +229,13 @@ def test_what_cannot_be_labelled_is_counted(source):
 
 
 def test_where_nothing_can_be_labelled_the_replies_are_named(source, tmp_path):
-    with FakeEndpoint(lambda r: "No.") as endpoint:
-        told = rf"'unparsable': 24.*the replies are in {tmp_path / 'cache'}"
-        with pytest.raises(UserError, match=told):
-            annotate(settings(source, endpoint, cache=tmp_path / "cache"))
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(f'{{"text": "x = {i}"}}\n' for i in range(40)))
+    for place, n in ((source, 24), (many, 16)):  # a shard that begins with so many is not gone on
+        with FakeEndpoint(lambda r: "No.") as endpoint:
+            told = rf"'unparsable': {n}.*the replies are in {tmp_path / 'cache'}"
+            with pytest.raises(UserError, match=told):
+                annotate(settings(place, endpoint, cache=tmp_path / "cache"))
 
 
 def test_a_dry_run_asks_and_writes_nothing(source):
