@@ -48,12 +48,15 @@ def source_shards(*sources: Path) -> list[Path]:
 def shard_files(folder: Path) -> list[Path]:
     """List the shards in a folder and those below it, sorted; of an output of ours, its own alone.
 
-    What is hidden is left out, and links to folders are not followed.
+    What is hidden is left out, and outputs of ours below another's folder: a stage's input may be
+    beside its output. Links to folders are not followed.
     """
     found = []
     for where, folders, files in os.walk(folder):
-        found += [Path(where, f) for f in files if f.endswith(FORMATS) and f[0] != "."]
-        folders[:] = [] if MARK in files else [f for f in folders if f[0] != "."]
+        ours = MARK in files
+        if not ours or where == str(folder):
+            found += [Path(where, f) for f in files if f.endswith(FORMATS) and f[0] != "."]
+        folders[:] = [] if ours else [f for f in folders if f[0] != "."]
     return sorted(found)
 
 

@@ -10,7 +10,7 @@ import re
 import pytest
 import zstandard
 
-from common.files import MAX_LINE_BYTES
+from common.files import MARK, MAX_LINE_BYTES
 from data.base.documents import document, source_shards
 from data.base.readers import decode, post_text, read_documents, read_documents_of
 
@@ -177,6 +177,15 @@ def test_encodings(tmp_path, data, text):
     else:
         with pytest.raises(UnicodeDecodeError):
             decode(data)
+
+
+def test_outputs_below_a_source_are_no_shards_of_it(tmp_path):
+    for name in ("raw", "raw/removed", "mine/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.jsonl").touch()
+    (tmp_path / "raw" / MARK).touch()
+    assert source_shards(tmp_path) == [tmp_path / "mine" / "deep" / "a.jsonl"]
+    assert source_shards(tmp_path / "raw") == [tmp_path / "raw" / "a.jsonl"]
 
 
 def test_what_is_no_file_is_quarantined(tmp_path):
