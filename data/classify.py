@@ -50,6 +50,8 @@ FIELDS = {"feature": "feature", "threshold": "threshold", "left": "children_left
           "right": "children_right", "value": "value"}  # of the file: of scikit-learn  # fmt: skip
 
 RIDGE = {"coef", "intercept"}
+LEAST_STD = 0.1  # of a feature, as a share of the median of its kind
+VOTES = (-0.25, 1.25)  # between which a ridge's lie: targets are from 0 to 1
 PENALTIES = np.logspace(-4, 3, 15)  # of the ridge, chosen by leaving out one document at a time
 
 # A forest: FIELDS, all [nodes] but roots [trees]; a leaf is its own child. Or RIDGE.
@@ -118,7 +120,11 @@ def regress(x: np.ndarray, target: np.ndarray, widths: list[int]) -> Head:
     from sklearn.linear_model import RidgeCV
 
     x = logs(x)
-    scale = (x.std(0) + 1e-9) * np.sqrt(np.repeat(widths, widths))
+    std = x.std(0)
+    # A column that hardly varies here would weigh heavily where it does elsewhere.
+    blocks = np.split(std, np.cumsum(widths)[:-1])
+    std = np.concatenate([np.maximum(s, LEAST_STD * np.median(s) + 1e-9) for s in blocks])
+    scale = std * np.sqrt(np.repeat(widths, widths))
     fitted = RidgeCV(PENALTIES).fit((x - x.mean(0)) / scale, target)
     coef = fitted.coef_ / scale
     return {"coef": coef, "intercept": fitted.intercept_ - x.mean(0) @ coef}
@@ -132,7 +138,8 @@ def logs(x: np.ndarray) -> np.ndarray:
 def predict(forest: Head, x: np.ndarray) -> np.ndarray:
     """Return votes float64 [n] for x float32 [n, F]: a forest's mean, scikit-learn's to the bit."""
     if "coef" in forest:
-        return (logs(x) * forest["coef"]).sum(1) + forest["intercept"]
+        vote = (logs(x) * forest["coef"]).sum(1) + forest["intercept"]
+        return np.clip(vote, *VOTES)
     rows = np.arange(len(x))[:, None]
     node = np.broadcast_to(forest["roots"], (len(x), len(forest["roots"])))  # [n, trees]
     while True:
@@ -317,7 +324,7 @@ def score_shard(part: Part, classifier: Classifier) -> dict:
     with part.writer() as out:
         for batch in batched(part.documents(), BATCH):
             for record, q in zip(batch, classifier.quality([r["text"] for r in batch])):
-                quality = round(float(q), 4)
+                quality = round(float(q), 6)
                 out.write(record | {"quality": quality})
                 tenths[str(int(10 * quality) / 10)] += 1
     return {"documents": out.documents, "bytes": out.bytes, "from_quality": tenths}
@@ -339,6 +346,8 @@ def main() -> None:
         f"{KEEP_FRAC:.0%}, {s['precision_at_kept']:.0%} are good, of all {s['share_of_good']:.0%}, "
         f"F1 {s['f1_at_kept']}, Spearman {s['spearman']}; {s['mb_per_s']:.3g} MB/s of features"
     )  # fmt: skip
+    if not s["auc_ci95"][0] > 0.5:
+        say("it ranks these labels no better than chance may: do not cut by its quality")
     if s["labellers"].keys() == {"rules"}:
         say("the labels are the rules' own: this AUC shows that the plumbing works, nothing more")
 

@@ -10,6 +10,7 @@ has another.
 
 import ast
 import contextlib
+import hashlib
 import html
 import io
 import json
@@ -17,6 +18,7 @@ import os
 import re
 import sqlite3
 import sys
+import textwrap
 import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -85,14 +87,14 @@ def _document(record: dict, origin: str) -> dict:
     if "\0" in text:
         raise UserError("NUL")
     json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # it must be written again
-    *strings, sha256 = (record.get(key) for key in ("text", "origin", "id", "sha256"))
-    if not all(isinstance(s, str) for s in (*strings, sha256)) or strings[-1] != sha256[:16]:
-        where = [record.get(key) for key in THE_STACK_ORIGIN]
-        return document(text, "/".join(where) if all(isinstance(w, str) for w in where) else origin)
-    made = document(text, record["origin"])
-    if sha256 != made["sha256"]:
+    sha256, given = hashlib.sha256(text.encode()).hexdigest(), record.get("sha256")
+    if given == sha256 and isinstance(record.get("origin"), str):
+        return record | document(text, record["origin"])
+    if isinstance(given, str) and record.get("id") == given[:16]:  # as of our documents alone
         raise UserError("wrong sha256")
-    return record | made
+    where = [record.get(key) for key in THE_STACK_ORIGIN]
+    named = "/".join(where) if all(isinstance(w, str) for w in where) else origin
+    return document(text.removeprefix("\ufeff"), named)
 
 
 def decode(data: bytes) -> str:
@@ -105,7 +107,7 @@ def decode(data: bytes) -> str:
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         return data.decode(encoding)
-    except (SyntaxError, LookupError) as e:
+    except (SyntaxError, LookupError, UnicodeError) as e:
         raise UnicodeDecodeError("utf-8", data[:100], 0, 1, str(e)) from None
 
 
@@ -199,8 +201,8 @@ def _store(db: sqlite3.Connection, post: dict[str, str]) -> str:
             return "not about Python"
         if "ClosedDate" in post:
             return "closed, as duplicates are"
-        row = int(post["Id"]), int(post.get("AcceptedAnswerId", 0))
-        text = f"# {post.get('Title', '').strip()}\n\n{post_text(body)}"
+        row = int(post["Id"]), int(post.get("AcceptedAnswerId") or 0)
+        text = f"# {post.get('Title', '').strip() or 'Question'}\n\n{post_text(body)}"
         db.execute("insert or replace into questions values (?, ?, ?)", (*row, text))
         return ""
     known = "select q.accepted = ?, a.accepted, a.votes from questions q left join answers a "
@@ -208,7 +210,7 @@ def _store(db: sqlite3.Connection, post: dict[str, str]) -> str:
         f"{known} on question = id where id = ?", (int(post["Id"]), int(post.get("ParentId", 0)))
     ).fetchone()
     if not found:
-        return "answer to a question left out"
+        return "answer without its question"
     accepted, *other = found
     if other[0] is not None and (accepted, votes) <= tuple(other):
         return "answer that is not the best"
@@ -237,6 +239,7 @@ def _markdown(tag: re.Match) -> str:
 
 
 def fenced(code: str) -> str:
+    code = textwrap.dedent(code)
     try:
         language = "python" if ast.parse(code).body else ""
     except (SyntaxError, ValueError, RecursionError, MemoryError):

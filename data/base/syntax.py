@@ -146,6 +146,9 @@ def join_blocks(text: str) -> tuple[str, int]:
               if re.match(r"\s*```\W*(py|$)", found[0], re.IGNORECASE | re.MULTILINE)]  # fmt: skip
     good = []
     for block in blocks:
+        if block.startswith(">>>"):  # a session: what was typed
+            typed = (line for line in block.split("\n") if line.startswith((">>>", "...")))
+            block = "".join(f"{line[4:]}\n" for line in typed)
         with contextlib.suppress(SyntaxError):
             parse_python(block)
             good.append(block)

@@ -166,6 +166,18 @@ def test_a_ridge_finds_the_few_features_that_tell(tmp_path):
     assert np.corrcoef(votes, truth)[0, 1] > np.corrcoef(unweighted, truth)[0, 1] + 0.02
 
 
+def test_a_ridge_is_not_led_by_what_hardly_varied(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 9)).astype(np.float32)
+    x[:, 8] *= 1e-6  # a dead dimension of an encoder, or a share that is 1 in nearly all documents
+    y = 0.5 + 0.1 * x[:, 0] + 1e5 * x[:, 8]
+    ridge = classify.regress(x, y, [9])
+    x[:, 8] += 0.01
+    assert np.abs(classify.predict(ridge, x) - y).max() < 0.5
+    x[0, 0] = 1e9  # unlike anything seen
+    assert classify.predict(ridge, x)[0] == 1.25
+
+
 def test_the_interval_counts_packages_not_files():
     rng = np.random.default_rng(1)
     y = np.arange(200) % 2 == 1

@@ -81,10 +81,20 @@ for item, group in itertools.groupby(items):
     count = sum(1 for _ in group)
     print(item, count if count > 1 else "once")
 """
+SESSION = """>>> def repeated(items):
+...     counts = {}
+...     for x in items:
+...         counts[x] = counts.get(x, 0) + 1
+...     return {x: n for x, n in counts.items() if n > 1}
+...
+>>> repeated([1, 1, 2])
+{1: 2}
+"""
 POSTS = {
     "answered": (QUESTION + FENCED.format(GOOD), ""),
     "a script": (QUESTION + FENCED.format(SCRIPT), ""),
     "one block of two": (QUESTION + FENCED.format(SCRIPT + "```\n\n```\nprint 1\n"), ""),
+    "a session": (QUESTION + FENCED.format(SESSION).replace("```python", "```"), ""),
     "Python 2": (QUESTION + FENCED.format("print 'hello'\n"), "syntax"),
     "prose": (QUESTION + "\n\n## Answer\n\n" + "Count one by one in a loop. " * 20, "no code"),
     "a shell": (QUESTION + FENCED.format("x = 1\n").replace("```python", "```bash"), "no code"),

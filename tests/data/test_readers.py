@@ -38,7 +38,7 @@ POSTS = b"""<?xml version="1.0" encoding="utf-8"?>
 """  # noqa: E501
 LEFT_OUT = {"neither question nor answer": 1, "answer that is not the best": 2, "of low score": 2,
             "closed, as duplicates are": 1, "not about Python": 1, "malformed": 1,
-            "answer to a question left out": 1, "question without an answer": 1}  # fmt: skip
+            "answer without its question": 1, "question without an answer": 1}  # fmt: skip
 
 
 def lines(*records) -> bytes:
@@ -116,6 +116,7 @@ def test_a_question_about_python_comes_with_its_best_answer(tmp_path):
         ("a<br>b<br/>c<hr />d", "a\nb\nc\n\nd\n"),
         ("a <pre class='x'><code>if x:\n    y &lt; <b>z</b>\n\n\n    w</code></pre>b",
          "a\n\n```python\nif x:\n    y < z\n\n\n    w\n```\n\nb\n"),
+        ("<pre>    if x:\n        y</pre>", "```python\nif x:\n    y\n```\n"),
         ("<pre>$ ls -l</pre>", "```\n$ ls -l\n```\n"),
         ("<pre><pre>never closed", "```\nnever closed\n```\n"),
         ('<a href="x" title="y">link</a> &amp;amp; <code>k</code>', "link &amp; `k`\n"),
@@ -137,6 +138,7 @@ BOTH = {"text": None, "content": "x = 1\n", "sha256": "00", "origin": "theirs", 
     [
         ("a.jsonl", lines(BOTH)),
         ("a.jsonl", b"\xef\xbb\xbf" + lines(BOTH)),
+        ("a.jsonl", lines(BOTH | {"content": "\ufeffx = 1\n"})),
         ("a.json.gz", lines(BOTH)),
         ("a.ndjson", lines(BOTH)),
         ("a.ndjson.zst", lines(BOTH)),
@@ -168,6 +170,7 @@ def test_padding_behind_a_compressed_file_loses_nothing(tmp_path, end, tail):
         ("x = 'é'\n".encode("utf-16"), "x = 'é'\n"),
         ("x = 'é'\n".encode("utf-8-sig"), "x = 'é'\n"),
         (b"# coding: nonsense\n", None),
+        (b"# coding: undefined\n", None),
         ("x = 'é'\n".encode("latin-1"), None),
     ],
 )  # fmt: skip
