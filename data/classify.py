@@ -9,8 +9,8 @@
 The paper (section 2.1) trains a random forest on the output embedding of a pretrained codegen model
 to predict GPT-4's labels. PAPER: pooling, model size and threshold are undisclosed. Ours: the mean
 of a --checkpoint's hidden states, of a Hugging Face --encoder's with the syntax tree, or the tree
-alone; see base/features.py. A ridge regression ranks better than the forest on few labels and an
-encoder's many features, so it is the default there (LOG.md).
+alone; see base/features.py. With an encoder the default is a ridge regression: on 241 labels its
+AUC is .946, the forest's .904, with intervals that overlap (LOG.md).
 
 `train` learns the labels' scores, which ranks better than learning whether they reach --good
 (LOG.md). AUC, precision and the calibration of votes to probabilities are about reaching it, by

@@ -108,8 +108,9 @@ def write(config: Config, out: Path) -> dict:
     seen = leave_families_out(outputs, dropped) if config.unseen else outputs
     problems = hold_out(seen, config.heldout, benchmarks, asked)
     train = {task: v for task, v in seen.items() if str(task) not in problems}
-    how = config.count, config.seed, benchmarks, dropped, told, config.concepts
-    exercises = list(draw(train, *how))
+    exercises = list(
+        draw(train, config.count, config.seed, benchmarks, dropped, told, config.concepts)
+    )
     hidden = {
         solution_key(p["prompt"] + p["canonical_solution"])
         for p in [*problems.values(), *unseen.values()]

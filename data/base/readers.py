@@ -4,13 +4,11 @@
     .parquet                    rows with `text` or `content`, as in The Stack (extra: parquet)
     Posts.xml (.gz, .zst)       StackExchange's dump: questions about Python, with their best answer
 
-Everything streams. A document of our own is known by its id and sha256, and left out if its text
-has another.
+Everything streams. A document of our own has an origin and the sha256 of its text, and keeps all
+of its fields; one whose id says that its text was another is left out.
 """
 
-import ast
 import contextlib
-import hashlib
 import html
 import io
 import json
@@ -28,6 +26,7 @@ from xml.etree.ElementTree import ParseError, XMLPullParser
 from common.config import UserError
 from common.files import DAMAGED, SUFFIXES, Bad, chunks, json_lines
 from data.base.documents import WANTED, as_utf8, document, source_shards
+from data.base.syntax import parse_python
 
 PARQUET_ROWS = 64  # decoded at once
 TEXTS = ("text", "content")  # fields that may hold a document's text, the first that does
@@ -87,14 +86,15 @@ def _document(record: dict, origin: str) -> dict:
     if "\0" in text:
         raise UserError("NUL")
     json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # it must be written again
-    sha256, given = hashlib.sha256(text.encode()).hexdigest(), record.get("sha256")
-    if given == sha256 and isinstance(record.get("origin"), str):
-        return record | document(text, record["origin"])
+    made, given = document(text, origin), record.get("sha256")
+    if given == made["sha256"] and isinstance(record.get("origin"), str):
+        return record | made | {"origin": record["origin"]}
     if isinstance(given, str) and record.get("id") == given[:16]:  # as of our documents alone
         raise UserError("wrong sha256")
     where = [record.get(key) for key in THE_STACK_ORIGIN]
-    named = "/".join(where) if all(isinstance(w, str) for w in where) else origin
-    return document(text.removeprefix("\ufeff"), named)
+    if all(isinstance(w, str) for w in where):
+        made["origin"] = "/".join(where)
+    return document(text[1:], made["origin"]) if text.startswith("\ufeff") else made
 
 
 def decode(data: bytes) -> str:
@@ -239,9 +239,7 @@ def _markdown(tag: re.Match) -> str:
 
 
 def fenced(code: str) -> str:
-    code = textwrap.dedent(code)
-    try:
-        language = "python" if ast.parse(code).body else ""
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        language = ""
+    code, language = textwrap.dedent(code), ""
+    with contextlib.suppress(SyntaxError):
+        language = "python" * bool(parse_python(code).body)
     return f"```{language}\n{code}\n```"
