@@ -15,6 +15,8 @@ LADDER_SET ?= experiments/ladder_cpu
 # Your files of the benchmarks; without either, the pruned rungs are left out.
 HUMANEVAL  ?=
 MBPP       ?=
+benchmarks  = $(patsubst %,--benchmarks %,$(HUMANEVAL) $(MBPP))
+ENCODER    ?=
 FIGURES    ?= records/$(notdir $(LADDER_SET))
 # One bar in place of all.
 BAR        ?=
@@ -22,11 +24,10 @@ BAR        ?=
 sources ?= stdlib site-packages
 include $(LADDER_SET)/ladder.mk
 
-# A rung is trained on data/tokens/RUNG for base_steps + finetune_steps, or, written RUNG:TOKENS, on
-# textbooks for base_steps (this is run base, and a bar too) and then on TOKENS for finetune_steps.
+# A rung is trained on data/tokens/RUNG for base_steps + finetune_steps; a finetuned one on textbooks
+# for base_steps (this is run base, and a bar too) and then on tokens/RUNG for finetune_steps.
 direct    := raw filtered classified textbooks
-finetuned := exercises:exercises varied:exercises_varied damaged:exercises_damaged pairs:pairs \
-  pruned95:pruned_95 pruned90:pruned_90 pruned85:pruned_85 pruned80:pruned_80
+finetuned := exercises replay varied blend damaged pairs pruned95 pruned80
 
 # $(call job,FILE,NEEDS,COMMAND): the rule of FILE, which COMMAND makes from the files NEEDS. (Make
 # 4.3's $(file <) keeps the newline at times, hence strip.)
@@ -51,26 +52,26 @@ $(call data,heldout_code,collected,experiments.holdout --source $D/collected --h
   --keep heldout)
 $(call data,filtered,raw,data.filter --source $D/raw)
 $(call data,labels,raw,data.annotate --source $D/raw --labeller rules --sample $(labels))
-# On syntax trees: hidden states of a model of 2.6M parameters were no better (LOG.md).
-$(call data,forest,labels,data.classify train --source $D/labels)
+# On the states of the Hugging Face model in the folder ENCODER, as in the paper, or on syntax trees.
+$(call data,forest,labels,data.classify train --source $D/labels --head forest \
+  $(ENCODER:%=--encoder %))
 $(call data,scored,raw forest,data.classify score --source $D/raw --forest $D/forest)
 # The classifier decides alone, as in the paper.
 $(call data,classified,scored,data.filter --source $D/scored --keep_frac 0.2 --rules=false)
 $(call data,textbooks,,data.synthesize textbooks --count $(textbooks))
 $(call data,pairs,raw,experiments.pairs --source $D/raw)
 
-exercise = data.exercises --count $(exercises) --heldout $(heldout) --unseen $(unseen) \
-  $(exercise_options)
+# No exercise solves a problem of the benchmarks.
+exercise = data.exercises --count $(exercises) --heldout $(heldout) --unseen $(unseen) --concepts \
+  $(benchmarks)
 $(call data,exercises,,$(exercise))
-$(call data,exercises_varied,,$(exercise) --forms varied)
-$(call data,exercises_damaged,,$(exercise) --damage_frac 0.5)
+$(call data,varied,,$(exercise) --forms varied)
+$(call data,damaged,,$(exercise) --damage_frac 0.5)
 
+taus := $(patsubst pruned%,%,$(filter pruned%,$(finetuned)))
 # Exercises without those that resemble a benchmark's problem or a held-out exercise.
-taus := 95 90 85 80
-problem_files = $(HUMANEVAL) $(MBPP) $D/exercises/heldout.jsonl
-$(foreach tau,$(taus),$(call data,decontaminate_$(tau),exercises,data.decontaminate --source \
-  $D/exercises/train $(patsubst %,--benchmarks %,$(problem_files)) --tau 0.$(tau)))
-$(taus:%=$D/decontaminate_%/summary.json): $(HUMANEVAL) $(MBPP)
+$(foreach tau,$(taus),$(call data,pruned$(tau),exercises,data.decontaminate --tau 0.$(tau) \
+  --source $D/exercises/train --benchmarks $D/exercises/heldout.jsonl $(benchmarks)))
 
 $(call data,tokenizer,raw textbooks exercises,tokenizer.train --source $D/raw \
   --source $D/textbooks --source $D/exercises/train --vocab_size $(vocab_size) \
@@ -79,10 +80,11 @@ $(call data,tokenizer,raw textbooks exercises,tokenizer.train --source $D/raw \
 # $(call pack,TOKENS,FOLDERS,OPTIONS): the rule of data/tokens/TOKENS, packed from data/FOLDERS.
 pack = $(call data,tokens/$(1),tokenizer $(2:%/train=%),data.pack $(2:%=--source $D/%) \
   --tokenizer $D/tokenizer --val_frac $(val_frac) $(3) --threads $(threads))
-$(foreach x,raw filtered classified pairs,$(call pack,$(x),$(x)))
-$(foreach x,exercises exercises_varied exercises_damaged,$(call pack,$(x),$(x)/train))
-$(foreach tau,$(taus),$(call pack,pruned_$(tau),decontaminate_$(tau)))
+$(foreach x,raw filtered classified pairs $(taus:%=pruned%),$(call pack,$(x),$(x)))
+$(foreach x,exercises varied damaged,$(call pack,$(x),$(x)/train))
 $(call pack,textbooks,classified textbooks,--weight 0.5 --weight 0.5)
+$(call pack,replay,exercises/train classified,--weight 0.8 --weight 0.2)
+$(call pack,blend,exercises/train varied/train,--weight 0.5 --weight 0.5)
 
 # ---- Runs
 
@@ -93,8 +95,7 @@ endif
 # $(call part,BAR,1, 2 or 3): its RUNG, SIZE or sSEED.
 part   = $(word $(2),$(subst -, ,$(1)))
 config = $(LADDER_SET)/$(call part,$(1),2).toml
-first  = $(firstword $(subst :, ,$(1)))
-known := $(direct) base $(foreach x,$(finetuned),$(call first,$(x)))
+known := $(direct) base $(finetuned)
 $(foreach bar,$(made),$(if $(and $(filter $(call part,$(bar),1),$(known)),$(call part,$(bar),3),\
   $(wildcard $(call config,$(bar)))),,$(error $(bar) is no bar: want RUNG-SIZE-sSEED, RUNG one of \
   $(known), SIZE.toml in $(LADDER_SET))))
@@ -110,8 +111,8 @@ both := $(shell echo $$(($(base_steps) + $(finetune_steps))))
 
 $(foreach rung,$(direct),$(foreach run,$(filter $(rung)-%,$(made)),$(call \
   train,$(run),$(rung),$(both))))
-$(foreach rung,$(finetuned),$(foreach run,$(filter $(call first,$(rung))-%,$(made)),$(call \
-  train,$(run),$(lastword $(subst :, ,$(rung))),$(finetune_steps),$(call base,$(run)))))
+$(foreach rung,$(finetuned),$(foreach run,$(filter $(rung)-%,$(made)),$(call \
+  train,$(run),$(rung),$(finetune_steps),$(call base,$(run)))))
 bases := $(foreach run,$(filter-out $(direct:%=%-%),$(made)),$(call base,$(run)))
 $(foreach run,$(sort $(bases)),$(call train,$(run),textbooks,$(base_steps)))
 
