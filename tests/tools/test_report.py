@@ -10,7 +10,6 @@ import pytest
 from common.config import UserError
 from eval.scores import score
 from tools import report
-from tools.report import Scores
 from train import TrainConfig
 
 
@@ -54,16 +53,18 @@ def write_scores(folder, solved: int, of: int, sets) -> None:
 
 def write_bar(out, rung: str, size: str, seed: int, solved: int) -> None:
     name, width = f"{rung}-{size}-s{seed}", {"small": 32, "large": 64}[size]
-    base = f"base-{size}-s{seed}" if rung not in ("raw", "base") else ""
+    base = f"base-{size}-s{seed}" if rung not in ("textbooks", "base") else ""
     if base and not (out / "runs" / base).exists():
         write_run(out / "runs" / base, "textbooks", 30, width=width)
     write_run(out / "runs" / name, rung, 60, base, width=width)
     folder = out / "rungs" / name
-    write_scores(folder, solved, 40, ["heldout", "humaneval"])
+    write_scores(folder, solved, 40, ["heldout"])
     write(folder / "bits.json", {"bits_per_byte": 2.25, "ci95": [2.0, 2.5]})
-    if rung == "exercises":
-        told = {"typos": {"drop": 0.25}, "quotes": {"problems": 0}}
-        write(folder / "robustness" / "results.json", {"perturbations": told})
+    bits = 1 if rung == "exercises" else 2  # a byte
+    tasks = {f"t/{i}": [bits * (100 + i), 100 + i, 0.75 if i else None] for i in range(9)}
+    gold = {"bits_per_byte": bits, "ci95": [bits - 0.5, bits + 0.5], "tasks": tasks}
+    write(folder / "gold" / "mbpp.json", {**gold, "preferred": 0.75, "preferred_ci95": [0.5, 1]})
+    write(folder / "gold" / "humaneval.json", {**gold, "preferred": None})  # no mutants
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +72,15 @@ def ladder(tmp_path_factory):
     out = tmp_path_factory.mktemp("ladder")
     for size, more in (("small", 0), ("large", 8)):
         write_bar(out, "exercises", size, 0, 20 + more)
-    write_bar(out, "raw", "small", 0, 0)
+    write_bar(out, "textbooks", "small", 0, 0)
     write_bar(out, "exercises", "small", 1, 10)
     write_bar(out, "pruned80", "small", 0, 5)
     (out / "rungs" / "pairs-small-s0").mkdir()  # not finished
+    mixed = [{"share": 0.5, "tokens": 1000}, {"share": 0.5, "tokens": 6000}]
+    write(out / "data/tokens/pruned80/summary.json", {"train_tokens": 7000, "mixture": mixed})
+    write(out / "data/tokens/exercises/summary.json", {"train_tokens": 3000})
+    write(out / "best/humaneval/results.json", {"pass_at": {"1": 0.5}, "fit": {"a": 1, "b": 1}})
+    write(out / "best/mbpp/results.json", {"pass@1": 0.5})
     rows = [{"task_id": f"<heldout>/{i}", "prompt": f"def f{i}():\n"} for i in range(40)]
     write(out / "data" / "exercises" / "heldout.jsonl", *rows)
     return out
@@ -97,37 +103,55 @@ def stands_alone(page: str) -> bool:
 
 
 def test_page_of_a_ladder(command, ladder, tmp_path):
-    command("--ladder", ladder, "--png", tmp_path, "--out", tmp_path / "page.html")
+    command("--ladder", ladder, "--best", ladder / "best", "--png", tmp_path, "--out",
+            tmp_path / "page.html")  # fmt: skip
     page = (tmp_path / "page.html").read_text()
     assert stands_alone(page)
     assert str(ladder) not in page
-    figures = {"exercises", "benchmarks", "code", "loss", "compute", "pruning"}
+    figures = {"gold", "steps", "mutants", "exercises", "passk"}
     assert {p.stem for p in tmp_path.glob("*.png")} == figures
     assert page.count("<svg") == len(figures)
     assert sum(p.stat().st_size for p in tmp_path.iterdir() if p.suffix != ".html") < 300_000
-    for word in ("exercises-small-s1", "0.00M textbooks + 0.01M exercises", "70.0 (54.6 - 81.9)",
-                 ">not run<", "phi-1", "not solved: E &amp; F", "return &lt;x&gt;",
-                 "<td>typos</td><td class=n>25</td>", "abc&lt;1&gt;"):  # fmt: skip
+    for word in ("0.00M textbooks + 0.01M exercises", "70.0 (54.6 - 81.9)", "37.5 (25.0 - 50.0)",
+                 "3.00 + 0.50", "-1.000 (-1.000 to -1.000) better", "not solved: E &amp; F",
+                 "return &lt;x&gt;", "abc&lt;1&gt;",
+                 "exercises-large-s0; completions in blue"):  # fmt: skip
         assert word in page, word
-    assert "exercises-large-s0; completions in blue" in page
-    assert "Problems: 40 heldout, 40 humaneval." in page
-    assert "pairs-small-s0" not in page
-    rungs = {r["name"]: r for r in json.loads((tmp_path / "ladder.json").read_text())}
-    assert len(rungs) == 5
-    told = rungs["exercises-large-s0"]
+    assert "pairs" not in page[: page.index("does <b>not</b>")]
+    told = json.loads((tmp_path / "ladder.json").read_text())
+    assert [m["name"] for m in told["rungs"]] == [
+        "textbooks-small-s0", "exercises-small-s0", "exercises-small-s1", "exercises-large-s0",
+        "pruned80-small-s0"]  # fmt: skip
     result = json.loads((ladder / "rungs/exercises-large-s0/heldout/results.json").read_text())
-    scores = [70, *(100 * x for x in result["ci95"])]
-    assert told["scores"]["heldout"] == pytest.approx(scores, 1e-4)
-    assert told["tokens"] == [["textbooks", 3000], ["exercises", 6000]]
-    assert told["train_s"] == 5.0
-    assert told["flops"] > 3 * rungs["raw-small-s0"]["flops"]  # more tokens, a larger model
+    large = told["rungs"][3]
+    assert large["scores"]["heldout"] == pytest.approx([70, *(100 * x for x in result["ci95"])], 1e-4)
+    assert large["tokens"] == [["textbooks", 3000], ["exercises", 6000]]
+    assert (large["epochs"], large["train_s"]) == ([2.0], 5.0)
+    steps = {(x["step"], x["measure"]): (x["value"], x["verdict"]) for x in told["steps"]}
+    for measure, value, verdicts in (("gold_humaneval", 1, ["better", "worse"]),
+                                     ("gold_mbpp", 1, ["better", "worse"]),
+                                     ("liked_mbpp", 0, ["not resolved"] * 2)):  # fmt: skip
+        assert steps.pop(("textbooks → exercises", measure)) == (-value, verdicts[0])
+        assert steps.pop(("exercises → pruned80", measure)) == (value, verdicts[1])
+    assert not steps
 
 
-def test_seeds_are_averaged(ladder):
-    found = Scores(ladder, None)
-    assert found.mean("heldout", "exercises", "small") == pytest.approx(100 * 15 / 40)
-    assert [m.name for m in found.models][:2] == ["raw-small-s0", "exercises-small-s0"]
-    assert found.models[-1].rung == "pruned80"
+@pytest.mark.parametrize(("seeds", "measure", "value", "verdict"), [
+    ([[-4, -8], [-4, -8]], "gold_mbpp", -0.3, "better"),  # of problems of 10 and 30 bytes
+    ([[4, 8], [4, 16]], "gold_mbpp", 0.4, "worse"),
+    ([[-6, -6], [2, 2]], "gold_mbpp", -0.1, "not resolved"),  # the seeds disagree
+    ([[-6, 2], [-6, 2]], "gold_mbpp", -0.1, "not resolved"),  # the problems disagree
+    ([[0.25, 0.75]], "liked_mbpp", 50, "better"),
+    ([[-0.25, -0.25]], "liked_mbpp", -25, "worse"),
+])  # fmt: skip
+def test_a_step_wants_problems_and_seeds_to_agree(seeds, measure, value, verdict):
+    at = 2 if measure.startswith("liked") else 0
+    before = {task: [40, size, 0.25] for task, size in (("a", 10), ("b", 30))}
+    after = [{task: [x + more * (i == at) for i, x in enumerate(before[task])]
+              for task, more in zip("ab", seed)} for seed in seeds]  # fmt: skip
+    unlike = {"c": [9, 9, None], **before}  # is left out
+    cell = report.difference([unlike] * len(seeds), after, measure)
+    assert (cell.value, cell.verdict) == (pytest.approx(value), verdict)
 
 
 def test_page_of_a_demo(command, tmp_path, capsys):
@@ -138,11 +162,10 @@ def test_page_of_a_demo(command, tmp_path, capsys):
     command("--demo", tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert stands_alone(page)
-    assert "then exercises" in page
     said = capsys.readouterr().out
-    row = r"^then exercises +0.00M filtered \+ 0.01M exercises +75.0 \(30.1 - 95.4\)"
+    row = r"^exercises +0.00M filtered \+ 0.01M exercises +75.0 \(30.1 - 95.4\)"
     assert re.search(row, said, re.MULTILINE)
-    assert said.index("\nthen exercises") < said.index("\npairs cut")
+    assert said.index("\nexercises") < said.index("\npairs cut")
 
 
 def test_nothing_to_report(command, tmp_path):
