@@ -30,17 +30,17 @@ from eval.scores import parse_folders
 
 LABELS = {  # of what a model is trained on, in the order of the figures
     "raw": "raw code", "filtered": "filtered by rules", "classified": "classified, best fifth",
-    "textbooks": "textbooks and code", "base": "base: not finetuned", "exercises": "exercises",
-    "replay": "replay: a fifth is code", "varied": "varied in form", "blend": "blend: half varied",
-    "damaged": "damaged: half are wrong", "shuffled": "shuffled docstrings", "raw_exercises":
-    "exercises after raw code", "pairs": "pairs cut from raw code", "pruned95": "pruned at .95",
-    "pruned80": "pruned at .80"}
-STEPS = ["raw → filtered", "filtered → classified", "classified → textbooks",
+    "textbooks": "textbooks and code", "mixture": "mixture of all", "base": "base: not finetuned",
+    "exercises": "exercises", "replay": "replay: a fifth is code", "varied": "varied in form",
+    "blend": "blend: half varied", "damaged": "damaged: half are wrong",
+    "shuffled": "shuffled docstrings", "raw_exercises": "exercises after raw code",
+    "pairs": "pairs cut from raw code", "pruned95": "pruned at .95", "pruned80": "pruned at .80"}
+STEPS = ["raw → filtered", "filtered → classified", "classified → textbooks", "textbooks → mixture",
          "textbooks → exercises", "textbooks → pairs", "pairs → exercises", "exercises → replay",
          "exercises → varied", "exercises → blend", "exercises → damaged",
          "exercises → pruned95", "exercises → pruned80"]
-SETS = {"humaneval": "HumanEval", "mbpp": "MBPP", "heldout": "held-out exercises",
-        "unseen": "unseen families"}
+SETS = {"humaneval": "HumanEval", "mbpp": "MBPP", "judge": "our benchmark",
+        "heldout": "held-out exercises", "unseen": "unseen families"}
 BITS, LIKED, PASS = "bits per byte\n← better", "preferred, %\nbetter →", "pass@1, %\nbetter →"
 # A model's scores: file, keys of a score and its interval, title, unit.
 MEASURES = {"bits": ("bits.json", "bits_per_byte", "ci95", "other real code", BITS)}
@@ -130,16 +130,15 @@ def page(title: str, body: str) -> str:
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
 
 
-def table(head: list[str], rows: list[list], words: int = 1) -> str:
-    """Return an HTML table; the columns after the first `words` are set to the right."""
-
-    def line(cells: list, tag: str) -> str:
-        kinds = [f"{tag} class=n" if i >= words else tag for i in range(len(cells))]
-        cells = [f"<{kind}>{escape(str(c))}</{tag}>" for kind, c in zip(kinds, cells)]
-        return f"<tr>{''.join(cells)}</tr>"
-
-    lines = [line(head, "th"), *(line(row, "td") for row in rows)]
-    return f"<div class=wide><table>{''.join(lines)}</table></div>"
+def table(lines: list[list], words: int = 1) -> str:
+    """Return an HTML table, its head first; columns after the first `words` are set to the right."""
+    text = ""
+    for i, cells in enumerate(lines):
+        tag = "td" if i else "th"
+        kinds = [f"{tag} class=n" if j >= words else tag for j in range(len(cells))]
+        cells = [f"<{kind}>{escape(str(x))}</{tag}>" for kind, x in zip(kinds, cells)]
+        text += f"<tr>{''.join(cells)}</tr>"
+    return f"<div class=wide><table>{text}</table></div>"
 
 
 def figure(draw: Callable, panels: list, *args, says: str, size, png=None, beside=False) -> str:
@@ -209,7 +208,7 @@ def draw_passk(axes, panels: list) -> None:
         axes[0].plot(ks, [100 * x for x in told["pass_at"].values()], "o", color=color, label=name)
         if fit := told.get("fit"):
             k, a, b = np.geomspace(1, 10 * max(ks)), fit["a"], fit["b"]
-            axes[0].plot(k, 100 - 100 * np.exp(betaln(a, b + k) - betaln(a, b)), color=color)
+            axes[0].plot(k, -100 * np.expm1(betaln(a, b + k) - betaln(a, b)), color=color)
     axes[0].set(xscale="log", xlabel="k, samples a problem", ylabel="solved by one of k, %")
     axes[0].set_ylim(0)
     axes[0].xaxis.set_major_formatter("{x:,.0f}")
@@ -234,7 +233,8 @@ def read_run(folder: Path) -> dict:
 
 
 def runs_page(folders: tuple[Path, ...]) -> str:
-    runs, rows, said = [read_run(folder) for folder in folders], [], []
+    runs, said = [read_run(folder) for folder in folders], []
+    rows = [["run", "status", "tokens", "loss", "best val loss", "tokens/s", "MFU", "seconds"]]
     for r in runs:
         last = ([x for x in r["metrics"] if "loss" in x] or [{}])[-1]
         vals = [x["val_loss"] for x in r["metrics"] if "val_loss" in x]
@@ -247,7 +247,6 @@ def runs_page(folders: tuple[Path, ...]) -> str:
             more = [e.get("message", ""), *(f"{k} {v}" for k, v in e.items() if k not in known)]
             more = ", ".join(filter(None, more))
             said.append(f"{e['time']} {r['name']} step {e['step']:,} {e['event']} {more}".rstrip())
-    head = ["run", "status", "tokens", "loss", "best val loss", "tokens/s", "MFU", "seconds"]
     keys = dict.fromkeys(key for r in runs for key in r["config"])
     settings = [[key, *(str(r["config"].get(key)) for r in runs)] for key in keys]
     differ = [row for row in settings if len(set(row[1:])) > 1]
@@ -255,10 +254,10 @@ def runs_page(folders: tuple[Path, ...]) -> str:
                       for r in runs}) for key, title in CURVES.items()]
     says = "Vertical lines: orange skipped steps, grey a start."
     drawn = figure(draw_curves, panels, runs, says=says, size=(9, 2 * len(panels)))
-    return page("nanophi: training runs", f"""{table(head, rows, 2)}{drawn}
+    return page("nanophi: training runs", f"""{table(rows, 2)}{drawn}
 <h2>What happened</h2><pre>{escape(chr(10).join(said))}</pre>
 <h2>Settings that differ</h2>
-{table(["setting", *(r["name"] for r in runs)], differ, 1 + len(runs))}""")
+{table([["setting", *(r["name"] for r in runs)], *differ], 1 + len(runs))}""")
 
 
 def draw_curves(axes, panels: list, runs: list[dict]) -> None:
@@ -316,6 +315,8 @@ class Model:
         self.scores, self.tasks = {}, {}  # {name: (value, low, high)}; what difference wants
         for name, (file, key, ci95, _, unit) in MEASURES.items():
             path = self.heldout / "results.json" if name == "heldout" else folder / file
+            if not path.exists() and name == "bits":
+                path = folder / "gold" / "documents.json"
             if (told := read_json(path) or {}).get(key) is not None:
                 values = np.array([told[key], *told[ci95]]) * (1 if unit == BITS else 100)
                 self.scores[name] = [float(f"{x:.5g}") for x in values]
@@ -336,13 +337,13 @@ def difference(before: list[dict], after: list[dict], name: str) -> Cell:
     Each is a {task: [bits, bytes, preferred]} a seed, in the same order of seeds. The interval is a
     bootstrap over the problems' means over seeds.
     """
-    tasks = [t for t in after[0] if all(t in told for told in before + after)]
-    told = [[[told[t] for t in tasks] for told in side] for side in (before, after)]
-    bits, bytes_, preferred = np.moveaxis(np.array(told, float), 3, 0)  # [2, S, n]; None is nan
     lower = MEASURES[name][-1] == BITS
-    above, of = (bits, bytes_[0, 0]) if lower else (100 * preferred, np.ones(len(tasks)))
-    known = ~np.isnan(above).any((0, 1))
-    above, of = (above[1] - above[0])[:, known], of[known]
+    tasks = [t for t in after[0] if all(t in told for told in before + after)
+             and (lower or after[0][t][2] is not None)]
+    told = [[[x[t] for t in tasks] for x in side] for side in (before, after)]
+    told = np.array(told, float)  # [2, S, n, 3]
+    of = told[0, 0, :, 1] if lower else np.ones(len(tasks))
+    above = (told[1] - told[0])[..., 0] if lower else 100 * (told[1] - told[0])[..., 2]  # [S, n]
     seeds, ends = (above.sum(1) / of.sum()).tolist(), interval(above.mean(0), of)
     verdicts = {-1: ["worse", "better"][lower], 1: ["better", "worse"][lower]}
     verdict = verdicts.get(np.sign([*ends, *seeds]).mean(), "not resolved")
@@ -442,7 +443,7 @@ class Scores:
 
     def page(self) -> str:
         c, sizes = self.models[0].config, "; ".join(self.sizes.values())
-        tables = "".join(table(head, rows, 2) for head, *rows in self.tables())
+        tables = "".join(table(rows, 2) for rows in self.tables())
         return page("nanophi: phi-1 in miniature", f"""<p class=note>{sizes}; vocabulary
 {c["vocab_size"]:,}, context {c["seq_len"]}; commit {escape(c["commit"])}, torch
 {escape(c["torch"])}, {escape(c["device"])}</p>
