@@ -41,14 +41,14 @@ STEPS = ["raw → filtered", "filtered → classified", "classified → textbook
          "exercises → pruned95", "exercises → pruned80"]
 SETS = {"humaneval": "HumanEval", "mbpp": "MBPP", "judge": "our benchmark",
         "heldout": "held-out exercises", "unseen": "unseen families"}
-BITS, LIKED, PASS = "bits per byte\n← better", "preferred, %\nbetter →", "pass@1, %\nbetter →"
+BITS, RIGHT, PASS = "bits per byte\n← better", "preferred, %\nbetter →", "pass@1, %\nbetter →"
 # A model's scores: file, keys of a score and its interval, title, unit.
 MEASURES = {"bits": ("bits.json", "bits_per_byte", "ci95", "other real code", BITS)}
 for x, title in SETS.items():
     MEASURES[f"gold_{x}"] = (f"gold/{x}.json", "bits_per_byte", "ci95", title, BITS)
-    MEASURES[f"liked_{x}"] = (f"gold/{x}.json", "preferred", "preferred_ci95", title, LIKED)
+    MEASURES[f"preferred_{x}"] = (f"gold/{x}.json", "preferred", "preferred_ci95", title, RIGHT)
     MEASURES[x] = (f"{x}/results.json", "pass@1", "ci95", title, PASS)
-COMPARED = ["gold_humaneval", "gold_mbpp", "liked_humaneval", "liked_mbpp"]
+COMPARED = ["gold_humaneval", "gold_mbpp", "preferred_humaneval", "preferred_mbpp"]
 COLUMNS = [*COMPARED, "heldout", "bits"]
 FIGURES = {  # measures, where to draw a line, caption
     "gold": ([*(f"gold_{x}" for x in SETS), "bits"], None, """Bits that a byte of the reference
@@ -56,8 +56,8 @@ FIGURES = {  # measures, where to draw a line, caption
         was not run."""),
     "steps": (COMPARED, 0, """What changes from one rung to the next, paired by seed and problem. A
         step is better or worse if its interval excludes 0 and all seeds agree in sign."""),
-    "mutants": ([f"liked_{x}" for x in SETS], 50, """How often a model finds the reference solution
-        likelier than a copy with one small mistake. Dashed: chance."""),
+    "mutants": ([f"preferred_{x}" for x in SETS], 50, """How often a model finds the reference
+        solution likelier than a copy with one small mistake. Dashed: chance."""),
     "exercises": (["heldout", "unseen"], None, """Problems solved. They are by the program that
         made the exercises: held out of families that training showed, and of other families.""")}
 PASS_AT_K = """The model of make best: problems that one of k samples solves. Dots: measured. Lines:
@@ -113,10 +113,10 @@ def main() -> None:
         out, text, said = c.out or c.run[0] / "curves.html", runs_page(c.run), ""
     else:
         found = Scores(c.ladder or c.demo, c.png, c.best)
-        out, text, said = c.out or found.folder / "report.html", found.page(), found.text()
         if c.png:
             c.png.mkdir(parents=True, exist_ok=True)
             (c.png / "ladder.json").write_text(json.dumps(found.numbers()) + "\n")
+        out, text, said = c.out or found.folder / "report.html", found.page(), found.text()
     out.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"{said}report: {out}")
 
@@ -131,7 +131,7 @@ def page(title: str, body: str) -> str:
 
 
 def table(lines: list[list], words: int = 1) -> str:
-    """Return an HTML table, its head first; columns after the first `words` are set to the right."""
+    """Return an HTML table, its head first; columns after the first `words` are of numbers."""
     text = ""
     for i, cells in enumerate(lines):
         tag = "td" if i else "th"
@@ -151,11 +151,10 @@ def figure(draw: Callable, panels: list, *args, says: str, size, png=None, besid
         fig, shape = Figure(figsize=size), (1, len(panels)) if beside else (len(panels), 1)
         axes = fig.subplots(*shape, sharex="col", sharey="row", squeeze=False,
                             gridspec_kw={"hspace": 0.35, "wspace": 0.08})
-        draw(axes.flat, panels, *args)
+        draw(axes.ravel(), panels, *args)
         svg, raw = io.StringIO(), io.BytesIO()
         fig.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
         if png:  # with a palette, a third of the bytes
-            png.parent.mkdir(parents=True, exist_ok=True)
             fig.savefig(raw, dpi=130, bbox_inches="tight")
             Image.open(raw).convert("RGB").quantize(48).save(png, optimize=True)
     text = svg.getvalue()
@@ -181,8 +180,7 @@ def draw_rows(axes, panels: list, rows: list[str], sizes: dict, line: float | No
             else:
                 ax.plot(cell.value, y, MARKERS[j], color=color, ms=8, zorder=4)
             ax.plot(cell[1:3], [y, y], **BLACK)
-            at = [y + 0.27 / len(sizes)] * len(cell.seeds)
-            ax.plot(cell.seeds, at, **WHITE, zorder=5)
+            ax.plot(cell.seeds, [y + 0.27 / len(sizes)] * len(cell.seeds), **WHITE, zorder=5)
         if line is not None:
             ax.axvline(line, color=GREY, lw=1.2, ls="--", zorder=1)
         ax.set_title(title, loc="left", fontsize=11)
@@ -209,8 +207,7 @@ def draw_passk(axes, panels: list) -> None:
         if fit := told.get("fit"):
             k, a, b = np.geomspace(1, 10 * max(ks)), fit["a"], fit["b"]
             axes[0].plot(k, -100 * np.expm1(betaln(a, b + k) - betaln(a, b)), color=color)
-    axes[0].set(xscale="log", xlabel="k, samples a problem", ylabel="solved by one of k, %")
-    axes[0].set_ylim(0)
+    axes[0].set(xscale="log", xlabel="k, samples a problem", ylabel="solved by one of k, %", ylim=0)
     axes[0].xaxis.set_major_formatter("{x:,.0f}")
     axes[0].legend(frameon=False)
 
@@ -281,7 +278,6 @@ def draw_curves(axes, panels: list, runs: list[dict]) -> None:
 
 # ---- Models: the arms of the demo, the bars of the ladder
 
-
 # A mean over seeds, or a difference: its 95% interval over problems, its value for each seed.
 Cell = namedtuple("Cell", "value low high seeds verdict", defaults=[""])
 
@@ -332,11 +328,8 @@ class Model:
 
 
 def difference(before: list[dict], after: list[dict], name: str) -> Cell:
-    """Return how much higher `after` is by the measure `name`, and if that is better.
-
-    Each is a {task: [bits, bytes, preferred]} a seed, in the same order of seeds. The interval is a
-    bootstrap over the problems' means over seeds.
-    """
+    """Return by how much `after` exceeds `before`, the {task: [bits, bytes, preferred]} of the same
+    seeds. The interval is over the problems' means over seeds."""
     lower = MEASURES[name][-1] == BITS
     tasks = [t for t in after[0] if all(t in told for told in before + after)
              and (lower or after[0][t][2] is not None)]
@@ -372,8 +365,7 @@ class Scores:
         self.cells = {name: {} for name in MEASURES}  # {measure: {(rung or step, size): Cell}}
         for name, (bar, models) in itertools.product(MEASURES, self.bars.items()):
             if found := [m.scores[name] for m in models if name in m.scores]:
-                seeds = [score[0] for score in found]
-                self.cells[name][bar] = Cell(*np.mean(found, 0).tolist(), seeds)
+                self.cells[name][bar] = Cell(*np.mean(found, 0).tolist(), [x[0] for x in found])
         for name, size, step in itertools.product(COMPARED, self.sizes, STEPS):
             told = [{m.seed: m.tasks[name] for m in self.bars.get((rung, size), ())
                      if m.tasks.get(name)} for rung in step.split(" → ")]
@@ -419,9 +411,8 @@ class Scores:
         for head, rows in found.items():
             names = [x for x in COLUMNS if self.cells[x].keys() & rows.keys()]
             heads = (", ".join(MEASURES[x][3:]).split("\n")[0] for x in names)
-            cells = ([*row, *(said(self.cells[x].get(key)) for x in names)]
-                     for key, row in rows.items())
-            found[head] = [[*head, *heads], *cells]
+            found[head] = [[*head, *heads], *([*row, *(said(self.cells[x].get(key)) for x in names)]
+                                              for key, row in rows.items())]
         return [rows for rows in found.values() if len(rows) > 1]
 
     def samples(self, each: int = 3) -> str:
