@@ -39,12 +39,12 @@ STEPS = ["raw → filtered", "filtered → classified", "classified → textbook
          "textbooks → exercises", "textbooks → pairs", "pairs → exercises", "exercises → replay",
          "exercises → varied", "exercises → blend", "exercises → damaged",
          "exercises → pruned95", "exercises → pruned80"]
-SETS = {"humaneval": "HumanEval", "mbpp": "MBPP", "judge": "our benchmark",
-        "heldout": "held-out exercises", "unseen": "unseen families"}
+SETS = {"humaneval": "HumanEval", "mbpp": "MBPP", "heldout": "held-out exercises",
+        "unseen": "unseen families"}
 BITS, RIGHT, PASS = "bits per byte\n← better", "preferred, %\nbetter →", "pass@1, %\nbetter →"
 # A model's scores: file, keys of a score and its interval, title, unit.
 MEASURES = {"bits": ("bits.json", "bits_per_byte", "ci95", "other real code", BITS)}
-for x, title in SETS.items():
+for x, title in (SETS | {"judge": "our benchmark"}).items():
     MEASURES[f"gold_{x}"] = (f"gold/{x}.json", "bits_per_byte", "ci95", title, BITS)
     MEASURES[f"preferred_{x}"] = (f"gold/{x}.json", "preferred", "preferred_ci95", title, RIGHT)
     MEASURES[x] = (f"{x}/results.json", "pass@1", "ci95", title, PASS)
@@ -150,7 +150,7 @@ def figure(draw: Callable, panels: list, *args, says: str, size, png=None, besid
     with matplotlib.rc_context(style):
         fig, shape = Figure(figsize=size), (1, len(panels)) if beside else (len(panels), 1)
         axes = fig.subplots(*shape, sharex="col", sharey="row", squeeze=False,
-                            gridspec_kw={"hspace": 0.35, "wspace": 0.08})
+                            gridspec_kw={"hspace": 0.35, "wspace": 0.12})
         draw(axes.ravel(), panels, *args)
         svg, raw = io.StringIO(), io.BytesIO()
         fig.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -387,7 +387,7 @@ class Scores:
                   for x in measures if self.cells[x]]
         rows = [row for row in (STEPS if steps else dict.fromkeys(m.rung for m in self.models))
                 if any((row, size) in cells for size in sizes for *_, cells in panels)]
-        size = min(11, 3 + 3 * len(panels)), 0.4 + 0.16 * (1 + len(sizes)) * len(rows)
+        size = min(11, 5 + 3 * len(panels)), 0.4 + 0.16 * (1 + len(sizes)) * len(rows)
         return figure(draw_rows, rows and panels, rows, sizes, line, says=says, size=size,
                       beside=True, png=self.png and self.png / f"{name}.png")
 
