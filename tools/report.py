@@ -150,7 +150,7 @@ def figure(draw: Callable, panels: list, *args, says: str, size, png=None, besid
     with matplotlib.rc_context(style):
         fig, shape = Figure(figsize=size), (1, len(panels)) if beside else (len(panels), 1)
         axes = fig.subplots(*shape, sharex="col", sharey="row", squeeze=False,
-                            gridspec_kw={"hspace": 0.35, "wspace": 0.12})
+                            gridspec_kw={"hspace": 0.35, "wspace": 0.15})
         draw(axes.ravel(), panels, *args)
         svg, raw = io.StringIO(), io.BytesIO()
         fig.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -185,7 +185,7 @@ def draw_rows(axes, panels: list, rows: list[str], sizes: dict, line: float | No
             ax.axvline(line, color=GREY, lw=1.2, ls="--", zorder=1)
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_xlabel(unit, fontsize=10)
-        ax.locator_params(axis="x", nbins=4)
+        ax.locator_params(axis="x", nbins=4, prune="upper")
         ax.tick_params(axis="y", length=0)
     first, judged = axes[0], rows[0] in STEPS
     first.set_yticks(range(len(rows)), [LABELS.get(row, row) for row in rows])
