@@ -185,8 +185,9 @@ def draw_rows(axes, panels: list, rows: list[str], sizes: dict, line: float | No
             ax.axvline(line, color=GREY, lw=1.2, ls="--", zorder=1)
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_xlabel(unit, fontsize=10)
-        ax.locator_params(axis="x", nbins=4, prune="upper")
+        ax.locator_params(axis="x", nbins=4, prune="both")
         ax.tick_params(axis="y", length=0)
+        ax.tick_params(axis="x", labelsize=9)
     first, judged = axes[0], rows[0] in STEPS
     first.set_yticks(range(len(rows)), [LABELS.get(row, row) for row in rows])
     first.set_ylim(len(rows) - 0.5, -0.5)
@@ -417,7 +418,7 @@ class Scores:
 
     def samples(self, each: int = 3) -> str:
         """Return some held-out problems, solved and not, as the best model answered them."""
-        best = max(self.models, key=lambda m: m.scores.get("heldout", (-1,)))
+        best = max(self.models, key=lambda m: m.scores.get("heldout", [-1]))
         exercises = self.folder / ("data/exercises" if best.size else "exercises")
         if not (exercises / "heldout.jsonl").exists() or "heldout" not in best.scores:
             return ""
