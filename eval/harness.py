@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.config import UserError
-from common.files import new_folder, read_jsonl, write_json, write_jsonl
-from eval.scores import by_task, score
+from common.files import new_folder, read_json, read_jsonl, write_json, write_jsonl
+from eval.scores import FEW, KS, by_task, curve, score
 from sandbox.execute import Verdict, choose, describe
 from sandbox.self_check import PATIENCE, SLOWER, check, remembered, run_all, self_check, slowdown
 
@@ -40,6 +40,7 @@ class Evaluation:
     limit: int = 0  # only the first so many problems, 0 = all
     samples_per_problem: int = 1  # for pass@10 at least 10
     temperature: float = 0.0  # 0 = greedy
+    tuned: tuple[Path, ...] = ()  # evaluations of other problems, one a temperature: take the best
     top_p: float = 1.0  # sample from the most likely tokens that have this probability together
     seed: int = 0  # of the sampling
     max_new_tokens: int = 256  # the longest completion
@@ -59,6 +60,8 @@ class Evaluation:
     def __post_init__(self):
         if (self.checkpoint is None) == (self.samples is None):
             raise UserError("name one of --checkpoint and --samples")
+        if self.tuned:
+            object.__setattr__(self, "temperature", best_temperature(self.tuned, self.problems))
         least = {"samples_per_problem": 1, "max_new_tokens": 1, "timeout_s": 0.1, "limit": 0,
                  "temperature": 0, "workers": 0}  # fmt: skip
         for name, low in least.items():
@@ -71,6 +74,24 @@ class Evaluation:
         """Return how programs are run, as sandbox.execute.run_checks takes it. Raises UserError."""
         workers = self.workers or len(os.sched_getaffinity(0))
         return {"workers": workers, "tier": choose(self.sandbox)}
+
+
+def best_temperature(evaluations: tuple[Path, ...], problems: Path) -> float:
+    """Return the temperature of the best of the `evaluations`, by the largest pass@k that all have.
+
+    Raises UserError if they are not of the same problems, or are of those in the file `problems`:
+    the best of several scores is too good a score.
+    """
+    found = [read_json(folder / "results.json") for folder in evaluations]
+    kinds = {(result or {}).get("problems_sha256") for result in found}
+    if len(kinds) > 1 or kinds & {None, sha256(problems)}:
+        raise UserError(f"--tuned: want evaluations of one file of problems other than {problems}")
+    key = [f"pass@{k}" for k in KS if all(f"pass@{k}" in result for result in found)][-1]
+    return max(found, key=lambda result: result[key])["config"]["temperature"]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -158,6 +179,7 @@ def evaluate(config: Evaluation, name: str, problems: list[dict], protocol: Prot
     """
     with writing(config.out) as write:
         result, samples = measure(config, name, problems, protocol)
+        result |= curve(by_task(samples))
         write(result, samples=samples)
     print(json.dumps(result) if config.json else table(result))
 
@@ -221,11 +243,13 @@ def measure(
     verdicts = [TOO_LONG] * len(samples)
 
     def judge(of: dict[str, dict], numbers: list[int]) -> list[Verdict]:
-        """Judge the samples of these numbers by the tests of the problems `of`."""
+        """Judge the samples of these numbers by the tests of the problems `of`; equal ones once."""
         rows = [(of[samples[i]["task_id"]], samples[i]) for i in numbers]
         checks = [check(p, s, limit_s[p["task_id"]]) for p, s in rows]
-        for i, verdict in zip(numbers, run_all(checks, progress=name, **limits)):
-            verdicts[i] = verdict
+        distinct = list(dict.fromkeys(checks))
+        found = dict(zip(distinct, run_all(distinct, progress=name, **limits)))
+        for i, asked in zip(numbers, checks):
+            verdicts[i] = found[asked]
         return list(verdicts)
 
     base = judge(problems, [i for i, long in enumerate(too_long) if not long])
@@ -245,7 +269,7 @@ def measure(
         "timeouts_s": [round(min(limit_s.values()), 2), round(max(limit_s.values()), 2)],
         "sandbox": limits["tier"],
         "limits": describe(limits["tier"]),
-        "problems_sha256": hashlib.sha256(config.problems.read_bytes()).hexdigest(),
+        "problems_sha256": sha256(config.problems),
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
     }
     return result, rows
@@ -259,6 +283,10 @@ def table(result: dict) -> str:
     for key, (of, found) in itertools.product(result["intervals"], scores.items()):
         low, high = (f"{100 * end:.1f}" for end in found["intervals"][key])
         lines.append(f"{key:10} {100 * found[key]:5.1f} %   (95 % interval {low} to {high}){of}")
+    for key in [key for key in ("fit", f"fit_of_{FEW}") if key in result]:
+        told = [f"{k} {100 * x[0]:.3g} % ({100 * x[1]:.3g} to {100 * x[2]:.3g})"
+                for k, x in (result[key] or {}).items() if "@" in k]  # fmt: skip
+        lines.append(f"{key:10} {', '.join(told) or 'none, as all samples fail or all pass'}")
     lines.append("samples    " + ", ".join(f"{v} {k}" for k, v in result["counts"].items()))
     if result["prompts_too_long"]:
         lines.append(f"prompts too long: {result['prompts_too_long']} (their samples failed)")

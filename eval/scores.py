@@ -3,11 +3,14 @@
 import itertools
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable
 
 from common.config import parse
 
 KS = (1, 10, 100)  # as reported by Chen et al. 2021, arXiv 2107.03374
+CURVE = (1, 2, 5, 10, 20, 50, 100)  # the k of a figure
+FEW = 20  # samples a problem, from which a fit predicts pass@100
 Z95 = 1.959964  # 97.5 % point of the normal distribution
 
 
@@ -32,6 +35,57 @@ def wilson(frac: float, n: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def measured(passed: dict[str, list[bool]], ks: Iterable[int]) -> dict[int, float]:
+    """Return {k: pass@k} for k up to the fewest samples a problem has, from {task_id: passed?}."""
+    fewest, n = min(map(len, passed.values())), len(passed)
+    estimates = {k: [pass_at_k(len(p), sum(p), k) for p in passed.values()]
+                 for k in ks if k <= fewest}  # fmt: skip
+    return {k: math.fsum(rates) / n for k, rates in estimates.items()}
+
+
+def fit(passed: dict[str, list[bool]]) -> dict | None:
+    """Fit how often problems are solved, and predict pass@k, for k in KS: [value, low, high].
+
+    A problem's chance p is taken to be Beta(a, b): pass@k = E[1 - (1 - p)^k], whatever k, is
+    1 - B(a, b + k) / B(a, b). a and b are the likeliest. The 95 % interval is that of the profile
+    likelihood: what all those a and b predict that are likely enough. A grid over the mean of p
+    and over a + b closes in on them. Returns None if all samples fail, or all pass.
+    """
+    import numpy as np  # here, as a score needs neither
+    from scipy.special import betaln, expit
+
+    if len(set(itertools.chain(*passed.values()))) == 1:
+        return None
+    counts = Counter((sum(p), len(p)) for p in passed.values())
+    ends = [(-20, 20), (-10, 14)]  # of the log-odds of the mean, and of ln(a + b)
+    for _ in range(5):
+        odds, size = np.meshgrid(*(np.linspace(low, high, 101) for low, high in ends))
+        a, b = np.exp(size) * expit(odds), np.exp(size) * expit(-odds)
+        likely = sum(m * (betaln(a + c, b + n - c) - betaln(a, b)) for (c, n), m in counts.items())
+        near = likely >= likely.max() - Z95**2 / 2
+        steps = [(high - low) / 50 for low, high in ends]
+        ends = [(x[near].min() - d, x[near].max() + d) for x, d in zip((odds, size), steps)]
+    best = likely.argmax()
+    found = {"a": a.flat[best], "b": b.flat[best]}
+    for k in KS:
+        rate = -np.expm1(betaln(a, b + k) - betaln(a, b))
+        found[f"pass@{k}"] = [rate.flat[best], rate[near].min(), rate[near].max()]
+    return found
+
+
+def curve(passed: dict[str, list[bool]]) -> dict:
+    """Return pass@k for k in CURVE, a fit, and one of the first FEW samples: is its pass@100 right?
+
+    Returns {} for one sample a problem: they do not tell luck from easy problems.
+    """
+    fewest = min(map(len, passed.values()))
+    if fewest == 1:
+        return {}
+    first = {t: p[:FEW] for t, p in passed.items()}
+    few = {f"fit_of_{FEW}": fit(first)} if fewest > FEW else {}
+    return {"pass_at": measured(passed, CURVE), "fit": fit(passed), **few}
+
+
 def score(passed: dict[str, list[bool]]) -> dict:
     """Compute pass@k for k in KS, up to the fewest samples a problem has, from {task_id: passed?}.
 
@@ -39,11 +93,8 @@ def score(passed: dict[str, list[bool]]) -> dict:
     several samples a problem it is too wide, never too narrow: an estimate in [0, 1] varies at most
     as a coin of the same mean.
     """
-    n, fewest, rates = len(passed), min(map(len, passed.values())), {}
-    for k in KS:
-        if k <= fewest:
-            estimates = [pass_at_k(len(p), sum(p), k) for p in passed.values()]
-            rates[f"pass@{k}"] = math.fsum(estimates) / n
+    n, fewest = len(passed), min(map(len, passed.values()))
+    rates = {f"pass@{k}": rate for k, rate in measured(passed, KS).items()}
     intervals = {name: list(wilson(rate, n)) for name, rate in rates.items()}
     about = {"problems": n, "samples_per_problem": fewest}
     return {**rates, "ci95": intervals["pass@1"], "intervals": intervals, **about}
