@@ -270,7 +270,7 @@ def measure(
         "sandbox": limits["tier"],
         "limits": describe(limits["tier"]),
         "problems_sha256": sha256(config.problems),
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+        "config": json.loads(json.dumps(asdict(config), default=str)),
     }
     return result, rows
 

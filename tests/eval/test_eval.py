@@ -119,6 +119,29 @@ def test_checkpoint(command, model, problems, tmp_path):
     assert lines(tmp_path / "out" / "samples.jsonl")[0]["completion"] == "\n    return a + b\n\n"
 
 
+def test_the_temperature_is_the_best_of_other_problems(command, model, problems, tmp_path):
+    def asked(sha256: str = "dev") -> tuple:
+        arguments = ["--problems", problems, "--checkpoint", "run", "--samples_per_problem", "2"]
+        for at, *rates in ((0.2, 0.5, 0.6), (0.8, 0.3, 0.7), (1.2, 0.1, 0.4)):
+            arguments += ["--tuned", tmp_path / str(at)]
+            arguments[-1].mkdir(exist_ok=True)
+            result = {"problems_sha256": "dev" if at < 1 else sha256, "config": {"temperature": at}}
+            result |= zip(("pass@1", "pass@10"), rates)
+            (arguments[-1] / "results.json").write_text(json.dumps(result))
+        model.answers |= {"def ": ["    return a + b", "    return a"] * 2}
+        return command(humaneval, *arguments, "--json")
+
+    result = json.loads(asked()[1])
+    assert model.options["temperature"] == result["config"]["temperature"] == 0.8
+    assert result["pass_at"] == {"1": 0.25, "2": 0.5}
+    for sha256 in ("another", None, result["problems_sha256"]):
+        assert "of one file of problems other than" in asked(sha256)[2]
+    (tmp_path / "0.2/results.json").unlink()
+    status, _, stderr = command(humaneval, "--problems", problems, "--samples", problems,
+                                "--tuned", tmp_path / "0.2")  # fmt: skip
+    assert (status, "of one file of problems other than" in stderr) == (2, True)
+
+
 def test_prompt_beyond_the_context_fails_and_is_counted(command, model, tmp_path):
     long = PROBLEMS[0] | {"prompt": "# long\n" * 400 + PROBLEMS[0]["prompt"]}
     problems = write(tmp_path / "problems.jsonl", [long, PROBLEMS[1]])
@@ -394,7 +417,8 @@ def test_a_self_check_is_read_again_in_the_same_circumstances_alone(tmp_path, mo
 
 
 def test_the_second_evaluation_runs_the_samples_alone(command, problems, tmp_path, monkeypatch):
-    samples, numbers = write(tmp_path / "samples.jsonl", COMPLETE), []
+    """And equal ones once."""
+    samples, numbers = write(tmp_path / "samples.jsonl", COMPLETE * 3), []
 
     def counted(checks, run=run_all, **limits):
         numbers.append(len(checks))
