@@ -27,7 +27,9 @@ from common import checkpoint, distributed, runlog
 from common.config import UserError, differences, parse, require, run
 from common.distributed import DTYPES
 from common.muon import Muon
+from data.base.benchmarks import read_problems
 from data.loader import Loader, Windows, arguments
+from eval.gold import Gold, bits_per_byte
 from model import ModelConfig, Phi, flops_per_token, mfu, select_dtype, select_kernels
 from tokenizer import Tokenizer
 
@@ -60,6 +62,8 @@ class TrainConfig(ModelConfig):
 
     eval_interval: int = 100  # steps between validation losses, each followed by a checkpoint
     eval_seqs: int = 32  # sequences of the validation split that are used
+    eval_problems: Path | None = None  # file in HumanEval's format: the bits per byte of its
+    # solutions, given their prompts, are logged as well
     keep: int = 2  # newest checkpoints kept, beside the best
     keep_every: int = 0  # and those of every step that this divides, 0 = none
     log_interval: int = 10  # steps between lines of metrics.jsonl
@@ -197,6 +201,7 @@ def main() -> None:
     device = ranks.device
 
     tokenizer, windows, val = open_data(c)
+    gold = Gold(read_problems(c.eval_problems), tokenizer) if c.eval_problems else None
     end_of_text = tokenizer.end_of_text if c.doc_mask else None
     loader = Loader(windows, c.seqs_per_step, c.micro_batch, ranks.rank, ranks.world_size, device,
                     end_of_text)  # fmt: skip
@@ -252,8 +257,10 @@ def main() -> None:
                     # torchrun would start a rank again that ends with another status than 0.
                     sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + stop_signal)
                 if evaluate_now:
-                    val_loss = evaluate(model, val, c, ranks, end_of_text)
-                    log.validation(step, step * tokens_per_step, val_loss)
+                    found = {"val_loss": evaluate(model, val, c, ranks, end_of_text)}
+                    if gold:
+                        found["gold_bits_per_byte"] = bits_per_byte(gold.measure(model, rank=False))
+                    log.validation(step, step * tokens_per_step, found)
             if step == c.max_steps:
                 break
 

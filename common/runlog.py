@@ -28,7 +28,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 MAX_SKIPS = 20  # stop after this many steps in a row whose gradients are not finite
 # What a result does not depend on.
 HOW = {"out", "resume", "restart", "micro_batch", "device", "threads", "keep", "log_interval",
-       "keep_every", "recompute", "shard", "regather", "timeout_s", "wandb"}  # fmt: skip
+       "keep_every", "eval_problems", "recompute", "shard", "regather", "timeout_s", "wandb"}  # fmt: skip
 
 
 class RunLog:
@@ -112,13 +112,14 @@ class RunLog:
             )
         self.last_step, self.began = step, time.perf_counter()
 
-    def validation(self, step: int, tokens: int, val_loss: float) -> None:
-        """Write a validation loss, and best.json."""
-        self.write({"step": step, "tokens": tokens, "val_loss": val_loss})
-        self.best = min(self.best, (val_loss, step))
+    def validation(self, step: int, tokens: int, found: dict[str, float]) -> None:
+        """Write what an evaluation found, "val_loss" for one, and best.json."""
+        self.write({"step": step, "tokens": tokens} | found)
+        self.best = min(self.best, (found["val_loss"], step))
         if self.first:
             write_json(self.out / "best.json", {"step": self.best[1], "val_loss": self.best[0]})
-        text = f"step {step:,}/{self.c.max_steps:,}  val loss {val_loss:.4f}"
+        values = "  ".join(f"{name.replace('_', ' ')} {x:.4f}" for name, x in found.items())
+        text = f"step {step:,}/{self.c.max_steps:,}  {values}"
         self.say(text + "  (best)" * (self.best[1] == step))
 
     def stopped(self, step: int, number: int) -> None:

@@ -8,6 +8,8 @@ HumanEval+ is read in EvalPlus's own format, which gives two scores, and in Huma
 where the base tests and the others are one.
 """
 
+from pathlib import Path
+
 from common.config import UserError, parse, run
 from common.files import read_jsonl
 from data.base.benchmarks import check_problems
@@ -15,15 +17,19 @@ from eval import plus
 from eval.harness import BODY, Evaluation, evaluate
 
 
-def main() -> None:
-    config = parse(Evaluation)
-    rows = list(read_jsonl(config.problems))
+def convert(path: Path, rows: list[dict]) -> tuple[str, list[dict]]:
+    """Return the benchmark's name and its problems. Raises UserError."""
     if any("assertion" in row or "test_list" in row for row in rows):
-        raise UserError(f"{config.problems} is of MBPP's kind: use python -m eval.mbpp")
-    problems = check_problems(config.problems, plus.convert(config.problems, rows))
+        raise UserError(f"{path} is of MBPP's kind: use python -m eval.mbpp")
+    problems = check_problems(path, plus.convert(path, rows))
     name, slash, _ = problems[0]["task_id"].partition("/")  # HumanEval, exercises, unseen
     harder = any("plus_test" in p or "def assertion(out, exp, atol)" in p["test"] for p in problems)
-    evaluate(config, (name if slash else config.problems.stem) + "+" * harder, problems, BODY)
+    return (name if slash else path.stem) + "+" * harder, problems
+
+
+def main() -> None:
+    config = parse(Evaluation)
+    evaluate(config, *convert(config.problems, list(read_jsonl(config.problems))), BODY)
 
 
 if __name__ == "__main__":

@@ -34,17 +34,21 @@ def main() -> None:
     config = parse(MbppEvaluation)
     if config.protocol not in STOP:
         raise UserError(f"--protocol {config.protocol!r}: want {' or '.join(STOP)}")
-    rows = read_rows(config.problems)
-    if any("plus_input" in row for row in rows):
-        name, problems = "MBPP+", plus.convert(config.problems, rows)
-    else:
-        name, rows = read_mbpp(config.problems)
-        shots = three_shots(config.problems, rows) if config.protocol == "three-shot" else ""
-        problems = [problem(row, shots) for row in rows if row.plus or row.id in TEST_IDS]
-    if name == "MBPP+" and config.protocol != "docstring":
-        raise UserError(f"--protocol {config.protocol}: MBPP+ has its examples among its problems")
-    check_problems(config.problems, problems)
+    name, problems = convert(config.problems, read_rows(config.problems), config.protocol)
     evaluate(config, name, problems, Protocol(config.protocol, STOP[config.protocol], False))
+
+
+def convert(path: Path, rows: list[dict], protocol: str = "docstring") -> tuple[str, list[dict]]:
+    """Return the benchmark's name and its problems, asked by `protocol`. Raises UserError."""
+    if any("plus_input" in row for row in rows):
+        name, problems = "MBPP+", plus.convert(path, rows)
+    else:
+        name, rows = read_mbpp(path)
+        shots = three_shots(path, rows) if protocol == "three-shot" else ""
+        problems = [problem(row, shots) for row in rows if row.plus or row.id in TEST_IDS]
+    if name == "MBPP+" and protocol != "docstring":
+        raise UserError(f"--protocol {protocol}: MBPP+ has its examples among its problems")
+    return name, check_problems(path, problems)
 
 
 def problem(row: Mbpp, shots: str) -> dict:

@@ -27,7 +27,7 @@ include $(LADDER_SET)/ladder.mk
 # A rung is trained on data/tokens/RUNG for base_steps + finetune_steps; a finetuned one on textbooks
 # for base_steps (this is run base, and a bar too) and then on tokens/RUNG for finetune_steps.
 direct    := raw filtered classified textbooks
-finetuned := exercises replay varied blend damaged pairs pruned95 pruned80
+finetuned := exercises replay varied blend damaged pairs pruned80
 
 # $(call job,FILE,NEEDS,COMMAND): the rule of FILE, which COMMAND makes from the files NEEDS. (Make
 # 4.3's $(file <) keeps the newline at times, hence strip.)
@@ -120,20 +120,24 @@ $(foreach run,$(sort $(bases)),$(call train,$(run),textbooks,$(base_steps)))
 
 scores :=
 S = $(LADDER)/rungs/$(bar)
-score = $(eval scores += $S/$(1))$(eval $(call job,$S/$(1),$R/$(bar)/summary.json $(2),eval.$(3) \
-  --checkpoint $R/$(bar) --out $S/$(1:%/results.json=%)))
-# $(call ask,NAME,MODULE,NEEDS,PROBLEMS): the rule of the evaluation rungs/$(bar)/NAME.
-ask = $(call score,$(1)/results.json,$(3),$(2) --problems $(4) --max_new_tokens $(max_new_tokens) \
-  --workers $(threads) --sandbox $(SANDBOX) --self_check $(LADDER)/self_check/$(1).json)
+# The problems by which a bar is scored, with mutants: the first $(ranked) of each file.
+problems  := heldout unseen $(HUMANEVAL:%=humaneval) $(MBPP:%=mbpp)
+heldout_file   := $D/exercises/heldout.jsonl
+unseen_file    := $D/exercises/unseen.jsonl
+humaneval_file := $(HUMANEVAL)
+mbpp_file      := $(MBPP)
+$D/exercises/%.jsonl: $D/exercises/summary.json ;
+$(foreach x,$(problems),$(eval $(call job,$D/mutants/$(x).jsonl,$($(x)_file),eval.mutants \
+  --problems $($(x)_file) --limit $(ranked) --sandbox $(SANDBOX) --out $D/mutants/$(x).jsonl)))
+
+# $(call score,FILE,NEEDS,COMMAND) is the rule of rungs/$(bar)/FILE
+score = $(eval scores += $S/$(1))$(eval $(call job,$S/$(1),$R/$(bar)/summary.json $(2),eval.$(3)))
 define score_bar
-$(call ask,heldout,humaneval,$D/exercises/summary.json,$D/exercises/heldout.jsonl)
-$(if $(filter-out 0,$(unseen)),$(call \
-  ask,unseen,humaneval,$D/exercises/summary.json,$D/exercises/unseen.jsonl))
-$(if $(HUMANEVAL),$(call ask,humaneval,humaneval,$(HUMANEVAL),$(HUMANEVAL)))
-$(if $(MBPP),$(call ask,mbpp,mbpp,$(MBPP),$(MBPP)))
-$(if $(filter exercises-% varied-% damaged-%,$(bar)),$(call ask,robustness,robustness,\
-  $D/exercises/summary.json,$D/exercises/heldout.jsonl --limit $(robustness_limit)))
-$(call score,bits.json,$D/heldout_code/summary.json,bits --source $D/heldout_code)
+$(call score,gold/documents.json,$D/heldout_code/summary.json $(problems:%=$D/mutants/%.jsonl),bits \
+  --checkpoint $R/$(bar) --out $S/gold --source $D/heldout_code $(problems:%=--problems $D/mutants/%.jsonl))
+$(foreach x,$(asked),$(call score,$(x)/results.json,$($(x)_file),$(if $(filter mbpp,$(x)),$(x),humaneval) \
+  --problems $($(x)_file) --limit $(asked_limit) --max_new_tokens $(max_new_tokens) --checkpoint $R/$(bar) \
+  --out $S/$(x) --workers $(threads) --sandbox $(SANDBOX) --self_check $(LADDER)/self_check/$(x).json))
 endef
 $(eval $(foreach bar,$(made),$(score_bar)))
 

@@ -14,8 +14,8 @@ from data.base.syntax import parse_python
 
 FIELDS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")  # HumanEval's format
 # What a problem may have, too: text to show the model before the prompt, code to run before the
-# candidate, harder tests, and what made it.
-MORE_FIELDS = ("context", "setup", "plus_test", "family", "task")
+# candidate, harder tests, wrong solutions, and what made it.
+MORE_FIELDS = ("context", "setup", "plus_test", "mutants", "family", "task")
 MBPP_FIELDS = {"task_id", "text", "code", "test_list", "test_setup_code", "challenge_test_list"}
 SANITIZED_FIELDS = {"task_id", "prompt", "code", "test_list", "test_imports", "source_file"}
 

@@ -7,6 +7,7 @@ result.
 """
 
 import ast
+import contextlib
 import copy
 import functools
 import itertools
@@ -77,22 +78,25 @@ def damage(
 def damaged_bodies(body: str) -> list[str]:
     """Return bodies with one error such as a language model makes, which parse."""
     source = fill(body, ("_a_", "_b_", "_c_")).replace("$f", "_f_")
+    changed = (source[:i] + new + source[j:] for i, j, new in damages(source))
+    return [*dict.fromkeys(re.sub(r"\b_([abcf])_\b", r"$\1", text) for text in changed)]
+
+
+def damages(source: str) -> Iterator[tuple[int, int, str]]:
+    """Yield (i, j, new): with source[i:j] replaced by `new`, it has one error and parses.
+
+    Yields nothing if the source is not ASCII. Raises SyntaxError.
+    """
     if not source.isascii():  # ast counts bytes
-        return []
-    lines = source.splitlines(keepends=True)
-    starts = [0, *itertools.accumulate(map(len, lines))]
+        return
+    starts = [0, *itertools.accumulate(len(line) + 1 for line in source.split("\n"))]
     begin = lambda node: starts[node.lineno - 1] + node.col_offset  # noqa: E731
     end = lambda node: starts[node.end_lineno - 1] + node.end_col_offset  # noqa: E731
-    found = {}
     for node in ast.walk(ast.parse(source)):
         for i, j, new in edits(node, source, begin, end):
-            changed = source[:i] + new + source[j:]
-            try:
-                ast.parse(changed)
-            except SyntaxError:
-                continue
-            found[re.sub(r"\b_([abcf])_\b", r"$\1", changed)] = None
-    return [*found]
+            with contextlib.suppress(SyntaxError):
+                ast.parse(source[:i] + new + source[j:])
+                yield i, j, new
 
 
 def edits(node, source: str, begin, end) -> Iterator[tuple[int, int, str]]:

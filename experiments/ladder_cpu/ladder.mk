@@ -1,4 +1,4 @@
-bars := $(foreach s,s0 s1 s2,$(foreach r,raw filtered classified textbooks base exercises replay varied blend damaged pairs pruned95 pruned80,$(r)-small-$(s)))
+bars := $(foreach s,s0 s1 s2,$(foreach r,raw filtered classified textbooks exercises replay varied blend damaged pairs pruned80,$(r)-small-$(s)))
 threads        := 1
 base_steps     := 100
 finetune_steps := 400
@@ -15,5 +15,8 @@ vocab_size     := 2048
 tokenizer_mb   := 4
 val_frac       := 0.02
 
-max_new_tokens   := 128
-robustness_limit := 60
+# Problems that models are ranked by; those that they are asked to solve, and how many of each.
+ranked         := 200
+asked          := heldout
+asked_limit    := 300
+max_new_tokens := 128

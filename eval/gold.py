@@ -1,0 +1,103 @@
+"""How well a model predicts reference solutions, given their prompts.
+
+Gold bits per byte and the ranking of references against wrong variants tell models apart whose
+pass@1 is zero. train.py logs the first (--eval_problems), `python -m eval.bits` measures both.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from model import Phi
+from tokenizer import Tokenizer
+
+BATCH_TOKENS = 1 << 13  # in one forward pass: its logits are 64 MB at a vocabulary of 2,048
+
+
+@torch.no_grad()
+def token_nats(model: Phi, end_of_text: int, texts: list[list[int]]) -> list[np.ndarray]:
+    """Return the loss of each token in nats, float32 [n], for the token ids [n] of each text.
+
+    A text longer than the context is cut into windows that overlap by half, so that from the second
+    one on each token is predicted from at least half a context of what stands before it.
+    """
+    T, device, training = model.c.seq_len, model.embed.weight.device, model.training
+    model.eval()
+    nats = [np.zeros(len(ids) + 1, np.float32) for ids in texts]
+    windows = [(i, at) for i, ids in enumerate(texts) for at in starts(len(ids) + 1, T)]
+    windows.sort(key=lambda w: min(T, len(texts[w[0]]) + 1 - w[1]))  # alike in length: less padding
+    for batch in tqdm([*batches(windows, texts, T)], "predict", disable=None, leave=False):
+        inputs = [torch.tensor([end_of_text, *texts[i]][at : at + T]) for i, at in batch]
+        targets = [torch.tensor([*texts[i], end_of_text][at : at + T]) for i, at in batch]
+        idx = pad_sequence(inputs, True, end_of_text).to(device)  # [B, T]
+        targets = pad_sequence(targets, True, end_of_text).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(idx)  # [B, T, V]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        loss = loss.view_as(targets).cpu().numpy()
+        for row, (i, at) in enumerate(batch):
+            new, end = T // 2 if at else 0, len(inputs[row])  # skip what the window before scored
+            nats[i][at + new : at + end] = loss[row, new:end]
+    model.train(training)
+    return [loss[:-1] for loss in nats]
+
+
+def batches(windows: list[tuple], texts: list[list[int]], context: int) -> Iterator[list[tuple]]:
+    """Cut windows, in order of their length, into batches of at most BATCH_TOKENS."""
+    batch = []
+    for i, at in windows:
+        length = min(context, len(texts[i]) + 1 - at)
+        if batch and (len(batch) + 1) * length > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append((i, at))
+    if batch:
+        yield batch
+
+
+def starts(tokens: int, context: int) -> list[int]:
+    """List the starts of windows of `context` tokens, overlapping by half, that cover `tokens`."""
+    step = context - context // 2
+    return list(range(0, max(1, tokens - context // 2), step))
+
+
+class Gold:
+    """Problems in HumanEval's format, as token ids, to measure models by."""
+
+    def __init__(self, problems: list[dict], tokenizer: Tokenizer, shots: int = 0, context: int = 0):
+        """Put `shots` other problems, solved, before each; leave out what then exceeds `context`
+        tokens, if it is given."""
+        solved = [f"{p['prompt']}{p['canonical_solution'].rstrip()}\n\n\n" for p in problems]
+        self.end_of_text, self.tasks, self.texts = tokenizer.end_of_text, [], []
+        for number, p in enumerate(problems):
+            others = [solved[(number + i) % len(problems)] for i in range(1, shots + 1)]
+            prompt = tokenizer.encode("".join(others) + p.get("context", "") + p["prompt"])
+            answers = [p["canonical_solution"], *p.get("mutants", ())]
+            answers = [answer.rstrip() + "\n" for answer in answers]
+            ids = [tokenizer.encode(answer) for answer in answers]
+            if not context or len(prompt) + max(map(len, ids)) < context:
+                self.tasks.append((p["task_id"], len(prompt), len(answers[0].encode())))
+                self.texts.append([prompt + i for i in ids])
+
+    def measure(self, model: Phi, rank: bool = True) -> dict[str, tuple]:
+        """Return {task_id: (bits of the reference given its prompt, its bytes, the share of its
+        mutants that are less likely than it, None without mutants)}; without `rank` always None."""
+        texts = [texts if rank else texts[:1] for texts in self.texts]
+        nats = iter(token_nats(model, self.end_of_text, [ids for each in texts for ids in each]))
+        found = {}
+        for (task_id, start, bytes_), each in zip(self.tasks, texts):
+            gold, *wrong = [float(next(nats)[start:].sum(dtype=np.float64)) for _ in each]
+            # Bitwise equal only if the texts are, or the model knows nothing.
+            better = np.mean([(gold < w) + (gold == w) / 2 for w in wrong]) if wrong else None
+            found[task_id] = (gold / math.log(2), bytes_, better)
+        return found
+
+
+def bits_per_byte(found: dict[str, tuple]) -> float:
+    """Return the bits of all references over their bytes, of what Gold.measure returns."""
+    return sum(bits for bits, _, _ in found.values()) / sum(n for _, n, _ in found.values())

@@ -1,0 +1,81 @@
+"""Write problems with wrong variants of their references, for a model to tell from the reference.
+
+    python -m eval.mutants --problems HumanEval.jsonl.gz --out out/mutants/humaneval.jsonl
+    python -m eval.bits --problems out/mutants/humaneval.jsonl --checkpoint out/run
+
+A mutant is the reference with one operator, name, constant or branch replaced by another, as
+data/synthetic/damage.py does it; nothing is dropped, as shorter code is likelier. Each was run, and
+fails a test; those that do not end are left out. Problems whose reference fails get none.
+"""
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import UserError, parse, run
+from common.files import write_jsonl
+from data.base.benchmarks import read_rows
+from data.synthetic.damage import damages
+from eval import humaneval, mbpp
+from sandbox.execute import choose
+from sandbox.self_check import PATIENCE, check, run_all, slowdown
+
+TRIED = 3  # mutants that are run for one that is wanted, at most
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write problems in HumanEval's format, each with `mutants`: wrong solutions, checked."""
+
+    problems: Path  # file in HumanEval's format or MBPP's (its test split, by docstring)
+    out: Path  # file to write, JSON lines
+    each: int = 3  # mutants of a problem, at most
+    limit: int = 0  # only the first so many problems, 0 = all
+    sandbox: str = "auto"  # tier A, B, C or auto, as in eval.humaneval
+    timeout_s: float = 1.0  # CPU time of a mutant, scaled to this machine
+    workers: int = 0  # programs run at once, 0 = one a CPU core
+
+
+def read(path: Path) -> list[dict]:
+    """Read a file in HumanEval's format or MBPP's (its test split, by docstring). Raises UserError."""
+    rows = read_rows(path)
+    return (mbpp if any("test_list" in row for row in rows) else humaneval).convert(path, rows)[1]
+
+
+def mutants(problem: dict) -> list[str]:
+    """List other solutions of a problem that differ from its reference by one replacement."""
+    prompt, source = problem["prompt"], problem["prompt"] + problem["canonical_solution"]
+    try:
+        found = [source[:i] + new + source[j:] for i, j, new in damages(source)
+                 if new.strip() and source[i:j].strip() and i >= len(prompt)]  # fmt: skip
+    except SyntaxError as e:
+        raise UserError(f"{problem['task_id']}: the reference does not parse: {e}") from None
+    return [text[len(prompt) :] for text in dict.fromkeys(found)]
+
+
+def main() -> None:
+    config = parse(Config)
+    problems = read(config.problems)[: config.limit or None]
+    limits = {"workers": config.workers or len(os.sched_getaffinity(0)), "tier": choose(config.sandbox)}
+    limit_s = config.timeout_s * slowdown(**limits)
+    tried = []
+    for p in problems:
+        found, rng = mutants(p), random.Random(p["task_id"])
+        tried.append(rng.sample(found, min(len(found), TRIED * config.each)))
+    checks = [check(p, p["canonical_solution"], PATIENCE * limit_s) for p in problems]
+    checks += [check(p, m, limit_s) for p, some in zip(problems, tried) for m in some]
+    verdicts = iter(run_all(checks, progress="mutants", **limits))
+    sound = [next(verdicts).status == "passed" for _ in problems]
+    for p, good, some in zip(problems, sound, tried):
+        wrong = [m for m in some if next(verdicts).status == "failed"]
+        p["mutants"] = wrong[: config.each] if good else []
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(config.out, problems)
+    count = sum(len(p["mutants"]) for p in problems)
+    without = sum(not p["mutants"] for p in problems)
+    print(f"{config.out}: {count:,} mutants of {len(problems)} problems, {without} without any")
+
+
+if __name__ == "__main__":
+    run(main)
