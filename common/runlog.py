@@ -27,8 +27,8 @@ from common.files import read_json, write_json
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 MAX_SKIPS = 20  # stop after this many steps in a row whose gradients are not finite
 # What a result does not depend on.
-HOW = {"out", "resume", "restart", "micro_batch", "device", "threads", "keep", "log_interval",
-       "keep_every", "eval_problems", "recompute", "shard", "regather", "timeout_s", "wandb"}  # fmt: skip
+HOW = {"out", "resume", "restart", "micro_batch", "eval_problems", "device", "threads", "keep",
+       "log_interval", "keep_every", "recompute", "shard", "regather", "timeout_s", "wandb"}  # fmt: skip
 
 
 class RunLog:

@@ -46,7 +46,7 @@ class Config:
     def __post_init__(self):
         if not (self.source or self.problems):
             raise UserError("name --source, --problems, or both")
-        if self.shots < 0 or self.shots and not self.problems:
+        if self.shots < 0 or (self.shots and not self.problems):
             raise UserError(f"--shots {self.shots}: want 0 or more, and with --problems alone")
 
 
@@ -81,7 +81,7 @@ def measure_problems(path: Path, shots: int, model: Phi, tokenizer: Tokenizer) -
     problems, context = read(path), model.c.seq_len if shots else 0
     found = Gold(problems, tokenizer, shots, context).measure(model)
     if not found:
-        raise UserError(f"--shots {shots}: no problem of {path} fits {context} tokens; ask for fewer")
+        raise UserError(f"--shots {shots}: none of {path} fits in {context} tokens; ask for fewer")
     bits, bytes_, preferred = (np.array(x, float) for x in zip(*found.values()))
     ranked = preferred[~np.isnan(preferred)]
     result = {"bits_per_byte": bits_per_byte(found), "ci95": interval(bits, bytes_)}

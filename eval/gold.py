@@ -69,9 +69,9 @@ def starts(tokens: int, context: int) -> list[int]:
 class Gold:
     """Problems in HumanEval's format, as token ids, to measure models by."""
 
-    def __init__(self, problems: list[dict], tokenizer: Tokenizer, shots: int = 0, context: int = 0):
+    def __init__(self, problems: list[dict], tokenizer: Tokenizer, shots=0, context=0):
         """Put `shots` other problems, solved, before each; leave out what then exceeds `context`
-        tokens, if it is given."""
+        tokens, 0 = nothing."""
         solved = [f"{p['prompt']}{p['canonical_solution'].rstrip()}\n\n\n" for p in problems]
         self.end_of_text, self.tasks, self.texts = tokenizer.end_of_text, [], []
         for number, p in enumerate(problems):

@@ -38,7 +38,7 @@ class Config:
 
 
 def read(path: Path) -> list[dict]:
-    """Read a file in HumanEval's format or MBPP's (its test split, by docstring). Raises UserError."""
+    """Read problems in HumanEval's format or MBPP's (test split, docstring). Raises UserError."""
     rows = read_rows(path)
     return (mbpp if any("test_list" in row for row in rows) else humaneval).convert(path, rows)[1]
 
@@ -57,7 +57,8 @@ def mutants(problem: dict) -> list[str]:
 def main() -> None:
     config = parse(Config)
     problems = read(config.problems)[: config.limit or None]
-    limits = {"workers": config.workers or len(os.sched_getaffinity(0)), "tier": choose(config.sandbox)}
+    workers = config.workers or len(os.sched_getaffinity(0))
+    limits = {"workers": workers, "tier": choose(config.sandbox)}
     limit_s = config.timeout_s * slowdown(**limits)
     tried = []
     for p in problems:
