@@ -28,7 +28,8 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 MAX_SKIPS = 20  # stop after this many steps in a row whose gradients are not finite
 # What a result does not depend on.
 HOW = {"out", "resume", "restart", "micro_batch", "eval_problems", "device", "threads", "keep",
-       "log_interval", "keep_every", "recompute", "shard", "regather", "timeout_s", "wandb"}  # fmt: skip
+       "keep_every", "log_interval", "recompute", "shard", "regather", "timeout_s",
+       "wandb"}  # fmt: skip
 
 
 class RunLog:

@@ -7,7 +7,8 @@ import torch
 from conftest import save_run
 
 from data.base.readers import read_documents
-from eval.bits import starts, token_nats
+from eval.gold import Gold, starts, token_nats
+from eval.mutants import mutants, read
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
 
@@ -43,16 +44,70 @@ def test_a_model_that_knows_nothing_needs_log2_of_its_pieces(cli, model, tokens,
     tokenizer = Tokenizer(tokens)
     save_run(tmp_path / "run", model, tokenizer)
     texts = [d["text"] for d in read_documents([corpus])][:80]
-    source, out = tmp_path / "code.jsonl", tmp_path / "bits.json"
+    source, out = tmp_path / "code.jsonl", tmp_path / "bits"
     source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     done = cli(
         "-m", "eval.bits", "--checkpoint", tmp_path / "run", "--source", source, "--out", out
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert json.loads(done.stdout) == result
+    result = json.loads((out / "documents.json").read_text())
+    assert json.loads(done.stdout) == {"name": "documents"} | result
     assert (result["documents"], result["bytes"]) == (80, sum(len(t.encode()) for t in texts))
     pieces = sum(len(tokenizer.encode(t)) for t in texts)
     assert result["bits_per_byte"] == pytest.approx(pieces * math.log2(512) / result["bytes"])
     low, high = result["ci95"]
     assert low < result["bits_per_byte"] < high
+
+
+def problem(name: str, prompt: str, solution: str, test: str, **more) -> dict:
+    return {"task_id": name, "prompt": prompt, "canonical_solution": solution, "entry_point": "f",
+            "test": f"def check(f):\n    assert {test}\n"} | more  # fmt: skip
+
+
+LESS = problem("T/0", "def f(a, b):\n", "    return a < b\n", "f(1, 2) and not f(2, 2)")
+SUM = problem("T/1", 'def f(a):\n    """1 + 1"""\n', "    return a + 2\n\n\n", "f(3) == 5")
+
+
+def test_gold_is_the_loss_of_the_solution_given_its_prompt(model, tokens):
+    tokenizer = Tokenizer(tokens)
+    problems = [LESS | {"mutants": []}, SUM | {"mutants": ["    return a + 2\n", "    return 1\n"]}]
+    found = Gold(problems, tokenizer).measure(model)
+    for p in problems:
+        text = p["prompt"] + p["canonical_solution"].rstrip() + "\n"
+        [whole] = token_nats(model, tokenizer.end_of_text, [tokenizer.encode(text)])
+        bits = whole[len(tokenizer.encode(p["prompt"])) :].sum() / math.log(2)
+        length = len(text) - len(p["prompt"])
+        assert found[p["task_id"]][:2] == (pytest.approx(bits, rel=1e-5), length)
+    assert found["T/0"][2] is None
+    assert found["T/1"][2] in (0.25, 0.75)  # a tie, and one that is likelier or not
+    assert Gold(problems, tokenizer).measure(model, rank=False)["T/1"][2] is None
+    both = Gold(problems, tokenizer, shots=1)  # each with the other, solved, before it
+    assert both.texts[0][0][-1] == Gold(problems, tokenizer).texts[0][0][-1]
+    shot = tokenizer.encode(SUM["prompt"] + "    return a + 2\n\n\n" + LESS["prompt"])
+    assert both.texts[0][0][: len(shot)] == shot
+    assert Gold(problems, tokenizer, shots=1, context=len(shot)).texts == []
+
+
+def test_mutants_differ_by_one_replacement():
+    assert sorted(mutants(LESS)) == ["    return a <= b\n", "    return a > b\n"]
+    found = mutants(SUM)
+    assert sorted(m.strip() for m in found) == ["return a + 1", "return a + 3", "return a - 2"]
+    assert all(m.endswith("\n\n\n") for m in found)
+
+
+def test_mutants_are_run_and_fail(cli, tmp_path):
+    weak = problem("T/2", "def f(a):\n", "    return a < 9\n", "f(1)")  # `a <= 9` passes
+    broken = problem("T/3", "def f(a):\n", "    return a + 1\n", "f(1) == 3")
+    endless = problem("T/4", "def f(a):\n", "    while a > 0:\n        a -= 1\n    return a\n",
+                      "f(3) == 0")  # fmt: skip
+    path, out = tmp_path / "p.jsonl", tmp_path / "deep" / "m.jsonl"
+    path.write_text("".join(json.dumps(p) + "\n" for p in (LESS, SUM, weak, broken, endless)))
+    options = ("--each", 9, "--sandbox", "C")
+    done = cli("-m", "eval.mutants", "--problems", path, "--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    found = {p["task_id"]: sorted(m.strip() for m in p["mutants"]) for p in read(out)}
+    assert found["T/0"] == ["return a <= b", "return a > b"]
+    assert len(found["T/1"]) == 3
+    assert found["T/2"] == ["return a > 9"]
+    assert found["T/3"] == []
+    assert not any("+= 1" in m for m in found["T/4"])
