@@ -26,7 +26,7 @@ include $(LADDER_SET)/ladder.mk
 
 # A rung is trained on data/tokens/RUNG for base_steps + finetune_steps; a finetuned one on textbooks
 # for base_steps (this is run base, and a bar too) and then on tokens/RUNG for finetune_steps.
-direct    := raw filtered classified textbooks
+direct    := raw filtered classified textbooks mixture
 finetuned := exercises replay varied blend damaged pairs pruned80
 
 # $(call job,FILE,NEEDS,COMMAND): the rule of FILE, which COMMAND makes from the files NEEDS. (Make
@@ -85,6 +85,8 @@ $(foreach x,exercises varied damaged,$(call pack,$(x),$(x)/train))
 $(call pack,textbooks,classified textbooks,--weight 0.5 --weight 0.5)
 $(call pack,replay,exercises/train classified,--weight 0.8 --weight 0.2)
 $(call pack,blend,exercises/train varied/train,--weight 0.5 --weight 0.5)
+$(call pack,mixture,exercises/train varied/train pairs classified textbooks,--weight 0.25 \
+  --weight 0.25 --weight 0.2 --weight 0.2 --weight 0.1)
 
 # ---- Runs
 

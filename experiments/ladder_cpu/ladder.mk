@@ -1,4 +1,4 @@
-bars := $(foreach s,s0 s1 s2,$(foreach r,raw filtered classified textbooks exercises replay varied blend damaged pairs pruned80,$(r)-small-$(s)))
+bars := $(foreach s,s0 s1 s2,$(foreach r,raw filtered classified textbooks exercises replay varied blend damaged pairs mixture pruned80,$(r)-small-$(s)))
 threads        := 1
 base_steps     := 100
 finetune_steps := 400
