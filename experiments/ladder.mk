@@ -122,8 +122,10 @@ $(foreach run,$(sort $(bases)),$(call train,$(run),textbooks,$(base_steps)))
 
 scores :=
 S = $(LADDER)/rungs/$(bar)
-# The problems by which a bar is scored, with mutants: the first $(ranked) of each file.
-problems  := heldout unseen $(HUMANEVAL:%=humaneval) $(MBPP:%=mbpp)
+# The problems by which a bar is scored, with mutants: the first $(ranked) of each file. Choices are
+# made by judge, problems of our own that no data is made from; the benchmarks are only reported.
+problems := heldout unseen judge $(HUMANEVAL:%=humaneval) $(MBPP:%=mbpp)
+judge_file     := eval/judge.jsonl
 heldout_file   := $D/exercises/heldout.jsonl
 unseen_file    := $D/exercises/unseen.jsonl
 humaneval_file := $(HUMANEVAL)
