@@ -1,4 +1,7 @@
-bars := $(foreach s,s0 s1 s2,$(foreach r,raw filtered classified textbooks exercises replay varied blend damaged pairs mixture pruned80,$(r)-small-$(s)))
+# The ladder for two CPU cores: 500 steps of 1,024 tokens, 0.51M tokens, a bar.
+rungs := raw filtered classified textbooks exercises replay varied blend damaged pairs mixture pruned80
+bars := $(foreach s,s0 s1 s2,$(foreach r,$(rungs),$(r)-small-$(s)) \
+  $(foreach r,raw filtered textbooks exercises mixture,$(r)-large-$(s)))
 threads        := 1
 base_steps     := 100
 finetune_steps := 400

@@ -11,12 +11,9 @@
 #   pip install --no-index --find-links wheels --target out/packages zstandard sentencepiece ...
 #   PYTHONPATH=out/packages make ladder PYTHON=python3 LADDER_SET=experiments/ladder_gpu ...
 # The data may be made elsewhere: copy OUT/data and OUT/commands with their times (cp -a, rsync -a).
-bars := \
-  raw-small-s0 raw-small-s1 filtered-small-s0 classified-small-s0 textbooks-small-s0 \
-  textbooks-small-s1 base-small-s0 exercises-small-s0 exercises-small-s1 varied-small-s0 \
-  damaged-small-s0 pruned95-small-s0 pruned90-small-s0 pruned85-small-s0 pruned80-small-s0 \
-  pairs-small-s0 raw-large-s0 filtered-large-s0 classified-large-s0 textbooks-large-s0 \
-  base-large-s0 exercises-large-s0 varied-large-s0 damaged-large-s0 pruned80-large-s0
+rungs := raw filtered classified textbooks exercises replay varied blend damaged pairs mixture pruned80
+bars := $(foreach s,s0 s1 s2,$(foreach r,$(rungs),$(r)-small-$(s)) \
+  $(foreach r,raw filtered textbooks exercises mixture,$(r)-large-$(s)))
 threads        := 8
 base_steps     := 700
 finetune_steps := 600
@@ -28,7 +25,6 @@ heldout_mb       := 4
 labels           := 5000
 textbooks        := 16000
 exercises        := 400000
-exercise_options := --concepts
 heldout          := 500
 unseen           := 200
 # As in small.toml and large.toml.
@@ -36,5 +32,8 @@ vocab_size       := 16384
 tokenizer_mb     := 16
 val_frac         := 0.01
 
+# Problems that models are ranked by; those that they are asked to solve, and how many of each.
+ranked           := 500
+asked            := heldout $(HUMANEVAL:%=humaneval) $(MBPP:%=mbpp)
+asked_limit      := 500
 max_new_tokens   := 256
-robustness_limit := 100
