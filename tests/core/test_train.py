@@ -114,10 +114,17 @@ def test_the_dtype_that_is_measured_stays(tiny, tokens, tmp_path):
      (2, "muon", "float16", 2e-3)],
 )  # fmt: skip
 def test_ranks_see_the_same_as_one(tiny, tokens, tmp_path, ranks, optimizer, dtype, tolerance):
+    problem = {"task_id": "T/0", "prompt": "def f(a):\n", "canonical_solution": "    return a\n",
+               "entry_point": "f", "test": "def check(f): pass"}  # fmt: skip
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem))
     flags = ["--max_steps=6", "--eval_interval=3", "--log_interval=1", "--grad_clip=0",
              "--micro_batch=1", "--n_layer=3", "--lr=0.01", "--warmup_steps=1",
-             f"--optimizer={optimizer}", f"--dtype={dtype}"]  # fmt: skip
-    train(tiny, tokens, tmp_path / "1", *flags)
+             f"--optimizer={optimizer}", f"--dtype={dtype}",
+             f"--eval_problems={tmp_path}/problems.jsonl"]  # fmt: skip
+    said = train(tiny, tokens, tmp_path / "1", *flags)
+    gold = [r["gold_bits_per_byte"] for r in curve(tmp_path / "1") if "val_loss" in r]
+    assert 0 < gold[1] < gold[0]
+    assert f"gold bits per byte {gold[1]:.4f}" in said
     train(tiny, tokens, tmp_path / "all", *flags, ranks=ranks)
     for a, b in zip(curve(tmp_path / "1"), curve(tmp_path / "all"), strict=True):
         assert a == pytest.approx(b, rel=tolerance)
