@@ -79,7 +79,7 @@ $(call data,tokenizer,raw textbooks exercises,tokenizer.train --source $D/raw \
 
 # $(call pack,TOKENS,FOLDERS,OPTIONS): the rule of data/tokens/TOKENS, packed from data/FOLDERS.
 pack = $(call data,tokens/$(1),tokenizer $(2:%/train=%),data.pack $(2:%=--source $D/%) \
-  --tokenizer $D/tokenizer --val_frac $(val_frac) $(3) --threads $(threads))
+  --tokenizer $D/tokenizer --val_frac $(or $(val_frac_$(1)),$(val_frac)) $(3) --threads $(threads))
 $(foreach x,raw filtered classified pairs $(taus:%=pruned%),$(call pack,$(x),$(x)))
 $(foreach x,exercises varied damaged,$(call pack,$(x),$(x)/train))
 $(call pack,textbooks,classified textbooks,--weight 0.5 --weight 0.5)
