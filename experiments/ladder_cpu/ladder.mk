@@ -17,7 +17,9 @@ unseen         := 200
 vocab_size     := 2048
 tokenizer_mb   := 4
 val_frac       := 0.02
-val_frac_filtered := 0.1  # of some hundred documents
+# These two are of some hundred documents.
+val_frac_filtered   := 0.1
+val_frac_classified := 0.1
 
 # Problems that models are ranked by; those that they are asked to solve, and how many of each.
 ranked         := 200
