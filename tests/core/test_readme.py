@@ -39,6 +39,7 @@ SMALL = {
     r"data\.pack": "--val_frac=0.2",
     r"--data out/mine": "--vocab_size=512",
     r"eval\.(humaneval|mbpp|robustness|judge)": "--limit=2 --max_new_tokens=4",
+    r"eval\.mutants": "--limit=4 --each=1",
     r"eval\.robustness": "--only=rename_function",
     r"data\.classify train": "--trees=10 --folds=2",
     r"bench\.resources": "--sm=80 --kernel=layernorm",
