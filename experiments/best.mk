@@ -7,10 +7,12 @@ BENCHMARKS = --benchmarks $(HUMANEVAL) --benchmarks $(MBPP)
 SOURCES := plain/train varied/train pairs textbooks filtered
 WEIGHTS := 0.3 0.3 0.2 0.1 0.1
 TEMPERATURES := 0.4 0.7 1.0
+sampled = eval.$(1) --checkpoint $(BEST)/run --sandbox $(SANDBOX) --problems $(2) --out $(@D)
 
 .PHONY: best best-data
 
-best: $(BEST)/humaneval/results.json $(BEST)/mbpp/results.json $(BEST)/gold/mbpp.json  ## the best model of an hour (HUMANEVAL= MBPP=)
+best: $(foreach x,humaneval mbpp,$(BEST)/$(x)/results.json $(BEST)/$(x)_greedy/results.json) \
+  $(BEST)/gold/mbpp.json  ## the best model of an hour, and its scores (HUMANEVAL= MBPP=)
 
 best-data: $(BEST)/data/summary.json
 $(BEST)/data/summary.json: | $(VENV)
@@ -33,3 +35,24 @@ $(BEST)/data/summary.json: | $(VENV)
 
 $(BEST)/run/summary.json: $(BEST)/data/summary.json experiments/best_cpu.toml
 	$(PYTHON) train.py experiments/best_cpu.toml --resume --restart
+
+$(BEST)/gold/mbpp.json: $(BEST)/run/summary.json
+	for x in humaneval=$(HUMANEVAL) mbpp=$(MBPP) judge=eval/judge.jsonl; do $(PYTHON) -m eval.mutants \
+	  --problems $${x#*=} --out $(BEST)/mutants/$${x%=*}.jsonl --sandbox $(SANDBOX) || exit; done
+	$(PYTHON) -m eval.bits --checkpoint $(BEST)/run --out $(@D) \
+	  $(foreach x,humaneval judge mbpp,--problems $(BEST)/mutants/$(x).jsonl)
+
+$(BEST)/humaneval_greedy/results.json: $(BEST)/run/summary.json
+	$(PYTHON) -m $(call sampled,humaneval,$(HUMANEVAL))
+$(BEST)/mbpp_greedy/results.json: $(BEST)/run/summary.json
+	$(PYTHON) -m $(call sampled,mbpp,$(MBPP))
+
+# The temperature is that of the best pass@100 on exercises of unseen families.
+tuned := $(TEMPERATURES:%=$(BEST)/unseen_%)
+$(tuned:=/results.json): $(BEST)/unseen_%/results.json: $(BEST)/run/summary.json
+	$(PYTHON) -m $(call sampled,humaneval,$(BEST)/data/plain/unseen.jsonl) --limit 60 \
+	  --samples_per_problem 100 --temperature $*
+$(BEST)/humaneval/results.json: $(tuned:=/results.json)
+	$(PYTHON) -m $(call sampled,humaneval,$(HUMANEVAL)) --samples_per_problem 100 $(tuned:%=--tuned %)
+$(BEST)/mbpp/results.json: $(tuned:=/results.json)
+	$(PYTHON) -m $(call sampled,mbpp,$(MBPP)) --samples_per_problem 100 $(tuned:%=--tuned %)
