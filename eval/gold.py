@@ -16,7 +16,7 @@ from tqdm import tqdm
 from model import Phi
 from tokenizer import Tokenizer
 
-BATCH_TOKENS = 1 << 13  # in one forward pass: its logits are 64 MB at a vocabulary of 2,048
+BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}  # in a forward pass; on a CPU they fit its caches
 
 
 @torch.no_grad()
@@ -31,7 +31,8 @@ def token_nats(model: Phi, end_of_text: int, texts: list[list[int]]) -> list[np.
     nats = [np.zeros(len(ids) + 1, np.float32) for ids in texts]
     windows = [(i, at) for i, ids in enumerate(texts) for at in starts(len(ids) + 1, T)]
     windows.sort(key=lambda w: min(T, len(texts[w[0]]) + 1 - w[1]))  # alike in length: less padding
-    for batch in tqdm([*batches(windows, texts, T)], "predict", disable=None, leave=False):
+    cut = [*batches(windows, texts, T, BATCH_TOKENS[device.type])]
+    for batch in tqdm(cut, "predict", disable=None, leave=False):
         inputs = [torch.tensor([end_of_text, *texts[i]][at : at + T]) for i, at in batch]
         targets = [torch.tensor([*texts[i], end_of_text][at : at + T]) for i, at in batch]
         idx = pad_sequence(inputs, True, end_of_text).to(device)  # [B, T]
@@ -47,12 +48,12 @@ def token_nats(model: Phi, end_of_text: int, texts: list[list[int]]) -> list[np.
     return [loss[:-1] for loss in nats]
 
 
-def batches(windows: list[tuple], texts: list[list[int]], context: int) -> Iterator[list[tuple]]:
-    """Cut windows, in order of their length, into batches of at most BATCH_TOKENS."""
+def batches(windows: list[tuple], texts: list, context: int, most: int) -> Iterator[list[tuple]]:
+    """Cut windows, in order of their length, into batches of at most `most` tokens."""
     batch = []
     for i, at in windows:
         length = min(context, len(texts[i]) + 1 - at)
-        if batch and (len(batch) + 1) * length > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * length > most:
             yield batch
             batch = []
         batch.append((i, at))

@@ -23,6 +23,8 @@ val_frac_classified := 0.1
 
 # Problems that models are ranked by; those that they are asked to solve, and how many of each.
 ranked         := 200
+ranked_heldout := 100
+ranked_unseen  := 100
 asked          := heldout
-asked_limit    := 300
+asked_limit    := 150
 max_new_tokens := 128
