@@ -130,8 +130,8 @@ heldout_file   := $D/exercises/heldout.jsonl
 unseen_file    := $D/exercises/unseen.jsonl
 humaneval_file := $(HUMANEVAL)
 mbpp_file      := $(MBPP)
-$D/exercises/%.jsonl: $D/exercises/summary.json ;
-$(foreach x,$(problems),$(eval $(call job,$D/mutants/$(x).jsonl,$($(x)_file),eval.mutants \
+needs = $($(1)_file:$D/exercises/%.jsonl=$D/exercises/summary.json)
+$(foreach x,$(problems),$(eval $(call job,$D/mutants/$(x).jsonl,$(call needs,$(x)),eval.mutants \
   --problems $($(x)_file) --limit $(or $(ranked_$(x)),$(ranked)) --sandbox $(SANDBOX) --out $D/mutants/$(x).jsonl)))
 
 # Rungs without a function under its docstring solve no problem, so they are asked for none.
@@ -141,7 +141,7 @@ score = $(eval scores += $S/$(1))$(eval $(call job,$S/$(1),$R/$(bar)/summary.jso
 define score_bar
 $(call score,gold/documents.json,$D/heldout_code/summary.json $(problems:%=$D/mutants/%.jsonl),bits \
   --checkpoint $R/$(bar) --out $S/gold --source $D/heldout_code $(problems:%=--problems $D/mutants/%.jsonl))
-$(foreach x,$(if $(filter $(solve:%=%-%),$(bar)),$(asked)),$(call score,$(x)/results.json,$($(x)_file),$(if $(filter mbpp,$(x)),$(x),humaneval) \
+$(foreach x,$(if $(filter $(solve:%=%-%),$(bar)),$(asked)),$(call score,$(x)/results.json,$(call needs,$(x)),$(if $(filter mbpp,$(x)),$(x),humaneval) \
   --problems $($(x)_file) --limit $(asked_limit) --max_new_tokens $(max_new_tokens) --checkpoint $R/$(bar) \
   --out $S/$(x) --workers $(threads) --sandbox $(SANDBOX) --self_check $(LADDER)/self_check/$(x).json))
 endef
