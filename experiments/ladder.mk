@@ -153,7 +153,8 @@ $(eval $(foreach bar,$(made),$(score_bar)))
 ladder: $(scores)  ## the same model on better and better data, and its report (80 minutes with -j2)
 report:  ## the ladder's report again: a page, and figures under records/
 ladder report: | $(VENV)
-	$(PYTHON) -m tools.report --ladder $(LADDER) $(if $(BAR),,--png $(FIGURES))
+	$(PYTHON) -m tools.report --ladder $(LADDER) $(if $(BAR),,--png $(FIGURES)) \
+	  $(if $(wildcard $(BEST)/*/results.json),--best $(BEST))
 
 ladder-list:  ## the ladder's commands that are left to run
 	@$(MAKE) --no-print-directory -n ladder | sed -n 's/^OMP_NUM_THREADS.* -m //p'

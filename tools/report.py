@@ -34,16 +34,16 @@ LABELS = {  # of what a model is trained on, in the order of the figures
     "exercises": "exercises", "replay": "replay: a fifth is code", "varied": "varied in form",
     "blend": "blend: half varied", "damaged": "damaged: half are wrong",
     "shuffled": "shuffled docstrings", "raw_exercises": "exercises after raw code",
-    "pairs": "pairs cut from raw code", "pruned95": "pruned at .95", "pruned80": "pruned at .80"}
+    "pairs": "pairs cut from raw code", "pruned80": "pruned at .80"}
 STEPS = ["raw → filtered", "filtered → classified", "classified → textbooks", "textbooks → mixture",
          "textbooks → exercises", "textbooks → pairs", "pairs → exercises", "exercises → replay",
          "exercises → varied", "exercises → blend", "exercises → damaged",
-         "exercises → pruned95", "exercises → pruned80"]
+         "exercises → pruned80"]
 SETS = {"humaneval": "HumanEval", "mbpp": "MBPP", "heldout": "held-out exercises",
         "unseen": "unseen families"}
 BITS, RIGHT, PASS = "bits per byte\n← better", "preferred, %\nbetter →", "pass@1, %\nbetter →"
 # A model's scores: file, keys of a score and its interval, title, unit.
-MEASURES = {"bits": ("bits.json", "bits_per_byte", "ci95", "other real code", BITS)}
+MEASURES = {"bits": ("gold/documents.json", "bits_per_byte", "ci95", "other real code", BITS)}
 for x, title in (SETS | {"judge": "our benchmark"}).items():
     MEASURES[f"gold_{x}"] = (f"gold/{x}.json", "bits_per_byte", "ci95", title, BITS)
     MEASURES[f"preferred_{x}"] = (f"gold/{x}.json", "preferred", "preferred_ci95", title, RIGHT)
@@ -312,8 +312,6 @@ class Model:
         self.scores, self.tasks = {}, {}  # {name: (value, low, high)}; what difference wants
         for name, (file, key, ci95, _, unit) in MEASURES.items():
             path = self.heldout / "results.json" if name == "heldout" else folder / file
-            if not path.exists() and name == "bits":
-                path = folder / "gold" / "documents.json"
             if (told := read_json(path) or {}).get(key) is not None:
                 values = np.array([told[key], *told[ci95]]) * (1 if unit == BITS else 100)
                 self.scores[name] = [float(f"{x:.5g}") for x in values]

@@ -99,15 +99,16 @@ def test_only_what_changed_is_made_again(made, make):
 def test_the_report_has_its_numbers(made, make):
     page = (made / "report.html").read_text()
     told = json.loads((make.png / "ladder.json").read_text())
-    assert [m["name"] for m in told] == ["raw-tiny-s0", "exercises-tiny-s0"]
-    for m in told:
-        assert m["name"] in page
-        bits = json.loads((made / "rungs" / m["name"] / "bits.json").read_text())
-        assert m["scores"]["bits"][0] == pytest.approx(bits["bits_per_byte"], rel=1e-4)
+    assert [m["name"] for m in told["rungs"]] == ["raw-tiny-s0", "exercises-tiny-s0"]
+    for m in told["rungs"]:
+        assert LABELS[m["rung"]] in page
+        for name, file in (("bits", "documents"), ("gold_heldout", "heldout")):
+            gold = json.loads((made / "rungs" / m["name"] / f"gold/{file}.json").read_text())
+            assert m["scores"][name][0] == pytest.approx(gold["bits_per_byte"], rel=1e-4)
         assert sum(n for _, n in m["tokens"]) == 300 * 2 * 128
         summary = json.loads((made / "runs" / m["name"] / "summary.json").read_text())
         assert m["weights"] == summary["weights"]
-    assert {p.stem for p in make.png.glob("*.png")} == {"exercises", "code", "loss"}
+    assert {p.stem for p in make.png.glob("*.png")} == {"exercises", "gold", "mutants"}
 
 
 @pytest.mark.parametrize("bar", ["rawr-tiny-s0", "raw-huge-s0", "raw-tiny"])
