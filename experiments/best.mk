@@ -5,7 +5,7 @@
 BEST := out/best
 BENCHMARKS = --benchmarks $(HUMANEVAL) --benchmarks $(MBPP)
 SOURCES := plain/train varied/train pairs textbooks filtered
-WEIGHTS := 0.3 0.3 0.2 0.1 0.1
+WEIGHTS := 0.25 0.25 0.2 0.1 0.2
 TEMPERATURES := 0.4 0.7 1.0
 sampled = eval.$(1) --checkpoint $(BEST)/run --sandbox $(SANDBOX) --problems $(2) --out $(@D)
 

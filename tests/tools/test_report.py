@@ -57,7 +57,7 @@ def write_bar(out, rung: str, size: str, seed: int, solved: int) -> None:
         write_run(out / "runs" / base, "textbooks", 30, width=width)
     write_run(out / "runs" / name, rung, 60, base, width=width)
     write_scores((folder := out / "rungs" / name) / "heldout", solved, 40)
-    write(folder / "bits.json", {"bits_per_byte": 2.25, "ci95": [2.0, 2.5]})
+    write(folder / "gold/documents.json", {"bits_per_byte": 2.25, "ci95": [2.0, 2.5]})
     bits = 1 if rung == "exercises" else 2  # a byte
     tasks = {f"t/{i}": [bits * (100 + i), 100 + i, 0.75 if i else None] for i in range(9)}
     gold = {"bits_per_byte": bits, "ci95": [bits - 0.5, bits + 0.5], "tasks": tasks}
