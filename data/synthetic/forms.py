@@ -1,8 +1,9 @@
 """How an exercise is told and laid out: its wording, names, docstring, type hints and examples.
 
 `tell` has the one form that exercises had at first. `vary` draws a form for every exercise, as real
-prompts differ: a model that saw one form alone fails when an argument is renamed (LOG.md). All that
-a form says of a task is computed from it: types and examples come from the oracle.
+prompts differ: a model that saw one form alone fails at other quotes or another indent; arguments
+renamed undo either (LOG.md). All that a form says of a task is computed from it: types and examples
+come from the oracle.
 """
 
 import builtins
