@@ -1,7 +1,7 @@
 # The ladder for two CPU cores: 500 steps of 1,024 tokens, 0.51M tokens, a bar.
 rungs := raw filtered classified textbooks exercises replay varied blend damaged pairs mixture pruned80
 bars := $(foreach s,s0 s1 s2,$(foreach r,$(rungs),$(r)-small-$(s)) \
-  $(foreach r,raw filtered textbooks exercises mixture,$(r)-large-$(s)))
+  $(foreach r,raw mixture,$(r)-large-$(s)))
 threads        := 1
 base_steps     := 100
 finetune_steps := 400
@@ -21,10 +21,11 @@ val_frac       := 0.02
 val_frac_filtered   := 0.1
 val_frac_classified := 0.1
 
-# Problems that models are ranked by; those that they are asked to solve, and how many of each.
+# Problems that models are ranked by. They are asked to solve none (asked := heldout): after 0.5M
+# tokens no bar solves any.
 ranked         := 200
 ranked_heldout := 100
 ranked_unseen  := 100
-asked          := heldout
+asked          :=
 asked_limit    := 150
 max_new_tokens := 128
