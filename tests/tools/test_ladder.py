@@ -20,7 +20,7 @@ MODEL = """vocab_size=512 seq_len=128 n_layer=1 n_head=2 width=16 mlp_width=32 r
 seqs_per_step=2 micro_batch=2 warmup_steps=2 eval_interval=50 eval_seqs=4 log_interval=10"""
 SETTINGS = """base_steps=3 finetune_steps=297 raw_mb=0.35 heldout_mb=0.05 labels=60 textbooks=12
 exercises=300 heldout=4 unseen=3 vocab_size=512 tokenizer_mb=0.05 val_frac=0.1 max_new_tokens=2
-ranked=3 asked_limit=3 SANDBOX=C"""
+ranked=3 ranked_heldout=2 asked=heldout asked_limit=3 SANDBOX=C"""
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,17 @@ def test_each_bar_is_trained_on_its_data(made):
     assert [c["max_steps"] for _, c in sorted(runs.items())] == [3, 297, 300]
     assert runs["exercises-tiny-s0"]["init_from"] == str(made / "runs" / "base-tiny-s0")
     for bar in ("raw-tiny-s0", "exercises-tiny-s0"):
-        for file in ("heldout/results.json", "gold/heldout.json", "gold/documents.json"):
-            assert (made / "rungs" / bar / file).exists()
+        found = [str(p.relative_to(made / "rungs" / bar)) for p in made.glob(f"rungs/{bar}/*/*.json")]
+        gold = [f"gold/{x}.json" for x in ("documents", "heldout", "judge", "unseen")]
+        assert sorted(found) == gold + ["heldout/results.json"] * (bar != "raw-tiny-s0")
+    lines = (made / "data/mutants/heldout.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert all("mutants" in json.loads(line) for line in lines)
 
 
 def test_only_what_changed_is_made_again(made, make):
     assert left(make) == set()
-    asked = {f"eval.humaneval rungs/{bar}-tiny-s0/heldout" for bar in ("raw", "exercises")}
-    assert left(make, "max_new_tokens=3") == asked
+    assert left(make, "max_new_tokens=3") == {"eval.humaneval rungs/exercises-tiny-s0/heldout"}
     relabelled = left(make, "labels=50")
     assert {"data.filter data/classified", "train runs/base-tiny-s0"} <= relabelled
     assert not any("raw-tiny-s0" in command for command in relabelled)
