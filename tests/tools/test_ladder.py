@@ -81,7 +81,8 @@ def test_each_bar_is_trained_on_its_data(made):
     assert [c["max_steps"] for _, c in sorted(runs.items())] == [3, 297, 300]
     assert runs["exercises-tiny-s0"]["init_from"] == str(made / "runs" / "base-tiny-s0")
     for bar in ("raw-tiny-s0", "exercises-tiny-s0"):
-        found = [str(p.relative_to(made / "rungs" / bar)) for p in made.glob(f"rungs/{bar}/*/*.json")]
+        folder = made / "rungs" / bar
+        found = [str(p.relative_to(folder)) for p in folder.glob("*/*.json")]
         gold = [f"gold/{x}.json" for x in ("documents", "heldout", "judge", "unseen")]
         assert sorted(found) == gold + ["heldout/results.json"] * (bar != "raw-tiny-s0")
     lines = (made / "data/mutants/heldout.jsonl").read_text().splitlines()
