@@ -259,7 +259,8 @@ def main() -> None:
                 if evaluate_now:
                     found = {"val_loss": evaluate(model, val, c, ranks, end_of_text)}
                     if gold:
-                        found["gold_bits_per_byte"] = bits_per_byte(gold.measure(model, rank=False))
+                        measured = gold.measure(model, mutants=False)
+                        found["gold_bits_per_byte"] = bits_per_byte(measured)
                     log.validation(step, step * tokens_per_step, found)
             if step == c.max_steps:
                 break

@@ -9,8 +9,8 @@ The end of a document is not scored, as it has no bytes.
 
 --problems measures "gold bits per byte": those of each problem's reference solution given its
 prompt, in HumanEval's format or MBPP's (docstring). Problems from eval.mutants also get
-"preferred", the share of their wrong variants that are less likely than the reference. It is 50%
-for a model that knows nothing; more may mean no more than a taste for common tokens.
+"preferred", the share of their wrong variants that are less likely than the reference. A uniform
+model gets 50%; to know which tokens are common explains part of what is above (LOG.md).
 """
 
 import json
@@ -47,7 +47,13 @@ class Config:
         if not (self.source or self.problems):
             raise UserError("name --source, --problems, or both")
         if self.shots < 0 or (self.shots and not self.problems):
-            raise UserError(f"--shots {self.shots}: want 0 or more, and with --problems alone")
+            raise UserError(f"--shots {self.shots}: want 0 or more, and a file of --problems")
+        if len(set(self.names())) < len(self.names()):
+            raise UserError(f"two results would be called the same: {self.names()}; rename a file")
+
+    def names(self) -> list[str]:
+        """Name the results: files of problems without their suffixes, then "documents"."""
+        return [p.name.split(".")[0] for p in self.problems] + ["documents"] * bool(self.source)
 
 
 def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
@@ -78,8 +84,11 @@ def measure_documents(source: tuple[Path, ...], model: Phi, tokenizer: Tokenizer
 
 
 def measure_problems(path: Path, shots: int, model: Phi, tokenizer: Tokenizer) -> dict:
-    problems, context = read(path), model.c.seq_len if shots else 0
-    found = Gold(problems, tokenizer, shots, context).measure(model)
+    problems, context = read(path), model.c.seq_len
+    if shots >= len(problems):
+        raise UserError(f"--shots {shots}: {path} has {len(problems)} problems; ask for fewer")
+    gold = Gold(problems, tokenizer, shots, context if shots else 0)
+    found = gold.measure(model)
     if not found:
         raise UserError(f"--shots {shots}: none of {path} fits in {context} tokens; ask for fewer")
     bits, bytes_, preferred = (np.array(x, float) for x in zip(*found.values()))
@@ -88,18 +97,20 @@ def measure_problems(path: Path, shots: int, model: Phi, tokenizer: Tokenizer) -
     if len(ranked):
         ci95 = interval(ranked, np.ones_like(ranked))
         result |= {"preferred": ranked.mean(), "preferred_ci95": ci95, "ranked": len(ranked)}
-    return result | {"problems": len(found), "too_long": len(problems) - len(found), "tasks": found}
+    cut = sum(len(texts[0]) >= context for texts in gold.texts)  # seen through windows, not whole
+    more = {"problems": len(found), "too_long": len(problems) - len(found), "cut": cut}
+    return result | more | {"tasks": found}
 
 
 def main() -> None:
     config = parse(Config)
     model, tokenizer, folder = load_model(config.checkpoint, config.device)
     weights = {"weights": checkpoint.checksum(folder)}
-    found = {path.stem: measure_problems(path, config.shots, model, tokenizer) | weights
-             for path in config.problems}  # fmt: skip
+    found = [measure_problems(p, config.shots, model, tokenizer) for p in config.problems]
     if config.source:
-        found["documents"] = measure_documents(config.source, model, tokenizer) | weights
-    for name, result in found.items():
+        found.append(measure_documents(config.source, model, tokenizer))
+    for name, result in zip(config.names(), found):
+        result |= weights
         if config.out:
             config.out.mkdir(parents=True, exist_ok=True)
             write_json(config.out / f"{name}.json", result)

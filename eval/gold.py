@@ -16,11 +16,11 @@ from tqdm import tqdm
 from model import Phi
 from tokenizer import Tokenizer
 
-BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}  # in a forward pass; on a CPU they fit its caches
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # in a forward pass: 16 MB, which fit caches, and 1 GB
 
 
 @torch.no_grad()
-def token_nats(model: Phi, end_of_text: int, texts: list[list[int]]) -> list[np.ndarray]:
+def token_nats(model: Phi, end_of_text: int, texts: list[list[int]], quiet=False) -> list:
     """Return the loss of each token in nats, float32 [n], for the token ids [n] of each text.
 
     A text longer than the context is cut into windows that overlap by half, so that from the second
@@ -31,8 +31,8 @@ def token_nats(model: Phi, end_of_text: int, texts: list[list[int]]) -> list[np.
     nats = [np.zeros(len(ids) + 1, np.float32) for ids in texts]
     windows = [(i, at) for i, ids in enumerate(texts) for at in starts(len(ids) + 1, T)]
     windows.sort(key=lambda w: min(T, len(texts[w[0]]) + 1 - w[1]))  # alike in length: less padding
-    cut = [*batches(windows, texts, T, BATCH_TOKENS[device.type])]
-    for batch in tqdm(cut, "predict", disable=None, leave=False):
+    cut = [*batches(windows, texts, T, LOGITS[device.type] // model.c.vocab_size)]
+    for batch in tqdm(cut, "predict", disable=quiet or None):
         inputs = [torch.tensor([end_of_text, *texts[i]][at : at + T]) for i, at in batch]
         targets = [torch.tensor([*texts[i], end_of_text][at : at + T]) for i, at in batch]
         idx = pad_sequence(inputs, True, end_of_text).to(device)  # [B, T]
@@ -85,15 +85,17 @@ class Gold:
                 self.tasks.append((p["task_id"], len(prompt), len(answers[0].encode())))
                 self.texts.append([prompt + i for i in ids])
 
-    def measure(self, model: Phi, rank: bool = True) -> dict[str, tuple]:
+    def measure(self, model: Phi, mutants: bool = True) -> dict[str, tuple]:
         """Return {task_id: (bits of the reference given its prompt, its bytes, the share of its
-        mutants that are less likely than it, None without mutants)}; without `rank` always None."""
-        texts = [texts if rank else texts[:1] for texts in self.texts]
-        nats = iter(token_nats(model, self.end_of_text, [ids for each in texts for ids in each]))
+        mutants that are less likely than it, or None)}. Silent without `mutants`, as in training.
+        """
+        texts = [texts if mutants else texts[:1] for texts in self.texts]
+        flat = [ids for each in texts for ids in each]
+        nats = iter(token_nats(model, self.end_of_text, flat, quiet=not mutants))
         found = {}
         for (task_id, start, bytes_), each in zip(self.tasks, texts):
             gold, *wrong = [float(next(nats)[start:].sum(dtype=np.float64)) for _ in each]
-            # Bitwise equal only if the texts are, or the model knows nothing.
+            # A tie, as of a uniform model, counts half.
             better = np.mean([(gold < w) + (gold == w) / 2 for w in wrong]) if wrong else None
             found[task_id] = (gold / math.log(2), bytes_, better)
         return found

@@ -40,7 +40,7 @@ class Evaluation:
     limit: int = 0  # only the first so many problems, 0 = all
     samples_per_problem: int = 1  # for pass@10 at least 10
     temperature: float = 0.0  # 0 = greedy
-    tuned: tuple[Path, ...] = ()  # evaluations (folders) of other problems: the best's temperature
+    tuned: tuple[Path, ...] = ()  # evaluations of other problems (folders): the best one's
     top_p: float = 1.0  # sample from the most likely tokens that have this probability together
     seed: int = 0  # of the sampling
     max_new_tokens: int = 256  # the longest completion
@@ -60,6 +60,8 @@ class Evaluation:
     def __post_init__(self):
         if (self.checkpoint is None) == (self.samples is None):
             raise UserError("name one of --checkpoint and --samples")
+        if self.tuned and self.temperature:
+            raise UserError("--tuned chooses the --temperature: give one of them")
         if self.tuned:
             object.__setattr__(self, "temperature", best_temperature(self.tuned, self.problems))
         least = {"samples_per_problem": 1, "max_new_tokens": 1, "timeout_s": 0.1, "limit": 0,
@@ -82,8 +84,11 @@ def best_temperature(evaluations: tuple[Path, ...], problems: Path) -> float:
     Raises UserError if they are not of the same problems, or are of those in the file `problems`:
     the best of several scores is too good a score.
     """
-    found = [read_json(folder / "results.json") for folder in evaluations]
-    kinds = {(result or {}).get("problems_sha256") for result in found}
+    found = [read_json(folder / "results.json") or {} for folder in evaluations]
+    for folder, result in zip(evaluations, found):
+        if "pass@1" not in result:
+            raise UserError(f"--tuned {folder}: no results.json of an evaluation in it")
+    kinds = {result.get("problems_sha256") for result in found}
     if len(kinds) > 1 or kinds & {None, sha256(problems)}:
         raise UserError(f"--tuned: want evaluations of one file of problems other than {problems}")
     key = [f"pass@{k}" for k in KS if all(f"pass@{k}" in result for result in found)][-1]

@@ -3,9 +3,9 @@
     python -m eval.mutants --problems HumanEval.jsonl.gz --out out/mutants/humaneval.jsonl
     python -m eval.bits --problems out/mutants/humaneval.jsonl --checkpoint out/run
 
-A mutant is the reference with one operator, name, constant or branch replaced by another, as
-data/synthetic/damage.py does it; nothing is dropped, as shorter code is likelier. Each was run, and
-fails a test; those that do not end are left out. Problems whose reference fails get none.
+A mutant is the reference with one operator, name, constant or branch replaced (see
+data/synthetic/damage.py). Nothing is deleted, because shorter code is likelier. Every mutant was
+run and fails a test; those that time out are left out. Problems whose reference fails get none.
 """
 
 import os
@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import UserError, parse, run
+from common.config import UserError, parse, require, run
 from common.files import write_jsonl
 from data.base.benchmarks import read_rows
 from data.synthetic.damage import damages
@@ -21,7 +21,7 @@ from eval import humaneval, mbpp
 from sandbox.execute import choose
 from sandbox.self_check import PATIENCE, check, run_all, slowdown
 
-TRIED = 3  # mutants that are run for one that is wanted, at most
+TRIED = 3  # run at most this many for each mutant wanted
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Config:
     timeout_s: float = 1.0  # CPU time of a mutant, scaled to this machine
     workers: int = 0  # programs run at once, 0 = one a CPU core
 
+    def __post_init__(self):
+        for name, low in (("each", 1), ("limit", 0), ("workers", 0)):
+            require(self, name, getattr(self, name) >= low, f"at least {low}")
+        require(self, "timeout_s", self.timeout_s > 0, "more than 0")
+
 
 def read(path: Path) -> list[dict]:
     """Read problems in HumanEval's format or MBPP's (test split, docstring). Raises UserError."""
@@ -45,7 +50,8 @@ def read(path: Path) -> list[dict]:
 
 def mutants(problem: dict) -> list[str]:
     """List other solutions of a problem that differ from its reference by one replacement."""
-    prompt, source = problem["prompt"], problem["prompt"] + problem["canonical_solution"]
+    prompt = problem["prompt"].encode("ascii", "replace").decode()  # as long; ast counts bytes
+    source = prompt + problem["canonical_solution"]
     try:
         found = [source[:i] + new + source[j:] for i, j, new in damages(source)
                  if new.strip() and source[i:j].strip() and i >= len(prompt)]  # fmt: skip

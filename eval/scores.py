@@ -46,10 +46,9 @@ def measured(passed: dict[str, list[bool]], ks: Iterable[int]) -> dict[int, floa
 def fit(passed: dict[str, list[bool]]) -> dict | None:
     """Fit how often problems are solved, and predict pass@k, for k in KS: [value, low, high].
 
-    A problem's chance p is taken to be Beta(a, b): pass@k = E[1 - (1 - p)^k], whatever k, is
-    1 - B(a, b + k) / B(a, b). a and b are the likeliest. The 95 % interval is that of the profile
-    likelihood: what all those a and b predict that are likely enough. A grid over the mean of p
-    and over a + b closes in on them. Returns None if all samples fail, or all pass.
+    A problem's chance of being solved is taken to be Beta(a, b). The 95 % interval is the range of
+    pass@k over all (a, b) whose log-likelihood is within Z95^2 / 2 of the best. A grid over the
+    mean and over a + b closes in on them. Returns None if all samples fail, or all pass.
     """
     import numpy as np  # here, as a score needs neither
     from scipy.special import betaln, expit
@@ -68,13 +67,21 @@ def fit(passed: dict[str, list[bool]]) -> dict | None:
     best = likely.argmax()
     found = {"a": a.flat[best], "b": b.flat[best]}
     for k in KS:
-        rate = -np.expm1(betaln(a, b + k) - betaln(a, b))
+        rate = predicted(a, b, k)
         found[f"pass@{k}"] = [rate.flat[best], rate[near].min(), rate[near].max()]
     return found
 
 
+def predicted(a, b, k):
+    """Return pass@k, E[1 - (1 - p)^k], where p is Beta(a, b): 1 - B(a, b + k) / B(a, b)."""
+    import numpy as np
+    from scipy.special import betaln
+
+    return -np.expm1(betaln(a, b + k) - betaln(a, b))
+
+
 def curve(passed: dict[str, list[bool]]) -> dict:
-    """Return pass@k for k in CURVE, a fit, and one of the first FEW samples: is its pass@100 right?
+    """Return pass@k for k in CURVE, its fit, and a fit to the first FEW samples alone, as a check.
 
     Returns {} for one sample a problem: they do not tell luck from easy problems.
     """

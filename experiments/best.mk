@@ -9,15 +9,16 @@ WEIGHTS := 0.25 0.25 0.2 0.1 0.2
 TEMPERATURES := 0.4 0.7 1.0
 sampled = eval.$(1) --checkpoint $(BEST)/run --sandbox $(SANDBOX) --problems $(2) --out $(@D)
 
-.PHONY: best best-data
+.PHONY: best best-files
 
 best: $(foreach x,humaneval mbpp,$(BEST)/$(x)/results.json $(BEST)/$(x)_greedy/results.json) \
   $(BEST)/gold/mbpp.json  ## the best model of an hour, and its scores (HUMANEVAL= MBPP=)
 
-best-data: $(BEST)/data/summary.json
-$(BEST)/data/summary.json: | $(VENV)
+best-files:
 	@[ -f "$(HUMANEVAL)" -a -f "$(MBPP)" ] || { echo >&2 \
 	  "error: make best HUMANEVAL=HumanEval.jsonl.gz MBPP=mbpp.jsonl wants both files"; exit 2; }
+
+$(BEST)/data/summary.json: | best-files $(VENV)
 	$(PYTHON) -m data.exercises --out $(@D)/plain --concepts --count 25000 --unseen 200 $(BENCHMARKS)
 	$(PYTHON) -m data.exercises --out $(@D)/varied --forms varied --concepts --count 20000 \
 	  --unseen 200 $(BENCHMARKS)
@@ -33,8 +34,8 @@ $(BEST)/data/summary.json: | $(VENV)
 	  $(SOURCES:%=--source $(@D)/clean/%) $(WEIGHTS:%=--weight %)
 	cp $(BEST)/tokens/summary.json $@
 
-$(BEST)/run/summary.json: $(BEST)/data/summary.json experiments/best_cpu.toml
-	$(PYTHON) train.py experiments/best_cpu.toml --resume --restart
+$(BEST)/run/summary.json: $(BEST)/data/summary.json experiments/best_cpu.toml | best-files
+	$(PYTHON) train.py experiments/best_cpu.toml --out $(@D) --data $(BEST)/tokens --resume --restart
 
 $(BEST)/gold/mbpp.json: $(BEST)/run/summary.json
 	for x in humaneval=$(HUMANEVAL) mbpp=$(MBPP) judge=eval/judge.jsonl; do $(PYTHON) -m eval.mutants \

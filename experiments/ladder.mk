@@ -91,7 +91,9 @@ $(call pack,mixture,exercises/train varied/train pairs classified textbooks,--we
 # ---- Runs
 
 made := $(or $(BAR),$(bars))
+$(if $(word 2,$(HUMANEVAL))$(word 2,$(MBPP)),$(error HUMANEVAL=, MBPP=: a path may have no spaces))
 ifeq ($(strip $(HUMANEVAL)$(MBPP)),)  # then there is nothing to prune of
+$(if $(filter pruned%,$(BAR)),$(error $(BAR) wants HUMANEVAL= or MBPP=, to prune of))
 made := $(filter-out pruned%,$(made))
 endif
 # $(call part,BAR,1, 2 or 3): its RUNG, SIZE or sSEED.
@@ -122,8 +124,8 @@ $(foreach run,$(sort $(bases)),$(call train,$(run),textbooks,$(base_steps)))
 
 scores :=
 S = $(LADDER)/rungs/$(bar)
-# The problems by which a bar is scored, with mutants: the first ranked of each file. Choices are
-# made by judge, problems of our own that no data is made from; the benchmarks are only reported.
+# Every bar is scored on the first `ranked` problems of each file, with mutants. Choices are made by
+# judge, problems of our own that no data is made from; the benchmarks are only reported.
 problems := heldout unseen judge $(HUMANEVAL:%=humaneval) $(MBPP:%=mbpp)
 judge_file     := eval/judge.jsonl
 heldout_file   := $D/exercises/heldout.jsonl
@@ -132,18 +134,19 @@ humaneval_file := $(HUMANEVAL)
 mbpp_file      := $(MBPP)
 needs = $($(1)_file:$D/exercises/%.jsonl=$D/exercises/summary.json)
 $(foreach x,$(problems),$(eval $(call job,$D/mutants/$(x).jsonl,$(call needs,$(x)),eval.mutants \
-  --problems $($(x)_file) --limit $(or $(ranked_$(x)),$(ranked)) --sandbox $(SANDBOX) --out $D/mutants/$(x).jsonl)))
+  --problems $($(x)_file) --limit $(or $(ranked_$(x)),$(ranked)) --sandbox $(SANDBOX) \
+  --out $D/mutants/$(x).jsonl)))
 
-# Rungs without a function under its docstring solve no problem, so they are asked for none.
-solve := $(finetuned) mixture
 # $(call score,FILE,NEEDS,COMMAND) is the rule of rungs/$(bar)/FILE
 score = $(eval scores += $S/$(1))$(eval $(call job,$S/$(1),$R/$(bar)/summary.json $(2),eval.$(3)))
 define score_bar
 $(call score,gold/documents.json,$D/heldout_code/summary.json $(problems:%=$D/mutants/%.jsonl),bits \
-  --checkpoint $R/$(bar) --out $S/gold --source $D/heldout_code $(problems:%=--problems $D/mutants/%.jsonl))
-$(foreach x,$(if $(filter $(solve:%=%-%),$(bar)),$(asked)),$(call score,$(x)/results.json,$(call needs,$(x)),$(if $(filter mbpp,$(x)),$(x),humaneval) \
-  --problems $($(x)_file) --limit $(asked_limit) --max_new_tokens $(max_new_tokens) --checkpoint $R/$(bar) \
-  --out $S/$(x) --workers $(threads) --sandbox $(SANDBOX) --self_check $(LADDER)/self_check/$(x).json))
+  --checkpoint $R/$(bar) --out $S/gold --source $D/heldout_code \
+  $(problems:%=--problems $D/mutants/%.jsonl))
+$(foreach x,$(asked),$(call score,$(x)/results.json,$(call needs,$(x)),$(or $(filter mbpp,$(x)),\
+  humaneval) --problems $($(x)_file) --limit $(asked_limit) --max_new_tokens $(max_new_tokens) \
+  --checkpoint $R/$(bar) --out $S/$(x) --workers $(threads) --sandbox $(SANDBOX) \
+  --self_check $(LADDER)/self_check/$(x).json))
 endef
 $(eval $(foreach bar,$(made),$(score_bar)))
 

@@ -21,12 +21,12 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy.special import betaln
+from scipy.stats import t
 
 from common.config import UserError, run
 from common.files import read_json, read_jsonl
 from eval.bits import interval
-from eval.scores import parse_folders
+from eval.scores import parse_folders, predicted
 
 LABELS = {  # of what a model is trained on, in the order of the figures
     "raw": "raw code", "filtered": "filtered by rules", "classified": "classified, best fifth",
@@ -36,8 +36,8 @@ LABELS = {  # of what a model is trained on, in the order of the figures
     "shuffled": "shuffled docstrings", "raw_exercises": "exercises after raw code",
     "pairs": "pairs cut from raw code", "pruned80": "pruned at .80"}
 STEPS = ["raw → filtered", "filtered → classified", "classified → textbooks", "textbooks → mixture",
-         "textbooks → exercises", "textbooks → pairs", "pairs → exercises", "exercises → replay",
-         "exercises → varied", "exercises → blend", "exercises → damaged",
+         "raw → mixture", "textbooks → exercises", "textbooks → pairs", "pairs → exercises",
+         "exercises → replay", "exercises → varied", "exercises → blend", "exercises → damaged",
          "exercises → pruned80"]
 SETS = {"humaneval": "HumanEval", "mbpp": "MBPP", "heldout": "held-out exercises",
         "unseen": "unseen families"}
@@ -48,27 +48,28 @@ for x, title in (SETS | {"judge": "our benchmark"}).items():
     MEASURES[f"gold_{x}"] = (f"gold/{x}.json", "bits_per_byte", "ci95", title, BITS)
     MEASURES[f"preferred_{x}"] = (f"gold/{x}.json", "preferred", "preferred_ci95", title, RIGHT)
     MEASURES[x] = (f"{x}/results.json", "pass@1", "ci95", title, PASS)
-COMPARED = ["gold_humaneval", "gold_mbpp", "preferred_humaneval", "preferred_mbpp"]
-COLUMNS = [*COMPARED, "heldout", "bits"]
+COMPARED = [f"{x}_{of}" for x in ("gold", "preferred") for of in ("judge", "humaneval", "mbpp")]
+COLUMNS = [*COMPARED, *SETS, "bits"]
 FIGURES = {  # measures, where to draw a line, caption
-    "gold": ([*(f"gold_{x}" for x in SETS), "bits"], None, """Bits that a byte of the reference
-        solution costs a model that is given the problem; last, of code without one. What is blank
-        was not run."""),
-    "steps": (COMPARED, 0, """What changes from one rung to the next, paired by seed and problem. A
-        step is better or worse if its interval excludes 0 and all seeds agree in sign."""),
+    "gold": ([*(f"gold_{x}" for x in SETS), "bits"], None, """Bits per byte of the reference
+        solution, given the problem; on the right, of other code. Blank: not run."""),
+    "steps": (COMPARED[:3], 0, """What changes from one rung to the next, paired by seed and
+        problem. A step is better or worse if two 95% intervals exclude 0: the one over problems,
+        which is drawn, and the one over seeds (Student's t)."""),
     "mutants": ([f"preferred_{x}" for x in SETS], 50, """How often a model finds the reference
-        solution likelier than a copy with one small mistake. Dashed: chance."""),
+        solution likelier than a copy with one small mistake. Dashed: a model that knows nothing;
+        to know which tokens are common is already better (LOG.md)."""),
     "exercises": (["heldout", "unseen"], None, """Problems solved. They are by the program that
         made the exercises: held out of families that training showed, and of other families.""")}
 PASS_AT_K = """The model of make best: problems that one of k samples solves. Dots: measured. Lines:
-    by a beta distribution of the problems' rates, fitted; beyond the last dot a forecast."""
+    by a beta distribution of the problems' rates, fitted."""
 CAVEATS = """<p>What this does <b>not</b> show:</p><ul>
-<li>To predict a solution, or to prefer it to a wrong one, is not to write it: see pass@1.</li>
+<li>To predict a solution, or to prefer it to a wrong one, is not to write it.</li>
 <li>One program made the exercises and the problems that are like them: to solve these is to compose
 what training showed. The benchmarks are by others; the paper's exercises by an LLM.</li>
-<li>Black lines are over problems, dots are the few seeds; no interval covers both. Of 20 intervals
-of steps that do nothing, one excludes 0 by chance.</li>
-<li>Pairs have the format of exercises, but are also about other things.</li></ul>"""
+<li>Black lines are over problems, dots are the few seeds; no interval covers both.</li>
+<li>Pairs look like exercises but cover other subjects, so format and subject are not told
+apart.</li></ul>"""
 
 COLORS = ["#1f6feb", "#d9730d", "#2da44e", "#8250df", "#bf3989", "#6e7781"]
 DASHES = ["-", "--", ":", "-."]
@@ -206,8 +207,8 @@ def draw_passk(axes, panels: list) -> None:
         ks = [int(k) for k in told["pass_at"]]
         axes[0].plot(ks, [100 * x for x in told["pass_at"].values()], "o", color=color, label=name)
         if fit := told.get("fit"):
-            k, a, b = np.geomspace(1, 10 * max(ks)), fit["a"], fit["b"]
-            axes[0].plot(k, -100 * np.expm1(betaln(a, b + k) - betaln(a, b)), color=color)
+            k = np.geomspace(1, max(ks))
+            axes[0].plot(k, 100 * predicted(fit["a"], fit["b"], k), color=color)
     axes[0].set(xscale="log", xlabel="k, samples a problem", ylabel="solved by one of k, %", ylim=0)
     axes[0].xaxis.set_major_formatter("{x:,.0f}")
     axes[0].legend(frameon=False)
@@ -328,7 +329,7 @@ class Model:
 
 def difference(before: list[dict], after: list[dict], name: str) -> Cell:
     """Return by how much `after` exceeds `before`, the {task: [bits, bytes, preferred]} of the same
-    seeds. The interval is over the problems' means over seeds."""
+    seeds. The interval is over the problems' means over seeds; the verdict heeds the seeds, too."""
     lower = MEASURES[name][-1] == BITS
     tasks = [t for t in after[0] if all(t in told for told in before + after)
              and (lower or after[0][t][2] is not None)]
@@ -338,8 +339,11 @@ def difference(before: list[dict], after: list[dict], name: str) -> Cell:
     above = (told[1] - told[0])[..., 0] if lower else 100 * (told[1] - told[0])[..., 2]  # [S, n]
     seeds, ends = (above.sum(1) / of.sum()).tolist(), interval(above.mean(0), of)
     verdicts = {-1: ["worse", "better"][lower], 1: ["better", "worse"][lower]}
-    verdict = verdicts.get(np.sign([*ends, *seeds]).mean(), "not resolved")
-    return Cell(float(np.mean(seeds)), *ends, seeds, verdict)
+    n = len(seeds)
+    spread = t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / n**0.5 if n > 1 else np.inf
+    value = float(np.mean(seeds))
+    verdict = verdicts.get(np.sign([*ends, value - spread, value + spread]).mean(), "not resolved")
+    return Cell(value, *ends, seeds, verdict)
 
 
 def short(x: float) -> str:
@@ -392,8 +396,10 @@ class Scores:
 
     def passk(self) -> str:
         paths = sorted(self.best.glob("*/results.json")) if self.best else []
-        told = {SETS.get(path.parent.name, path.parent.name): x for path in paths
-                if "pass_at" in (x := read_json(path))}
+        told = {SETS[path.parent.name]: x for path in paths
+                if path.parent.name in SETS and "pass_at" in (x := read_json(path))}
+        if self.best and not told:
+            raise UserError(f"--best {self.best}: no humaneval/results.json of several samples")
         return figure(draw_passk, [told] if told else [], says=PASS_AT_K, size=(7, 4),
                       png=self.png and self.png / "passk.png")
 
@@ -434,14 +440,15 @@ class Scores:
     def page(self) -> str:
         c, sizes = self.models[0].config, "; ".join(self.sizes.values())
         tables = "".join(table(rows, 2) for rows in self.tables())
+        writes = """ It also writes functions itself, greedily, once each; one is solved if all its
+tests pass.""" * any(self.cells[x] for x in SETS)
         return page("nanophi: phi-1 in miniature", f"""<p class=note>{sizes}; vocabulary
 {c["vocab_size"]:,}, context {c["seq_len"]}; commit {escape(c["commit"])}, torch
 {escape(c["torch"])}, {escape(c["device"])}</p>
 <h2>Does better data make a better model?</h2>
 <p>The same model is trained from nothing on different data for nearly the same number of tokens.
 We measure how well it predicts the reference solutions of problems that it never saw, and how often
-it finds them likelier than copies with one small mistake. It also writes functions itself,
-greedily, once each; one is solved if all its tests pass.</p>
+it finds them likelier than copies with one small mistake.{writes}</p>
 {"".join(map(self.figure, FIGURES))}{self.passk()}<h2>The numbers</h2>
 <p>Means of the seeds and, in parentheses, the lowest and the highest; of one seed, and of a step,
 the 95% interval over problems. One bar of a ladder again: <code>make ladder BAR=RUNG-SIZE-sSEED

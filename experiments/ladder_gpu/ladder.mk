@@ -32,7 +32,7 @@ vocab_size       := 16384
 tokenizer_mb     := 16
 val_frac         := 0.01
 
-# Problems that models are ranked by; those that they are asked to solve, and how many of each.
+# Problems that models are measured by; those that they are asked to solve, and how many of each.
 ranked           := 500
 asked            := heldout $(HUMANEVAL:%=humaneval) $(MBPP:%=mbpp)
 asked_limit      := 500

@@ -7,6 +7,7 @@ import torch
 from conftest import save_run
 
 from data.base.readers import read_documents
+from eval import bits
 from eval.gold import Gold, starts, token_nats
 from eval.mutants import mutants, read
 from model import ModelConfig, Phi
@@ -79,12 +80,14 @@ def test_gold_is_the_loss_of_the_solution_given_its_prompt(model, tokens):
         length = len(text) - len(p["prompt"])
         assert found[p["task_id"]][:2] == (pytest.approx(bits, rel=1e-5), length)
     assert found["T/0"][2] is None
-    assert found["T/1"][2] in (0.25, 0.75)  # a tie, and one that is likelier or not
-    assert Gold(problems, tokenizer).measure(model, rank=False)["T/1"][2] is None
+    prompt = tokenizer.encode(SUM["prompt"])  # of T/1: a tie, and one that is likelier or not
+    answers = [prompt + tokenizer.encode(f"    return {x}\n") for x in ("a + 2", "1")]
+    right, wrong = (nats[len(prompt) :].sum() for nats in token_nats(model, 3, answers))
+    assert found["T/1"][2] == (0.75 if right < wrong else 0.25)
+    assert Gold(problems, tokenizer).measure(model, mutants=False)["T/1"][2] is None
     both = Gold(problems, tokenizer, shots=1)  # each with the other, solved, before it
-    assert both.texts[0][0][-1] == Gold(problems, tokenizer).texts[0][0][-1]
     shot = tokenizer.encode(SUM["prompt"] + "    return a + 2\n\n\n" + LESS["prompt"])
-    assert both.texts[0][0][: len(shot)] == shot
+    assert both.texts[0] == [shot + tokenizer.encode(LESS["canonical_solution"])]
     assert Gold(problems, tokenizer, shots=1, context=len(shot)).texts == []
 
 
@@ -93,6 +96,7 @@ def test_mutants_differ_by_one_replacement():
     found = mutants(SUM)
     assert sorted(m.strip() for m in found) == ["return a + 1", "return a + 3", "return a - 2"]
     assert all(m.endswith("\n\n\n") for m in found)
+    assert mutants(SUM | {"prompt": 'def f(a):\n    """1 → 2"""\n'}) == found
 
 
 def test_mutants_are_run_and_fail(cli, tmp_path):
@@ -111,3 +115,17 @@ def test_mutants_are_run_and_fail(cli, tmp_path):
     assert found["T/2"] == ["return a > 9"]
     assert found["T/3"] == []
     assert not any("+= 1" in m for m in found["T/4"])
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ([], "name --source, --problems, or both"),
+    (["--problems", "P", "--shots", "2"], "has 2 problems; ask for fewer"),
+    (["--problems", "P", "--problems", "deep/P"], "two results would be called the same"),
+    (["--source", "P", "--shots", "1"], "want 0 or more, and a file of --problems"),
+])  # fmt: skip
+def test_mistakes_are_told(in_process, model, tokens, tmp_path, options, message):
+    save_run(tmp_path / "run", model, Tokenizer(tokens))
+    (tmp_path / "P.jsonl").write_text("".join(json.dumps(p) + "\n" for p in (LESS, SUM)))
+    options = [tmp_path / f"{x}.jsonl" if x.endswith("P") else x for x in options]
+    status, _, said = in_process(bits.main, "--checkpoint", tmp_path / "run", *options)
+    assert (status, message in said) == (2, True), said

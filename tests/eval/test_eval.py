@@ -120,12 +120,12 @@ def test_checkpoint(command, model, problems, tmp_path):
 
 
 def test_the_temperature_is_the_best_of_other_problems(command, model, problems, tmp_path):
-    def asked(sha256: str = "dev") -> tuple:
+    def asked(sha256: str = "dev", first: str = "dev") -> tuple:
         arguments = ["--problems", problems, "--checkpoint", "run", "--samples_per_problem", "2"]
         for at, *rates in ((0.2, 0.5, 0.6), (0.8, 0.3, 0.7), (1.2, 0.1, 0.4)):
             arguments += ["--tuned", tmp_path / str(at)]
             arguments[-1].mkdir(exist_ok=True)
-            result = {"problems_sha256": "dev" if at < 1 else sha256, "config": {"temperature": at}}
+            result = {"problems_sha256": first if at < 1 else sha256, "config": {"temperature": at}}
             result |= zip(("pass@1", "pass@10"), rates)
             (arguments[-1] / "results.json").write_text(json.dumps(result))
         model.answers |= {"def ": ["    return a + b", "    return a"] * 2}
@@ -134,12 +134,13 @@ def test_the_temperature_is_the_best_of_other_problems(command, model, problems,
     result = json.loads(asked()[1])
     assert model.options["temperature"] == result["config"]["temperature"] == 0.8
     assert result["pass_at"] == {"1": 0.25, "2": 0.5}
-    for sha256 in ("another", None, result["problems_sha256"]):
-        assert "of one file of problems other than" in asked(sha256)[2]
+    for sha256 in ("another", None), [result["problems_sha256"]] * 2:
+        assert "of one file of problems other than" in asked(*sha256)[2]
     (tmp_path / "0.2/results.json").unlink()
-    status, _, stderr = command(humaneval, "--problems", problems, "--samples", problems,
-                                "--tuned", tmp_path / "0.2")  # fmt: skip
-    assert (status, "of one file of problems other than" in stderr) == (2, True)
+    for more, message in ([], "no results.json"), (["--temperature", "1"], "give one of them"):
+        status, _, stderr = command(humaneval, "--problems", problems, "--samples", problems,
+                                    "--tuned", tmp_path / "0.2", *more)  # fmt: skip
+        assert (status, message in stderr) == (2, True)
 
 
 def test_prompt_beyond_the_context_fails_and_is_counted(command, model, tmp_path):

@@ -103,7 +103,7 @@ def test_page_of_a_ladder(command, tmp_path):
     assert page.count("<svg") == len(figures)
     assert sum(p.stat().st_size for p in png.iterdir()) < 300_000
     for word in ("0.00M textbooks + 0.01M exercises", "70.0 (54.6 - 81.9)", "37.5 (25.0 - 50.0)",
-                 "3.00 + 0.50", "-1.000 (-1.000 to -1.000) better", "not solved: E &amp; F",
+                 "3.00 + 0.50", "-1.000 (-1.000 to -1.000) not resolved", "not solved: E &amp; F",
                  "return &lt;x&gt;", "abc&lt;1&gt;", "exercises-large-s0; comp"):  # fmt: skip
         assert word in page, word
     assert "pairs" not in page[: page.index("does <b>not</b>")]
@@ -114,16 +114,19 @@ def test_page_of_a_ladder(command, tmp_path):
     assert large["scores"]["heldout"] + large["epochs"] == [70, 54.57, 81.925, 2]
     assert [*large["tokens"], large["train_s"]] == [["textbooks", 3000], ["exercises", 6000], 5]
     steps = [(x["step"], x["value"], x["verdict"]) for x in told["steps"]]
-    gold = [("textbooks → exercises", -1, "better"), ("exercises → pruned80", 1, "worse")]
-    assert steps == [*gold, *gold, *((step, 0, "not resolved") for step, *_ in gold)]
+    found = [("textbooks → exercises", -1), ("exercises → pruned80", 1)]  # of one seed
+    gold = [(*step, "not resolved") for step in found]
+    assert steps == [*gold, *gold, *((step, 0, "not resolved") for step, _ in found)]
 
 
 @pytest.mark.parametrize(("seeds", "measure", "value", "verdict"), [
     ([[-4, -8], [-4, -8]], "gold_mbpp", -0.3, "better"),  # of problems of 10 and 30 bytes
-    ([[4, 8], [4, 16]], "gold_mbpp", 0.4, "worse"),
+    ([[4, 8], [4, 8], [4, 17]], "gold_mbpp", 0.375, "worse"),
     ([[-6, -6], [2, 2]], "gold_mbpp", -0.1, "not resolved"),  # the seeds disagree
     ([[-6, 2], [-6, 2]], "gold_mbpp", -0.1, "not resolved"),  # the problems disagree
-    ([[0.25, 0.75]], "preferred_mbpp", 50, "better"),
+    ([[0.25, 0.75], [0.3, 0.7], [0.3, 0.7]], "preferred_mbpp", 50, "better"),
+    ([[0.25, 0.75]], "preferred_mbpp", 50, "not resolved"),  # one seed
+    ([[-1, -1], [-1, -1], [-10, -10]], "gold_mbpp", -0.2, "not resolved"),  # seeds too far apart
 ])  # fmt: skip
 def test_a_step_wants_problems_and_seeds_to_agree(seeds, measure, value, verdict):
     before = {"a": [40, 10, 0.25], "b": [40, 30, 0.25], "c": [9, 9, None]}  # c is left out
@@ -149,6 +152,9 @@ def test_nothing_to_report(command, tmp_path):
     for flag in ("--ladder", "--demo"):
         with pytest.raises(UserError, match="no finished run with a score; see make train"):
             command(flag, tmp_path)
+    write_bar(tmp_path, "raw", "small", 0, 0)
+    with pytest.raises(UserError, match=r"no humaneval/results\.json of several"):
+        command("--ladder", tmp_path, "--best", tmp_path)
     with pytest.raises(UserError, match="is no run: it has no config"):
         command(tmp_path)
 
