@@ -40,7 +40,7 @@ class Evaluation:
     limit: int = 0  # only the first so many problems, 0 = all
     samples_per_problem: int = 1  # for pass@10 at least 10
     temperature: float = 0.0  # 0 = greedy
-    tuned: tuple[Path, ...] = ()  # evaluations of other problems (folders): the best one's
+    tuned: tuple[Path, ...] = ()  # evaluations of other problems (folders): take the best's
     top_p: float = 1.0  # sample from the most likely tokens that have this probability together
     seed: int = 0  # of the sampling
     max_new_tokens: int = 256  # the longest completion
