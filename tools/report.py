@@ -44,7 +44,7 @@ SETS = {"humaneval": "HumanEval", "mbpp": "MBPP", "heldout": "held-out exercises
 BITS, RIGHT, PASS = "bits per byte\n← better", "preferred, %\nbetter →", "pass@1, %\nbetter →"
 # A model's scores: file, keys of a score and its interval, title, unit.
 MEASURES = {"bits": ("gold/documents.json", "bits_per_byte", "ci95", "other real code", BITS)}
-for x, title in (SETS | {"judge": "our benchmark"}).items():
+for x, title in (SETS | {"judge": "our 50 problems"}).items():
     MEASURES[f"gold_{x}"] = (f"gold/{x}.json", "bits_per_byte", "ci95", title, BITS)
     MEASURES[f"preferred_{x}"] = (f"gold/{x}.json", "preferred", "preferred_ci95", title, RIGHT)
     MEASURES[x] = (f"{x}/results.json", "pass@1", "ci95", title, PASS)
