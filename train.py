@@ -27,9 +27,8 @@ from common import checkpoint, distributed, runlog
 from common.config import UserError, differences, parse, require, run
 from common.distributed import DTYPES
 from common.muon import Muon
-from data.base.benchmarks import read_problems
 from data.loader import Loader, Windows, arguments
-from eval.gold import Gold, bits_per_byte
+from eval.gold import bits_per_byte, read_gold
 from model import ModelConfig, Phi, flops_per_token, mfu, select_dtype, select_kernels
 from tokenizer import Tokenizer
 
@@ -201,7 +200,7 @@ def main() -> None:
     device = ranks.device
 
     tokenizer, windows, val = open_data(c)
-    gold = Gold(read_problems(c.eval_problems), tokenizer) if c.eval_problems else None
+    gold = read_gold(c.eval_problems, tokenizer) if c.eval_problems else None
     end_of_text = tokenizer.end_of_text if c.doc_mask else None
     loader = Loader(windows, c.seqs_per_step, c.micro_batch, ranks.rank, ranks.world_size, device,
                     end_of_text)  # fmt: skip

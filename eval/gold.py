@@ -6,6 +6,7 @@ pass@1 is zero. train.py logs the first (--eval_problems), `python -m eval.bits`
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from common.config import UserError
+from common.files import read_jsonl
 from model import Phi
 from tokenizer import Tokenizer
 
@@ -99,6 +102,17 @@ class Gold:
             better = np.mean([(gold < w) + (gold == w) / 2 for w in wrong]) if wrong else None
             found[task_id] = (gold / math.log(2), bytes_, better)
         return found
+
+
+def read_gold(path: Path, tokenizer: Tokenizer) -> Gold:
+    """Read a file in HumanEval's format, without its tests. Raises UserError if it is none."""
+    try:
+        if (gold := Gold([*read_jsonl(path)], tokenizer)).tasks:
+            return gold
+        raise UserError(f"{path}: no problems in it")
+    except KeyError as e:
+        told = "want HumanEval's format; python -m eval.mutants writes MBPP so"
+        raise UserError(f"{path}: a problem without {e}: {told}") from None
 
 
 def bits_per_byte(found: dict[str, tuple]) -> float:

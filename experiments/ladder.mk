@@ -153,7 +153,7 @@ $(eval $(foreach bar,$(made),$(score_bar)))
 # ---- Targets
 
 .PHONY: ladder ladder-list report
-ladder: $(scores)  ## the same model on better and better data, and its report (80 minutes with -j2)
+ladder: $(scores)  ## the same model on better and better data, and its report (some hours)
 report:  ## the ladder's report again: a page, and figures under records/
 ladder report: | $(VENV)
 	$(PYTHON) -m tools.report --ladder $(LADDER) $(if $(BAR),,--png $(FIGURES)) \

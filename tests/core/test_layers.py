@@ -21,7 +21,7 @@ def allowed(file: str, used: str) -> bool:
     # The tokenizer is trained on documents, as data's commands are.
     ours, theirs = "data" if file == "tokenizer/train.py" else part(file), part(used)
     if ours == "train" and theirs.startswith("data"):
-        return used in ("data/loader.py", "data/shards.py", "data/base/benchmarks.py")
+        return used in ("data/loader.py", "data/shards.py")
     if ours == "train" and theirs == "eval":
         return used == "eval/gold.py"
     if ours.startswith("data") and theirs == "model":

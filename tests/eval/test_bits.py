@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import save_run
 
+from common.config import UserError
 from data.base.readers import read_documents
 from eval import bits
-from eval.gold import Gold, starts, token_nats
+from eval.gold import Gold, read_gold, starts, token_nats
 from eval.mutants import mutants, read
 from model import ModelConfig, Phi
 from tokenizer import Tokenizer
@@ -89,6 +90,16 @@ def test_gold_is_the_loss_of_the_solution_given_its_prompt(model, tokens):
     shot = tokenizer.encode(SUM["prompt"] + "    return a + 2\n\n\n" + LESS["prompt"])
     assert both.texts[0] == [shot + tokenizer.encode(LESS["canonical_solution"])]
     assert Gold(problems, tokenizer, shots=1, context=len(shot)).texts == []
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"task_id": 1, "text": "Add."}', "a problem without 'prompt': want HumanEval's format"),
+    ("", "no problems in it"),
+])  # fmt: skip
+def test_other_files_are_refused(tokens, tmp_path, text, message):
+    (tmp_path / "mbpp.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_gold(tmp_path / "mbpp.jsonl", Tokenizer(tokens))
 
 
 def test_mutants_differ_by_one_replacement():
