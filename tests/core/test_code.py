@@ -16,7 +16,8 @@ HOLDS = {
         "train.py model.py kernels/attention.py kernels/tuning.json data/loader.py data/shards.py "
         "common/checkpoint.py common/runlog.py tokenizer/__init__.py tokenizer/byte_level.py "
         "eval/gold.py",
-        "eval/bits.py eval/harness.py sandbox/ tools/ bench/ data/filter.py data/base/ sample.py kernels/decode.py",
+        "eval/bits.py eval/harness.py sandbox/ tools/ bench/ data/filter.py data/base/ sample.py "
+        "kernels/decode.py",
     ),
     "data.exercises": (
         "data/synthetic/families.py data/synthetic/concepts.txt",
