@@ -106,11 +106,11 @@ def main() -> None:
     config = parse(Config)
     model, tokenizer, folder = load_model(config.checkpoint, config.device)
     weights = {"weights": checkpoint.checksum(folder)}
-    found = [measure_problems(p, config.shots, model, tokenizer) for p in config.problems]
-    if config.source:
-        found.append(measure_documents(config.source, model, tokenizer))
-    for name, result in zip(config.names(), found):
-        result |= weights
+    for name, path in zip(config.names(), [*config.problems, None]):
+        if path:
+            result = measure_problems(path, config.shots, model, tokenizer) | weights
+        else:
+            result = measure_documents(config.source, model, tokenizer) | weights
         if config.out:
             config.out.mkdir(parents=True, exist_ok=True)
             write_json(config.out / f"{name}.json", result)
