@@ -1,6 +1,6 @@
 # The best model of an hour on two CPU cores: exercises in plain and varied forms, functions with
 # their docstrings, textbooks and filtered code, mixed, without whatever resembles a benchmark's
-# problem. The recipe was chosen by the ladder's scores on eval/judge.jsonl (LOG.md).
+# problem: the ladder's mixture (LOG.md has how it was chosen).
 
 BEST := out/best
 BENCHMARKS = --benchmarks $(HUMANEVAL) --benchmarks $(MBPP)

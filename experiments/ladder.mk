@@ -124,8 +124,8 @@ $(foreach run,$(sort $(bases)),$(call train,$(run),textbooks,$(base_steps)))
 
 scores :=
 S = $(LADDER)/rungs/$(bar)
-# Every bar is scored on the first `ranked` problems of each file, with mutants. Choices are made by
-# judge, problems of our own that no data is made from; the benchmarks are only reported.
+# Every bar is scored on the first `ranked` problems of each file, with mutants. Judge's are our own
+# and no data is made from them: choose by these, and only report the benchmarks.
 problems := heldout unseen judge $(HUMANEVAL:%=humaneval) $(MBPP:%=mbpp)
 judge_file     := eval/judge.jsonl
 heldout_file   := $D/exercises/heldout.jsonl

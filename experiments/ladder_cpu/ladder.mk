@@ -21,8 +21,8 @@ val_frac       := 0.02
 val_frac_filtered   := 0.1
 val_frac_classified := 0.1
 
-# Problems that models are measured by. They are asked to solve none (asked=heldout asks): after
-# 0.5M tokens every bar solves 0 of 150 held-out exercises.
+# Problems that models are measured by. They are asked to solve none (asked=heldout asks): of 150
+# held-out exercises the eight bars of seed 0 that saw functions under docstrings solved 0.
 ranked         := 200
 ranked_heldout := 100
 ranked_unseen  := 100
