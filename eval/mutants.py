@@ -45,7 +45,8 @@ class Config:
 def read(path: Path) -> list[dict]:
     """Read problems in HumanEval's format or MBPP's (test split, docstring). Raises UserError."""
     rows = read_rows(path)
-    return (mbpp if any("test_list" in row for row in rows) else humaneval).convert(path, rows)[1]
+    of_mbpp = any("assertion" in row or "test_list" in row for row in rows)
+    return (mbpp if of_mbpp else humaneval).convert(path, rows)[1]
 
 
 def mutants(problem: dict) -> list[str]:
