@@ -15,10 +15,12 @@ model gets 50%; to know which tokens are common explains part of what is above (
 
 import json
 import math
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t
 
 from common import checkpoint
 from common.config import UserError, parse, run
@@ -30,6 +32,8 @@ from model import Phi, load_model
 from tokenizer import Tokenizer
 
 RESAMPLES = 1000  # of documents or problems, for an interval
+# A mean over seeds, or a difference: its 95% interval over problems, its value for each seed.
+Cell = namedtuple("Cell", "value low high seeds verdict", defaults=[""])
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,24 @@ def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
     drawn = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))
     ratios = above[drawn].sum(1) / np.maximum(below[drawn].sum(1), 1)
     return [float(q) for q in np.quantile(ratios, [0.025, 0.975])]
+
+
+def difference(before: list[dict], after: list[dict], of_bits: bool) -> Cell:
+    """Return by how much `after` exceeds `before`, the {task: [bits, bytes, preferred]} of the same
+    seeds. The interval is over the problems' means over seeds; the verdict heeds the seeds, too."""
+    tasks = [t for t in after[0] if all(t in told for told in before + after)
+             and (of_bits or after[0][t][2] is not None)]
+    told = [[[x[t] for t in tasks] for x in side] for side in (before, after)]
+    told = np.array(told, float)  # [2, S, n, 3]
+    of = told[0, 0, :, 1] if of_bits else np.ones(len(tasks))
+    above = (told[1] - told[0])[..., 0] if of_bits else 100 * (told[1] - told[0])[..., 2]  # [S, n]
+    seeds, ends = (above.sum(1) / of.sum()).tolist(), interval(above.mean(0), of)
+    verdicts = {-1: ["worse", "better"][of_bits], 1: ["better", "worse"][of_bits]}
+    n = len(seeds)
+    spread = t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / n**0.5 if n > 1 else np.inf
+    value = float(np.mean(seeds))
+    verdict = verdicts.get(np.sign([*ends, value - spread, value + spread]).mean(), "not resolved")
+    return Cell(value, *ends, seeds, verdict)
 
 
 def measure_documents(source: tuple[Path, ...], model: Phi, tokenizer: Tokenizer) -> dict:

@@ -32,6 +32,7 @@ SYNONYMS = {
     "increasing": "ascending", "keep": "retain", "sort": "arrange", "first": "initial",
     "last": "final",
 }  # fmt: skip
+ARGUMENT = r"(?<![\w.\\])(?!a\b){}\b"  # where a docstring names one: "a" is a word of prose
 OLD = re.compile(rf"\b(?:({')|('.join(SYNONYMS)}))\b", re.IGNORECASE)
 TYPO_FRAC = 1 / 6  # of the words that may get a typo
 PERTURBATIONS: dict[str, Callable[[dict], dict | None]] = {}
@@ -128,7 +129,7 @@ def rename_arguments(problem: dict, parts: Parts) -> dict | None:
     """Turn numbers into given_numbers in code and docstring: as names are words of the prose, a new
     one has to make sense where the old one did. Only "a" stays in the docstring."""
     names = {old: f"given_{old}" for old in parts.arguments}
-    return rename(problem, parts, names, r"(?<![\w.\\])(?!a\b){}\b") if names else None
+    return rename(problem, parts, names, ARGUMENT) if names else None
 
 
 def tokens(source: str) -> list[tokenize.TokenInfo]:

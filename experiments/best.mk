@@ -1,10 +1,12 @@
 # The best model of an hour on two CPU cores: exercises in plain and varied forms, functions with
 # their docstrings, textbooks and filtered code, mixed, without whatever resembles a benchmark's
-# problem: the ladder's mixture (LOG.md has how it was chosen).
+# problem: the ladder's mixture. Then the same for some steps more, with other names for most
+# exercises' arguments. LOG.md has how both were chosen.
 
 BEST := out/best
 BENCHMARKS = --benchmarks $(HUMANEVAL) --benchmarks $(MBPP)
 SOURCES := plain/train varied/train pairs textbooks filtered
+RENAMED := plain/renamed varied/renamed pairs textbooks filtered
 WEIGHTS := 0.25 0.25 0.2 0.1 0.2
 TEMPERATURES := 0.4 0.8
 sampled = eval.$(1) --checkpoint $(BEST)/run --sandbox $(SANDBOX) --problems $(2) --out $(@D)
@@ -32,10 +34,17 @@ $(BEST)/data/summary.json: | best-files $(VENV)
 	  $(SOURCES:%=--source $(@D)/clean/%)
 	$(PYTHON) -m data.pack --tokenizer $(@D)/tokenizer --out $(BEST)/tokens --val_frac 0.01 \
 	  $(SOURCES:%=--source $(@D)/clean/%) $(WEIGHTS:%=--weight %)
+	for x in plain varied; do $(PYTHON) -m experiments.rename --source $(@D)/clean/$$x/train \
+	  --words $(@D)/raw --out $(@D)/clean/$$x/renamed || exit; done
+	$(PYTHON) -m data.pack --tokenizer $(@D)/tokenizer --out $(BEST)/tokens_renamed --val_frac 0.01 \
+	  $(RENAMED:%=--source $(@D)/clean/%) $(WEIGHTS:%=--weight %)
 	cp $(BEST)/tokens/summary.json $@
 
-$(BEST)/run/summary.json: $(BEST)/data/summary.json experiments/best_cpu.toml | best-files
-	$(PYTHON) train.py experiments/best_cpu.toml --out $(@D) --data $(BEST)/tokens --resume --restart
+train_best = $(PYTHON) train.py experiments/best_cpu.toml --out $(@D) --resume --restart
+$(BEST)/base/summary.json: $(BEST)/data/summary.json experiments/best_cpu.toml | best-files
+	$(train_best) --data $(BEST)/tokens
+$(BEST)/run/summary.json: $(BEST)/base/summary.json
+	$(train_best) --data $(BEST)/tokens_renamed --init_from $(BEST)/base --max_steps 800
 
 $(BEST)/gold/mbpp.json: $(BEST)/run/summary.json
 	for x in humaneval=$(HUMANEVAL) mbpp=$(MBPP) judge=eval/judge.jsonl; do $(PYTHON) -m eval.mutants \

@@ -12,7 +12,6 @@ import html
 import io
 import itertools
 import json
-from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy.stats import t
 
 from common.config import UserError, run
 from common.files import read_json, read_jsonl
-from eval.bits import interval
+from eval.bits import Cell, difference
 from eval.scores import parse_folders, predicted
 
 LABELS = {  # of what a model is trained on, in the order of the figures
@@ -280,10 +278,6 @@ def draw_curves(axes, panels: list, runs: list[dict]) -> None:
 
 # ---- Models: the arms of the demo, the bars of the ladder
 
-# A mean over seeds, or a difference: its 95% interval over problems, its value for each seed.
-Cell = namedtuple("Cell", "value low high seeds verdict", defaults=[""])
-
-
 def said(cell: Cell | None) -> str:
     """Format with the interval of a difference or a lone seed, else the lowest and highest seed."""
     if cell and cell.verdict:
@@ -327,25 +321,6 @@ class Model:
             "parameters": self.config["parameters"], "commit": self.config["commit"]}
 
 
-def difference(before: list[dict], after: list[dict], name: str) -> Cell:
-    """Return by how much `after` exceeds `before`, the {task: [bits, bytes, preferred]} of the same
-    seeds. The interval is over the problems' means over seeds; the verdict heeds the seeds, too."""
-    lower = MEASURES[name][-1] == BITS
-    tasks = [t for t in after[0] if all(t in told for told in before + after)
-             and (lower or after[0][t][2] is not None)]
-    told = [[[x[t] for t in tasks] for x in side] for side in (before, after)]
-    told = np.array(told, float)  # [2, S, n, 3]
-    of = told[0, 0, :, 1] if lower else np.ones(len(tasks))
-    above = (told[1] - told[0])[..., 0] if lower else 100 * (told[1] - told[0])[..., 2]  # [S, n]
-    seeds, ends = (above.sum(1) / of.sum()).tolist(), interval(above.mean(0), of)
-    verdicts = {-1: ["worse", "better"][lower], 1: ["better", "worse"][lower]}
-    n = len(seeds)
-    spread = t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / n**0.5 if n > 1 else np.inf
-    value = float(np.mean(seeds))
-    verdict = verdicts.get(np.sign([*ends, value - spread, value + spread]).mean(), "not resolved")
-    return Cell(value, *ends, seeds, verdict)
-
-
 def short(x: float) -> str:
     return f"{x:.{1 if abs(x) >= 10 else 2}f}"
 
@@ -374,7 +349,7 @@ class Scores:
                      if m.tasks.get(name)} for rung in step.split(" → ")]
             if seeds := sorted(told[0].keys() & told[1].keys()):
                 sides = ([x[seed] for seed in seeds] for x in told)
-                self.cells[name][step, size] = difference(*sides, name)
+                self.cells[name][step, size] = difference(*sides, MEASURES[name][-1] == BITS)
 
     def numbers(self) -> dict:
         """Return ladder.json."""

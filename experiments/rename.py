@@ -1,0 +1,96 @@
+"""Give the arguments of exercises other names, so that a model copies names instead of guessing.
+
+    python -m experiments.rename --source out/exercises/train --words out/raw --out out/renamed
+
+Exercises call a list `numbers` or `xs`, and a small model learns that in place of reading. A new
+name is one to four letters, a word of the documents in --words, or two such words: it cannot be
+guessed. It stands in signature, docstring and solution; an exercise may keep its own (--frac).
+"""
+
+import builtins
+import keyword
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_lowercase
+
+from tqdm import tqdm
+
+from common.config import UserError, parse, require, run
+from common.files import new_folder, write_json
+from data.base.documents import ShardWriter, document
+from data.base.readers import read_documents
+from eval.perturb import ARGUMENT, rename, split
+
+WORDS, LEAST = 6000, 6  # the commonest words, and how often one occurs at least
+TRIES = 5  # names for an exercise before it keeps its own: a new one may be there already
+TAKEN = {*keyword.kwlist, *dir(builtins), "a"}  # "a" is left alone in prose
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rename the arguments of exercises with names that cannot be guessed."""
+
+    source: tuple[Path, ...]  # exercises; may be given several times
+    words: tuple[Path, ...]  # documents whose words make names; may be given several times
+    out: Path  # folder to write
+    frac: float = 0.8  # of the exercises that get other names
+    seed: int = 0
+
+    def __post_init__(self):
+        require(self, "frac", 0 <= self.frac <= 1, "from 0 to 1")
+
+
+def read_words(source: tuple[Path, ...]) -> list[str]:
+    """List the commonest words of three to nine letters. Raises UserError if there are none."""
+    count = Counter()
+    for record in read_documents(source):
+        count.update(word.lower() for word in re.findall("[A-Za-z]{3,9}", record["text"]))
+    words = [word for word, n in count.most_common(WORDS) if n >= LEAST]
+    if len(words) < 2:
+        raise UserError(f"--words {source[0]}: too few words; name more documents")
+    return words
+
+
+def new_name(words: list[str], rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.25:
+        return "".join(rng.choices(ascii_lowercase, k=rng.randint(1, 4)))
+    return "_".join(rng.sample(words, 1 if kind < 0.65 else 2))
+
+
+def renamed(exercise: dict, words: list[str], rng: random.Random) -> dict:
+    """Return the exercise with new names, or as it was if none fits."""
+    problem = {"prompt": exercise["prompt"], "canonical_solution": exercise["solution"],
+               "entry_point": exercise["entry_point"], "test": ""}  # fmt: skip
+    parts = split(problem)
+    for _ in range(TRIES if parts else 0):
+        names = {old: new_name(words, rng) for old in parts.arguments}
+        if TAKEN & {*names.values()} or len({*names.values()}) < len(names) or not names:
+            continue
+        if new := rename(problem, parts, names, ARGUMENT):
+            prompt, solution = new["prompt"], new["canonical_solution"]
+            made = document(prompt + solution, exercise["origin"])
+            return exercise | made | {"prompt": prompt, "solution": solution}
+    return exercise
+
+
+def main() -> None:
+    config = parse(Config)
+    rng, count = random.Random(config.seed), Counter()
+    with new_folder(config.out, [*config.source, *config.words]) as out, ShardWriter(out) as writer:
+        words = read_words(config.words)
+        for exercise in tqdm(read_documents(config.source), "rename", disable=None):
+            if missing := {"prompt", "solution", "entry_point"} - exercise.keys():
+                raise UserError(f"--source {config.source[0]}: no exercise: no {min(missing)}")
+            made = renamed(exercise, words, rng) if rng.random() < config.frac else exercise
+            writer.write(made)
+            count.update(documents=1, renamed=made is not exercise)
+        write_json(out / "summary.json", dict(count))
+    print(f"{config.out}: {count['documents']:,} exercises, {count['renamed']:,} renamed")
+
+
+if __name__ == "__main__":
+    run(main)
