@@ -102,7 +102,7 @@ def tokens(cli, corpus, tmp_path_factory) -> Path:
 
 TINY = ["--vocab_size=512", "--seq_len=32", "--n_layer=2", "--n_head=2", "--width=32",
         "--mlp_width=64", "--rotary_dim=8", "--seqs_per_step=4", "--micro_batch=2",
-        "--warmup_steps=2", "--eval_seqs=4", "--device=cpu"]  # fmt: skip
+        "--warmup_steps=2", "--eval_seqs=4", "--device=cpu", "--dtype=float32"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

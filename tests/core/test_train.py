@@ -95,9 +95,14 @@ def plant_a_cpu_that_is_fast_in_bfloat16(_rank: int) -> None:
     torch.cpu.get_capabilities = lambda: {"amx_bf16": True}
 
 
+def plant_a_cpu_without_bfloat16(_rank: int) -> None:
+    torch.cpu.get_capabilities = dict
+
+
 def test_the_dtype_that_is_measured_stays(tiny, tokens, tmp_path):
-    flags = [*tiny, f"--data={tokens}", "--eval_interval=2"]
-    said = Run(tmp_path / "run", [*flags, "--max_steps=2"]).finish()
+    flags = [*tiny, f"--data={tokens}", "--eval_interval=2", "--dtype=auto"]
+    plant = plant_a_cpu_without_bfloat16
+    said = Run(tmp_path / "run", [*flags, "--max_steps=2"], plant=plant).finish()
     assert "in float32 (this CPU does not multiply in bfloat16)" in said
     plant = plant_a_cpu_that_is_fast_in_bfloat16
     said = Run(tmp_path / "fast", [*flags, "--max_steps=4"], plant=plant).finish()
