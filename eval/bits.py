@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t
 
 from common import checkpoint
 from common.config import UserError, parse, run
@@ -73,6 +72,8 @@ def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
 def difference(before: list[dict], after: list[dict], of_bits: bool) -> Cell:
     """Return by how much `after` exceeds `before`, the {task: [bits, bytes, preferred]} of the same
     seeds. The interval is over the problems' means over seeds; the verdict heeds the seeds, too."""
+    from scipy.stats import t as student_t  # here, as it takes a second
+
     tasks = [t for t in after[0] if all(t in told for told in before + after)
              and (of_bits or after[0][t][2] is not None)]
     told = [[[x[t] for t in tasks] for x in side] for side in (before, after)]
@@ -82,7 +83,7 @@ def difference(before: list[dict], after: list[dict], of_bits: bool) -> Cell:
     seeds, ends = (above.sum(1) / of.sum()).tolist(), interval(above.mean(0), of)
     verdicts = {-1: ["worse", "better"][of_bits], 1: ["better", "worse"][of_bits]}
     n = len(seeds)
-    spread = t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / n**0.5 if n > 1 else np.inf
+    spread = student_t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / n**0.5 if n > 1 else np.inf
     value = float(np.mean(seeds))
     verdict = verdicts.get(np.sign([*ends, value - spread, value + spread]).mean(), "not resolved")
     return Cell(value, *ends, seeds, verdict)

@@ -66,9 +66,9 @@ def renamed(exercise: dict, words: list[str], rng: random.Random) -> dict:
     problem = {"prompt": exercise["prompt"], "canonical_solution": exercise["solution"],
                "entry_point": exercise["entry_point"], "test": ""}  # fmt: skip
     parts = split(problem)
-    for _ in range(TRIES if parts else 0):
+    for _ in range(TRIES if parts and parts.arguments else 0):
         names = {old: new_name(words, rng) for old in parts.arguments}
-        if TAKEN & {*names.values()} or len({*names.values()}) < len(names) or not names:
+        if TAKEN & {*names.values()} or len({*names.values()}) < len(names):
             continue
         if new := rename(problem, parts, names, ARGUMENT):
             prompt, solution = new["prompt"], new["canonical_solution"]

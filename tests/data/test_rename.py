@@ -58,9 +58,11 @@ def test_code_and_docstring_get_the_same_names_and_run_as_before(command, tmp_pa
     assert len(words) > 4
 
 
-def test_what_has_no_arguments_or_no_docstring_stays(command, tmp_path):
-    command("--source", exercises(tmp_path, 1, prompt=HEAD), "--frac", 1)
-    assert [e["prompt"] for e in read_documents([tmp_path / "out"])] == [HEAD]
+@pytest.mark.parametrize("prompt", [HEAD, 'def widen():\n    """Widen."""\n'])
+def test_what_has_no_docstring_or_no_arguments_stays(command, tmp_path, prompt):
+    _, stdout, _ = command("--source", exercises(tmp_path, 1, prompt), "--frac", 1)
+    assert [e["prompt"] for e in read_documents([tmp_path / "out"])] == [prompt]
+    assert "1 exercises, 0 renamed" in stdout
 
 
 def test_mistakes_are_told(command, tmp_path):

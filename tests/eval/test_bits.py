@@ -140,3 +140,19 @@ def test_mistakes_are_told(in_process, model, tokens, tmp_path, options, message
     options = [tmp_path / f"{x}.jsonl" if x.endswith("P") else x for x in options]
     status, _, said = in_process(bits.main, "--checkpoint", tmp_path / "run", *options)
     assert (status, message in said) == (2, True), said
+
+
+@pytest.mark.parametrize(("seeds", "measure", "value", "verdict"), [
+    ([[-4, -8], [-4, -8]], "gold", -0.3, "better"),  # of problems of 10 and 30 bytes
+    ([[4, 8], [4, 8], [4, 17]], "gold", 0.375, "worse"),
+    ([[-6, -6], [2, 2]], "gold", -0.1, "not resolved"),  # the seeds disagree
+    ([[-6, 2], [-6, 2]], "gold", -0.1, "not resolved"),  # the problems disagree
+    ([[0.25, 0.75], [0.3, 0.7], [0.3, 0.7]], "preferred", 50, "better"),
+    ([[0.25, 0.75]], "preferred", 50, "not resolved"),  # one seed
+    ([[-1, -1], [-1, -1], [-10, -10]], "gold", -0.2, "not resolved"),  # seeds too far apart
+])  # fmt: skip
+def test_a_step_wants_problems_and_seeds_to_agree(seeds, measure, value, verdict):
+    before = {"a": [40, 10, 0.25], "b": [40, 30, 0.25], "c": [9, 9, None]}  # c is left out
+    after = [{t: [40 + x, before[t][1], 0.25 + x] for t, x in zip("ab", seed)} for seed in seeds]
+    cell = bits.difference([before] * len(seeds), after, measure == "gold")
+    assert (round(cell.value, 9), cell.verdict) == (value, verdict)
