@@ -13,8 +13,9 @@ sampled = eval.$(1) --checkpoint $(BEST)/run --sandbox $(SANDBOX) --problems $(2
 
 .PHONY: best best-files
 
+best:  ## the best model of an hour's training, and its scores (HUMANEVAL= MBPP=)
 best: $(foreach x,humaneval mbpp,$(BEST)/$(x)/results.json $(BEST)/$(x)_greedy/results.json) \
-  $(BEST)/gold/mbpp.json  ## the best model of an hour, and its scores (HUMANEVAL= MBPP=)
+  $(BEST)/gold/mbpp.json
 
 best-files:
 	@[ -f "$(HUMANEVAL)" -a -f "$(MBPP)" ] || { echo >&2 \

@@ -41,6 +41,7 @@ class Config:
 
     def __post_init__(self):
         require(self, "frac", 0 <= self.frac <= 1, "from 0 to 1")
+        require(self, "words", all(p.exists() for p in self.words), "documents that are there")
 
 
 def read_words(source: tuple[Path, ...]) -> list[str]:

@@ -70,6 +70,7 @@ def test_mistakes_are_told(command, tmp_path):
     for arguments, message in (
         (["--source", plain], "no exercise: no entry_point"),
         (["--source", exercises(tmp_path, 1), "--frac", 2], "frac is 2.0, want from 0 to 1"),
+        (["--source", plain, "--words", tmp_path / "none"], "want documents that are there"),
     ):
         status, _, stderr = command(*arguments)
         assert (status, message in stderr) == (2, True), stderr
