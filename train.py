@@ -13,8 +13,11 @@ gradients are accumulated. What it sees depends on (seed, step) alone: data/load
 step waits for the GPU; numbers are read from it when a log line is due.
 """
 
+import contextlib
+import json
 import math
 import os
+import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,7 +30,7 @@ from common import checkpoint, distributed, runlog
 from common.config import UserError, differences, parse, require, run
 from common.distributed import DTYPES
 from common.muon import Muon
-from data.loader import Loader, Windows, arguments
+from data.loader import Loader, Windows, arguments, read_weights
 from eval.gold import bits_per_byte, read_gold
 from model import ModelConfig, Phi, flops_per_token, mfu, select_dtype, select_kernels
 from tokenizer import Tokenizer
@@ -38,7 +41,8 @@ class TrainConfig(ModelConfig):
     """Train a model, under plain python or torchrun."""
 
     out: Path = Path("out/run")  # run folder: configuration, metrics, checkpoints
-    data: Path = Path("out/tokens")  # folder of token shards, from data.pack
+    data: tuple[str, ...] = ("out/tokens",)  # folders of token shards, from data.pack, each
+    # alone or as FOLDER:WEIGHT, its share of the training tokens; may be given several times
     init_from: Path | None = None  # run or checkpoint folder whose weights to start from
     resume: bool = False  # go on from the newest checkpoint in out, if there is one
     restart: bool = False  # if out holds a run of another configuration or data, delete it first
@@ -58,11 +62,14 @@ class TrainConfig(ModelConfig):
     adam_eps: float = 1e-8  # Adam's epsilon
     grad_clip: float = 1.0  # largest global gradient norm, 0 = no clipping
     doc_mask: bool = False  # attention stays within documents, in rows that hold several
+    best_fit: bool = False  # cut no document that fits into a row; wants doc_mask
 
     eval_interval: int = 100  # steps between validation losses, each followed by a checkpoint
     eval_seqs: int = 32  # sequences of the validation split that are used
     eval_problems: Path | None = None  # file in HumanEval's format: the bits per byte of its
     # solutions, given their prompts, are logged as well
+    score_every: int = 0  # evaluations from one pass@1 on eval_problems to the next, 0 = none:
+    # greedy, by eval.humaneval on rank 0; the others wait, so let it take less than timeout_s
     keep: int = 2  # newest checkpoints kept, beside the best
     keep_every: int = 0  # and those of every step that this divides, 0 = none
     log_interval: int = 10  # steps between lines of metrics.jsonl
@@ -84,7 +91,7 @@ class TrainConfig(ModelConfig):
         for name in ("max_steps", "seqs_per_step", "micro_batch", "eval_interval", "eval_seqs",
                      "keep", "log_interval", "timeout_s"):  # fmt: skip
             require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("keep_every", "shard", "grad_clip", "threads"):
+        for name in ("keep_every", "shard", "grad_clip", "threads", "score_every"):
             require(self, name, getattr(self, name) >= 0, "at least 0")
         require(self, "lr", self.lr > 0, "a positive number")
         require(self, "dtype", self.dtype in ("auto", *DTYPES), f"auto, {', '.join(DTYPES)}")
@@ -92,6 +99,9 @@ class TrainConfig(ModelConfig):
         known = self.schedule in ("linear", "cosine", "wsd")
         require(self, "schedule", known, "linear, cosine or wsd")
         require(self, "decay_frac", 0 < self.decay_frac <= 1, "more than 0, at most 1")
+        require(self, "best_fit", self.doc_mask or not self.best_fit, "doc_mask with it")
+        asks = self.eval_problems or not self.score_every
+        require(self, "score_every", asks, "eval_problems with it")
         require(self, "device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
 
     @property
@@ -131,7 +141,8 @@ def evaluate(model, val: Windows, c: TrainConfig, ranks, end_of_text: int | None
     """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum of losses, sequences
-    everyones = np.arange(min(c.eval_seqs, len(val)))
+    n = min(c.eval_seqs, len(val))
+    everyones = np.arange(n) * (len(val) // n if len(c.data) > 1 else 1)  # of all folders
     mine = everyones[ranks.rank :: ranks.world_size]
     for i in range(0, len(everyones[:: ranks.world_size]), c.micro_batch):
         rows = mine[i : i + c.micro_batch]
@@ -144,20 +155,40 @@ def evaluate(model, val: Windows, c: TrainConfig, ranks, end_of_text: int | None
     return (total[0] / total[1]).item()
 
 
+def score(c: TrainConfig, step: int, log: runlog.RunLog) -> dict[str, float]:
+    """Return {"pass@1": of the checkpoint of `step` on c.eval_problems}, measured by a process.
+
+    If that fails, warn and return {}; what it says goes to stderr.
+    """
+    command = [sys.executable, "-m", "eval.humaneval", f"--problems={c.eval_problems}", "--json",
+               f"--checkpoint={checkpoint.folder_of(c.out, step)}", f"--device={c.device}",
+               f"--self_check={c.out / 'self_check.json'}"]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    with contextlib.suppress(subprocess.TimeoutExpired, ValueError):  # the latter: no JSON
+        done = subprocess.run(command, stdout=subprocess.PIPE, env=env, timeout=c.timeout_s / 2)
+        return {"pass@1": json.loads(done.stdout)["pass@1"]}
+    log.warn("score failed", step, f"eval.humaneval gave no pass@1 on {c.eval_problems} within "
+             f"{c.timeout_s / 2:.0f} s; the run goes on")  # fmt: skip
+    return {}
+
+
 def open_data(c: TrainConfig) -> tuple[Tokenizer, Windows, Windows]:
     """Return the tokenizer and both splits of c.data. Raises UserError if they do not fit c."""
-    if not c.data.is_dir():
-        raise UserError(
-            f"data {c.data}: no such folder; `make tokens` makes the demo's, data.pack your own; "
-            "name another with --data"
-        )
-    tokenizer = Tokenizer(c.data)
+    folders, weights = read_weights(c.data)
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(
+                f"data {folder}: no such folder; `make tokens` makes the demo's, data.pack your "
+                "own; name another with --data"
+            )
+    tokenizer = Tokenizer(folders[0])
     if tokenizer.vocab_size > c.vocab_size:
         raise UserError(
-            f"the tokenizer in {c.data} has {tokenizer.vocab_size} pieces, more than the model's "
-            f"vocab_size {c.vocab_size}"
+            f"the tokenizer in {folders[0]} has {tokenizer.vocab_size} pieces, more than the "
+            f"model's vocab_size {c.vocab_size}"
         )
-    train, val = (Windows(c.data, s, c.seq_len, tokenizer, c.seed) for s in ("train", "val"))
+    train, val = (Windows(folders, s, c.seq_len, tokenizer, c.seed, weights, c.best_fit)
+                  for s in ("train", "val"))  # fmt: skip
     return tokenizer, train, val
 
 
@@ -168,7 +199,7 @@ def load_init(model: Phi, c: TrainConfig, tokenizer: Tokenizer) -> Path | None:
     folder = checkpoint.find(c.init_from)
     meta = checkpoint.read_meta(folder)
     if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"{folder} was trained with another tokenizer than {c.data}")
+        raise UserError(f"{folder} was trained with another tokenizer than {c.data[0]}")
     for name in ("n_head", "rotary_dim", "qk_norm"):  # of which no weight's shape tells
         if (was := meta["model"].get(name, getattr(ModelConfig, name))) != getattr(c, name):
             raise UserError(f"{folder} has {name} = {was}; train with --{name}={was}")
@@ -179,10 +210,12 @@ def load_init(model: Phi, c: TrainConfig, tokenizer: Tokenizer) -> Path | None:
 def banner(c: TrainConfig, resolved: dict, where: str, windows: Windows) -> str:
     """Say what will be trained: the options that are not defaults, size, place, work."""
     r, tokens_per_step = resolved, c.seqs_per_step * c.seq_len
-    return "".join(f"  {key} = {value}\n" for key, value in differences(c).items()) + (
+    shown = {key: r[key] for key in differences(c)}
+    packed = f", {windows.padding_frac:.2%} padding" if c.best_fit else ""
+    return "".join(f"  {key} = {value}\n" for key, value in shown.items()) + (
         f"{r['parameters']:,} parameters on {r['world_size']} x {where}; "
         f"{c.max_steps:,} steps x {tokens_per_step:,} tokens = "
-        f"{c.max_steps * c.seqs_per_step / len(windows):.2f} epochs of {windows.tokens:,}\n"
+        f"{c.max_steps * c.seqs_per_step / len(windows):.2f} epochs of {windows.tokens:,}{packed}\n"
         f"{flops_per_token(c.model) / 1e6:,.1f} MFLOP a token, causal; MFU is of {r['roof']}"
     )
 
@@ -260,6 +293,10 @@ def main() -> None:
                     if gold:
                         measured = gold.measure(model, mutants=False)
                         found["gold_bits_per_byte"] = bits_per_byte(measured)
+                    due = c.score_every and step // c.eval_interval % c.score_every == 0
+                    if due and log.first:
+                        saver.wait()
+                        found |= score(c, step, log)
                     log.validation(step, step * tokens_per_step, found)
             if step == c.max_steps:
                 break

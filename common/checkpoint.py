@@ -80,7 +80,7 @@ class Saver:
         return problem
 
     def _write(self, step: int, weights: dict, training: dict, tokenizer, meta: dict) -> None:
-        final = self.run / "checkpoints" / f"step-{step:08d}"
+        final = folder_of(self.run, step)
         temporary = final.with_name(f"tmp-{final.name}")
         files, error, first = {}, "", self.rank == 0
         try:  # the ranks' common part first: what fails on one of them fails on all
@@ -127,7 +127,7 @@ class Saver:
         best = best_step(self.run)
         for step in steps(self.run)[: -self.keep]:
             if step != best and not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(self.run / "checkpoints" / f"step-{step:08d}")
+                shutil.rmtree(folder_of(self.run, step))
 
 
 class RunState:
@@ -210,7 +210,7 @@ def newest_good(run: Path) -> Path | None:
     for path in (run / "checkpoints").glob("tmp-step-*"):
         shutil.rmtree(path)
     for step in reversed(steps(run)):
-        folder = run / "checkpoints" / f"step-{step:08d}"
+        folder = folder_of(run, step)
         if not (wrong := damage(folder)):
             return folder
         aside = folder.with_name(f"damaged-{folder.name}")
@@ -218,6 +218,10 @@ def newest_good(run: Path) -> Path | None:
         folder.rename(aside)
         print(f"checkpoint {folder} is damaged: {wrong}; set aside as {aside.name}", flush=True)
     return None
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def steps(run: Path) -> list[int]:
@@ -240,7 +244,7 @@ def find(path: Path, newest: bool = False) -> Path:
         raise UserError(f"no checkpoint at {path}; want a run folder or one of its step folders")
     best = best_step(path)  # its save may have failed
     step = best if best in done and not newest else done[-1]
-    return path / "checkpoints" / f"step-{step:08d}"
+    return folder_of(path, step)
 
 
 def read_meta(folder: Path) -> dict:

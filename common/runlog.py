@@ -27,9 +27,9 @@ from common.files import read_json, write_json
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 MAX_SKIPS = 20  # stop after this many steps in a row whose gradients are not finite
 # What a result does not depend on.
-HOW = {"out", "resume", "restart", "micro_batch", "eval_problems", "device", "threads", "keep",
-       "keep_every", "log_interval", "recompute", "shard", "regather", "timeout_s",
-       "wandb"}  # fmt: skip
+HOW = {"out", "resume", "restart", "micro_batch", "eval_problems", "score_every", "device",
+       "threads", "keep", "keep_every", "log_interval", "recompute", "shard", "regather",
+       "timeout_s", "wandb"}  # fmt: skip
 
 
 class RunLog:
@@ -224,7 +224,8 @@ def open_run(c, mine: dict, resume: bool) -> Path | None:
             raise UserError(f"out {c.out} is there and holds no run; name a new folder")
         return None
     theirs = json.loads(saved.read_text())
-    changed = [k for k in mine if mine[k] != theirs.get(k)]
+    new = {f.name: f.default for f in dataclasses.fields(c)} | theirs  # options since that run
+    changed = [k for k in mine if mine[k] != new.get(k)]
     if changed and c.restart:
         shutil.rmtree(c.out)
         return None
@@ -260,7 +261,9 @@ def run_identity(c, tokenizer, windows, init_from: Path | None) -> dict:
 
 def plain(c) -> dict:
     """Return the fields of `c` as JSON values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(c).items()}
+    values = dataclasses.asdict(c)
+    values |= {k: ", ".join(map(str, v)) for k, v in values.items() if isinstance(v, tuple)}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:

@@ -5,8 +5,13 @@ of seq_len + 1 tokens at stride seq_len (the last, incomplete one is dropped). S
 counted over all steps and ranks, is window `permute(g mod n)` of epoch `g div n`. Resuming at step
 k, or with other ranks, needs no state: start at sequence k * seqs_per_step.
 
+With `best_fit`, no document is cut that fits into a window: best-fit decreasing packs documents,
+and the ends of those that are longer (Ding et al. 2024, arXiv 2404.10830). All passes see the same
+windows, in another order.
+
 A folder with a mixture.json (data.pack) holds several sources, each with the number of passes over
-it in an epoch of the whole; where an epoch ends within a source, the next one goes on there.
+it in an epoch of the whole; where an epoch ends within a source, the next one goes on there. So do
+several folders, whose weights are their shares of the tokens.
 
 Shards are memory-mapped. Reading a document compares its CRC-32 with that of the verified shard,
 and the file's size: under the map of a file cut short, reading ends in SIGBUS.
@@ -15,10 +20,11 @@ and the file's size: under the map of a file cut short, reading ends in SIGBUS.
 import itertools
 import json
 import os
+import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,17 +39,29 @@ from tokenizer import Tokenizer
 
 PREFETCH = 4  # micro-batches made ahead of the one in use
 ORDER = 4096  # sequences whose places are computed at once: numpy takes a millisecond for a few too
+FIT_DOCUMENTS = 65536  # that best_fit packs together
+SHARE_WINDOWS = 1000  # at least, of each folder in an epoch: shares are right to a thousandth
+STARTS = 1 << 16  # added to a token of a packed window that begins a piece without <|endoftext|>
 ROUNDS = 4  # of the Feistel network; 4 give a permutation indistinguishable from random
 
 
 class Windows:
-    """The windows of `folder/{split}_*.bin`; indexed by an int array [n], gives uint16 [n, T+1]."""
+    """The windows of `folder/{split}_*.bin`; indexed by an int array [n], gives int64 [n, T+1]."""
 
-    def __init__(self, folder: Path, split: str, seq_len: int, tokenizer: Tokenizer, seed: int):
-        files = sorted(Path(folder).glob(f"{split}_*.bin"))
-        if not files:
-            raise UserError(f"no {split}_*.bin in {folder}; make token shards with data.pack")
-        self.seq_len, self.files, self.split, self.seed = seq_len, files, split, seed
+    def __init__(
+        self, folders: Sequence[Path], split: str, seq_len: int, tokenizer: Tokenizer, seed: int,
+        weights: Sequence[float] = (), best_fit: bool = False,
+    ):  # fmt: skip
+        """Open one or more folders; `weights` are their shares of the tokens of the train split.
+
+        Without weights, a pass over each folder is an epoch.
+        """
+        self.seq_len, self.split, self.seed = seq_len, split, seed
+        self.end_of_text = tokenizer.end_of_text
+        by_folder = [sorted(folder.glob(f"{split}_*.bin")) for folder in folders]
+        if empty := [folder for folder, files in zip(folders, by_folder) if not files]:
+            raise UserError(f"no {split}_*.bin in {empty[0]}; make token shards with data.pack")
+        self.files = files = list(itertools.chain(*by_folder))
         made_by = tokenizer.vocab_size, tokenizer.fingerprint
         # As plain arrays, of which a slice takes less time than of a memmap.
         self.shards = [open_shard(file, *made_by).view(np.ndarray) for file in files]
@@ -59,39 +77,81 @@ class Windows:
             documents.append([np.full_like(start, i), start, length, crc])
         self.shard, self.start, self.length, self.crc = np.concatenate(documents, axis=1)
         # Of each source: its first document, its first window, and its windows in an epoch.
-        shard, epochs = self._mixture(Path(folder), split, [f.name for f in files])
-        self.first_document = np.searchsorted(self.shard, shard)
+        sources = list(map(self._sources, folders, by_folder))
+        n_shards, epochs = (np.concatenate(x) for x in zip(*sources))
+        self.first_document = np.searchsorted(self.shard, np.cumsum([0, *n_shards]))
         tokens = np.diff(np.cumsum([0, *self.length])[self.first_document])
+        self.rows = self._best_fit() if best_fit and split == "train" else None
         windows = np.maximum(tokens - 1, 0) // seq_len
+        if self.rows:
+            windows = np.array([len(ends) for _, ends in self.rows])
         self.first = np.cumsum([0, *windows])
+        if weights and split == "train":
+            folder = np.repeat(np.arange(len(folders)), [len(n) for n, _ in sources])
+            epochs = epochs * (weights / np.bincount(folder, tokens * epochs))[folder]
+            fewest = (np.maximum(windows, 1) * epochs).min()
+            epochs *= max(1 / epochs.max(), SHARE_WINDOWS / fewest)
+            self.checksum = f"{zlib.crc32(repr(weights).encode(), int(self.checksum, 16)):08x}"
         self.in_epoch = np.rint(windows * epochs).astype(np.int64)
         self.tokens = round(float(tokens @ epochs))  # of an epoch
         if self.in_epoch.min() == 0:
-            n = tokens[self.in_epoch.argmin()]
+            worst = self.in_epoch.argmin()
             raise UserError(
-                f"{folder}: the {split} split has {n:,} tokens, fewer than one sequence "
-                f"of {seq_len:,} + 1; add documents or lower seq_len"
+                f"{files[np.cumsum(n_shards)[worst] - 1].parent}: the {split} split has "
+                f"{tokens[worst]:,} tokens, fewer than one sequence of {seq_len:,} + 1; add "
+                "documents or lower seq_len"
             )
         passes = -(-self.in_epoch // windows) + 2  # that are in use near an epoch's end
         self.documents = lru_cache(int(passes.sum()))(self._documents)
 
-    def _mixture(self, folder: Path, split: str, files: list[str]) -> tuple[list[int], list[float]]:
-        """Return the first shard of each source, then the number of shards; and the epochs."""
+    def _sources(self, folder: Path, files: list[Path]) -> tuple[list[int], list[float]]:
+        """Return the number of shards of each source in a folder, and its epochs in one."""
         path = folder / MIXTURE
-        if split != "train" or not path.exists():
-            return [0, len(files)], [1.0]
+        if self.split != "train" or not path.exists():
+            return [len(files)], [1.0]
         content = path.read_bytes()
         self.checksum = f"{zlib.crc32(content, int(self.checksum, 16)):08x}"
         try:
             sources = json.loads(content)["sources"]
             epochs = [float(source["epochs"]) for source in sources]
             named = [source["shards"] for source in sources]
-            if not all(0 < e < np.inf for e in epochs) or list(itertools.chain(*named)) != files:
+            if not all(0 < e < np.inf for e in epochs) or (
+                list(itertools.chain(*named)) != [f.name for f in files]
+            ):
                 raise ValueError(f"epochs {epochs} of {named}")
         except (ValueError, TypeError, KeyError) as e:
             raise UserError(f"{path} does not describe {folder} ({e!r}); pack it again") from None
-        shards = [0, *itertools.accumulate(map(len, named))]
-        return shards, epochs
+        return list(map(len, named)), epochs
+
+    def _best_fit(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return of each source its pieces, int64 [P, 2], and the end in them of each row.
+
+        A piece is a document and how many of its tokens to skip. One that goes on in another piece
+        has a row for itself.
+        """
+        found = []
+        for source, (a, b) in enumerate(itertools.pairwise(self.first_document.tolist())):
+            order = a + permute(np.arange(b - a), b - a, self.seed + 1 + source, 0)
+            order = order[self.length[order] > 1]  # not an <|endoftext|> at the end of a shard
+            pieces, sizes = [np.empty((0, 2), np.int64)], []
+            for part in np.split(order, range(FIT_DOCUMENTS, len(order), FIT_DOCUMENTS)):
+                full, left = np.divmod(self.length[part], self.seq_len)
+                document = np.repeat(part, full)
+                skip = np.arange(len(document)) - np.repeat(np.cumsum(full) - full, full)
+                pieces.append(np.stack([document, skip * self.seq_len], 1))
+                sizes += [1] * len(document)
+                rows = best_fit(left, self.seq_len)
+                packed = np.array(list(itertools.chain(*rows)), np.int64)
+                pieces.append(np.stack([part, self.length[part] - left], 1)[packed])
+                sizes += map(len, rows)
+            found.append((np.concatenate(pieces), np.cumsum(sizes, dtype=np.int64)))
+        return found
+
+    @property
+    def padding_frac(self) -> float:
+        """Return the share of the packed rows that holds no document."""
+        rows = self.first[-1] * self.seq_len
+        return 1 - float(self.length[self.length > 1].sum()) / rows
 
     def _documents(self, source: int, passed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a source's documents in the order of one pass, and where each ends in it."""
@@ -119,19 +179,34 @@ class Windows:
         passed, window = np.divmod(seen, np.diff(self.first)[source])
         return passed * self.first[-1] + self.first[source] + window
 
+    def _pieces(self, i: int) -> Iterator[tuple[int, int]]:
+        """Yield the documents of window i, and how many tokens of each to skip."""
+        passed, i = divmod(i, self.first[-1])
+        source = int(np.searchsorted(self.first, i, side="right") - 1)
+        i -= self.first[source]
+        if self.rows:
+            pieces, ends = self.rows[source]
+            yield from pieces[ends[i - 1] if i else 0 : ends[i]].tolist()
+            return
+        documents, ends = self.documents(source, int(passed))
+        start = self.seq_len * i
+        d = np.searchsorted(ends, start, side="right")
+        yield documents[d], start - ends[d] + self.length[documents[d]]
+        yield from ((document, 0) for document in documents[d + 1 :])
+
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
-        out = np.empty((len(index), self.seq_len + 1), np.uint16)
+        # What no piece of a packed row fills stays so.
+        out = np.full((len(index), self.seq_len + 1), self.end_of_text + STARTS)
         for row, i in zip(out, index):
-            passed, i = divmod(i, self.first[-1])
-            source = np.searchsorted(self.first, i, side="right") - 1
-            documents, ends = self.documents(int(source), int(passed))
-            start = self.seq_len * (i - self.first[source])
-            d = np.searchsorted(ends, start, side="right")
-            skip, filled = start - ends[d] + self.length[documents[d]], 0
-            while filled < len(row):
-                part = self._read(documents[d])[skip : skip + len(row) - filled]
+            filled = 0
+            for document, skip in self._pieces(i):
+                part = self._read(document)[skip : skip + len(row) - filled]
                 row[filled : filled + len(part)] = part
-                d, skip, filled = d + 1, 0, filled + len(part)
+                if self.rows and part[0] != self.end_of_text:
+                    row[filled] += STARTS
+                filled += len(part)
+                if filled == len(row):
+                    break
         return out
 
     def _read(self, document: int) -> np.ndarray:
@@ -198,7 +273,7 @@ class Loader:
                 yield arguments(batch.to(self.device, non_blocking=True), self.end_of_text)
 
     def _make(self, step: int, micro_step: int) -> torch.Tensor:
-        batch = torch.from_numpy(self.windows[self.sequences(step, micro_step)].astype(np.int64))
+        batch = torch.from_numpy(self.windows[self.sequences(step, micro_step)])
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
 
@@ -206,14 +281,46 @@ def arguments(batch: torch.Tensor, end_of_text: int | None) -> dict[str, torch.T
     """Return a model's arguments from windows, int64 [B, T+1]: see Loader.stream.
 
     A document begins at the <|endoftext|> before it, as in generation; the first of a window, which
-    the window may cut, at 0.
+    the window may cut, at 0. In a packed window one begins wherever STARTS was added, the document
+    before it ended there, and a target within the padding is -1.
     """
     idx, targets = batch[:, :-1], batch[:, 1:]
     if end_of_text is None:
         return {"idx": idx, "targets": targets}
     t = torch.arange(idx.shape[1], device=idx.device, dtype=torch.int32)
-    doc_start = torch.where(idx == end_of_text, t, 0).cummax(1).values.int()
-    return {"idx": idx, "targets": targets, "doc_start": doc_start}
+    begins = (idx == end_of_text) | (idx >= STARTS)
+    targets = torch.where(targets >= STARTS, end_of_text, targets)
+    targets = torch.where(idx == end_of_text + STARTS, -1, targets)
+    doc_start = torch.where(begins, t, 0).cummax(1).values.int()
+    return {"idx": idx % STARTS, "targets": targets, "doc_start": doc_start}
+
+
+def best_fit(lengths: np.ndarray, room: int) -> list[list[int]]:
+    """Pack pieces of these lengths into rows of `room`: the longest first, each into the fullest
+    row that has room for it. Return the pieces of each row; those of length 0 are left out."""
+    rows, with_left, lefts = [], [[] for _ in range(room + 1)], 0  # lefts: a bit for each left > 0
+    for i in np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)].tolist():
+        n = int(lengths[i])
+        if fitting := lefts >> n:
+            left = n + (fitting & -fitting).bit_length() - 1
+            row = with_left[left].pop()
+            lefts ^= (not with_left[left]) << left
+        else:
+            left, row = room, []
+            rows.append(row)
+        row.append(i)
+        with_left[left - n].append(row)
+        lefts |= 1 << left - n
+    return rows
+
+
+def read_weights(data: Sequence[str]) -> tuple[list[Path], tuple[float, ...]]:
+    """Split each FOLDER or FOLDER:WEIGHT, all with a weight or none. Raises UserError."""
+    found = [None if Path(d).is_dir() else re.fullmatch(r"(.+):(\d*\.?\d+)", d) for d in data]
+    weights = tuple(float(m[2]) for m in found if m)
+    if weights and (len(weights) < len(data) or min(weights) == 0):
+        raise UserError(f"data {', '.join(data)}: want a weight above 0 for each folder, or none")
+    return [Path(m[1] if m else d).expanduser() for m, d in zip(found, data)], weights
 
 
 def permute(i: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:

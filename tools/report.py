@@ -219,7 +219,8 @@ def read_run(folder: Path) -> dict:
     """Read a run's files. Raises UserError if `folder` holds no run."""
     if (config := read_json(folder / "config.json")) is None:
         raise UserError(f"{folder} is no run: it has no config.json")
-    found = {"name": str(folder), "data": Path(config.get("data", "")).name, "config": config}
+    data = ", ".join(Path(d).name for d in config.get("data", "").split(", "))
+    found = {"name": str(folder), "data": data, "config": config}
     for name in ("summary", "status"):
         found[name] = read_json(folder / f"{name}.json") or {}
     for name in ("events", "metrics"):  # their last line may be cut short

@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def windows(folder, seed=0, split="train"):
-    return Windows(folder, split, T, TOKENIZER, seed)
+    return Windows([folder], split, T, TOKENIZER, seed)
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 64, 1000, 4097])
@@ -105,7 +105,7 @@ def test_clear_errors(folder):
     with pytest.raises(UserError, match=r"no val_\*\.bin"):
         windows(folder, split="val")
     with pytest.raises(UserError, match="fewer than one sequence"):
-        Windows(folder, "train", 4096, TOKENIZER, 0)
+        Windows([folder], "train", 4096, TOKENIZER, 0)
     with pytest.raises(UserError, match="61 tokens, fewer than one sequence"):
         mixture(folder, 1, 0.01)
 
