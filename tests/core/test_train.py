@@ -3,6 +3,7 @@ import shutil
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import read_metrics
@@ -12,7 +13,9 @@ import model
 from common import checkpoint, distributed
 from common.config import parse
 from common.runlog import RunLog
+from data.shards import write_shard
 from model import ModelConfig, Phi, parameter_count
+from tokenizer import Tokenizer
 from train import TrainConfig, get_lr, main, make_optimizer
 
 
@@ -135,6 +138,36 @@ def test_ranks_see_the_same_as_one(tiny, tokens, tmp_path, ranks, optimizer, dty
         assert a == pytest.approx(b, rel=tolerance)
 
 
+def test_a_run_on_two_folders_packed_and_scored(tiny, tokens, tmp_path):
+    """It learns the one function of the first folder by heart; a killed run ends with its bits."""
+    problem = {"task_id": "T/0", "prompt": "def one(x):\n", "canonical_solution": "    return x\n",
+               "entry_point": "one", "test": "def check(f):\n    assert f(3) == 3\n"}  # fmt: skip
+    problems, tokenizer = tmp_path / "problems.jsonl", Tokenizer(tokens)
+    problems.write_text(json.dumps(problem))
+    ids = tokenizer.encode(problem["prompt"] + problem["canonical_solution"])
+    (tmp_path / "one").mkdir()
+    tokenizer.save(tmp_path / "one")
+    for split in ("train", "val"):
+        file, document = tmp_path / "one" / f"{split}_00000.bin", [*ids, tokenizer.end_of_text]
+        write_shard(file, [np.array(document)] * 50, 512, 50, tokenizer.fingerprint)
+    flags = [*tiny, f"--data={tmp_path / 'one'}:9", f"--data={tokens}:1", "--doc_mask",
+             "--best_fit", "--max_steps=60", "--eval_interval=15", "--lr=0.02", "--keep=9",
+             f"--eval_problems={problems}", "--score_every=2"]  # fmt: skip
+    said = Run(tmp_path / "run", flags).finish()
+    assert "padding" in said
+    scores = {r["step"]: r["pass@1"] for r in read_metrics(tmp_path / "run") if "pass@1" in r}
+    assert scores == {30: scores[30], 60: 1.0}
+    assert "pass@1 1.0000" in said
+    back_to(tmp_path / "run", 30, tmp_path / "resumed")
+    Run(tmp_path / "resumed", [*flags, "--resume", "--score_every=0"]).finish()
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "run")
+    problems.write_text(json.dumps(problem | {"test": "def check(f):\n    assert f(3) == 4\n"}))
+    back_to(tmp_path / "run", 45, tmp_path / "wrong")
+    said = Run(tmp_path / "wrong", [*flags, "--resume"], ranks=2).finish(0, 0)
+    assert f"eval.humaneval gave no pass@1 on {problems}" in said
+    assert status(tmp_path / "wrong")["status"] == "done"
+
+
 def test_init_from_starts_at_the_other_runs_loss(tiny, tokens, reference, tmp_path):
     out = tmp_path / "finetuned"
     train(tiny, tokens, out, "--max_steps=2", "--eval_interval=1", "--lr=1e-9",
@@ -173,6 +206,8 @@ def test_restart_leaves_a_folder_that_is_no_run(tiny, tokens, tmp_path):
         ("--vocab_size=100", "has 512 pieces, more than the model's vocab_size 100"),
         ("--init_from=nowhere", "no checkpoint at nowhere"),
         ("--lr=0", "lr is 0.0"),
+        ("--best_fit", "best_fit is True, want doc_mask with it"),
+        ("--score_every=1", "score_every is 1, want eval_problems with it"),
     ],
 )
 def test_bad_input(tiny, tokens, tmp_path, in_process, flag, message):

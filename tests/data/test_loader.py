@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 from common.config import UserError
-from data.loader import Loader, Windows, arguments, permute
+from data import loader
+from data.loader import Loader, Windows, arguments, best_fit, permute, read_weights
 from data.shards import write_shard
 
 T, END = 8, 499
@@ -90,6 +92,58 @@ def test_documents_begin_at_the_token_before_them():
     assert got["targets"].tolist() == batch[:, 1:].tolist()  # the next token, over the border too
 
 
+def write_documents(folder, lengths):
+    """Documents of random tokens, each with a number of its own; a shard ends in its last one's."""
+    rng, folder = np.random.default_rng(0), folder / f"of_{len(lengths)}"
+    folder.mkdir()
+    documents = [[END, i, *rng.integers(100, END, n - 2)] for i, n in enumerate(lengths)]
+    for split in ("train", "val"):
+        for i, part in enumerate((documents[:40], documents[40:])):
+            tokens = np.concatenate([*part, [END]])[1:]  # as data.pack writes them
+            file = folder / f"{split}_0000{i}.bin"
+            write_shard(file, [tokens], 500, len(part), TOKENIZER.fingerprint)
+    return folder, documents
+
+
+@pytest.mark.parametrize("together", [16, 65536])
+def test_best_fit_cuts_no_document_that_fits(tmp_path, monkeypatch, together):
+    monkeypatch.setattr(loader, "FIT_DOCUMENTS", together)
+    lengths = np.random.default_rng(1).integers(3, 4 * T, 90)
+    folder, documents = write_documents(tmp_path, lengths)
+    w = Windows([folder], "train", T, TOKENIZER, 0, best_fit=True)
+    got = {k: v.numpy() for k, v in arguments(torch.from_numpy(w[np.arange(len(w))]), END).items()}
+    found, want = [], []  # tokens and targets of each piece
+    for idx, targets, doc_start in zip(*(got[k] for k in ("idx", "targets", "doc_start"))):
+        for start in np.unique(doc_start):
+            piece = (doc_start == start) & (targets >= 0)
+            if piece.any():
+                found.append((*idx[piece], *targets[piece]))
+    for number, document in enumerate(documents):
+        tokens = document[number in (0, 40) :]  # a shard begins without the token
+        for at in range(0, len(tokens), T):
+            idx, targets = tokens[at : at + T], [*tokens, END][at + 1 : at + T + 1]
+            want.append((*idx, *targets))
+    assert sorted(found) == sorted(want)
+    assert w.padding_frac == pytest.approx((got["targets"] == -1).mean(), abs=2 / got["idx"].size)
+    assert w.padding_frac < (0.02 if together > 16 else 0.1)
+    shuffled = w.order(np.arange(2 * len(w))).reshape(2, -1) % len(w)
+    assert (np.sort(shuffled) == np.arange(len(w))).all()  # each row once a pass, in two orders
+    assert (shuffled[0] != shuffled[1]).any()
+    whole = Windows([folder], "val", T, TOKENIZER, 0, best_fit=True)
+    assert (whole[np.arange(5)] == windows(folder, split="val")[np.arange(5)]).all()
+
+
+def test_best_fit_takes_the_fullest_row_with_room():
+    assert best_fit(np.array([5, 0, 3, 8, 2, 4, 3]), 8) == [[3], [0, 2], [5, 6], [4]]
+    assert best_fit(np.zeros(3, int), 8) == []
+    lengths = np.random.default_rng(0).integers(1, 65, 2000)
+    rows = best_fit(lengths, 64)
+    assert sorted(i for row in rows for i in row) == list(range(2000))
+    sums = [lengths[row].sum() for row in rows]
+    assert max(sums) <= 64
+    assert len(rows) <= 1.02 * lengths.sum() / 64
+
+
 def test_every_change_to_a_shard_in_use_is_noticed(folder):
     w = windows(folder)
     every, file = np.arange(len(w)), folder / "train_00001.bin"
@@ -144,6 +198,37 @@ def test_a_mixture_goes_through_each_source_evenly(folder, a, b):
     np.testing.assert_array_equal(mixed.order(np.arange(30, 50)), order[30:50])
     other = windows(folder, seed=1)
     assert (other.order(np.arange(len(mixed))) != order[: len(mixed)]).any()
+
+
+def test_weights_are_shares_of_the_tokens(tmp_path):
+    """Of two folders, one of them a mixture; by steps, for any ranks and from any step."""
+    (a, _), (b, _) = (write_documents(tmp_path, [9] * n) for n in (50, 90))
+    write = {"sources": [{"shards": [x], "epochs": e} for x, e in zip(BOTH, (1, 3))]}
+    (b / "mixture.json").write_text(json.dumps(write))
+    w = Windows([a, b], "train", T, TOKENIZER, 0, (3.0, 1.0))
+    assert w.checksum != Windows([a, b], "train", T, TOKENIZER, 0, (2.0, 1.0)).checksum
+    sizes = [len(windows(a)), *np.diff(mixture(b, 1, 1).first)]
+    assert np.diff(w.first).tolist() == sizes
+    source = np.searchsorted(w.first, w.order(np.arange(4000)) % w.first[-1], side="right") - 1
+    share = np.bincount(source) / 4000
+    assert share == pytest.approx([0.75, 0.25 * 40 / 190, 0.25 * 150 / 190], abs=0.02)
+    whole = Loader(w, 8, 8, 0, 1, torch.device("cpu"))
+    halves = [Loader(w, 8, 2, rank, 2, torch.device("cpu")) for rank in range(2)]
+    for step in (700, 3, 2000):
+        parts = [h.sequences(step, m) for m in range(2) for h in halves]
+        np.testing.assert_array_equal(np.concatenate(parts), whole.sequences(step, 0))
+    val = Windows([a, b], "val", T, TOKENIZER, 0, (3.0, 1.0))
+    assert len(val) == len(windows(a, split="val")) + len(windows(b, split="val"))
+
+
+def test_read_weights(tmp_path, monkeypatch):
+    (tmp_path / "odd:2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read_weights(["a:0.7", "b/c:1"]) == ([Path("a"), Path("b/c")], (0.7, 1.0))
+    assert read_weights(["a", "odd:2", "c:x"]) == ([Path("a"), Path("odd:2"), Path("c:x")], ())
+    for wrong in (["a:1", "b"], ["a:0", "b:1"]):
+        with pytest.raises(UserError, match="want a weight above 0 for each folder, or none"):
+            read_weights(wrong)
 
 
 BOTH = ["train_00000.bin", "train_00001.bin"]
