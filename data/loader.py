@@ -81,7 +81,7 @@ class Windows:
         n_shards, epochs = (np.concatenate(x) for x in zip(*sources))
         self.first_document = np.searchsorted(self.shard, np.cumsum([0, *n_shards]))
         tokens = np.diff(np.cumsum([0, *self.length])[self.first_document])
-        self.rows = self._best_fit() if best_fit and split == "train" else None
+        self.rows = self._best_fit() if best_fit else None
         windows = np.maximum(tokens - 1, 0) // seq_len
         if self.rows:
             windows = np.array([len(ends) for _, ends in self.rows])
@@ -131,7 +131,9 @@ class Windows:
         """
         found = []
         for source, (a, b) in enumerate(itertools.pairwise(self.first_document.tolist())):
-            order = a + permute(np.arange(b - a), b - a, self.seed + 1 + source, 0)
+            order = np.arange(a, b)
+            if self.split == "train":
+                order = a + permute(order - a, b - a, self.seed + 1 + source, 0)
             order = order[self.length[order] > 1]  # not an <|endoftext|> at the end of a shard
             pieces, sizes = [np.empty((0, 2), np.int64)], []
             for part in np.split(order, range(FIT_DOCUMENTS, len(order), FIT_DOCUMENTS)):
