@@ -13,11 +13,8 @@ gradients are accumulated. What it sees depends on (seed, step) alone: data/load
 step waits for the GPU; numbers are read from it when a log line is due.
 """
 
-import contextlib
-import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -156,32 +153,9 @@ def evaluate(model, val: Windows, c: TrainConfig, ranks, end_of_text: int | None
     return (total[0] / total[1]).item()
 
 
-def score(c: TrainConfig, step: int, log: runlog.RunLog) -> dict[str, float]:
-    """Return {"pass@1": of the checkpoint of `step` on c.eval_problems}, measured by a process.
-
-    If that fails, warn and return {}; what it says goes to stderr.
-    """
-    command = [sys.executable, "-m", "eval.humaneval", f"--problems={c.eval_problems}", "--json",
-               f"--checkpoint={checkpoint.folder_of(c.out, step)}", f"--device={c.device}",
-               f"--self_check={c.out / 'self_check.json'}"]  # fmt: skip
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    with contextlib.suppress(subprocess.TimeoutExpired, ValueError):  # the latter: no JSON
-        done = subprocess.run(command, stdout=subprocess.PIPE, env=env, timeout=c.timeout_s / 2)
-        return {"pass@1": json.loads(done.stdout)["pass@1"]}
-    log.warn("score failed", step, f"eval.humaneval gave no pass@1 on {c.eval_problems} within "
-             f"{c.timeout_s / 2:.0f} s; the run goes on")  # fmt: skip
-    return {}
-
-
 def open_data(c: TrainConfig) -> tuple[Tokenizer, Windows, Windows]:
     """Return the tokenizer and both splits of c.data. Raises UserError if they do not fit c."""
     folders, weights = read_weights(c.data)
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(
-                f"data {folder}: no such folder; `make tokens` makes the demo's, data.pack your "
-                "own; name another with --data"
-            )
     tokenizer = Tokenizer(folders[0])
     if tokenizer.vocab_size > c.vocab_size:
         raise UserError(
@@ -294,10 +268,7 @@ def main() -> None:
                     if gold:
                         measured = gold.measure(model, mutants=False)
                         found["gold_bits_per_byte"] = bits_per_byte(measured)
-                    due = c.score_every and step // c.eval_interval % c.score_every == 0
-                    if due and log.first:
-                        saver.wait()
-                        found |= score(c, step, log)
+                    found |= log.score(step, saver)
                     log.validation(step, step * tokens_per_step, found)
             if step == c.max_steps:
                 break

@@ -123,6 +123,26 @@ class RunLog:
         text = f"step {step:,}/{self.c.max_steps:,}  {values}"
         self.say(text + "  (best)" * (self.best[1] == step))
 
+    def score(self, step: int, saver: checkpoint.Saver) -> dict[str, float]:
+        """Return {"pass@1": of the checkpoint of `step` on c.eval_problems} if that is due.
+
+        A process of its own measures it, on rank 0. If that fails, warn: stderr has what it said.
+        """
+        c = self.c
+        if not (self.first and c.score_every) or step // c.eval_interval % c.score_every:
+            return {}
+        saver.wait()
+        command = [sys.executable, "-m", "eval.humaneval", f"--problems={c.eval_problems}",
+                   f"--checkpoint={checkpoint.folder_of(self.out, step)}", f"--device={c.device}",
+                   f"--self_check={self.out / 'self_check.json'}", "--json"]  # fmt: skip
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        with contextlib.suppress(subprocess.TimeoutExpired, ValueError):  # the latter: no JSON
+            done = subprocess.run(command, stdout=subprocess.PIPE, env=env, timeout=c.timeout_s / 2)
+            return {"pass@1": json.loads(done.stdout)["pass@1"]}
+        self.warn("score failed", step, f"eval.humaneval gave no pass@1 on {c.eval_problems} within"
+                  f" {c.timeout_s / 2:.0f} s; the run goes on")  # fmt: skip
+        return {}
+
     def stopped(self, step: int, number: int) -> None:
         """Say that a signal ended the run, and that it is saved."""
         self.event("stop", step, "preempted, saved", signal=number)

@@ -322,7 +322,13 @@ def read_weights(data: Sequence[str]) -> tuple[list[Path], tuple[float, ...]]:
     weights = tuple(float(m[2]) for m in found if m)
     if weights and (len(weights) < len(data) or min(weights) == 0):
         raise UserError(f"data {', '.join(data)}: want a weight above 0 for each folder, or none")
-    return [Path(m[1] if m else d).expanduser() for m, d in zip(found, data)], weights
+    folders = [Path(m[1] if m else d).expanduser() for m, d in zip(found, data)]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise UserError(
+            f"data {missing[0]}: no such folder; `make tokens` makes the demo's, data.pack your "
+            "own; name another with --data"
+        )
+    return folders, weights
 
 
 def permute(i: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:

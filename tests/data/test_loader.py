@@ -222,13 +222,16 @@ def test_weights_are_shares_of_the_tokens(tmp_path):
 
 
 def test_read_weights(tmp_path, monkeypatch):
-    (tmp_path / "odd:2").mkdir()
+    for name in ("a", "b/c", "odd:2"):
+        (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert read_weights(["a:0.7", "b/c:1"]) == ([Path("a"), Path("b/c")], (0.7, 1.0))
-    assert read_weights(["a", "odd:2", "c:x"]) == ([Path("a"), Path("odd:2"), Path("c:x")], ())
-    for wrong in (["a:1", "b"], ["a:0", "b:1"]):
+    assert read_weights(["a", "odd:2"]) == ([Path("a"), Path("odd:2")], ())
+    for wrong in (["a:1", "b/c"], ["a:0", "b/c:1"]):
         with pytest.raises(UserError, match="want a weight above 0 for each folder, or none"):
             read_weights(wrong)
+    with pytest.raises(UserError, match="data a:-1: no such folder"):
+        read_weights(["a:-1"])
 
 
 BOTH = ["train_00000.bin", "train_00001.bin"]
