@@ -133,14 +133,14 @@ def make_optimizer(model: Phi, c: TrainConfig) -> torch.optim.Optimizer:
 def evaluate(model, val: Windows, c: TrainConfig, ranks, end_of_text: int | None) -> float:
     """Return the mean loss over eval_seqs validation windows, shared among the ranks.
 
-    They are the first ones; of several folders or packed rows, evenly spaced ones.
+    They are the first ones; of several folders, evenly spaced ones.
     Every rank makes as many forward passes, as weights are gathered in them; one that has no window
     left computes one that does not count.
     """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum of losses, sequences
     n = min(c.eval_seqs, len(val))
-    everyones = np.arange(n) * (len(val) // n if len(c.data) > 1 or c.best_fit else 1)
+    everyones = np.arange(n) * (len(val) // n if len(c.data) > 1 else 1)  # of all folders
     mine = everyones[ranks.rank :: ranks.world_size]
     for i in range(0, len(everyones[:: ranks.world_size]), c.micro_batch):
         rows = mine[i : i + c.micro_batch]

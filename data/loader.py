@@ -84,7 +84,7 @@ class Windows:
         self.rows = self._best_fit() if best_fit else None
         windows = np.maximum(tokens - 1, 0) // seq_len
         if self.rows:
-            windows = np.array([len(ends) for _, ends in self.rows])
+            windows = np.array([len(ends) for *_, ends in self.rows])
         self.first = np.cumsum([0, *windows])
         if weights and split == "train":
             folder = np.repeat(np.arange(len(folders)), [len(n) for n, _ in sources])
@@ -123,17 +123,15 @@ class Windows:
             raise UserError(f"{path} does not describe {folder} ({e!r}); pack it again") from None
         return list(map(len, named)), epochs
 
-    def _best_fit(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return of each source its pieces, int64 [P, 2], and the end in them of each row.
+    def _best_fit(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Return of each source its pieces, int64 [P, 2], and each row's first one and its end.
 
         A piece is a document and how many of its tokens to skip. One that goes on in another piece
-        has a row for itself.
+        has a row for itself. Rows are in random order: a fraction of a pass is a fair sample.
         """
-        found = []
+        found, seed = [], self.seed * (self.split == "train")
         for source, (a, b) in enumerate(itertools.pairwise(self.first_document.tolist())):
-            order = np.arange(a, b)
-            if self.split == "train":
-                order = a + permute(order - a, b - a, self.seed + 1 + source, 0)
+            order = a + permute(np.arange(b - a), b - a, seed + 1 + source, 0)
             order = order[self.length[order] > 1]  # not an <|endoftext|> at the end of a shard
             pieces, sizes = [np.empty((0, 2), np.int64)], []
             for part in np.split(order, range(FIT_DOCUMENTS, len(order), FIT_DOCUMENTS)):
@@ -146,7 +144,9 @@ class Windows:
                 packed = np.array(list(itertools.chain(*rows)), np.int64)
                 pieces.append(np.stack([part, self.length[part] - left], 1)[packed])
                 sizes += map(len, rows)
-            found.append((np.concatenate(pieces), np.cumsum(sizes, dtype=np.int64)))
+            ends = np.cumsum(sizes, dtype=np.int64)
+            order = permute(np.arange(len(ends)), len(ends), seed + 1 + source, 1)
+            found.append((np.concatenate(pieces), (ends - sizes)[order], ends[order]))
         return found
 
     @property
@@ -187,8 +187,8 @@ class Windows:
         source = int(np.searchsorted(self.first, i, side="right") - 1)
         i -= self.first[source]
         if self.rows:
-            pieces, ends = self.rows[source]
-            yield from pieces[ends[i - 1] if i else 0 : ends[i]].tolist()
+            pieces, first, ends = self.rows[source]
+            yield from pieces[first[i] : ends[i]].tolist()
             return
         documents, ends = self.documents(source, int(passed))
         start = self.seq_len * i

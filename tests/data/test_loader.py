@@ -125,6 +125,8 @@ def test_best_fit_cuts_no_document_that_fits(tmp_path, monkeypatch, together):
             want.append((*idx, *targets))
     assert sorted(found) == sorted(want)
     assert w.padding_frac == pytest.approx((got["targets"] == -1).mean(), abs=2 / got["idx"].size)
+    halves = np.array_split((got["doc_start"] == np.arange(T)).sum(1), 2)  # pieces of each row
+    assert halves[0].mean() == pytest.approx(halves[1].mean(), rel=0.2)  # a part is a fair sample
     assert w.padding_frac < (0.02 if together > 16 else 0.1)
     shuffled = w.order(np.arange(2 * len(w))).reshape(2, -1) % len(w)
     assert (np.sort(shuffled) == np.arange(len(w))).all()  # each row once a pass, in two orders
