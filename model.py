@@ -26,6 +26,7 @@ import torch.utils.checkpoint
 
 from common import checkpoint
 from common.config import UserError, require
+from kernels import fp8
 from tokenizer import Tokenizer
 
 CHUNK_ROWS = 8192  # of logits that the fused loss holds at once
@@ -121,12 +122,13 @@ def select_dtype(c: ModelConfig, dtype: str, device: torch.device, batch: int) -
 class Block(nn.Module):
     """x + attention(ln(x)) + mlp(ln(x)); `fused` is kernels/block.py's version, or None.
 
-    With `recompute`, keep only the block's input and run the block again in backward.
+    With `recompute`, keep only the block's input and run the block again in backward. With `fp8`,
+    train with products in 8 bits (kernels/fp8.py); in eval mode all is plain.
     """
 
-    def __init__(self, c: ModelConfig, fused: Callable | None = None, recompute: bool = False):
+    def __init__(self, c: ModelConfig, fused: Callable | None = None, recompute=False, fp8=False):
         super().__init__()
-        self.c, self.fused, self.recompute = c, fused, recompute
+        self.c, self.fused, self.recompute, self.fp8 = c, fused, recompute, fp8
         self.ln = nn.LayerNorm(c.width, eps=1e-5)
         self.w_in = nn.Parameter(torch.empty(3 * c.width + c.mlp_width, c.width))  # q | k | v | up
         self.b_in = nn.Parameter(torch.empty(3 * c.width + c.mlp_width))
@@ -140,23 +142,24 @@ class Block(nn.Module):
         return self.compute(*args)
 
     def compute(self, x, cos, sin, doc_start=None, keep=None):
-        c, p = self.c, self.c.dropout if self.training else 0.0
+        c, p, in_fp8 = self.c, self.c.dropout * self.training, self.fp8 and self.training
         if self.fused and keep is None:
             # On the CPU, where drawing a number does not wait for the GPU.
             seeds = torch.randint(2**62, (2,), device="cpu").tolist() if p else (0, 0)
             weights = self.w_in, self.b_in, self.w_out, self.b_attn, self.b_mlp
             rope = (cos, sin) if c.rotary_dim else None
             return self.fused(
-                x, self.ln.weight, self.ln.bias, *weights, c.n_head, rope, p, seeds, doc_start
-            )
-        C, M = c.width, c.mlp_width
-        h = F.linear(self.ln(x), self.w_in, self.b_in)  # [B, T, 3C + M]
+                x, self.ln.weight, self.ln.bias, *weights, c.n_head, rope, p, seeds, doc_start,
+                in_fp8,
+            )  # fmt: skip
+        C, M, linear = c.width, c.mlp_width, fp8.linear if in_fp8 else F.linear
+        h = linear(self.ln(x), self.w_in, self.b_in)  # [B, T, 3C + M]
         qkv, up = h.split([3 * C, M], dim=-1)
         y = attention(qkv, c.n_head, cos, sin, p, doc_start, keep, c.qk_norm)  # [B, T, C]
         a = F.gelu(up, approximate="tanh")  # [B, T, M]
         w_attn, w_mlp = self.w_out.split([C, M], dim=1)
-        y = F.dropout(F.linear(y, w_attn, self.b_attn), p)
-        a = F.dropout(F.linear(a, w_mlp, self.b_mlp), p)
+        y = F.dropout(linear(y, w_attn, self.b_attn), p)
+        a = F.dropout(linear(a, w_mlp, self.b_mlp), p)
         return x + y + a
 
 
@@ -203,14 +206,14 @@ def rotate(x, cos, sin):
 class Phi(nn.Module):
     """The language model; with `triton`, blocks and loss are those of kernels/."""
 
-    def __init__(self, c: ModelConfig, triton: bool = False, recompute: bool = False):
+    def __init__(self, c: ModelConfig, triton=False, recompute=False, fp8=False):
         super().__init__()
         self.c, self.triton = c, triton
         fused_block = None
         if triton:  # imported here: triton is not on every machine
             from kernels.block import block as fused_block
         self.embed = nn.Embedding(c.vocab_size, c.width)
-        self.blocks = nn.ModuleList(Block(c, fused_block, recompute) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, fused_block, recompute, fp8) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size)
         for name, table in zip(("cos", "sin"), rope_tables(c.seq_len, c.rotary_dim, c.rope_theta)):

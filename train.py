@@ -29,6 +29,7 @@ from common.distributed import DTYPES
 from common.muon import Muon
 from data.loader import Loader, Windows, arguments, read_weights
 from eval.gold import bits_per_byte, read_gold
+from kernels import fp8
 from model import ModelConfig, Phi, flops_per_token, mfu, select_dtype, select_kernels
 from tokenizer import Tokenizer
 
@@ -75,6 +76,8 @@ class TrainConfig(ModelConfig):
     dtype: str = "auto"  # auto, float32, bfloat16 or float16 (with loss scaling); auto is bfloat16
     # on a GPU, and on a CPU where a short measurement finds it faster; float32 elsewhere
     compile: bool = False  # torch.compile the blocks, where they are torch's (see kernels)
+    matmul: str = "plain"  # plain, or fp8: train with 8-bit products in the blocks' projections, on
+    # a GPU of sm_90 or later; a CPU emulates that, slowly
     recompute: bool = False  # keep only the blocks' inputs, and compute the rest again in backward
     shard: int = 0  # ranks that share one copy of masters and optimiser states, 0 = a machine's
     regather: bool = False  # gather a block's weights for each use, rather than once a step: less
@@ -96,6 +99,8 @@ class TrainConfig(ModelConfig):
         known = self.schedule in ("linear", "cosine", "wsd")
         require(self, "schedule", known, "linear, cosine or wsd")
         require(self, "decay_frac", 0 < self.decay_frac <= 1, "more than 0, at most 1")
+        require(self, "matmul", self.matmul in ("plain", "fp8"), "plain or fp8")
+        require(self, "compile", self.matmul == "plain" or not self.compile, "false with fp8")
         require(self, "best_fit", self.doc_mask or not self.best_fit, "doc_mask with it")
         asks = self.eval_problems or not self.score_every
         require(self, "score_every", asks, "eval_problems with it")
@@ -216,8 +221,12 @@ def main() -> None:
 
     # Model and optimizer.
     kernels, why_kernels = select_kernels(c.model, device)
+    if in_fp8 := c.matmul == "fp8":
+        if why := fp8.unsupported(device, c.width, c.mlp_width, c.seq_len):
+            raise UserError(f"matmul is fp8, but {why}")
+        why_kernels += f", {'multiplying in' if device.type == 'cuda' else 'emulating'} fp8"
     torch.manual_seed(c.seed)
-    model = Phi(c.model, kernels == "triton", c.recompute)
+    model = Phi(c.model, kernels == "triton", c.recompute, in_fp8)
     init_from = load_init(model, c, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     if c.compile and kernels == "torch":

@@ -163,7 +163,7 @@ def bench(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
 
 
 def tune(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
-    """First every candidate is compiled, side by side; then kernels by kind; the step last.
+    """First every candidate is compiled, side by side; then kernels by kind; steps last.
 
     With dropout comes last: where a table or a choice serves both, it is phi-1's that counts.
     """
@@ -176,7 +176,8 @@ def tune(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
             flags = "--op=block", f"--kernel={kind}", f"--dropout={p}"
             plan.append((seconds, [Part(f"{kind} {p}", [*command, *flags])]))
     plan.append((20, [Part("cross_entropy", [*command, "--op=cross_entropy"])]))
-    return [*plan, (50, [step("phi1", "ours", toy)])]
+    steps = step("phi1", "ours", toy), step("phi1", "ours", toy, "--matmul=fp8")
+    return [*plan, *((50, [part]) for part in steps)]
 
 
 PLANS = {"check": check, "bench": bench, "tune": tune}

@@ -23,7 +23,8 @@ PHI1 = ModelConfig()
 B, T, C, M, V, R = 16, PHI1.seq_len, PHI1.width, PHI1.mlp_width, PHI1.vocab_size, PHI1.rotary_dim
 N, H, EPS = B * T, PHI1.n_head, 1e-5
 SEED = 2**62  # of dropout
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+         torch.float8_e5m2: "fp8e5", torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _block(
     angles = (empty(T, R // 2, dtype=torch.float32),) * 2
     shapes = (C,), (C,), (3 * C + M, C), (3 * C + M,), (C, C + M), (C,), (C,)
     x, doc = empty(B, T, C).requires_grad_(), empty(B, T, dtype=torch.int32) if DOC else None
-    options = C // D, angles, 0.1 if DROPOUT else p, (SEED, SEED), doc
+    options = C // D, angles, 0.1 if DROPOUT else p, (SEED, SEED), doc, False
     with patch.object(mlp, "choice", lambda op, x: version):
         out = block._Block.apply(x, *(empty(*shape) for shape in shapes), *options)
         out.backward(empty(N, C))
@@ -64,6 +65,11 @@ def _cross_entropy(GRAD: bool) -> None:
 def _rescale() -> None:
     scale = empty(dtype=torch.float32)
     cross_entropy._rescale_(empty(N, C), scale, scale)
+
+
+def _quantise() -> None:
+    scale = empty(dtype=torch.float32)
+    pointwise.quantise(empty(N, 3 * C + M), scale, torch.float8_e5m2, True, True)
 
 
 def _layernorm_bwd(REBUILD_Y: bool) -> None:
@@ -108,6 +114,7 @@ KERNELS = {
     "layernorm_bwd": Kernel(layernorm._layernorm_bwd_kernel, _layernorm_bwd, "REBUILD_Y"),
     "gelu_fwd": Kernel(pointwise._gelu_fwd_kernel, partial(_block, version="cublas")),
     "gelu_bwd": Kernel(pointwise._gelu_bwd_kernel, partial(_block, version="cublas")),
+    "quantise": Kernel(pointwise._quantise_kernel, _quantise),
     "residual_fwd": Kernel(
         pointwise._residual_fwd_kernel, partial(_block, version="cublas"), "DROPOUT"
     ),

@@ -1,7 +1,7 @@
 """Time a training step of ours beside torch.compile and transformers, and say where ours goes.
 
     python -m bench.step configs/phi1.toml               all three
-    python -m bench.step configs/phi1.toml --impl=ours   one of them
+    python -m bench.step configs/phi1.toml --impl=ours   one of them; --matmul=fp8 is for ours
 
 A step is forward, backward, clipping and AdamW, on random tokens, under autocast for all three:
 fp32 weights and optimiser states, matrices in half precision. The micro-batch is the
@@ -25,6 +25,7 @@ from bench.table import Table
 from bench.timing import device_of, percentiles, profile, wall_ms
 from common.config import UserError, parse, run
 from common.runlog import peak_flops
+from kernels import fp8
 from model import ModelConfig, Phi, flops_per_token, mfu, select_kernels
 from train import DTYPES, TrainConfig, make_optimizer
 
@@ -48,7 +49,10 @@ class Config(TrainConfig):
 def phi(c: TrainConfig, kernels: str) -> Phi:
     shape = dataclasses.replace(c.model, kernels=kernels)
     select_kernels(shape, device_of(c.device))  # or a UserError that says why not
-    return Phi(shape, kernels == "triton")
+    in_fp8 = c.matmul == "fp8" and kernels == "triton"
+    if in_fp8 and (why := fp8.unsupported(device_of(c.device), c.width, c.mlp_width, c.seq_len)):
+        raise UserError(f"matmul is fp8, but {why}")
+    return Phi(shape, kernels == "triton", fp8=in_fp8)
 
 
 class HuggingFace(torch.nn.Module):

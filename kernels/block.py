@@ -18,7 +18,7 @@ autograd then sees None for it, so use `backward`, not `torch.autograd.grad`, to
 import torch
 from torch import Tensor
 
-from kernels import mlp
+from kernels import fp8, mlp
 from kernels.attention import (
     DTYPES,
     HEAD_DIMS,
@@ -38,7 +38,9 @@ PARAMETERS = ("ln_w", "ln_b", "w_in", "b_in", "w_out", "b_attn", "b_mlp")
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, ln_w, ln_b, w_in, b_in, w_out, b_attn, b_mlp, n_head, rope, p, seeds, doc):
+    def forward(
+        ctx, x, ln_w, ln_b, w_in, b_in, w_out, b_attn, b_mlp, n_head, rope, p, seeds, doc, in_fp8
+    ):
         (B, T, C), dtype = x.shape, x.dtype
         rows = x.view(B * T, C)
         w_in_, b_in_, w_out_, b_attn_, b_mlp_ = (
@@ -46,15 +48,16 @@ class _Block(torch.autograd.Function):
         )
         seed = None if p == 0 else torch.full((1,), seeds[0], device=x.device)
         h, mean, rstd = layernorm_fwd(rows, ln_w, ln_b, EPS)
-        qkvu, a = mlp.in_proj_fwd(h, w_in_, b_in_)
+        qkvu, a = mlp.in_proj_fwd(h, w_in_, b_in_, in_fp8)
         qkv = qkvu.view(B, T, -1)[..., : 3 * C]
         y, lse, peak = attention_fwd(qkv, n_head, rope, p, seed, doc)
-        out = mlp.out_proj_fwd(y.view(-1, C), a, w_out_, b_attn_, b_mlp_, rows, p, seeds[1])
+        biases = b_attn_, b_mlp_
+        out = mlp.out_proj_fwd(y.view(-1, C), a, w_out_, *biases, rows, p, seeds[1], in_fp8)
         ctx.save_for_backward(
             *(x, mean, rstd, qkvu, y, lse, peak, seed, doc),
             *(ln_w, ln_b, w_in, w_in_, w_out, w_out_),
         )
-        ctx.options, ctx.rope = (n_head, p, seeds[1]), rope
+        ctx.options, ctx.rope, ctx.in_fp8 = (n_head, p, seeds[1]), rope, in_fp8
         ctx.dtypes = [w.dtype for w in (ln_w, ln_b, w_in, b_in, w_out, b_attn, b_mlp)]
         return out  # [B T, C]: a view made in here would be no view to autograd
 
@@ -72,21 +75,26 @@ class _Block(torch.autograd.Function):
 
         dy, db_attn, db_mlp, db_up = mlp.out_proj_bwd(
             dout, y.view(-1, C), qkvu[:, 3 * C :], w_out_, dqkvu[:, 3 * C :], *into_out,
-            p=p, seed=residual_seed,
+            p=p, seed=residual_seed, in_fp8=ctx.in_fp8,
         )  # fmt: skip
         dy = dy.view(B, T, C)
         attention_bwd(dy, qkv, y, lse, peak, n_head, ctx.rope, p, seed, doc, dqkv)
         db_in = torch.cat([column_sum(dqkvu[:, : 3 * C]), db_up])
-        dh = dqkvu @ w_in_
+        if ctx.in_fp8:
+            dqkvu = fp8.quantise(dqkvu, fp8.E5M2, columns=True)
+            dh = fp8.grad_x(dqkvu, w_in_, x.dtype)
+        else:
+            dh = dqkvu @ w_in_
         dx, dln_w, dln_b, h = layernorm_bwd(dh, rows, ln_w, mean, rstd, dout, bias=ln_b)
         if need[3]:
-            accumulate_(into_in[0], dqkvu, h, into_in[1])
+            add_product_ = fp8.accumulate_ if ctx.in_fp8 else accumulate_
+            add_product_(into_in[0], dqkvu, h, into_in[1])
         gradients = dln_w, dln_b, dw_in, db_in, dw_out, db_attn, db_mlp
         cast = (
             g.to(dtype) if n and g is not None else None
             for g, n, dtype in zip(gradients, need[1:], ctx.dtypes)
         )
-        return dx.view(B, T, C), *cast, *(None,) * 5
+        return dx.view(B, T, C), *cast, *(None,) * 6
 
 
 def _gradient(w: Tensor, needed: bool) -> tuple[tuple, Tensor | None]:
@@ -121,6 +129,7 @@ def block(
     dropout_p: float = 0.0,
     seeds: tuple[int, int] = (0, 0),
     doc_start: Tensor | None = None,
+    in_fp8: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return a block's output [B, T, C] from x [B, T, C]; differentiable in x and parameters.
 
@@ -128,6 +137,7 @@ def block(
     rope        cos and sin, fp32 [T or more, R/2], contiguous; None for no rotation
     dropout_p   of attention and of both branches; `seeds` decide which: attention's, branches'
     doc_start   int32 [B, T], the first key that each query sees, or None
+    in_fp8      multiply with the projections' weights in 8 bits: fp8.py
     Raises ValueError, before any launch, for what the kernels do not take.
     """
     if x.dim() != 3 or 0 in x.shape or x.dtype not in DTYPES or not x.is_contiguous():
@@ -151,6 +161,9 @@ def block(
         raise ValueError(f"rope turns {R} dims of a head of {C // n_head}")
     if doc_start is not None:
         check("doc_start", doc_start, x, (B, T), torch.int32)
+    if in_fp8 and (why := fp8.unsupported(x.device, B * T, C, hidden)):
+        raise ValueError(f"in_fp8: {why}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, want 0 <= p < 1")
-    return _Block.apply(x, *parameters, n_head, rope, dropout_p, seeds, doc_start).view(B, T, C)
+    options = n_head, rope, dropout_p, seeds, doc_start, in_fp8
+    return _Block.apply(x, *parameters, *options).view(B, T, C)

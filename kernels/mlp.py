@@ -19,13 +19,13 @@ What the second pays for at N = 32768, C = 2048, M = 8192 in bf16, beside its GE
     out_proj_fwd   read two products and x, write out           0.54 GB
     gelu_bwd       read da and u, write du and a                2.15 GB
 A Triton GEMM wins where it loses less than that against cuBLAS. Results agree up to rounding; each
-is bitwise repeatable.
+is bitwise repeatable. With `in_fp8`, all products are fp8.py's, beside pointwise.py's kernels.
 """
 
 import torch
 from torch import Tensor
 
-from kernels import gemm, pointwise
+from kernels import fp8, gemm, pointwise
 from kernels.gemm import accumulate_
 from kernels.launch import capability, measured
 
@@ -52,37 +52,43 @@ def describe(device: torch.device) -> str:
     return ", ".join(f"{op} {choice(op, x)}" for op in GEMM[80]) + f" ({where})"
 
 
-def in_proj_fwd(h: Tensor, w_in: Tensor, b_in: Tensor) -> tuple[Tensor, Tensor]:
+def in_proj_fwd(
+    h: Tensor, w_in: Tensor, b_in: Tensor, in_fp8: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return ([qkv | u], a) of h [N, C]; [N, 3C + M] and [N, M]."""
     n_rows, width = h.shape
     a = torch.empty((n_rows, w_in.shape[0] - 3 * width), dtype=h.dtype, device=h.device)
-    if choice("in_proj_fwd", h) == "triton":
+    if not in_fp8 and choice("in_proj_fwd", h) == "triton":
         qkvu = torch.empty((n_rows, w_in.shape[0]), dtype=h.dtype, device=h.device)
         gemm.in_proj_fwd(h, w_in, b_in, qkvu, a)
     else:
-        qkvu = torch.addmm(b_in, h, w_in.t())
+        qkvu = fp8.forward(h, w_in, b_in) if in_fp8 else torch.addmm(b_in, h, w_in.t())
         pointwise.gelu_fwd(qkvu[:, 3 * width :], a)
     return qkvu, a
 
 
 def out_proj_fwd(
     y: Tensor, a: Tensor, w_out: Tensor, b_attn: Tensor, b_mlp: Tensor, x: Tensor,
-    p: float = 0.0, seed: int = 0,
+    p: float = 0.0, seed: int = 0, in_fp8: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return x + drop(y Wa^T + b_attn) + drop(a Wm^T + b_mlp); y, x [N, C], a [N, M].
 
     Rows may be strided. The two dropout masks, of probability `p`, depend on `seed` alone.
     """
     width = y.shape[1]
-    if choice("out_proj_fwd", y) == "triton":
+    wa, wm = w_out[:, :width], w_out[:, width:]
+    if in_fp8:
+        z1, z2 = fp8.forward(y, wa), fp8.forward(a, wm)
+    elif choice("out_proj_fwd", y) == "triton":
         return gemm.out_proj_fwd(y, a, w_out, b_attn, b_mlp, x, p, seed)
-    z1, z2 = y @ w_out[:, :width].t(), a @ w_out[:, width:].t()
+    else:
+        z1, z2 = y @ wa.t(), a @ wm.t()
     return pointwise.residual_fwd(x, z1, b_attn, z2, b_mlp, p, seed)
 
 
 def out_proj_bwd(
     dout: Tensor, y: Tensor, u: Tensor, w_out: Tensor, du: Tensor, dw_out: Tensor | None,
-    beta: float = 1.0, p: float = 0.0, seed: int = 0,
+    beta: float = 1.0, p: float = 0.0, seed: int = 0, in_fp8: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dy, db_attn, db_mlp, db_up), the last three fp32.
 
@@ -90,16 +96,24 @@ def out_proj_bwd(
     [qkv | u] and of its gradient, so rows are strided.
     """
     width = y.shape[1]
+    wa, wm = w_out[:, :width], w_out[:, width:]
     d1, d2, db_attn, db_mlp = pointwise.residual_bwd(dout, p, seed)
-    dy = d1 @ w_out[:, :width]
     a = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    if choice("gelu_bwd", u) == "triton":
-        db_up = gemm.gelu_bwd(d2, w_out[:, width:], u, du, a)
+    add_product_ = fp8.accumulate_ if in_fp8 else accumulate_
+    if in_fp8:
+        same, d1 = d1 is d2, fp8.quantise(d1, fp8.E5M2, columns=True)
+        d2 = d1 if same else fp8.quantise(d2, fp8.E5M2, columns=True)
+        dy = fp8.grad_x(d1, wa, y.dtype)
+        db_up = pointwise.gelu_bwd(fp8.grad_x(d2, wm, u.dtype), u, du, a)
     else:
-        db_up = pointwise.gelu_bwd(d2 @ w_out[:, width:], u, du, a)
+        dy = d1 @ wa
+        if choice("gelu_bwd", u) == "triton":
+            db_up = gemm.gelu_bwd(d2, wm, u, du, a)
+        else:
+            db_up = pointwise.gelu_bwd(d2 @ wm, u, du, a)
     if dw_out is not None:
-        accumulate_(dw_out[:, :width], d1, y, beta)
-        accumulate_(dw_out[:, width:], d2, a, beta)
+        add_product_(dw_out[:, :width], d1, y, beta)
+        add_product_(dw_out[:, width:], d2, a, beta)
     return dy, db_attn, db_mlp, db_up
 
 

@@ -1,0 +1,143 @@
+"""Products in 8 bits: what is rounded, how much that costs, and that a model trains with it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_block import SHAPE, gradients, tokens
+from three_way import DEVICE, rand
+
+from kernels import fp8, pointwise
+from model import Phi
+
+UNIT = {fp8.E4M3: 2**-4, fp8.E5M2: 2**-3}  # most that rounding changes a normal number, relatively
+ROUND = {"vocab_size": 61, "seq_len": 32, "width": 64, "mlp_width": 144}
+
+
+@pytest.mark.parametrize("dtype", list(UNIT))
+def test_quantise_uses_the_whole_range(dtype):
+    x = rand(37, 48, scale=1e-3)
+    x[3, 5] = -2.0
+    q = fp8.quantise(x, dtype, columns=True)
+    assert q.rows.dtype == q.columns.dtype == dtype
+    assert q.rows[3, 5].item() == -torch.finfo(dtype).max
+    assert torch.equal(q.rows.float(), q.columns.float().t())
+    error = (q.rows.float() * q.scale - x).abs()
+    smallest = torch.finfo(dtype).smallest_normal * q.scale
+    assert (error <= UNIT[dtype] * x.abs().clamp(min=smallest)).all()
+    assert error.max() > 0
+    assert not fp8.quantise(torch.zeros(16, 16, device=DEVICE), dtype).rows.float().any()
+
+
+@pytest.mark.parametrize("dtype", list(UNIT))
+@pytest.mark.parametrize("shape", [(1, 16), (130, 70)])
+def test_the_kernel_rounds_as_torch_does(dtype, shape):
+    x = rand(*shape)
+    want = (x / 0.01).to(dtype)
+    q, t = pointwise.quantise(x, torch.tensor(0.01, device=DEVICE), dtype, True, True)
+    assert torch.equal(q.float(), t.float().t())
+    same = q.float() == want.float()
+    if DEVICE == "cpu":  # the interpreter loses a carry into the exponent
+        same |= (want.float().frexp().mantissa.abs() == 0.5) & (2 * q.float() == want.float())
+    assert same.all()
+    assert pointwise.quantise(x, torch.tensor(1.0, device=DEVICE), dtype, False, True)[0] is None
+
+
+def dequantised(x, dtype) -> torch.Tensor:
+    q = fp8.quantise(x, dtype)
+    return q.rows.double() * q.scale.double()
+
+
+def test_linear_is_the_product_of_what_was_rounded():
+    x, w, b, dy = rand(2, 24, 48), rand(32, 48, seed=1), rand(32, seed=2), rand(2, 24, 32, seed=3)
+    inputs = [t.detach().requires_grad_() for t in (x, w, b)]
+    out = fp8.linear(*inputs)
+    out.backward(dy)
+    x8, w8 = dequantised(x.flatten(0, 1), fp8.E4M3), dequantised(w, fp8.E4M3)
+    dy8 = dequantised(dy.flatten(0, 1), fp8.E5M2)
+    want = x8 @ w8.t() + b.double(), dy8 @ w8, dy8.t() @ x8, dy.double().sum((0, 1))
+    plain = [t.detach().requires_grad_() for t in (x, w, b)]
+    F.linear(*plain).backward(dy)
+    exact = F.linear(*plain), *(t.grad for t in plain)
+    got = out, *(t.grad for t in inputs)
+    for i, (a, right, near) in enumerate(zip(got, want, exact)):
+        torch.testing.assert_close(a.double().view_as(right), right, rtol=1e-5, atol=1e-5)
+        error = ((a - near).norm() / near.norm()).item()
+        assert error < 1e-6 if i == 3 else 0.01 < error < 0.1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtypes", [(fp8.E4M3, fp8.E4M3), (fp8.E5M2, fp8.E4M3)])
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
+def test_the_emulation_agrees_with_scaled_mm(dtypes, out, bias):
+    """On a GPU with its tensor cores; on a CPU with torch's own product, where there is one."""
+    a, b = (fp8.quantise(rand(n, 64, seed=n), dtype) for n, dtype in zip((48, 32), dtypes))
+    scales, bias = (a.scale, b.scale), rand(32, dtype=out) if bias else None
+    want = fp8.product(a.rows.cpu(), b.rows.cpu(), tuple(s.cpu() for s in scales), torch.float32)
+    want = want if bias is None else want + bias.cpu().float()
+    try:
+        pair = a.rows, b.rows.t(), *scales
+        fast = dtypes[0] == dtypes[1]
+        # As product() calls it, on a CPU too.
+        got = torch._scaled_mm(*pair, None, out_dtype=out, use_fast_accum=fast)
+    except (RuntimeError, NotImplementedError) as e:
+        pytest.skip(f"no _scaled_mm here: {e}")
+    got = fp8.product(a.rows, b.rows, scales, out, bias) if DEVICE == "cuda" else got + (
+        0 if bias is None else bias)  # fmt: skip
+    torch.testing.assert_close(got.float().cpu(), want, rtol=2e-2, atol=2e-2)
+
+
+def test_a_gradient_that_is_not_finite_stays_so():
+    for wrong in (torch.inf, torch.nan):
+        x, w, dy = rand(16, 16).requires_grad_(), rand(16, 16, seed=1), rand(16, 16, seed=2)
+        dy[3, 4] = wrong
+        fp8.linear(x, w, w[0]).backward(dy)
+        assert not x.grad.isfinite().any()
+
+
+def models(**changes) -> list[Phi]:
+    """Two models in 8 bits, triton's and torch's, and one that is not."""
+    shape = SHAPE.__class__(**vars(SHAPE) | ROUND | changes)
+    torch.manual_seed(0)
+    made = [Phi(shape, triton, fp8=in_fp8).to(DEVICE) for triton, in_fp8 in
+            ((True, True), (False, True), (False, False))]  # fmt: skip
+    with torch.no_grad():
+        for p, *others in zip(*(m.parameters() for m in made)):
+            p.normal_(0.0, 0.2)
+            [q.copy_(p) for q in others]
+    return made
+
+
+def test_both_paths_round_alike():
+    ours, reference, plain = models()
+    a, b, c = (gradients(m, *tokens((2, 32))) for m in (ours, reference, plain))
+    for name in c:
+        apart = ((x[name] - b[name]).norm() / b[name].norm() for x in (a, c))
+        ours_apart, rounding = (x.item() for x in apart)
+        assert ours_apart < 0.35 * rounding + 1e-6, (name, ours_apart, rounding)
+    assert a["loss"] != c["loss"]
+    again = gradients(ours, *tokens((2, 32)))
+    assert all(torch.equal(a[name], again[name]) for name in a)
+    for model in (ours, reference):
+        logits = model.eval()(tokens((2, 32))[0])  # eval mode is not rounded
+        torch.testing.assert_close(logits, plain.eval()(tokens((2, 32))[0]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_trains():
+    model = models()[1]
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(15):
+        losses.append(model(*tokens((2, 32))))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_what_cannot_be_in_8_bits(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert fp8.unsupported(cpu, 64, 144) == ""
+    assert fp8.unsupported(cpu, 64, 72) == "72 is no multiple of 16"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    for capability, why in (((8, 0), "A100 is older than sm_90"), ((9, 0), "")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)  # noqa: B023
+        assert fp8.unsupported(gpu, 64) == why
