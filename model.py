@@ -26,10 +26,10 @@ import torch.utils.checkpoint
 
 from common import checkpoint
 from common.config import UserError, require
+from common.memory import CHUNK_ROWS
 from kernels import fp8
 from tokenizer import Tokenizer
 
-CHUNK_ROWS = 8192  # of logits that the fused loss holds at once
 QK_NORM = 1.5  # better than 1.2 and 2 (LOG.md)
 INIT_STD = 0.02  # phi-1's initializer_range
 

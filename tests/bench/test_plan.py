@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import weakref
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bench import plan
 from bench.cost import GPUS, NETWORK_HOP_S, NVLINK_HOP_S, START_S, Gpu, collective_s
 from common.config import UserError, parse
+from common.memory import Allocated
 from model import Phi
 from train import make_optimizer
 
@@ -41,23 +39,6 @@ def configured(shape: str = "deep", **values) -> plan.Config:
     c = {"vocab_size": 64, "mlp_width": 200, "rotary_dim": 8, "seqs_per_step": 8, "micro_batch": 4}
     c |= {"gpus": 1, "kernels": "torch", "dtype": "float32"}
     return plan.Config(**c | SHAPES[shape] | values)
-
-
-class Allocated(TorchDispatchMode):
-    """Bytes of all storages that torch made while it was on and that are alive; and the most."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak, self.collectives = weakref.WeakSet(), 0, []
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **(kwargs or {}))
-        made = [getattr(t, "_local_tensor", t) for t in tree_leaves(out) if torch.is_tensor(t)]
-        self.alive.update(t.untyped_storage() for t in made)
-        self.peak = max(self.peak, sum(s.nbytes() for s in self.alive))
-        if "c10d" in str(f):
-            self.collectives.append(str(f).split(".")[1].strip("_"))
-        return out
 
 
 def train_two_steps(c: plan.Config, model: Phi) -> None:
