@@ -53,7 +53,7 @@ resources: $(VENV)  ## compile every default kernel for sm_80 and sm_90; fails i
 	$(PYTHON) -m bench.resources --defaults
 
 gpu-check:  ## on a GPU, with your own python3, 3 minutes: is each kernel right, does train.py run
-gpu-bench:  ## likewise, 9 minutes: training steps, ops and decoding beside their peers
+gpu-bench:  ## likewise, 10 minutes: training steps, ops and decoding beside their peers
 gpu-tune:  ## likewise, 7 minutes: the fastest configurations, to GPU_OUT (out/gpu) like all of it
 gpu-check gpu-bench gpu-tune:
 	python3 -m bench.gpu --do=$(@:gpu-%=%) --out=$(GPU_OUT)

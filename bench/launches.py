@@ -24,7 +24,7 @@ B, T, C, M, V, R = 16, PHI1.seq_len, PHI1.width, PHI1.mlp_width, PHI1.vocab_size
 N, H, EPS = B * T, PHI1.n_head, 1e-5
 SEED = 2**62  # of dropout
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
-         torch.float8_e5m2: "fp8e5", torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip
+         torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Kernel:
     fn: Any  # the triton.JITFunction
     call: Callable  # call(**variant) launches it among others
     variant: str = ""  # of call's: a configuration must fit with it False and True
+    sms: tuple[int, ...] = (80, 90)  # where it runs
 
     @property
     def variants(self) -> list[dict]:
@@ -67,11 +68,6 @@ def _rescale() -> None:
     cross_entropy._rescale_(empty(N, C), scale, scale)
 
 
-def _quantise() -> None:
-    scale = empty(dtype=torch.float32)
-    pointwise.quantise(empty(N, 3 * C + M), scale, torch.float8_e5m2, True, True)
-
-
 def _layernorm_bwd(REBUILD_Y: bool) -> None:
     x, w, mean = empty(N, C), empty(C), empty(N, dtype=torch.float32)
     layernorm.layernorm_bwd(x, x, w, mean, mean, x, w if REBUILD_Y else None)
@@ -88,6 +84,11 @@ def _decode_attention() -> None:
     position, scratch = empty(64, dtype=torch.int64), decode.scratch(64, H, T, C // H, "meta")
     qkv, out = empty(64, 3 * C), empty(64, C)
     decode.attention(qkv, cache, cache, position, angles, angles, out, *scratch)
+
+
+def _quantise(E5M2: bool) -> None:
+    dtype = torch.float8_e5m2 if E5M2 else torch.float8_e4m3fn
+    pointwise.quantise(empty(N, C), empty(dtype=torch.float32), dtype, True, True)
 
 
 KERNELS = {
@@ -114,11 +115,11 @@ KERNELS = {
     "layernorm_bwd": Kernel(layernorm._layernorm_bwd_kernel, _layernorm_bwd, "REBUILD_Y"),
     "gelu_fwd": Kernel(pointwise._gelu_fwd_kernel, partial(_block, version="cublas")),
     "gelu_bwd": Kernel(pointwise._gelu_bwd_kernel, partial(_block, version="cublas")),
-    "quantise": Kernel(pointwise._quantise_kernel, _quantise),
     "residual_fwd": Kernel(
         pointwise._residual_fwd_kernel, partial(_block, version="cublas"), "DROPOUT"
     ),
     "residual_bwd": Kernel(pointwise._residual_bwd_kernel, _block, "DROPOUT"),
+    "quantise": Kernel(pointwise._quantise_kernel, _quantise, "E5M2", (90,)),  # sm_80 has no e4m3
 }
 
 

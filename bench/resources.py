@@ -209,7 +209,7 @@ def main() -> None:
     jobs = [
         (name, sm, config, variant)
         for name, kernel in KERNELS.items() if c.kernel in name
-        for sm in ((c.sm,) if c.sm else (80, 90))
+        for sm in kernel.sms if c.sm in (0, sm)
         for config in candidates(name, sm)[: 1 if c.defaults else None]
         for variant in kernel.variants
     ]  # fmt: skip

@@ -1,12 +1,12 @@
 """Time a training step of ours beside torch.compile and transformers, and say where ours goes.
 
-    python -m bench.step configs/phi1.toml               all three
-    python -m bench.step configs/phi1.toml --impl=ours   one of them; --matmul=fp8 is for ours
+    python -m bench.step configs/phi1.toml               all three, and ours in fp8
+    python -m bench.step configs/phi1.toml --impl=ours   one of them
 
 A step is forward, backward, clipping and AdamW, on random tokens, under autocast for all three:
 fp32 weights and optimiser states, matrices in half precision. The micro-batch is the
 configuration's, halved until it fits. On a GPU the peers' blocks are compiled. MFU is over the data
-sheet's peak, causal FLOPs. The profile is of ours, or else of the first that ran.
+sheet's bf16 peak, in fp8 too, causal FLOPs. The profile is of ours, or else of the first that ran.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ SHOWN = 30  # kernels of the profile, the longest first
 class Config(TrainConfig):
     """Time training steps of CONFIG.toml: ours, torch's and transformers' (sdpa), both compiled."""
 
-    impl: str = ""  # ours, torch or transformers; all three if not given
+    impl: str = ""  # ours, ours fp8, torch or transformers; all if not given
     steps: int = 10  # timed steps, after two that are not
     json: bool = False  # print lines of JSON too
 
@@ -49,10 +49,10 @@ class Config(TrainConfig):
 def phi(c: TrainConfig, kernels: str) -> Phi:
     shape = dataclasses.replace(c.model, kernels=kernels)
     select_kernels(shape, device_of(c.device))  # or a UserError that says why not
-    in_fp8 = c.matmul == "fp8" and kernels == "triton"
-    if in_fp8 and (why := fp8.unsupported(device_of(c.device), c.width, c.mlp_width, c.seq_len)):
+    why = fp8.unsupported(device_of(c.device), c.width, c.mlp_width, c.seq_len)
+    if c.matmul == "fp8" and why:
         raise UserError(f"matmul is fp8, but {why}")
-    return Phi(shape, kernels == "triton", fp8=in_fp8)
+    return Phi(shape, kernels == "triton", fp8=c.matmul == "fp8")
 
 
 class HuggingFace(torch.nn.Module):
@@ -86,6 +86,7 @@ def compile_blocks(model: torch.nn.Module, blocks: str, c: TrainConfig) -> torch
 
 MODELS: dict[str, Callable] = {
     "ours": lambda c: phi(c, "triton"),
+    "ours fp8": lambda c: phi(dataclasses.replace(c, matmul="fp8"), "triton"),
     "torch": lambda c: compile_blocks(phi(c, "torch"), "blocks", c),
     "transformers": lambda c: compile_blocks(HuggingFace(c.model), "net.model.layers", c),
 }

@@ -134,8 +134,8 @@ def test_step_bench(in_process, tiny):
     assert status == 0
     rows = list(map(json.loads, out.splitlines()))
     by_impl = {x["impl"]: x for x in rows if "impl" in x}
-    assert list(by_impl) == ["ours", "torch", "transformers"]
-    assert "head dim" in by_impl["ours"]["note"]
+    assert list(by_impl) == ["ours", "ours fp8", "torch", "transformers"]
+    assert all("head dim" in by_impl[name]["note"] for name in ("ours", "ours fp8"))
     for name in ("torch", "transformers"):
         assert by_impl[name]["loss"] == pytest.approx(math.log(512), abs=0.1)
         rate = 2 * 32 / by_impl[name]["p50_ms"] * 1e3
