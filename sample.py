@@ -2,22 +2,19 @@
 
     python sample.py --checkpoint out/demo/runs/exercises --prompt "def add(a, b):"
     cat prompt.py | python sample.py --checkpoint out/demo/runs/exercises --temperature 0.8
+    python sample.py --checkpoint out/demo/runs/exercises --serve
 
-`Generator` completes a batch of rows, each with a prompt of its own. A finished row takes the next
-prompt; when none is left, the last row moves into its place and the batch shrinks. A `Decoder`
-picks the next token of every row over a static KV cache: in plain torch, or on a GPU with
-kernels/decode.py as a CUDA graph.
+A `Batch` steps rows, each with a prompt and options of its own, on a `Decoder`. A finished row
+gives its place to the next one that waits; when none does, the last row moves there and the batch
+shrinks. `Generator` completes prompts this way, and with `--serve` common/serve.py requests.
 
-A completion depends on its prompt, the prompt's index and the seed, never on the batch: draws come
-from Philox keyed by (seed, index); probabilities are summed as integers; attention is by row (in
-torch, if 4 divides the head dim); products are of as many rows as agree bit by bit (torch:
-`same_rows`), or of tiles of 16 rows (kernels). With `--fast`, torch gives that up where it costs
-time: for up to 3 rows at once, and where only few agree.
+A completion depends on its prompt, options, index and seed, never on the batch: draws come from
+Philox keyed by (seed, index), and a decoder computes a row as if it were alone.
 """
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from io import TextIOWrapper
@@ -25,16 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
-from common.config import UserError, parse, printable, run
-from model import QK_NORM, Phi, load_model, select_kernels
+from common.config import UserError, differences, parse, printable, require, run
+from common.serve import serve
+from decoder import Decoder, TorchDecoder, TritonDecoder
+from model import Phi, load_model, select_kernels
 from tokenizer import Tokenizer
-
-GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
-MOST_ROWS = 64  # of a product in torch
 
 
 @dataclass(frozen=True)
@@ -51,17 +45,26 @@ class Config:
     seed: int = 0  # of the sampling
     device: str = "auto"  # auto, cpu or cuda
     fast: bool = False  # let the last bits of a number depend on how many rows a batch has
+    batch_size: int = 64  # completions at once, each of 8 bytes x n_layer x width x tokens (4 on a
+    # GPU); --serve takes that for whole contexts from the start: phi-1's are 0.8 GB each (0.4)
+    serve: bool = False  # answer OpenAI's completions API on this machine in place of a prompt
+    port: int = 8000  # of --serve; 0 takes any free one
 
 
 @dataclass
 class Row:
-    """A row of the batch: the prompt it completes, and the completion."""
+    """A row of a batch: the prompt it completes, how, and the completion."""
 
     index: int  # of the prompt
-    prompt_tokens: int
+    ids: list[int]  # of the prompt
     room: int  # new tokens at most
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    owner: object = field(default=None, compare=False)  # whoever asked
     tokens: list[int] = field(default_factory=list)
-    done: bool = False
+    done: str = ""  # why no token follows: "stop", "length", or whatever an owner puts here
     text: str = ""  # of the tokens, up to a stop string, once done
 
 
@@ -92,6 +95,24 @@ class Generator:
         """Return whether the context has room for the prompt and a token more."""
         return len(self.encode(prompt)) < self.context_tokens
 
+    def row(self, index: int, prompt: str | list[int], max_new_tokens: int, **options) -> Row:
+        """Return a row to complete `prompt`, a text or the model's tokens; `options` are Row's.
+
+        Raises UserError for an option out of range, and if the prompt fills the context.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        row = Row(index, ids, min(max_new_tokens, self.context_tokens - len(ids)), **options)
+        if not (0 <= row.temperature < float("inf") and 0 < row.top_p <= 1 and all(row.stop)):
+            raise UserError("want 0 <= temperature < inf, 0 < top_p <= 1 and no empty stop")
+        if not ids or not 0 <= min(ids) <= max(ids) < self.model.c.vocab_size:
+            raise UserError(f"want tokens from 0 to {self.model.c.vocab_size - 1}, one or more")
+        if row.room < 1:
+            raise UserError(
+                f"the prompt {prompt!r:.50} and the model's context of "
+                f"{self.context_tokens:,} tokens leave no room to answer; shorten it"
+            )
+        return row
+
     def generate(self, prompts: list[str], max_new_tokens: int = 256, **options) -> list[str]:
         """Return the completions of `prompts`; see `stream` for the options."""
         texts = [""] * len(prompts)
@@ -103,399 +124,106 @@ class Generator:
         return texts
 
     def stream(
-        self,
-        prompts: list[str],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop: tuple[str, ...] = (),
-        seed: int = 0,
-        batch_size: int = 64,
+        self, prompts: list[str], max_new_tokens: int, batch_size: int = 64, **options
     ) -> Iterator[tuple[int, Row]]:
         """Yield (index of the prompt, its row) each time that the row has new tokens.
 
-        Raises UserError, before anything else, if a prompt fills the context.
+        Raises what `row` raises, which takes the options, before anything else.
         """
-        if not (0 <= temperature < float("inf") and 0 < top_p <= 1 and all(stop)):
-            raise UserError("want 0 <= temperature < inf, 0 < top_p <= 1 and no empty stop")
-        ids = [self.encode(prompt) for prompt in prompts]
-        if too_long := [p for p in prompts if not self.fits(p)]:
-            raise UserError(
-                f"the prompt {too_long[0]!r:.50} and the model's context of "
-                f"{self.context_tokens:,} tokens leave no room to answer; shorten it"
-            )
-        if not prompts:
+        rows = [self.row(i, p, max_new_tokens, **options) for i, p in enumerate(prompts)]
+        if not rows:
             return
-        batch_size = min(batch_size, len(ids))
-        positions = min(self.context_tokens, max(map(len, ids)) + max_new_tokens)
-        decoder, self._decoder = self._decoder, None  # ours until we are done
-        if not decoder or batch_size > len(decoder.token) or positions > decoder.last + 1:
-            decoder = None  # frees its cache before there is another
-            decoder = self.new_decoder(self.model, batch_size, positions)
-        waiting = deque(range(len(ids)))
-
-        def admit(at: int) -> Row:
-            index = waiting.popleft()
-            room = min(max_new_tokens, self.context_tokens - len(ids[index]))
-            key = np.array([seed % 2**64, index], dtype=np.uint64)
-            draws = np.random.Generator(np.random.Philox(key=key)).random(room)
-            decoder.load(at, ids[index], torch.from_numpy(draws))
-            return Row(index, len(ids[index]), room)
-
-        rows = [admit(at) for at in range(batch_size)]
-        while rows:
-            longest = max(row.prompt_tokens + len(row.tokens) for row in rows)
-            tokens = decoder.steps(len(rows), longest, temperature, top_p)
-            for at, row in reversed(list(enumerate(rows))):
-                self._extend(row, tokens[at], stop)
+        batch = Batch(self, min(batch_size, len(rows)), max(len(r.ids) + r.room for r in rows))
+        batch.waiting.extend(rows)
+        while batch.rows or batch.waiting:
+            for row in batch.step():
                 yield row.index, row
-                if not row.done:
-                    continue
-                if waiting:
-                    rows[at] = admit(at)
-                    continue
-                last = rows.pop()
-                if at < len(rows):
-                    decoder.move(len(rows), at)
-                    rows[at] = last
-        self._decoder = decoder
+        self._decoder = batch.decoder
 
-    def _extend(self, row: Row, tokens: list[int], stop: tuple[str, ...]) -> None:
+    def extend(self, row: Row, tokens: list[int]) -> None:
         """Add new tokens to a row until it is done."""
-        reach = max((len(s.encode()) for s in stop), default=0) + 1  # a token has a byte or more
+        # A token has a byte or more.
+        reach = max((len(s.encode(errors="replace")) for s in row.stop), default=0) + 1
         for token in tokens:
             if token == self.end_of_text:
-                row.done = True
+                row.done = "stop"
             else:
                 row.tokens.append(token)
-                tail = self.tokenizer.decode(row.tokens[-reach:]) if stop else ""
-                row.done = len(row.tokens) == row.room or any(s in tail for s in stop)
+                tail = self.tokenizer.decode(row.tokens[-reach:]) if row.stop else ""
+                if any(s in tail for s in row.stop):
+                    row.done = "stop"
+                elif len(row.tokens) == row.room:
+                    row.done = "length"
             if row.done:
                 text = self.tokenizer.decode(row.tokens)
-                ends = [i for s in stop if (i := text.find(s)) >= 0]
+                ends = [i for s in row.stop if (i := text.find(s)) >= 0]
                 row.text = text[: min(ends, default=len(text))]
                 return
 
-
-class Decoder:
-    """Pick the next token of every row of a batch, over static buffers.
-
-    Subclasses say how many rows a step of n computes (`padded`), put the keys and values of prompts
-    into the cache (`_prefill`) and compute a step's logits (`_logits`).
-    """
-
-    prefill_tokens: int  # of prompts that go through the model at once
-
-    def __init__(self, model: Phi, rows: int, positions: int, dtype: torch.dtype):
-        """Make room for `rows` texts of up to `positions` tokens."""
-        c, device, rows = model.c, model.embed.weight.device, self.padded(rows)
-        self.model = model
-        self.last = min(positions, c.seq_len) - 1  # where no text goes on
-        shape = (c.n_layer, 2, rows, c.n_head, positions, c.head_dim)
-        self.cache = torch.zeros(shape, dtype=dtype, device=device)  # [L, k or v, B, H, S, D]
-        self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # newest of each row
-        self.position = torch.zeros_like(self.token)  # where it stands
-        self.draws = torch.zeros(rows, positions, dtype=torch.float64, device=device)
-        self.waiting: dict[int, tuple] = {}  # rows whose prompts have yet to go through the model
-        self.graphs: dict = {}
-
-    @torch.inference_mode()
-    def load(self, row: int, ids: list[int], draws: Tensor) -> None:
-        """Put a prompt into `row`; `draws` in [0, 1) are for its new tokens.
-
-        All but its last token go through the model before the next step, the last one in it.
-        """
-        last = len(ids) - 1
-        self.waiting[row] = tuple(ids[:-1])
-        self.token[row], self.position[row] = ids[-1], last
-        self.draws[row, last : last + len(draws)] = draws
-
-    @torch.inference_mode()
-    def move(self, source: int, row: int) -> None:
-        """Put what `source` holds into `row`."""
-        self._prefill_waiting()
-        self.cache[:, :, row] = self.cache[:, :, source]
-        for x in (self.token, self.position, self.draws):
-            x[row] = x[source]
-
-    @torch.inference_mode()
-    def steps(self, rows: int, longest: int, temperature: float, top_p: float) -> list[list[int]]:
-        """Return the next tokens of the first `rows` rows, [rows][steps]; `longest` is a length."""
-        self._prefill_waiting()
-        tokens = []
-        count, step = (GPU_STEPS, self._replay) if self.token.is_cuda else (1, self._step)
-        for _ in range(count):
-            step(self.padded(rows), longest, temperature, top_p)
-            tokens.append(self.token[:rows].clone())
-        return torch.stack(tokens, 1).tolist()
-
-    def _prefill_waiting(self) -> None:
-        prompts: dict[tuple, list[int]] = {}  # the rows of each
-        for row, ids in self.waiting.items():
-            if ids:
-                prompts.setdefault(ids, []).append(row)
-        self.waiting.clear()
-        left = list(prompts.items())
-        while left:
-            count = max(1, self.prefill_tokens // max(len(ids) for ids, _ in left))
-            self._prefill(left[:count])
-            left = left[count:]
-
-    def _replay(self, n: int, _longest: int, *sampling: float) -> None:
-        """Run a step over the whole cache as one CUDA graph, captured when first needed."""
-        if (n, sampling) not in self.graphs:
-            longest, state = self.last + 1, [(x, x.clone()) for x in (self.token, self.position)]
-            side = torch.cuda.Stream()  # torch wants a warm-up outside the default stream
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._step(n, longest, *sampling)
-            torch.cuda.current_stream().wait_stream(side)
-            for x, old in state:  # what the step wrote to the cache, the next one writes again
-                x.copy_(old)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step(n, longest, *sampling)
-            self.graphs[n, sampling] = graph
-        self.graphs[n, sampling].replay()
-
-    def _step(self, n: int, longest: int, temperature: float, top_p: float) -> None:
-        logits, position = self._logits(n, longest), self.position[:n]  # fp32 [n, V]
-        draws = self.draws[:n].gather(1, position[:, None])[:, 0]
-        self.token[:n] = choose(logits, draws, temperature, top_p)
-        # A row that is full is stepped on until it leaves; it then overwrites its last position.
-        position.add_(1).clamp_(max=self.last)
+    def settled(self, row: Row) -> str:
+        """Return the text of a row that no further token changes."""
+        if row.done:
+            return row.text
+        held = max(map(len, row.stop), default=1) - 1  # the end may be the start of a stop string
+        text = self.tokenizer.decode(row.tokens).rstrip("\ufffd")  # or a part of a character
+        return text[: max(0, len(text) - held)]
 
 
-class TritonDecoder(Decoder):
-    """Decode with kernels/decode.py in the model's dtype: three launches a block."""
+class Batch:
+    """Rows under way on one decoder, and those that wait for a place."""
 
-    prefill_tokens = 1  # each prompt goes alone
+    def __init__(self, generator: Generator, size: int, positions: int):
+        """Make room for `size` rows of up to `positions` tokens, prompt and completion."""
+        decoder, generator._decoder = generator._decoder, None  # ours until we are done
+        if not decoder or size > len(decoder.token) or positions > decoder.last + 1:
+            decoder = None  # frees its cache before there is another
+            decoder = generator.new_decoder(generator.model, size, positions)
+        self.generator, self.decoder, self.size = generator, decoder, size
+        self.rows: list[Row] = []
+        self.waiting: deque[Row] = deque()
 
-    @torch.inference_mode()
-    def __init__(self, model: Phi, rows: int, positions: int):
-        from kernels import decode  # here, as triton is not everywhere
+    def step(self) -> list[Row]:
+        """Fill the places of rows that are done, then return all rows, each with new tokens."""
+        for at in reversed(range(len(self.rows))):
+            if self.rows[at].done and not self._admit(at):
+                if (last := len(self.rows) - 1) != at:
+                    self.decoder.move(last, at)
+                self.rows[at] = self.rows[last]
+                self.rows.pop()
+        while len(self.rows) < self.size and self._admit(len(self.rows)):
+            pass
+        if self.rows:
+            longest = max(len(row.ids) + len(row.tokens) for row in self.rows)
+            for row, tokens in zip(self.rows, self.decoder.steps(len(self.rows), longest)):
+                self.generator.extend(row, tokens)
+        return list(self.rows)
 
-        self.kernels = decode
-        super().__init__(model, rows, positions, model.embed.weight.dtype)
-        rows, (_, _, _, n_head, positions, head_dim) = len(self.token), self.cache.shape
-        self.b_out = [b.b_attn + b.b_mlp for b in model.blocks]
-        self.scratch = decode.scratch(rows, n_head, positions, head_dim, self.cache.device)
-
-    def padded(self, rows: int) -> int:
-        return rows if rows == 1 else -(-rows // self.kernels.ROWS) * self.kernels.ROWS
-
-    def _prefill(self, prompts: list[tuple[tuple, list[int]]]) -> None:
-        [(ids, rows)] = prompts
-        keys_and_values = []
-        self.model(torch.tensor([ids], device=self.token.device), keep=keys_and_values)
-        for cache, pair in zip(self.cache, keys_and_values):
-            cache[:, rows, :, : len(ids)] = torch.stack(pair)  # [2, 1, H, T, D] to each row
-
-    def _logits(self, n: int, longest: int) -> Tensor:
-        m, c, linear = self.model, self.model.c, self.kernels.linear
-        C, position = c.width, self.position[:n]
-        x = m.embed(self.token[:n])  # [n, C]
-        qkv, ya = x.new_empty(n, 3 * C), x.new_empty(n, C + c.mlp_width)
-        for b, b_out, cache in zip(m.blocks, self.b_out, self.cache):
-            k, v = cache[:, :n]
-            linear(x, b.w_in, b.b_in, qkv, norm=(b.ln.weight, b.ln.bias, b.ln.eps), act=ya[:, C:])
-            self.kernels.attention(qkv, k, v, position, m.cos, m.sin, ya[:, :C], *self.scratch)
-            linear(ya, b.w_out, b_out, x)
-        logits = x.new_empty(n, c.vocab_size, dtype=torch.float32)
-        norm = (m.ln_f.weight, m.ln_f.bias, m.ln_f.eps)
-        linear(x, m.head.weight, m.head.bias, logits, norm=norm)
-        return logits
-
-
-class TorchDecoder(Decoder):
-    """Decode in plain torch, with fp32 copies of the weights (phi-1's: 5.7 GB).
-
-    BLAS chooses the order of a product's sums by its number of rows. With weights [K, J], MKL has
-    one order for 2 to 64 rows (three for the transpose of [J, K]) where there is AVX-512, so that
-    products are of that many. With AVX2 alone it has another for up to 3, and on two threads for
-    the last rows of 5 to 11; oneDNN, which takes 15 us more a call, has one for all.
-
-    The pairs that rotary embedding turns lie side by side here, as complex numbers: one product
-    turns them, with the bits of `model.rotate`, whose many small ones take 15% of a step of 1 row.
-    """
-
-    prefill_tokens = 512
-
-    @torch.inference_mode()
-    def __init__(self, model: Phi, rows: int, positions: int, fast: bool = False):
-        self.model, self.fast, c = model, fast, model.c
-        if c.head_dim % 2 or c.mlp_width % 2:
-            raise UserError(f"want even head_dim and mlp_width, got {c.head_dim}, {c.mlp_width}")
-        order = torch.arange(3 * c.width + c.mlp_width)
-        heads = order[: 2 * c.width].view(2 * c.n_head, c.head_dim)[:, : c.rotary_dim]
-        heads.copy_(heads.unflatten(1, (2, -1)).mT.flatten(1).clone())
-        # What each pair of q, k and v is multiplied with: [3, T, 1, D/2].
-        self.turn = torch.ones(3, c.seq_len, 1, c.head_dim // 2, dtype=torch.complex64)
-        self.turn[:2, :, 0, : c.rotary_dim // 2] = torch.complex(model.cos, model.sin)
-        self.turn = self.turn.to(model.cos.device)
-
-        def fp32(*tensors: Tensor) -> list[Tensor]:
-            return [x.float() for x in tensors]
-
-        first, head = model.blocks[0], model.head
-        weights = fp32(first.w_in, first.w_out, head.weight)
-        same = same_rows(weights, onednn=False)
-        onednn = same < MOST_ROWS == same_rows(weights, onednn=True)
-        same = MOST_ROWS if onednn else same
-        if fast and (rows < 4 or same < MOST_ROWS):
-            onednn, same = False, sys.maxsize
-        # BLAS has routines of its own for one row, and for the attention of one head.
-        self.step = 1 if (onednn and c.n_head > 1) or same > MOST_ROWS else 2
-        linear = partial(make_linear, onednn=onednn, most=same)
-        self.layers = [
-            (*fp32(b.ln.weight, b.ln.bias), linear(*fp32(b.w_in[order], b.b_in[order])),
-             linear(*fp32(b.w_out, b.b_attn + b.b_mlp)))
-            for b in model.blocks
-        ]  # fmt: skip
-        self.embed, self.eps = model.embed.weight.float(), model.ln_f.eps
-        self.ln_f = fp32(model.ln_f.weight, model.ln_f.bias)
-        self.head = linear(*fp32(head.weight, head.bias))
-        super().__init__(model, rows, self.span(positions), torch.float32)
-
-    def span(self, positions: int) -> int:
-        """Return how much of the cache a step reads for texts of up to `positions` tokens.
-
-        A multiple of 8, and enough for products of 400 multiplications, as torch has another kernel
-        for fewer: or else a row's bits would depend on the longest row.
-        """
-        return -(-max(positions, 400 // self.model.c.head_dim + 1) // 8) * 8
-
-    def padded(self, rows: int) -> int:
-        return -(-rows // self.step) * self.step
-
-    def _blocks(self, token: Tensor, position: Tensor, attend: Callable) -> Tensor:
-        """Return the residual stream [n, C] of tokens [n], n padded, at `position` [n].
-
-        `attend(layer, qkv, y)` puts the attention of qkv [3, n, H, D] into y [n, H, D].
-        """
-        c, x, turn = self.model.c, F.embedding(token, self.embed), self.turn[:, position]
-        n, C, H, D = len(x), c.width, c.n_head, c.head_dim
-        ya, qkv = x.new_empty(n, C + c.mlp_width), x.new_empty(3, n, H, D)
-        y, a = ya[:, :C].view(n, H, D), ya[:, C:]
-        pairs = (3, n, H, D // 2), (C // 2, (3 * C + c.mlp_width) // 2, D // 2, 1)  # sizes, strides
-        turned = qkv.view(torch.complex64)
-        # Torch shares out 2^14 numbers or more among threads, and rounds otherwise where it cuts.
-        most = n if self.fast else max(1, (2**14 - 1) // c.mlp_width)
-        for i, (gain, bias, w_in, w_out) in enumerate(self.layers):
-            h = w_in(torch.layer_norm(x, (C,), gain, bias, self.eps))  # q | k | v | up
-            if c.qk_norm:
-                qk = h[:, : 2 * C].view(n, 2, H, D)
-                qk.copy_(QK_NORM * F.layer_norm(qk, (D,)))
-            torch.mul(h.view(torch.complex64).as_strided(*pairs), turn, out=turned)
-            attend(i, qkv, y)
-            for up, act in zip(h[:, 3 * C :].split(most), a.split(most)):
-                F.gelu(up, approximate="tanh", out=act)
-            x = x + w_out(ya)
-        return x
-
-    def _prefill(self, prompts: list[tuple[tuple, list[int]]]) -> None:
-        ids = torch.tensor([token for ids, _ in prompts for token in ids])
-        position = torch.cat([torch.arange(len(ids)) for ids, _ in prompts])
-        n = self.padded(len(ids))
-        ids, position = (F.pad(x, (0, n - len(x))).to(self.token.device) for x in (ids, position))
-
-        def attend(layer: int, qkv: Tensor, y: Tensor) -> None:
-            at = 0
-            for prompt, rows in prompts:
-                part = slice(at, at + len(prompt))
-                one = qkv[:, None, part].transpose(2, 3)  # [3, 1, H, T, D]
-                self.cache[layer][:, rows, :, : len(prompt)] = one[1:]  # to each row
-                y[part] = F.scaled_dot_product_attention(*one, is_causal=True)[0].transpose(0, 1)
-                at += len(prompt)
-
-        self._blocks(ids, position, attend)
-
-    def _logits(self, n: int, longest: int) -> Tensor:
-        position, (L, _, B, H, S, D), seen = self.position[:n], self.cache.shape, self.span(longest)
-        slot = torch.arange(2 * B * H, device=position.device).view(2, B, H)[:, :n] * S
-        slot = (slot + position[:, None]).flatten()  # in the cache, of this step's keys and values
-        later = torch.arange(seen, device=position.device) > position[:, None]
-        mask = torch.zeros(later.shape, device=position.device).masked_fill_(later, float("-inf"))
-        mask = mask[:, None].expand(n, H, seen).reshape(n * H, 1, seen)
-        heads = self.cache[:, :, :n, :, :seen].flatten(2, 3)  # [L, k or v, n H, S, D]
-        keys, values = heads[:, 0].mT.unbind(), heads[:, 1].unbind()
-        caches = self.cache.view(L, -1, D).unbind()
-
-        def attend(layer: int, qkv: Tensor, y: Tensor) -> None:
-            caches[layer].index_copy_(0, slot, qkv[1:].view(-1, D))
-            q = qkv[0].view(n * H, 1, D)
-            # Half the time of scaled_dot_product_attention for one query a head.
-            s = torch.baddbmm(mask, q, keys[layer], alpha=D**-0.5)  # [n H, 1, S]
-            y.copy_(torch.bmm(s.softmax(-1), values[layer]).view(n, H, D))
-
-        x = self._blocks(self.token[:n], position, attend)
-        x = F.layer_norm(x, x.shape[1:], *self.ln_f, self.eps)
-        return self.head(x)
-
-
-def make_linear(w: Tensor, b: Tensor, onednn: bool, most: int) -> Callable[[Tensor], Tensor]:
-    """Return x -> x w^T + b for w [J, K], in products of up to `most` rows each."""
-    if onednn:
-        w = torch.ops.mkldnn._reorder_linear_weight(w, MOST_ROWS)
-        rest = {"attr": "none", "scalars": [], "algorithm": ""}
-        product = partial(torch.ops.mkldnn._linear_pointwise.default, W=w, B=b, **rest)
-    else:
-        product = partial(torch.addmm, b, mat2=w.t().contiguous())
-    return lambda x: product(x) if len(x) <= most else torch.cat([*map(product, x.split(most))])
-
-
-@torch.inference_mode()
-def same_rows(weights: list[Tensor], onednn: bool) -> int:
-    """Return up to how many rows, at most 64, products agree bit by bit, wherever a row lies.
-
-    Those of 2, 4, .. rows by BLAS; of 1, 2, .. by oneDNN, of which less than 64 says only that it
-    will not do. It takes 1 ms for a number of rows that is new to it: not all are tried.
-    """
-    most, step = MOST_ROWS, 2 - onednn
-    tried = (*range(2, 12), 16, 31, 48, 64) if onednn else range(4, 65, 2)
-    if onednn and (weights[0].is_cuda or not torch.backends.mkldnn.is_available()):
-        return 0
-    for w in weights:  # [J, K]
-        generator = torch.Generator(w.device).manual_seed(0)
-        x = torch.randn(most, w.shape[1], generator=generator, device=w.device)
-        product = make_linear(w, w.new_ones(len(w)), onednn, most)
-        want = torch.cat([*map(product, x.split(step))])
-        for n in tried:
-            if n <= most and not torch.equal(product(x[:n].roll(1, 0)), want[:n].roll(1, 0)):
-                most = n - step
-                break
-    return most
-
-
-@torch.inference_mode()
-def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Return a token [B] for each row of logits [B, V]: its distribution inverted at draws [B].
-
-    Probabilities are summed as integers: exact, and so the same however a sum is split.
-    """
-    if temperature == 0 and logits.is_cuda:
-        return logits.argmax(-1)
-    if temperature == 0:  # a fifteenth of torch's time
-        return torch.from_numpy(logits.numpy().argmax(-1))
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    mass = (logits.exp() * 2.0**40).long()  # 2^40: sums of 2^22 tokens fit 63 bits
-    if top_p < 1:
-        mass, order = mass.sort(dim=-1, descending=True, stable=True)
-    total = mass.cumsum(-1)  # [B, V]
-    kept = total[:, -1:]
-    if top_p < 1:  # the token that crosses top_p is in
-        inside = total - mass < (top_p * kept.double()).long()
-        kept = torch.where(inside, total, 0).amax(-1, keepdim=True)
-    at = (draws[:, None].double() * kept.double()).long()
-    choice = torch.searchsorted(total, at, right=True)
-    choice = choice.clamp(max=logits.shape[1] - 1)  # the logits of a model that diverged are NaN
-    return (order.gather(-1, choice) if top_p < 1 else choice)[:, 0]
+    def _admit(self, at: int) -> bool:
+        """Put the next waiting row at place `at`; return whether there was one."""
+        while self.waiting and self.waiting[0].done:
+            self.waiting.popleft()
+        if not self.waiting:
+            return False
+        row = self.waiting[0]  # here, or in `rows`, whatever fails
+        key = np.array([row.seed % 2**64, row.index], dtype=np.uint64)
+        draws = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(row.room))
+        self.decoder.load(at, row.ids, draws, row.temperature, row.top_p)
+        self.rows[at : at + 1] = [self.waiting.popleft()]
+        return True
 
 
 def main() -> None:
     config = parse(Config)
-    if config.samples < 1 or config.max_new_tokens < 1:
-        raise UserError("want samples and max_new_tokens of at least 1")
+    for name in ("max_new_tokens", "samples", "batch_size"):
+        require(config, name, getattr(config, name) >= 1, "1 or more")
+    require(config, "port", 0 <= config.port < 2**16, "0 to 65535")
+    if config.serve:
+        own = {"checkpoint", "device", "fast", "batch_size", "serve", "port"}
+        if others := differences(config).keys() - own:
+            raise UserError(f"--serve takes no --{min(others)}: each request brings its own")
+        generator = Generator.load(config.checkpoint, config.device, config.fast)
+        batch = Batch(generator, config.batch_size, generator.context_tokens)
+        return serve(batch, config.checkpoint.resolve().name, config.port)
     if not config.prompt and sys.stdin.isatty():
         print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
     prompt = config.prompt or TextIOWrapper(sys.stdin.buffer, "utf-8", "surrogateescape").read()
@@ -503,16 +231,13 @@ def main() -> None:
     generator = Generator.load(config.checkpoint, config.device, config.fast)
     stop = tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in config.stop)
     options = {"temperature": config.temperature, "top_p": config.top_p, "stop": stop,
-               "seed": config.seed}  # fmt: skip
+               "seed": config.seed, "batch_size": config.batch_size}  # fmt: skip
     if config.samples > 1:
         texts = generator.generate([prompt] * config.samples, config.max_new_tokens, **options)
         return print(("\n" + "-" * 40 + "\n").join(show(prompt + text) for text in texts))
-    held, sent = max(map(len, stop), default=1) - 1, 0  # the end may be the start of a stop string
+    sent = 0
     for _, row in generator.stream([prompt], config.max_new_tokens, **options):
-        text = prompt + row.text
-        if not row.done:  # nor is a character whole before its last byte
-            text = prompt + generator.tokenizer.decode(row.tokens).rstrip("\ufffd")
-            text = text[: max(sent, len(text) - held)]
+        text = prompt + generator.settled(row)
         print(show(text[sent:]), end="", flush=True)
         sent = len(text)
     print()

@@ -100,6 +100,21 @@ def tokens(cli, corpus, tmp_path_factory) -> Path:
     return root / "bin"
 
 
+@pytest.fixture(scope="module")
+def generator(tokens):
+    """An untrained model whose weights are large, so that its choices are clear and varied."""
+    from model import ModelConfig, Phi
+    from sample import Generator
+    from tokenizer import Tokenizer
+
+    torch.manual_seed(0)
+    model = Phi(ModelConfig(512, 48, 2, 2, 32, 64, 8)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8 if p.dim() == 2 else 1)
+    return Generator(model, Tokenizer(tokens))
+
+
 TINY = ["--vocab_size=512", "--seq_len=32", "--n_layer=2", "--n_head=2", "--width=32",
         "--mlp_width=64", "--rotary_dim=8", "--seqs_per_step=4", "--micro_batch=2",
         "--warmup_steps=2", "--eval_seqs=4", "--device=cpu", "--dtype=float32"]  # fmt: skip

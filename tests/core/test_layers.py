@@ -7,8 +7,8 @@ from conftest import ROOT
 
 from common.code import dependencies
 
-LAYERS = ("common kernels | tokenizer sandbox | model | data/base | data/synthetic | data sample | "
-          "eval | train | tools | bench experiments")  # fmt: skip
+LAYERS = ("common kernels | tokenizer sandbox | model | decoder | data/base | data/synthetic | "
+          "data sample | eval | train | tools | bench experiments")  # fmt: skip
 LAYER = {part: i for i, layer in enumerate(LAYERS.split("|")) for part in layer.split()}
 FILES = [*ROOT.glob("*.py"), *(p for part in LAYER for p in (ROOT / part).glob("*.py"))]
 
@@ -24,7 +24,7 @@ def allowed(file: str, used: str) -> bool:
         return used in ("data/loader.py", "data/shards.py")
     if ours == "train" and theirs == "eval":
         return used == "eval/gold.py"
-    if ours.startswith("data") and theirs == "model":
+    if ours.startswith("data") and theirs in ("model", "decoder"):
         return file == "data/base/features.py"
     return ours == theirs or LAYER[theirs] < LAYER[ours]
 

@@ -7,25 +7,15 @@ import torch
 from conftest import save_run
 from three_way import DEVICE
 
+import decoder
 import sample
 from common.config import UserError
+from decoder import GREEDY, SAMPLED, SORTED, TorchDecoder, TritonDecoder
 from model import ModelConfig, Phi
-from sample import Generator, TorchDecoder, TritonDecoder, choose
-from tokenizer import Tokenizer
+from sample import Generator
 
 FAST = partial(TorchDecoder, fast=True)
 PROMPTS = ["def append_0(", "x", "    return y * append + 9\n", "class", "def f(a, b):\n    if a"]
-
-
-@pytest.fixture(scope="module")
-def generator(tokens):
-    """An untrained model whose weights are large, so that its choices are clear and varied."""
-    torch.manual_seed(0)
-    model = Phi(ModelConfig(512, 48, 2, 2, 32, 64, 8)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(8 if p.dim() == 2 else 1)
-    return Generator(model, Tokenizer(tokens))
 
 
 @torch.no_grad()
@@ -104,10 +94,10 @@ def scripted(text: str) -> Generator:
         def __init__(self, *args):
             self.at = 0
 
-        def load(self, row, ids, draws):
+        def load(self, *args):
             pass
 
-        def steps(self, rows, longest, temperature, top_p):
+        def steps(self, rows, longest):
             self.at += 3  # three tokens at a time, as on a GPU
             return [answer[self.at - 3 : self.at]]
 
@@ -188,12 +178,12 @@ def steps(model, ids, count, sampling=(0.0, 1.0), new_decoder=TorchDecoder) -> t
     decoder = new_decoder(model, len(ids), longest + count)
     for row, prompt in enumerate(ids):
         draws = torch.rand(count, generator=torch.Generator().manual_seed(sum(prompt)))
-        decoder.load(row, prompt, draws.double())
+        decoder.load(row, prompt, draws.double(), *sampling)
     computed = decoder._logits
     decoder._logits = lambda *args: logits.append(computed(*args)) or logits[-1]
     tokens = [[] for _ in ids]
     while len(tokens[0]) < count:
-        new = decoder.steps(len(ids), longest + len(tokens[0]), *sampling)
+        new = decoder.steps(len(ids), longest + len(tokens[0]))
         tokens = [old + more for old, more in zip(tokens, new)]
     return [row[:count] for row in tokens], logits
 
@@ -240,9 +230,9 @@ def test_products_that_disagree_are_found(monkeypatch):
     def product(x):
         return x + (torch.arange(len(x)) == max(10, len(x) - 1))[:, None]
 
-    monkeypatch.setattr(sample, "make_linear", lambda *_: product)
-    assert sample.same_rows([torch.eye(4)], onednn=False) == 10
-    assert sample.same_rows([torch.eye(4)], onednn=True) < 64
+    monkeypatch.setattr(decoder, "make_linear", lambda *_: product)
+    assert decoder.same_rows([torch.eye(4)], onednn=False) == 10
+    assert decoder.same_rows([torch.eye(4)], onednn=True) < 64
 
 
 @pytest.mark.parametrize("most", [1, 30, 512])
@@ -256,9 +246,17 @@ def test_prompts_that_wait_together(most, monkeypatch):
     for row, prompt in ((0, 2), (1, 0), (2, 2), (0, 1), (3, 0)):
         decoder.load(row, ids[prompt], draws)
     decoder.move(3, 1)
-    assert decoder.steps(3, 20, 0.0, 1.0) == [want[prompt][:1] for prompt in (1, 0, 2)]
+    assert decoder.steps(3, 20) == [want[prompt][:1] for prompt in (1, 0, 2)]
     decoder.move(2, 0)
-    assert decoder.steps(2, 21, 0.0, 1.0) == [want[prompt][1:] for prompt in (2, 0)]
+    assert decoder.steps(2, 21) == [want[prompt][1:] for prompt in (2, 0)]
+
+
+def choose(logits, draws, temperature, top_p):
+    """`decoder.choose` for rows with the same options."""
+    way = GREEDY if temperature == 0 else SORTED if top_p < 1 else SAMPLED
+    temperature = torch.full((len(draws), 1), temperature)
+    top_p = torch.full((len(draws), 1), top_p, dtype=torch.float64)
+    return decoder.choose(logits, draws[:, None], temperature, top_p, way)
 
 
 def test_choices_follow_the_distribution():
@@ -274,6 +272,20 @@ def test_choices_follow_the_distribution():
         chosen = choose(p.log().expand(20000, -1), draws, temperature, top_p)
         shares = torch.bincount(chosen, minlength=4) / 20000
         torch.testing.assert_close(shares, want, rtol=0, atol=0.01)
+
+
+def test_a_choice_does_not_depend_on_other_rows_options():
+    """Rows of all three kinds, with ties: each as alone, where there is no need to sort."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(60, 200, generator=generator).mul(2).round()
+    draws = torch.rand(60, generator=generator, dtype=torch.float64)
+    temperature = torch.tensor([0.0, 0.7, 1.3]).repeat(20)[:, None]
+    top_p = torch.tensor([1.0, 1.0, 1.0, 0.8, 0.3], dtype=torch.float64).repeat(12)[:, None]
+    mixed = decoder.choose(logits, draws[:, None], temperature, top_p, SORTED)
+    for row in range(60):
+        one = slice(row, row + 1)
+        options = temperature[row].item(), top_p[row].item()
+        assert choose(logits[one], draws[one], *options) == mixed[one]
 
 
 def test_the_ends_of_a_draw():
