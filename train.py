@@ -242,8 +242,8 @@ def main() -> None:
     # Model and optimizer.
     kernels, why_kernels = select_kernels(c.model, device)
     if in_fp8 := c.matmul == "fp8":
-        if why := fp8.unsupported(device, c.width, c.mlp_width, c.seq_len):
-            raise UserError(f"matmul is fp8, but {why}")
+        if why_not := fp8.unsupported(device, c.width, c.mlp_width, c.seq_len):
+            raise UserError(f"matmul is fp8, but {why_not}")
         why_kernels += f", {'multiplying in' if device.type == 'cuda' else 'emulating'} fp8"
     torch.manual_seed(c.seed)
     model = Phi(c.model, kernels == "triton", c.recompute, in_fp8)

@@ -61,6 +61,7 @@ def test_learns_and_keeps_the_best(reference):
         ("cpu", "float32", ["--lr=0.01"]),
         ("cpu", "float32", ["--lr=0.01", "--optimizer=muon"]),
         ("cpu", "bfloat16", ["--width=64", "--lr=0.01"]),
+        ("cpu", "bfloat16", ["--width=64", "--lr=0.01", "--matmul=fp8"]),
         pytest.param("cuda", "bfloat16", LIKE_PHI1_SMALL, marks=pytest.mark.gpu),
         pytest.param("cuda", "bfloat16", [*LIKE_PHI1_SMALL, "--optimizer=muon"],
                      marks=pytest.mark.gpu),
