@@ -207,9 +207,9 @@ def check(c, ranks, dtype: torch.dtype, model, optimizer, loader, take_step: Cal
     def too_large(n: int) -> UserError:
         ways = [f"--micro_batch={fits(n - 1)}"] * (fits(n - 1) > 0)
         ways += ["--recompute"] * (not c.recompute) or ["a smaller model"]
-        took = "".join(f"; {m} took {peak / 1e9:.3g} GB" for m, peak in peaks.items())
-        return UserError(f"micro_batch {n} does not fit: about {needed(n) / 1e9:.3g} GB of "
-                         f"{room / 1e9:.3g}{took}; try {' or '.join(ways)}")  # fmt: skip
+        took = "".join(f"; {m} took {peak / 1e9:,.4g} GB" for m, peak in peaks.items())
+        return UserError(f"micro_batch {n} does not fit: about {needed(n) / 1e9:,.4g} GB of "
+                         f"{room / 1e9:,.4g}{took}; try {' or '.join(ways)}")  # fmt: skip
 
     def step(n: int) -> tuple[float, int]:
         """Take a step of at most two micro-batches of n; return its loss and tokens."""
