@@ -70,9 +70,9 @@ def test_what_fits_by_hand():
 
 
 @pytest.mark.parametrize(("free", "flags", "message"), [
-    (7e6, [], "micro_batch 1 does not fit: about 0.00991 GB of 0.00911; try --recompute"),
+    (7e6, [], "micro_batch 1 does not fit: about 0.009911 GB of 0.009111; try --recompute"),
     (7e6, ["--recompute"], "try a smaller model"),
-    (11e6, [], "; 1 took 0.00968 GB; try --micro_batch=4 or --recompute"),
+    (11e6, [], "; 1 took 0.009679 GB; try --micro_batch=4 or --recompute"),
     (9e6, ["--recompute"], "; try --micro_batch=4 or a smaller model"),
 ])  # fmt: skip
 def test_what_does_not_fit(check, monkeypatch, free, flags, message):
