@@ -68,15 +68,21 @@ class ModelConfig:
         return self.width // self.n_head
 
 
-def select_kernels(c: ModelConfig, device: torch.device) -> tuple[str, str]:
+def select_kernels(c: ModelConfig, device: torch.device, matmul: str = "plain") -> tuple[str, str]:
     """Return ("triton" or "torch", why) for a model on `device`.
 
-    Raises UserError if c.kernels is "triton" and that cannot run there.
+    Raises UserError if c.kernels is "triton", or `matmul` "fp8", and that cannot run there.
     """
+    how = ""
+    if matmul == "fp8":
+        dims = {name: getattr(c, name) for name in ("seq_len", "width", "mlp_width")}
+        if why := fp8.unsupported(device, **dims):
+            raise UserError(f"matmul is fp8, but {why}")
+        how = ", in fp8" if device.type == "cuda" else ", emulating fp8 slowly"
     if c.kernels == "torch":
-        return "torch", "as asked"
+        return "torch", f"as asked{how}"
     if c.kernels == "auto" and device.type != "cuda":
-        return "torch", f"device is {device.type}"
+        return "torch", f"device is {device.type}{how}"
     try:
         from kernels import block, mlp  # not at the top: triton is not on every machine
     except ImportError as e:
@@ -87,9 +93,9 @@ def select_kernels(c: ModelConfig, device: torch.device) -> tuple[str, str]:
         if not block.runs_on(device):
             why = f"device is {device}, want {block.WANTED_DEVICE}"
     if not why:
-        return "triton", mlp.describe(device)
+        return "triton", mlp.describe(device) + how
     if c.kernels == "auto":
-        return "torch", f"no triton: {why}"
+        return "torch", f"no triton: {why}{how}"
     raise UserError(f"kernels is triton, but {why}; try --kernels=torch")
 
 

@@ -31,7 +31,6 @@ from common.distributed import DTYPES
 from common.muon import Muon
 from data.loader import Loader, Windows, arguments, read_weights
 from eval.gold import bits_per_byte, read_gold
-from kernels import fp8
 from model import ModelConfig, Phi, flops_per_token, mfu, select_dtype, select_kernels
 from tokenizer import Tokenizer
 
@@ -240,13 +239,9 @@ def main() -> None:
     tokens_per_step = c.seqs_per_step * c.seq_len
 
     # Model and optimizer.
-    kernels, why_kernels = select_kernels(c.model, device)
-    if in_fp8 := c.matmul == "fp8":
-        if why_not := fp8.unsupported(device, c.width, c.mlp_width, c.seq_len):
-            raise UserError(f"matmul is fp8, but {why_not}")
-        why_kernels += f", {'multiplying in' if device.type == 'cuda' else 'emulating'} fp8"
+    kernels, why_kernels = select_kernels(c.model, device, c.matmul)
     torch.manual_seed(c.seed)
-    model = Phi(c.model, kernels == "triton", c.recompute, in_fp8)
+    model = Phi(c.model, kernels == "triton", c.recompute, c.matmul == "fp8")
     init_from = load_init(model, c, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     if c.compile and kernels == "torch":

@@ -25,7 +25,6 @@ from bench.table import Table
 from bench.timing import device_of, percentiles, profile, wall_ms
 from common.config import UserError, parse, run
 from common.runlog import peak_flops
-from kernels import fp8
 from model import ModelConfig, Phi, flops_per_token, mfu, select_kernels
 from train import DTYPES, TrainConfig, make_optimizer
 
@@ -48,10 +47,7 @@ class Config(TrainConfig):
 
 def phi(c: TrainConfig, kernels: str) -> Phi:
     shape = dataclasses.replace(c.model, kernels=kernels)
-    select_kernels(shape, device_of(c.device))  # or a UserError that says why not
-    why = fp8.unsupported(device_of(c.device), c.width, c.mlp_width, c.seq_len)
-    if c.matmul == "fp8" and why:
-        raise UserError(f"matmul is fp8, but {why}")
+    select_kernels(shape, device_of(c.device), c.matmul)  # or a UserError that says why not
     return Phi(shape, kernels == "triton", fp8=c.matmul == "fp8")
 
 

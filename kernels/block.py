@@ -161,7 +161,7 @@ def block(
         raise ValueError(f"rope turns {R} dims of a head of {C // n_head}")
     if doc_start is not None:
         check("doc_start", doc_start, x, (B, T), torch.int32)
-    if in_fp8 and (why := fp8.unsupported(x.device, B * T, C, hidden)):
+    if in_fp8 and (why := fp8.unsupported(x.device, rows=B * T, C=C, M=hidden)):
         raise ValueError(f"in_fp8: {why}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, want 0 <= p < 1")

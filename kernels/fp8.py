@@ -42,15 +42,19 @@ def quantise(x: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = F
     return Quantised(q if rows else None, q.t().contiguous() if columns else None, scale)
 
 
+def emulated(x: Tensor) -> bool:
+    return not x.is_cuda
+
+
 def product(a: Tensor, b: Tensor, scales: tuple, dtype: torch.dtype, bias=None) -> Tensor:
     """Return a b^T [R, J], of 8-bit a [R, K] and b [J, K] times their scales, in `dtype`."""
-    if a.is_cuda and (bias is None or dtype != torch.float32):  # no bias in fp32
-        fast = a.dtype == b.dtype == E4M3  # forward: sums of fewer bits do there
-        return torch._scaled_mm(a, b.t(), *scales, bias, out_dtype=dtype, use_fast_accum=fast)
-    if a.is_cuda:
-        return product(a, b, scales, dtype) + bias
-    out = (a.float() @ b.float().t()) * (scales[0] * scales[1])
-    return (out if bias is None else out + bias.float()).to(dtype)
+    if emulated(a):
+        out = (a.float() @ b.float().t()) * (scales[0] * scales[1])
+        return (out if bias is None else out + bias.float()).to(dtype)
+    fused = None if dtype == torch.float32 else bias  # cuBLAS adds none to fp32
+    fast = a.dtype == b.dtype == E4M3  # forward: sums of fewer bits do there
+    out = torch._scaled_mm(a, b.t(), *scales, fused, out_dtype=dtype, use_fast_accum=fast)
+    return out if fused is bias else out + bias
 
 
 def forward(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -98,9 +102,9 @@ def linear(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return _Linear.apply(x, w, bias)
 
 
-def unsupported(device: torch.device, *dims: int) -> str:
+def unsupported(device: torch.device, **dims: int) -> str:
     """Return why products of these dimensions cannot be in 8 bits on `device`; "" if they can."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} is older than sm_90"
-    odd = [n for n in dims if n % MULTIPLE]
+    odd = [f"{name} {n}" for name, n in dims.items() if n % MULTIPLE]
     return f"{odd[0]} is no multiple of {MULTIPLE}" if odd else ""
