@@ -89,8 +89,9 @@ class Windows:
         if weights and split == "train":
             folder = np.repeat(np.arange(len(folders)), [len(n) for n, _ in sources])
             epochs = epochs * (weights / np.bincount(folder, tokens * epochs))[folder]
-            fewest = (np.maximum(windows, 1) * epochs).min()
-            epochs *= max(1 / epochs.max(), SHARE_WINDOWS / fewest)
+            some = np.maximum(windows, 1) * epochs  # of each source, up to a factor
+            fewest = min(some.min(), np.bincount(folder, some).min() / SHARE_WINDOWS)
+            epochs *= max(1 / epochs.max(), 1 / fewest)
             self.checksum = f"{zlib.crc32(repr(weights).encode(), int(self.checksum, 16)):08x}"
         self.in_epoch = np.rint(windows * epochs).astype(np.int64)
         self.tokens = round(float(tokens @ epochs))  # of an epoch

@@ -223,6 +223,15 @@ def test_weights_are_shares_of_the_tokens(tmp_path):
     assert len(val) == len(windows(a, split="val")) + len(windows(b, split="val"))
 
 
+def test_a_small_source_makes_no_other_repeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "SHARE_WINDOWS", 10)
+    (a, _), (b, _) = (write_documents(tmp_path, [9] * n) for n in (41, 42))
+    write = {"sources": [{"shards": [x], "epochs": 1} for x in BOTH]}  # the second of a window
+    (a / "mixture.json").write_text(json.dumps(write))
+    w = Windows([a, b], "train", T, TOKENIZER, 0, (1.0, 1.0))
+    assert (w.in_epoch <= np.diff(w.first)).all()
+
+
 def test_read_weights(tmp_path, monkeypatch):
     for name in ("a", "b/c", "odd:2"):
         (tmp_path / name).mkdir(parents=True)
