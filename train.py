@@ -40,7 +40,7 @@ class TrainConfig(ModelConfig):
     """Train a model, under plain python or torchrun."""
 
     out: Path = Path("out/run")  # run folder: configuration, metrics, checkpoints
-    data: tuple[str, ...] = ("out/tokens",)  # folders of token shards, from data.pack, each
+    data: tuple[Path, ...] = (Path("out/tokens"),)  # folders of token shards, from data.pack, each
     # alone or as FOLDER:WEIGHT, its share of the training tokens; may be given several times
     init_from: Path | None = None  # run or checkpoint folder whose weights to start from
     resume: bool = False  # go on from the newest checkpoint in out, if there is one

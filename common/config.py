@@ -201,4 +201,6 @@ def _show(value) -> str:
         return str(value).lower()
     if value in ("", None, ()):
         return "none"
+    if isinstance(value, tuple):
+        return ", ".join(map(_show, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -317,13 +317,14 @@ def best_fit(lengths: np.ndarray, room: int) -> list[list[int]]:
     return rows
 
 
-def read_weights(data: Sequence[str]) -> tuple[list[Path], tuple[float, ...]]:
+def read_weights(data: Sequence[Path]) -> tuple[list[Path], tuple[float, ...]]:
     """Split each FOLDER or FOLDER:WEIGHT, all with a weight or none. Raises UserError."""
-    found = [None if Path(d).is_dir() else re.fullmatch(r"(.+):(\d*\.?\d+)", d) for d in data]
+    found = [None if d.is_dir() else re.fullmatch(r"(.+):(\d*\.?\d+)", str(d)) for d in data]
     weights = tuple(float(m[2]) for m in found if m)
     if weights and (len(weights) < len(data) or min(weights) == 0):
-        raise UserError(f"data {', '.join(data)}: want a weight above 0 for each folder, or none")
-    folders = [Path(m[1] if m else d).expanduser() for m, d in zip(found, data)]
+        named = ", ".join(map(str, data))
+        raise UserError(f"data {named}: want a weight above 0 for each folder, or none")
+    folders = [Path(m[1]) if m else d for m, d in zip(found, data)]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise UserError(
             f"data {missing[0]}: no such folder; `make tokens` makes the demo's, data.pack your "

@@ -189,6 +189,7 @@ def test_a_run_is_not_overwritten(tiny, tokens, reference, tmp_path):
         assert message in said
         after = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
         assert after == before
+    train(tiny, f"{tokens}/", tmp_path / "run", *same, "--resume")  # the same folder
     train(tiny, tokens, tmp_path / "run", "--max_steps=2", "--resume", "--restart")
     assert checkpoint.steps(tmp_path / "run") == [2]
 

@@ -236,13 +236,13 @@ def test_read_weights(tmp_path, monkeypatch):
     for name in ("a", "b/c", "odd:2"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert read_weights(["a:0.7", "b/c:1"]) == ([Path("a"), Path("b/c")], (0.7, 1.0))
-    assert read_weights(["a", "odd:2"]) == ([Path("a"), Path("odd:2")], ())
+    assert read_weights([Path("a:0.7"), Path("b/c:1")]) == ([Path("a"), Path("b/c")], (0.7, 1.0))
+    assert read_weights([Path("a"), Path("odd:2")]) == ([Path("a"), Path("odd:2")], ())
     for wrong in (["a:1", "b/c"], ["a:0", "b/c:1"]):
         with pytest.raises(UserError, match="want a weight above 0 for each folder, or none"):
-            read_weights(wrong)
+            read_weights([*map(Path, wrong)])
     with pytest.raises(UserError, match="data a:-1: no such folder"):
-        read_weights(["a:-1"])
+        read_weights([Path("a:-1")])
 
 
 BOTH = ["train_00000.bin", "train_00001.bin"]
