@@ -132,6 +132,7 @@ class RunLog:
         if not (self.first and c.score_every) or step // c.eval_interval % c.score_every:
             return {}
         saver.wait()
+        torch.cuda.empty_cache()  # the evaluator wants memory on the same GPU
         # Not named in one word, which would make the evaluator part of a run's identity (code.py).
         command = [sys.executable, "-m", f"eval.{'humaneval'}", f"--problems={c.eval_problems}",
                    f"--checkpoint={checkpoint.folder_of(self.out, step)}", f"--device={c.device}",

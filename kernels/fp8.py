@@ -7,7 +7,7 @@ Weights and activations are e4m3 (4 bits of exponent, 3 of mantissa, up to 448),
 activations e5m2 (up to 57,344): Micikevicius et al. 2022, arXiv 2209.05433. Products accumulate in
 fp32; y and dx have the dtype of x, dw is fp32. Tensor cores take both operands with the summed
 dimension contiguous: dx wants w transposed, dw both of its operands, which `quantise` writes so.
-NaN or inf in x makes all of q NaN, as the step is then skipped.
+NaN or inf in x makes every product of q NaN: the step is then skipped.
 
 torch._scaled_mm multiplies on a GPU of sm_90 or later; elsewhere the quantised numbers are
 multiplied in fp32, which emulates it up to the order of sums.
