@@ -224,9 +224,8 @@ def main() -> None:
     before = runlog.dtype_before(c.out) if c.dtype == "auto" else None
 
     def choose_dtype(device: torch.device) -> tuple[str, str]:
-        if before:
-            return before, "as before"
-        return select_dtype(c.model, c.dtype, device, c.micro_batch)
+        args = c.model, c.dtype, device, c.micro_batch
+        return (before, "as before") if before else select_dtype(*args)
 
     ranks, dtype, why = distributed.start(c.device, c.threads, c.timeout_s, choose_dtype)
     device = ranks.device

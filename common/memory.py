@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
@@ -88,7 +88,7 @@ class Allocated(TorchDispatchMode):
 
     def __init__(self, tensors=()):
         super().__init__()
-        self.alive, self.collectives = WeakSet(_local(t).untyped_storage() for t in tensors), []
+        self.alive = WeakSet(_local(t).untyped_storage() for t in tensors)
         self.peak = self.now()
 
     def now(self) -> int:
@@ -99,8 +99,6 @@ class Allocated(TorchDispatchMode):
         made = [_local(t) for t in tree_leaves(out) if torch.is_tensor(t)]
         self.alive.update(t.untyped_storage() for t in made)
         self.peak = max(self.peak, self.now())
-        if "c10d" in str(f):
-            self.collectives.append(str(f).split(".")[1].strip("_"))
         return out
 
 
@@ -143,13 +141,12 @@ def measure(step: Callable[[], object], model, optimizer, ranks) -> dict[str, in
     def between(*_) -> None:  # micro-steps, before FSDP2 gathers
         note("gradients", now() - before - gathered())
 
-    def reduced(*_) -> None:
-        note("gradients", _bytes(p.grad for p in parameters))
-
     hooks = [
         model.register_forward_pre_hook(between, prepend=True),
         model.register_forward_hook(lambda *_: note("weights", gathered())),
-        optimizer.register_step_pre_hook(reduced),
+        optimizer.register_step_pre_hook(
+            lambda *_: note("gradients", _bytes(p.grad for p in parameters))
+        ),
     ]
     if gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -193,12 +190,8 @@ def check(c, ranks, dtype: torch.dtype, model, optimizer, loader, take_step: Cal
     for group in optimizer.param_groups:
         group["lr"] = 0.0
 
-    @cache
-    def predicted(n: int) -> dict[str, int]:
-        return predict(c, units, n, ranks.world_size, shards, dtype.itemsize)
-
-    def needed(n: int) -> float:
-        return expected(n, peaks, predicted)
+    predicted = partial(predict, c, units, ranks=ranks.world_size, shards=shards, b=dtype.itemsize)
+    needed = partial(expected, peaks=peaks, predicted=predicted)
 
     def fits(most: int = share) -> int:
         left = room - RESERVE_BYTES * gpu
