@@ -129,7 +129,7 @@ class Block(nn.Module):
     """x + attention(ln(x)) + mlp(ln(x)); `fused` is kernels/block.py's version, or None.
 
     With `recompute`, keep only the block's input and run the block again in backward. With `fp8`,
-    train with products in 8 bits (kernels/fp8.py); in eval mode all is plain.
+    train with products in 8 bits (kernels/fp8.py); eval mode does not quantise.
     """
 
     def __init__(self, c: ModelConfig, fused: Callable | None = None, recompute=False, fp8=False):

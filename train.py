@@ -157,7 +157,7 @@ def train_step(c: TrainConfig, model, optimizer, guard, batches, micro_steps: in
 def evaluate(model, val: Windows, c: TrainConfig, ranks, end_of_text: int | None) -> float:
     """Return the mean loss over eval_seqs validation windows, shared among the ranks.
 
-    They are the first ones; of several folders, evenly spaced ones.
+    Take the first windows of one folder, evenly spaced ones of several.
     Every rank makes as many forward passes, as weights are gathered in them; one that has no window
     left computes one that does not count.
     """

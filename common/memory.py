@@ -164,7 +164,7 @@ def measure(step: Callable[[], object], model, optimizer, ranks) -> dict[str, in
 def expected(n: int, peaks: dict[int, int], predicted: Callable[[int], dict[str, int]]) -> float:
     """Return the bytes of a step in micro-batches of n, from the `peaks` of one or two others.
 
-    A line through two, but for the gradients, which are whole where several micro-batches add up.
+    Draw a line through two, leaving out gradients: they are unsharded only if micro-batches add up.
     """
     if len(peaks) < 2:
         off = sum(peak - sum(predicted(m).values()) for m, peak in peaks.items())
@@ -210,7 +210,7 @@ def check(c, ranks, dtype: torch.dtype, model, optimizer, loader, take_step: Cal
         batches = ({k: x[:n] for k, x in batch.items()} for batch in stream)
         loss, norm = (x.item() for x in take_step(batches, micro_steps)[:2])
         if not math.isfinite(loss) or not (math.isfinite(norm) or dtype == torch.float16):
-            raise UserError(f"the loss is {loss}, the gradients' norm {norm}; want finite numbers")
+            raise UserError(f"the loss is {loss}, the gradients' norm {norm}; try --dtype=float32")
         return loss, micro_steps * n * ranks.world_size * c.seq_len
 
     for n in sorted({1, N}):
@@ -229,7 +229,8 @@ def check(c, ranks, dtype: torch.dtype, model, optimizer, loader, take_step: Cal
             raise too_large(n)
     if ranks.rank:
         return
-    # Gradients that need not add up come as the rest goes: it was more than it seems here.
+    # Where gradients do not add up over micro-steps they come as activations go: subtracting both
+    # from the peak then makes the rest look smaller than it was.
     guess, peak = predicted(N), peaks[N]
     rest = [kind for kind in guess if kind not in found]
     rows = {kind: (guess[kind], n_bytes) for kind, n_bytes in found.items() if n_bytes}

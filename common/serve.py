@@ -7,8 +7,8 @@ for each connection makes rows of a request and waits for them. With a seed, cho
 is sample i of `sample.py --samples N --seed SEED`. What of the API would have to be ignored is
 refused, another model's name too; max_tokens beyond the context end there, as in sample.py.
 
-Pages in a browser are kept out: they may not send JSON to a site that does not allow them to, and
-names that were made to mean 127.0.0.1 are not answered.
+Web pages cannot use it: browsers block their JSON to other sites, and a Host that is not local
+(DNS rebinding) is refused.
 """
 
 import contextlib

@@ -39,8 +39,8 @@ from tokenizer import Tokenizer
 
 PREFETCH = 4  # micro-batches made ahead of the one in use
 ORDER = 4096  # sequences whose places are computed at once: numpy takes a millisecond for a few too
-FIT_DOCUMENTS = 65536  # that best_fit packs together
-SHARE_WINDOWS = 1000  # at least, of each folder in an epoch: shares are right to a thousandth
+FIT_DOCUMENTS = 65536  # documents that best_fit packs together
+SHARE_WINDOWS = 1000  # least of a weighted folder in an epoch: shares are right to a thousandth
 STARTS = 1 << 16  # added to a token of a packed window that begins a piece without <|endoftext|>
 ROUNDS = 4  # of the Feistel network; 4 give a permutation indistinguishable from random
 
@@ -125,7 +125,7 @@ class Windows:
         return list(map(len, named)), epochs
 
     def _best_fit(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Return of each source its pieces, int64 [P, 2], and each row's first one and its end.
+        """Return each source's pieces, int64 [P, 2], and where each row begins and ends in them.
 
         A piece is a document and how many of its tokens to skip. One that goes on in another piece
         has a row for itself. Rows are in random order: a fraction of a pass is a fair sample.
@@ -133,7 +133,7 @@ class Windows:
         found, seed = [], self.seed * (self.split == "train")
         for source, (a, b) in enumerate(itertools.pairwise(self.first_document.tolist())):
             order = a + permute(np.arange(b - a), b - a, seed + 1 + source, 0)
-            order = order[self.length[order] > 1]  # not an <|endoftext|> at the end of a shard
+            order = order[self.length[order] > 1]  # a lone <|endoftext|> has no target
             pieces, sizes = [np.empty((0, 2), np.int64)], []
             for part in np.split(order, range(FIT_DOCUMENTS, len(order), FIT_DOCUMENTS)):
                 full, left = np.divmod(self.length[part], self.seq_len)

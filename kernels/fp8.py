@@ -1,4 +1,4 @@
-"""Matrix products in 8 bits, with one scale a tensor, found anew each time.
+"""Multiply matrices in 8 bits, with one scale per tensor, computed afresh each time.
 
     quantise    q = x / s in 8 bits, s = amax(|x|) / the largest number of the format
     y = x w^T + b, dx = dy w, dw = dy^T x       of quantised operands, times both of their scales
