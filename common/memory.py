@@ -57,6 +57,8 @@ def predict(
     else:  # a chunk, with dx and dw made at once; dqkv|du, a, da, dy, out's and two dropped ones
         logits, head_bwd = b * min(N, CHUNK_ROWS) * V, 4 * V * C + b * N * C
         block_bwd = 4 * block + b * N * (7 * C + 3 * M)
+    if c.matmul == "fp8":  # dqkvu and w_in, in both layouts
+        block_bwd += 2 * (N + C) * (3 * C + M)
     buffers = max(head_bwd, block_bwd + saved * c.recompute - logits)  # in the logits' place, too
     # Momenta and updates of a few blocks, and Gram matrices, when all else is gone.
     muon = b * (6 * matrices + 2 * C * C) if matrices else 0

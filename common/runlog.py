@@ -137,7 +137,8 @@ class RunLog:
         command = [sys.executable, "-m", f"eval.{'humaneval'}", f"--problems={c.eval_problems}",
                    f"--checkpoint={checkpoint.folder_of(self.out, step)}", f"--device={c.device}",
                    f"--self_check={self.out / 'self_check.json'}", "--json"]  # fmt: skip
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
         with contextlib.suppress(subprocess.TimeoutExpired, ValueError):  # the latter: no JSON
             done = subprocess.run(command, stdout=subprocess.PIPE, env=env, timeout=c.timeout_s / 2)
             return {"pass@1": json.loads(done.stdout)["pass@1"]}

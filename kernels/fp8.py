@@ -91,7 +91,7 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
-        rows = dy.flatten(0, -2)
+        rows = dy.flatten(0, -2).contiguous()
         q = quantise(rows, E5M2, columns=True)
         dw = grad_w(q, x.flatten(0, -2)).to(w.dtype)
         return grad_x(q, w, x.dtype).view(x.shape), dw, rows.sum(0, dtype=torch.float32).to(w.dtype)
