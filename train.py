@@ -224,8 +224,9 @@ def main() -> None:
     before = runlog.dtype_before(c.out) if c.dtype == "auto" else None
 
     def choose_dtype(device: torch.device) -> tuple[str, str]:
-        args = c.model, c.dtype, device, c.micro_batch
-        return (before, "as before") if before else select_dtype(*args)
+        if before:
+            return before, "as before"
+        return select_dtype(c.model, c.dtype, device, c.micro_batch)
 
     ranks, dtype, why = distributed.start(c.device, c.threads, c.timeout_s, choose_dtype)
     device = ranks.device

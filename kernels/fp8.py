@@ -43,6 +43,7 @@ def quantise(x: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = F
 
 
 def emulated(x: Tensor) -> bool:
+    """Return whether products with x are computed in fp32."""
     return not x.is_cuda
 
 
