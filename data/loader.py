@@ -10,8 +10,8 @@ and the ends of those that are longer (Ding et al. 2024, arXiv 2404.10830). All 
 windows, in another order.
 
 A folder with a mixture.json (data.pack) holds several sources, each with the number of passes over
-it in an epoch of the whole; where an epoch ends within a source, the next one goes on there. Several
-folders are read the same way; a folder's weight is its share of the tokens.
+it in an epoch of the whole; where an epoch ends within a source, the next one goes on there.
+Several folders are read the same way; a folder's weight is its share of the tokens.
 
 Shards are memory-mapped. Reading a document compares its CRC-32 with that of the verified shard,
 and the file's size: under the map of a file cut short, reading ends in SIGBUS.
