@@ -90,7 +90,8 @@ def make_case(op: str, c: ModelConfig, batch: int, dtype: torch.dtype, device: s
 
 
 def rope_of(c: ModelConfig) -> tuple[Tensor, Tensor]:
-    return model.rope_tables(c.seq_len, c.rotary_dim, c.rope_theta)
+    tables = model.rope_tables(c.seq_len, c.rotary_dim, c.rope_theta)
+    return tuple(t.to(torch.get_default_device()) for t in tables)
 
 
 def attention_case(c: ModelConfig, batch: int, dtype: torch.dtype, docs: bool = False) -> Case:

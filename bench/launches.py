@@ -88,7 +88,7 @@ def _decode_attention() -> None:
 
 def _quantise(E5M2: bool) -> None:
     dtype = torch.float8_e5m2 if E5M2 else torch.float8_e4m3fn
-    pointwise.quantise(empty(N, C), empty(dtype=torch.float32), dtype, True, True)
+    pointwise.quantise(empty(N, C), empty(dtype=torch.float32), dtype)
 
 
 KERNELS = {

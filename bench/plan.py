@@ -10,8 +10,8 @@ and are reduced unit by unit in the backward of the step's last micro-step.
 memory  is common/memory.py's, which tests/bench/test_plan.py compares with what torch and FSDP2
         allocate; before a run on a GPU, `train.py CONFIG --check` does
 speed   is cost.py's floors at the rates of published kernels, times the fraction of it that
-        published runs reach. With this code nothing of it was measured on a GPU: `--fraction` takes
-        what `--score` prints after a run of yours
+        published runs reach, and ours on one H200. On other GPUs this code has not run:
+        `--fraction` takes what `--score` prints after a run of yours
 step    is compute, and what the collectives beside it leave exposed. Left out: stragglers,
         congestion, what NCCL's kernels take from compute, launches, and Muon's exchanges
 """
@@ -139,7 +139,7 @@ def report(c: Config) -> None:
     print(f"largest micro-batch that fits: {fits}" if fits else "DOES NOT FIT: shard over "
           "more GPUs, or take larger ones")  # fmt: skip
 
-    print("\nHow much of its kernels' roofline a run reaches was not measured with this code")
+    print("\nIf this code reaches as much of its kernels' roofline as these runs did")
     reached = speeds(c, micro_batch)
     for like, (share, rate) in reached.items():
         hours = c.tokens / rate / 3600

@@ -6,7 +6,8 @@
 Weights and activations are e4m3 (4 bits of exponent, 3 of mantissa, up to 448), gradients of
 activations e5m2 (up to 57,344): Micikevicius et al. 2022, arXiv 2209.05433. Products accumulate in
 fp32; y and dx have the dtype of x, dw is fp32. Tensor cores take both operands with the summed
-dimension contiguous: dx wants w transposed, dw both of its operands, which `quantise` writes so.
+dimension contiguous: dx wants w transposed, dw both of its operands, so `quantise` copies them (8
+bits transposed in Triton come out wrong on an H200 with triton 3.6.0).
 NaN or inf in x makes every product of q NaN: the step is then skipped.
 
 torch._scaled_mm multiplies on a GPU of sm_90 or later; elsewhere the quantised numbers are
@@ -37,8 +38,9 @@ def quantise(x: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = F
     if x.is_cuda:
         from kernels import pointwise  # here: triton is not on every machine
 
-        return Quantised(*pointwise.quantise(x, scale, dtype, rows, columns), scale)
-    q = (x.float() / scale).to(dtype)
+        q = pointwise.quantise(x, scale, dtype)
+    else:
+        q = (x.float() / scale).to(dtype)
     return Quantised(q if rows else None, q.t().contiguous() if columns else None, scale)
 
 

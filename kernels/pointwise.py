@@ -8,7 +8,7 @@
     residual_fwd  out = x + drop1(z1 + b1) + drop2(z2 + b2)        reads 3, writes 1
     residual_bwd  d1 = drop1(dout), d2 = drop2(dout), their sums   reads 1, writes 2 (p = 0: 0)
     column_sum    the bias gradient of a tensor that no kernel above writes
-    quantise      x / scale in 8 bits, and its transpose           reads 1, writes 1/2 or 2/2
+    quantise      x / scale in 8 bits                              reads 1, writes 1/2
 
 All arithmetic is fp32, whatever the dtype of the tensors. Bias gradients are column sums: each
 program sums a fixed set of rows, and a second reduction adds the programs in a fixed order, so that
@@ -161,20 +161,16 @@ def _residual_bwd_kernel(
 def _quantise_kernel(
     x_ptr,  # [R, S]
     scale_ptr,  # fp32 []
-    q_ptr, t_ptr,  # 8 bits, contiguous: [R, S] and [S, R], written; or None
+    q_ptr,  # [R, S], 8 bits, contiguous, written
     n_rows, n_cols, stride_x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Compute a tile of q = x / scale, and of its transpose t."""
+    """Compute a tile of q = x / scale."""
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
     col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :].to(tl.int64)
     mask = (row < n_rows) & (col < n_cols)
     x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
-    x = x / tl.load(scale_ptr)
-    if q_ptr is not None:
-        tl.store(q_ptr + row * n_cols + col, x.to(q_ptr.dtype.element_ty), mask=mask)
-    if t_ptr is not None:
-        t = tl.trans(x.to(t_ptr.dtype.element_ty))
-        tl.store(t_ptr + tl.trans(col) * n_rows + tl.trans(row), t, mask=tl.trans(mask))
+    x = (x / tl.load(scale_ptr)).to(q_ptr.dtype.element_ty)
+    tl.store(q_ptr + row * n_cols + col, x, mask=mask)
 
 
 def _launch(kernel: str, x: Tensor, sums: int = 0) -> tuple[tuple[int, int], Tensor, dict]:
@@ -233,12 +229,9 @@ def column_sum(x: Tensor) -> Tensor:
     return residual_bwd(x, 0.0, 0)[2]
 
 
-def quantise(
-    x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool, columns: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return x / scale [R, S] in `dtype`, of 8 bits, and its transpose [S, R], those asked for."""
+def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x / scale [R, S] in `dtype`, of 8 bits; rows of x may be strided."""
     grid, _, cfg = _launch("quantise", x)
-    q = torch.empty(x.shape, dtype=dtype, device=x.device) if rows else None
-    t = torch.empty(x.shape[::-1], dtype=dtype, device=x.device) if columns else None
-    _quantise_kernel[grid](x, scale, q, t, *x.shape, x.stride(0), **cfg)
-    return q, t
+    q = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _quantise_kernel[grid](x, scale, q, *x.shape, x.stride(0), **cfg)
+    return q

@@ -228,12 +228,12 @@ def test_fixed_point_reaches_its_bound_and_no_further(fwd, bwd, starts, monkeypa
     tiles(monkeypatch, fwd, bwd)
     T, D = 140, 32
     x = torch.zeros(1, T, 3, D)
-    x[:, :, 0, 0], x[:, :, 1, 0] = 30.0, -30.0  # nobody attends to any other key
+    x[:, :, 0, 0], x[:, :, 1, 0] = 7.0, -7.0  # next to nobody attends to another key
     doc_start, size = torch.zeros(1, T, dtype=torch.int32), [1.0, 0.1, 10.0, 3.0]
     for start, scale in zip(starts, size):
         doc_start[:, start:] = start
         for t, sign in (start, scale), (start + 1, -scale):
-            x[0, t, 1, 0], x[0, t, 1, 1:], x[0, t, 2] = 30.0, 3 * sign, 5 * sign
+            x[0, t, 1, 0], x[0, t, 1, 1:], x[0, t, 2] = 7.0, 3 * sign, 5 * sign
     qkv, doc_start = x.view(1, T, -1).to(DEVICE), doc_start.to(DEVICE)
     dout = torch.full((1, T, D), 7.0, device=DEVICE)
     options = {"doc_start": doc_start}

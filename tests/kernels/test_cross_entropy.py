@@ -128,7 +128,7 @@ def test_expected_grad_changes_rounding_only():
     for other in others:
         assert torch.equal(other[0], first[0])
         for a, b in zip(other[1:], first[1:]):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
     logits, t = rand(4, 1000, dtype=torch.float16, scale=4), targets(4, 1000)
     unscaled, scaled = ((alone(logits, t, g)[1] == 0).float().mean() for g in (G / G, G))
     assert scaled < unscaled / 2

@@ -36,13 +36,11 @@ def test_quantise_uses_the_whole_range(dtype):
 def test_the_kernel_rounds_as_torch_does(dtype, shape):
     x = rand(*shape)
     want = (x / 0.01).to(dtype)
-    q, t = pointwise.quantise(x, torch.tensor(0.01, device=DEVICE), dtype, True, True)
-    assert torch.equal(q.float(), t.float().t())
+    q = pointwise.quantise(x, torch.tensor(0.01, device=DEVICE), dtype)
     same = q.float() == want.float()
     if DEVICE == "cpu":  # the interpreter loses a carry into the exponent
         same |= (want.float().frexp().mantissa.abs() == 0.5) & (2 * q.float() == want.float())
     assert same.all()
-    assert pointwise.quantise(x, torch.tensor(1.0, device=DEVICE), dtype, False, True)[0] is None
 
 
 def dequantised(x, dtype) -> torch.Tensor:
