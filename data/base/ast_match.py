@@ -1,14 +1,14 @@
-"""Match functions by syntax: the edit distance of their trees, for many pairs at once.
+"""Match functions by the edit distance of their syntax trees, for many pairs at once.
 
 The paper prunes CodeExercises by the edit distance of syntax trees (arXiv 2306.11644, section 5)
-and leaves the details open. Ours: a function is the sequence of its tree's nodes in preorder, each
-as its type alone (a constant as the type of its value). Names, texts, comments and layout do not
-count; operators and structure do. Left out is what a copy may add or lack: docstrings, annotations,
-decorators, `pass`, and a method's `self`; `print(x)` counts as `return x`. Two sequences have
+and leaves the details open. Ours encodes a function as its node types in preorder (for a constant,
+the type of its value). Operators and structure count; names, strings, comments and layout do not.
+Docstrings, annotations, decorators, `pass` and a method's `self` are skipped, as a copy may add or
+drop them; `print(x)` counts as `return x`. Two sequences have
 
     match rate = 1 - Levenshtein distance / length of the longer one
 
-which is 1 for the same structure, and 0.95 for a copy with one more node in twenty.
+which is 1 for the same structure and 0.95 for a copy with one more node in twenty.
 """
 
 import ast
@@ -20,21 +20,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
-from rapidfuzz.process import cdist
 
 from data.base.syntax import FUNCTIONS, docstring, parse_python
 
 LEFT_OUT = {"ctx", "annotation", "returns", "decorator_list", "type_params", "type_comment",
             "id", "attr", "arg", "name", "asname", "module", "level"}  # fmt: skip
-CODE = defaultdict(lambda: len(CODE))  # of a node's type, or of a constant's: a byte
+CODE = defaultdict(lambda: len(CODE))  # {node type or constant's type: byte}
 SELF = {"self", "cls"}
-SCRIPT_STATEMENTS = 40  # at most, of a script that may be a solution
-SCRIPT_INPUTS = 6  # of its first statements may stand for arguments
-REPAIRS = 5  # lines given up in a function that is not quite Python
+SCRIPT_STATEMENTS = 40  # a longer script is not taken for a solution
+SCRIPT_INPUTS = 6  # up to this many leading statements may stand for arguments
+REPAIRS = 5  # lines to cut short before giving up on a function that does not parse
 DEF = re.compile(r"def[ \t]+\w+[ \t]*\(")
 TAGGED_DEF = re.compile(r"def</\w+>")
-# How a text may quote Python: at a prompt, as HTML, in a string, as a list of such lines.
+# Ways to quote Python: at a prompt, as HTML, in a string, as a list of strings.
 PROMPT = re.compile(r"^([ \t]*)(?:>>>|\.\.\.:?|In \[\d+\]:) ?", re.MULTILINE)
 TAG = re.compile(r"</?[a-zA-Z][^<>\n]*>")
 STRING = re.compile(r"""(["'])((?:(?!\1)[^\\\n]|\\.)*)\1""")
@@ -45,21 +43,21 @@ ESCAPED = {"n": "\n", "t": "\t", "r": ""}
 
 @dataclass(frozen=True)
 class Function:
-    """A function in some source text, or a script that may stand for one."""
+    """A function in a source text, or a script read as one."""
 
     name: str
-    nodes: bytes  # its tree as `encode` encodes it
+    nodes: bytes  # from `encode`
     lines: list[str]
-    column: int = 0  # where it begins in its first line
+    column: int = 0  # where `def` starts in the first line
 
     @property
     def text(self) -> str:
-        """Return its lines, dedented as far as the first one is indented."""
+        """Return the lines, dedented by the first line's indent."""
         return "\n".join(line[self.column :] for line in self.lines)
 
 
 class Shapes(dict):
-    """Of each type of node its code and the fields with its children, last first."""
+    """{node type: (code, child fields, last first)}; None for types to skip."""
 
     def __missing__(self, kind: type) -> tuple[int, list[str]] | None:
         fields = [f for f in reversed(getattr(kind, "_fields", ())) if f not in LEFT_OUT]
@@ -71,12 +69,12 @@ SHAPES = Shapes({ast.Pass: None})
 
 
 def encode(tree: ast.AST) -> tuple[bytes, list[tuple[ast.AST, int, int]]]:
-    """Encode the tree in preorder, a byte a node; return where its functions are in that, too."""
+    """Encode the tree in preorder, one byte per node; return that and each function's span."""
     codes, found, stack = bytearray(), [], [tree]
     while stack:
         node = stack.pop()
         kind = type(node)
-        if kind is tuple:  # the end of a function
+        if kind is tuple:  # marks the end of a function
             found.append((*node, len(codes)))
             continue
         if kind is ast.Constant:
@@ -109,17 +107,14 @@ def encode(tree: ast.AST) -> tuple[bytes, list[tuple[ast.AST, int, int]]]:
 
 
 def print_of(node: ast.expr) -> ast.expr | None:
-    """Return what is printed, a tuple if it is several things, or None for no such call."""
+    """Return the argument of a `print` call, a tuple for several; None for any other node."""
     called = type(node) is ast.Call and getattr(node.func, "id", "") == "print"
     many = called and len(node.args) > 1
     return ast.Tuple(node.args) if many else node.args[0] if called and node.args else None
 
 
 def functions(source: str) -> list[Function]:
-    """Return the functions in `source`, methods and nested ones too, in the order of their lines.
-
-    Raises SyntaxError.
-    """
+    """Return all functions in `source`, nested ones too, by line. Raises SyntaxError."""
     return functions_of(parse_python(source), source.split("\n"))
 
 
@@ -131,11 +126,11 @@ def functions_of(tree: ast.Module, lines: list[str]) -> list[Function]:
 
 
 def functions_anywhere(text: str) -> list[Function] | None:
-    """Find the functions in Python or in what quotes it; None if there is no Python.
+    """Find the functions in Python source or in text that quotes it; None without any Python.
 
-    What does not parse as a whole, or has a `def` that the parser does not see, is read from each
-    `def` on: as it stands, without prompts and tags, and in its strings. A script without a
-    function is read as one: its first statements, some or none, stand for the arguments.
+    If the text does not parse, or the parser misses a `def`, read from each `def` on: as is,
+    without prompts and tags, and inside strings. Read a script without functions as one function,
+    with its first statements (zero or more) as the arguments.
     """
     try:
         tree = parse_python(text)
@@ -156,7 +151,7 @@ def functions_anywhere(text: str) -> list[Function] | None:
 
 
 def scripts(tree: ast.Module, text: str) -> list[Function]:
-    """Return the readings of a script as a function, each with one more argument."""
+    """Read a script as a function with 0, 1, ... arguments; return one Function for each."""
     body = tree.body[docstring(tree) is not None :]
     body = list(itertools.dropwhile(lambda n: isinstance(n, (ast.Import, ast.ImportFrom)), body))
     if len(body) > SCRIPT_STATEMENTS:
@@ -169,7 +164,7 @@ def scripts(tree: ast.Module, text: str) -> list[Function]:
 
 
 def plain(text: str) -> str:
-    """Return the text without prompts and HTML's tags."""
+    """Strip prompts and HTML tags."""
     if ">>> " in text or "In [" in text:
         text = PROMPT.sub(r"\1", text)
     return html.unescape(TAG.sub("", text) if "</" in text else text)
@@ -181,10 +176,7 @@ def unescaped(match: re.Match) -> str:
 
 
 def cut(text: str, seen: set[str]) -> Iterator[str]:
-    """Yield the source of each outermost `def` in a line that is not among `seen`.
-
-    Without what stands before it in each of its lines.
-    """
+    """Yield each outermost `def` not on a line in `seen`, without the prefix of its lines."""
     lines, at = text.split("\n"), 0
     while at < len(lines):
         begin, at = DEF.search(lines[at]), at + 1
@@ -193,7 +185,7 @@ def cut(text: str, seen: set[str]) -> Iterator[str]:
         before, own = begin.string[: begin.start()], [begin.string[begin.start() :]]
         before = before.removesuffix("async ")
         if at < len(lines) and not lines[at].startswith(before):
-            before = ""  # of the quotation, not of each line
+            before = ""  # a prefix of the first line only
         deeper = tuple(before + c for c in " \t#")
         while at < len(lines) and (
             lines[at].startswith(deeper)
@@ -206,7 +198,7 @@ def cut(text: str, seen: set[str]) -> Iterator[str]:
 
 
 def repaired(source: str) -> list[Function]:
-    """Return the functions in `source`, less the ends of lines in which it does not parse."""
+    """Return the functions in `source`; cut lines off where they do not parse."""
     for _ in range(REPAIRS):
         lines = source.split("\n")
         try:
@@ -223,14 +215,17 @@ def repaired(source: str) -> list[Function]:
 
 
 class Matcher:
-    """Find, among many sequences, those near one of a few patterns (the benchmark's problems)."""
+    """Match many sequences against a few patterns (the benchmark's problems)."""
 
     def __init__(self, patterns: list[bytes], min_rate: float):
-        """`min_rate` > 0 is the match rate from which a pair counts."""
+        """Take the lowest match rate that counts, `min_rate` > 0."""
         self.patterns, self.min_rate = patterns, min_rate
 
     def match(self, sequences: list[bytes]) -> Iterator[tuple[int, int, float]]:
-        """Yield (pattern's index, sequence's index, match rate), both indexes ascending."""
+        """Yield (pattern index, sequence index, match rate), both indexes ascending."""
+        from rapidfuzz.distance import Levenshtein  # here: scoring a benchmark needs no matching
+        from rapidfuzz.process import cdist
+
         rates = cdist(
             self.patterns,
             sequences,
