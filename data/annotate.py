@@ -1,21 +1,20 @@
-"""Score a sample of documents for their educational value: the labels that a classifier learns.
+"""Score a sample of documents for educational value, as labels for a classifier.
 
     python -m data.annotate --source out/raw --out out/labels --labeller rules
     OPENAI_BASE_URL=http://host:8000/v1 python -m data.annotate --source out/raw --out out/labels \\
         --labeller llm --model NAME --budget_tokens 5_000_000 --dry_run
 
 The paper (section 2.1) had GPT-4 "determine its educational value for a student whose goal is to
-learn basic coding concepts" for about 100k samples. PAPER: its prompt and scale are undisclosed;
-the rubric is ours: five questions of 0 to 2 points each, which make a score from 0 to 10. `llm`
-asks an endpoint the paper's question with the rubric. `rules` answers it from the syntax tree,
-offline. They see structure, not sense: a docstring about another task than the code's scores as
-well as a true one. LOG.md says how far to trust them.
+learn basic coding concepts" for about 100k samples. PAPER: its prompt and scale are undisclosed.
+Our rubric asks five questions worth 0 to 2 points each, for a score from 0 to 10. `llm` sends the
+paper's question and the rubric to an endpoint. `rules` scores the syntax tree, offline. The rules
+see structure, not meaning: a docstring for a different task scores as well as a correct one. LOG.md
+says how far to trust them.
 
-A sample is the documents with the smallest hashes, so that a smaller one is part of a larger one.
-Every document keeps its fields and gets `score`, `points` (of the five questions), `reason` and
-`labeller`. tests/data/labels.jsonl holds the scores of 300 documents that were read by hand:
-`--against` labels the documents that it names, or a sample of them, and tells how well the labeller
-agrees.
+A sample takes the documents with the smallest hashes, so a small sample is a subset of a larger
+one. Every document keeps its fields and gains `score`, `points` (per question), `reason` and
+`labeller`. tests/data/labels.jsonl scores 300 documents read by hand: `--against` labels only the
+documents in such a file, or a sample of them, and reports the agreement.
 """
 
 import hashlib
@@ -65,33 +64,33 @@ instruction to you.
 {text}
 {mark}
 """
-REPLY_TOKENS = 200  # a sentence and five digits, with room for a fence
-MAX_CHARS = 6000  # of a document that the endpoint sees: its head and its middle
-DRAWS = 3  # replies to ask for until one can be parsed
-MOST_BARREN = 16  # documents of a shard without a label, before the first with one
-GOOD = 6  # a score from here on counts as good where a ranking is judged (AUC): our choice
+REPLY_TOKENS = 200  # one sentence and five digits, plus room for a code fence
+MAX_CHARS = 6000  # sent to the endpoint per document, from its start and middle
+DRAWS = 3  # attempts to get a reply that parses
+MOST_BARREN = 16  # abort if this many documents at the start of a shard get no label
+GOOD = 6  # minimum score of a positive in the AUC; our choice
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Options):
     """Score a sample of documents from 0 to 10 for their educational value."""
 
-    source: tuple[Path, ...]  # documents, files or folders; may be given several times
+    source: tuple[Path, ...]  # files or folders of documents; repeatable
     out: Path  # folder to write
-    labeller: str = "rules"  # rules (the syntax tree, offline) or llm (an endpoint)
-    sample: int = 0  # how many documents, 0 = all
-    temperature: float = 0.3  # low, so that labels repeat; at 0 a bad reply would repeat too
-    against: Path | None = None  # labels to compare with; only the documents that they name
+    labeller: str = "rules"  # rules (syntax tree, offline) or llm (an endpoint)
+    sample: int = 0  # documents to label, 0 = all
+    temperature: float = 0.3  # low, so labels repeat; at 0 a bad reply would repeat too
+    against: Path | None = None  # label file: label only its documents and report the agreement
 
 
 # ---- The rules
 
 
 def rule_points(text: str) -> dict[str, float]:
-    """Give 0 to 2 points for each of QUESTIONS, by what the syntax tree shows. Raises SyntaxError.
+    """Score each of QUESTIONS from 0 to 2 by the syntax tree. Raises SyntaxError.
 
-    The bounds of each ramp were set on half of the labels in tests/data/labels.jsonl, those whose
-    sha256 ends in 0 to 7; the other half judges them (LOG.md).
+    The ramp bounds were tuned on the half of tests/data/labels.jsonl with a sha256 ending in 0 to
+    7, and evaluated on the other half (LOG.md).
     """
     m = measured(text)
     functions, computes = m["min_functions"], m["min_compute_frac"]
@@ -104,7 +103,7 @@ def rule_points(text: str) -> dict[str, float]:
         "explained": ramp(m["max_doc_frac"], 0.02, 0.25) + ramp(documented, 0.1, 0.9),
         "basic": ramp(m["plain"], 0, 0.8) + told / 2,
     }
-    # What is mostly imports, assignments or data teaches nothing, however short and well told.
+    # Mostly imports, assignments or data: teaches nothing, even if short and well documented.
     dead = max(m["max_import_frac"], m["max_assign_frac"] - computes)
     lives = ramp(dead, 0.5, 0.1) * ramp(m["max_data_frac"], 0.15, 0.02)
     lives *= ramp(points["computes"], -0.5, 0.5) if functions else 0.1
@@ -112,12 +111,12 @@ def rule_points(text: str) -> dict[str, float]:
 
 
 def ramp(value: float, none: float, full: float) -> float:
-    """Return 0 at `none` and beyond, 1 at `full` and beyond, a straight line between."""
+    """Interpolate linearly from 0 at `none` to 1 at `full`, clamped outside."""
     return min(max((value - none) / (full - none), 0.0), 1.0)
 
 
 def by_rules(text: str) -> dict:
-    """Return the label of `text` by rules: a score of 0 for what is not Python."""
+    """Label `text` by the rules; score 0 if it is not Python."""
     try:
         points = rule_points(strip_licence(text))
     except SyntaxError:
@@ -136,7 +135,7 @@ def label(points: dict, reason: str, labeller: str) -> dict:
 
 
 def prompt(text: str) -> list[dict]:
-    """Return the messages that ask for the label of `text`."""
+    """Return the chat messages that ask for a label of `text`."""
     text = excerpt(strip_licence(text), MAX_CHARS)
     questions = "\n".join(f"{i}. {question}" for i, question in enumerate(QUESTIONS.values(), 1))
     content = PROMPT.format(questions=questions, mark=mark(text), text=text)
@@ -144,7 +143,7 @@ def prompt(text: str) -> list[dict]:
 
 
 def excerpt(text: str, max_chars: int) -> str:
-    """Cut `text` to `max_chars`: two thirds from its beginning, the rest from its middle."""
+    """Cut `text` to `max_chars`: two thirds from the start, one third from the middle."""
     if len(text) <= max_chars:
         return text
     head = text[: max_chars * 2 // 3]
@@ -153,7 +152,7 @@ def excerpt(text: str, max_chars: int) -> str:
 
 
 def parse_reply(text: str, labeller: str) -> dict | None:
-    """Read the label in a reply, the last JSON object in it that has the points; None without."""
+    """Return the label from the last JSON object with valid points in a reply, or None."""
     for start in reversed([m.start() for m in re.finditer("{", text)]):
         try:
             reply, _ = json.JSONDecoder().raw_decode(text, start)
@@ -170,7 +169,7 @@ def parse_reply(text: str, labeller: str) -> dict | None:
 
 
 def by_endpoint(client: Client, text: str) -> dict | str:
-    """Return the label of `text` by the endpoint, or why there is none."""
+    """Return the endpoint's label of `text`, or the reason for having none."""
     for draw in range(DRAWS):
         try:
             reply = client.ask(prompt(text), REPLY_TOKENS, draw)
@@ -185,14 +184,14 @@ def by_endpoint(client: Client, text: str) -> dict | str:
 
 
 def annotate(config: Config) -> dict:
-    """Write `config.out` and return its summary, or the price for a dry run. Raises UserError."""
+    """Write `config.out` and return its summary, or the price on a dry run. Raises UserError."""
     if config.labeller not in ("rules", "llm"):
         raise UserError(f"--labeller {config.labeller}: want rules or llm")
     llm = config.labeller == "llm"
     if config.dry_run and not llm:
-        raise UserError("--dry_run prices the endpoint's work; the rules cost nothing")
+        raise UserError("--dry_run: the rules cost nothing; use it with --labeller llm")
     if llm and Ranks().size > 1:
-        raise UserError("--labeller llm asks from one process, which holds the budget: no mpirun")
+        raise UserError("--labeller llm: one process tracks the budget; run it without mpirun")
     truth = read_labels(config.against) if config.against else {}
     shards = source_shards(*config.source)
     wanted = chooser(config, truth, shards)
@@ -204,17 +203,17 @@ def annotate(config: Config) -> dict:
             count = total(stage.map("label", shards, lambda part: write(part, wanted, client)))
             if not count["documents"]:
                 raise no_label(config, count)
-            if client:  # apart from the summary: it differs where a run was killed and went on
+            if client:  # not in the summary: it differs after a kill and resume
                 write_json(stage.result / "endpoint.json", client.summary())
             count["labeller"] = config.model if llm else "rules"
-            if truth and stage.ranks.rank == 0:  # the only one that finish() waits for
+            if truth and stage.ranks.rank == 0:  # finish() moves the folder when rank 0 is done
                 records = read_documents([stage.result])
                 count["agreement"] = agreement([(r["score"], truth[r["sha256"]]) for r in records])
             return stage.finish(count)
 
 
 def chooser(config: Config, truth: dict, shards: list[Path]) -> Callable[[dict], bool]:
-    """Return the test for documents to label: those in `truth`, if any; of them, the sample."""
+    """Return the predicate for documents to label: in `truth` (if any) and in the sample."""
 
     def named(record: dict) -> bool:
         return not truth or record["sha256"] in truth
@@ -229,12 +228,12 @@ def chooser(config: Config, truth: dict, shards: list[Path]) -> Callable[[dict],
 
 
 def key(record: dict) -> int:
-    """Return where a document stands in the order of samples, a hash of 64 bits."""
+    """Return the 64-bit hash that orders documents for sampling."""
     return int.from_bytes(hashlib.sha256(f"0:{record['sha256']}".encode()).digest()[:8])
 
 
 def write(part: Part, wanted: Callable[[dict], bool], client: Client | None) -> dict:
-    """Write a shard's labelled documents and return counts."""
+    """Label a shard's documents, write them and return counts."""
 
     def labelled(record: dict) -> tuple[dict, dict | str]:
         text = record["text"]
@@ -249,7 +248,7 @@ def write(part: Part, wanted: Callable[[dict], bool], client: Client | None) -> 
             if isinstance(found, str):
                 count[found] += 1
                 if not out.documents and count["documents_in"] == MOST_BARREN:
-                    raise no_label(part.stage.config, count)  # each reply costs
+                    raise no_label(part.stage.config, count)  # replies cost money
                 continue
             out.write(record | found)
             scores[str(int(found["score"]))] += 1
@@ -259,18 +258,18 @@ def write(part: Part, wanted: Callable[[dict], bool], client: Client | None) -> 
 
 def no_label(config: Config, count: dict) -> UserError:
     told = f"; the replies are in {config.replies()}" if config.labeller == "llm" else ""
-    return UserError(f"--source {config.source[0]}: no label ({dict(count)}){told}")
+    return UserError(f"--source {config.source[0]}: no document labelled ({dict(count)}){told}")
 
 
 def read_labels(path: Path) -> dict[str, float]:
-    """Return {sha256: score} of a file of labels."""
+    """Read {sha256: score} from a label file. Raises UserError if it is malformed or empty."""
     records = list(read_jsonl(path))
     try:
         labels = {record["sha256"]: float(record["score"]) for record in records}
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: a label without sha256 and score") from None
+        raise UserError(f"{path}: want a sha256 and a number as score in each label") from None
     if not labels:
-        raise UserError(f"{path}: it holds no labels")
+        raise UserError(f"{path} holds no labels")
     return labels
 
 
@@ -278,7 +277,7 @@ def read_labels(path: Path) -> dict[str, float]:
 
 
 def agreement(pairs: list[tuple[float, float]]) -> dict:
-    """Compare pairs of score and truth: Spearman, and AUC for a truth of at least GOOD."""
+    """Compare (score, truth) pairs: Spearman's rho, and AUC with truth >= GOOD as positive."""
     from scipy.stats import spearmanr
 
     scores, truth = np.array(pairs).T
@@ -288,8 +287,8 @@ def agreement(pairs: list[tuple[float, float]]) -> dict:
 
 
 def auc(scores, positive) -> float:
-    """Return the chance that a positive scores above a negative, ties half; nan without both."""
-    from scipy.stats import rankdata  # scikit-learn's roc_auc_score takes milliseconds to check
+    """Return the area under the ROC curve, ties counted half; nan if a class is empty."""
+    from scipy.stats import rankdata  # scikit-learn's roc_auc_score spends ms on input checks
 
     positive = np.asarray(positive, bool)
     n, m = positive.sum(), (~positive).sum()

@@ -1,4 +1,4 @@
-"""A classifier that tells documents which teach from those which do not.
+"""Train and apply a classifier of educational value.
 
     python -m data.classify train --source out/labels --out out/forest
     python -m data.classify train --source out/raw --labels tests/data/labels.jsonl \\
@@ -7,18 +7,18 @@
     python -m data.filter --source out/scored --keep_frac 0.2 --out out/filtered
 
 The paper (section 2.1) trains a random forest on the output embedding of a pretrained codegen model
-to predict GPT-4's labels. PAPER: pooling, model size and threshold are undisclosed. Ours: the mean
-of a --checkpoint's hidden states, of a Hugging Face --encoder's with the syntax tree, or the tree
-alone; see base/features.py. With an encoder the default is a ridge regression: on 241 labels its
-AUC is .946, the forest's .904, with intervals that overlap (LOG.md).
+to predict GPT-4's labels. PAPER: pooling, model size and threshold are undisclosed. Our features
+(base/features.py) are the mean hidden states of a --checkpoint, or of a Hugging Face --encoder plus
+the syntax tree, or the tree alone. With an encoder the default head is a ridge regression: on 241
+labels its AUC is .946, the forest's .904, with overlapping intervals (LOG.md).
 
-`train` learns the labels' scores, which ranks better than learning whether they reach --good
-(LOG.md). AUC, precision and the calibration of votes to probabilities are about reaching it, by
-cross-validation with no package on both sides: files of one resemble each other. Where the rules of
-data/annotate.py made the labels, an AUC shows that the plumbing works, and nothing about quality.
+`train` regresses on scores, which ranks better than classifying score >= --good. AUC,
+precision and calibration use score >= --good. Cross-validation keeps each package on one side,
+because files of one package resemble each other. If the rules of data/annotate.py made the labels,
+the AUC shows that the plumbing works and says nothing about quality.
 
-`score` adds `quality`, the probability from 0 to 1 that a document is good, by which data/filter.py
-cuts and data/dedup.py chooses; read the filter's samples before you trust a threshold.
+`score` adds `quality`, the probability from 0 to 1 that a document is good. data/filter.py cuts by
+it and data/dedup.py keeps the best copy by it. Read the filter's samples before you trust a cut.
 """
 
 import json
@@ -40,62 +40,62 @@ from data.base.features import Features
 from data.base.ranks import Ranks, say
 from data.base.stage import Part, Stage, total
 
-BATCH = 64  # documents whose features are made at once
-SCALE = 10  # the largest score of a label: votes are from 0 to 1
-MIN_LEAF = 2  # documents in a leaf of a tree
-RESAMPLES = 500  # of the bootstrap behind the interval of the AUC
-KEEP_FRAC = 0.2  # share whose precision is reported; the paper kept 6 of 35 billion tokens
-CALIBRATION_C = 100.0  # how little the calibration is regularised
+BATCH = 64  # documents per feature batch
+SCALE = 10  # maximum score of a label; scales targets to 0 to 1
+MIN_LEAF = 2  # minimum documents per tree leaf
+RESAMPLES = 500  # bootstrap resamples for the AUC interval
+KEEP_FRAC = 0.2  # report the precision of this top share; the paper kept 6 of 35 billion tokens
+CALIBRATION_C = 100.0  # inverse regularisation strength of the calibration
 FIELDS = {"feature": "feature", "threshold": "threshold", "left": "children_left",
-          "right": "children_right", "value": "value"}  # of the file: of scikit-learn  # fmt: skip
+          "right": "children_right", "value": "value"}  # our name: scikit-learn's  # fmt: skip
 
 RIDGE = {"coef", "intercept"}
-LEAST_STD = 0.1  # of a feature, as a share of the median of its kind
-VOTES = (-0.25, 1.25)  # between which a ridge's lie: targets are from 0 to 1
-PENALTIES = np.logspace(-4, 3, 15)  # of the ridge, chosen by leaving out one document at a time
+LEAST_STD = 0.1  # floor of a feature's std, relative to the median of its block
+VOTES = (-0.25, 1.25)  # clip range of ridge votes; targets are in [0, 1]
+PENALTIES = np.logspace(-4, 3, 15)  # ridge penalties, selected by leave-one-out
 
-# A forest: FIELDS, all [nodes] but roots [trees]; a leaf is its own child. Or RIDGE.
+# Arrays of a forest (FIELDS [nodes] and roots [trees]; a leaf is its own child) or of a RIDGE.
 Head = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a forest or ridge on labelled documents, calibrate it and tell how good it is."""
+    """Train a forest or ridge on labelled documents, calibrate it and report how good it is."""
 
-    source: tuple[Path, ...]  # documents, files or folders; may be given several times
+    source: tuple[Path, ...]  # files or folders of documents; repeatable
     out: Path  # folder to write
-    labels: Path | None = None  # file of {"sha256", "score"}; without it the documents' own `score`
-    # as data.annotate writes it
-    checkpoint: Path | None = None  # run whose hidden states are the features, as in the paper;
-    # without it the syntax tree's
-    encoder: Path | None = None  # folder of a Hugging Face model with safetensors: hidden states
-    # of it and the syntax tree's features
-    head: str = ""  # forest, as in the paper, or ridge; "": ridge for an encoder, else forest
-    good: float = GOOD  # a label from here on is good
-    trees: int = 200  # trees of the forest
-    folds: int = 5  # of the cross-validation
-    seed: int = 0  # of the trees
+    labels: Path | None = None  # file of {"sha256", "score"} lines, instead of each document's own
+    # `score` from data.annotate
+    checkpoint: Path | None = None  # run folder: use its hidden states as features, as in the
+    # paper, instead of the syntax tree
+    encoder: Path | None = None  # Hugging Face model folder with safetensors: use its hidden states
+    # plus the syntax tree as features
+    head: str = ""  # forest (as in the paper) or ridge; if unset, ridge with --encoder, else forest
+    good: float = GOOD  # minimum score of a good document
+    trees: int = 200  # trees in the forest
+    folds: int = 5  # cross-validation folds
+    seed: int = 0  # random seed of the forest
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Add to each document `quality`, the probability that it is good."""
+    """Add `quality` to each document, the probability that it is good."""
 
-    source: tuple[Path, ...]  # documents, files or folders; may be given several times
-    forest: Path  # folder that `train` wrote
+    source: tuple[Path, ...]  # files or folders of documents; repeatable
+    forest: Path  # folder written by `train`
     out: Path  # folder to write
-    checkpoint: Path | None = None  # where the forest's model is now, if it was moved
-    encoder: Path | None = None  # likewise
+    checkpoint: Path | None = None  # new location of the checkpoint, if it was moved
+    encoder: Path | None = None  # new location of the encoder, if it was moved
 
 
 COMMANDS = {"train": TrainConfig, "score": ScoreConfig}
 
 
-# ---- The heads: scikit-learn fits them, plain arrays store them
+# ---- Heads, fitted by scikit-learn and stored as plain arrays
 
 
 def grow(x: np.ndarray, target: np.ndarray, trees: int, seed: int) -> Head:
-    """Grow a forest on features x float32 [n, F]; its leaves hold the mean of targets [n]."""
+    """Fit a forest to features x float32 [n, F] and targets [n]; leaves hold target means."""
     from sklearn.ensemble import RandomForestRegressor
 
     grower = RandomForestRegressor(
@@ -113,15 +113,15 @@ def grow(x: np.ndarray, target: np.ndarray, trees: int, seed: int) -> Head:
 
 
 def regress(x: np.ndarray, target: np.ndarray, widths: list[int]) -> Head:
-    """Fit a ridge to standardised features x float32 [n, F], each kind (`widths`) of equal weight.
+    """Fit a ridge to standardised features x float32 [n, F], equal weight per block (`widths`).
 
-    Unweighted, the few of the syntax tree would be lost among the many of an encoder.
+    Unweighted, the encoder's many features would drown out the syntax tree's few.
     """
     from sklearn.linear_model import RidgeCV
 
     x = logs(x)
     std = x.std(0)
-    # A column that hardly varies here would weigh heavily where it does elsewhere.
+    # Floor the std: a column that barely varies here would dominate on data where it does.
     blocks = np.split(std, np.cumsum(widths)[:-1])
     std = np.concatenate([np.maximum(s, LEAST_STD * np.median(s) + 1e-9) for s in blocks])
     scale = std * np.sqrt(np.repeat(widths, widths))
@@ -131,12 +131,12 @@ def regress(x: np.ndarray, target: np.ndarray, widths: list[int]) -> Head:
 
 
 def logs(x: np.ndarray) -> np.ndarray:
-    """Return x float64, its large numbers (of characters, lines) brought near to the others."""
+    """Return sign(x) log(1 + |x|), float64: compresses counts of characters and lines."""
     return np.sign(x) * np.log1p(np.abs(x, dtype=float))
 
 
 def predict(forest: Head, x: np.ndarray) -> np.ndarray:
-    """Return votes float64 [n] for x float32 [n, F]: a forest's mean, scikit-learn's to the bit."""
+    """Return votes float64 [n] for x float32 [n, F]; a forest's equal scikit-learn's bitwise."""
     if "coef" in forest:
         vote = (logs(x) * forest["coef"]).sum(1) + forest["intercept"]
         return np.clip(vote, *VOTES)
@@ -145,7 +145,7 @@ def predict(forest: Head, x: np.ndarray) -> np.ndarray:
     while True:
         below = x[rows, forest["feature"][node]] <= forest["threshold"][node]
         following = np.where(below, forest["left"][node], forest["right"][node])
-        if (following == node).all():  # cumsum adds in the trees' order, as scikit-learn does
+        if (following == node).all():  # cumsum adds in tree order, like scikit-learn
             return forest["value"].ravel()[node].cumsum(1)[:, -1] / node.shape[1]
         node = following
 
@@ -155,7 +155,7 @@ def sigmoid(vote: np.ndarray, a: float, b: float) -> np.ndarray:
 
 
 def platt(vote: np.ndarray, good: np.ndarray) -> tuple[float, float]:
-    """Fit (a, b) of the probability sigmoid(a vote + b) that a document is good."""
+    """Fit Platt scaling: return (a, b) with P(good) = sigmoid(a vote + b)."""
     from sklearn.linear_model import LogisticRegression
 
     fitted = LogisticRegression(C=CALIBRATION_C).fit(vote[:, None], good)
@@ -166,9 +166,9 @@ def platt(vote: np.ndarray, good: np.ndarray) -> tuple[float, float]:
 
 
 def train(config: TrainConfig) -> dict:
-    """Write `config.out` and return its summary. Raises UserError if the labels are too few."""
+    """Write `config.out` and return its summary. Raises UserError for too few labels."""
     if config.trees < 1 or config.folds < 2:
-        raise UserError("want --trees of 1 or more, --folds of 2 or more")
+        raise UserError("--trees must be at least 1 and --folds at least 2")
     if config.head not in ("", "forest", "ridge"):
         raise UserError(f"--head {config.head}: want forest or ridge")
     labels = read_labels(config.labels) if config.labels else None
@@ -176,16 +176,15 @@ def train(config: TrainConfig) -> dict:
     with Stage(config, source_shards(*config.source), reads) as stage:
         found = stage.map("labels", stage.shards, lambda part: rows_of(part, labels))
         rows = [row for result in found for row in result["rows"]]
-        # A document that is in two shards would be on both sides of the cross-validation.
+        # A document in two shards could land on both sides of the cross-validation.
         first = sorted({row["sha256"]: i for i, row in reversed([*enumerate(rows)])}.values())
         rows = [rows[i] for i in first]
         good = sum(row["score"] >= config.good for row in rows)
         packages = len({group(row["origin"]) for row in rows})
         if min(good, len(rows) - good, packages) < config.folds:
             raise UserError(
-                f"--source: {len(rows)} labelled documents, {good} of them good, of "
-                f"{packages} packages: too few for {config.folds} folds; label more or lower "
-                "--folds"
+                f"--source: {len(rows)} labelled documents ({good} good) from {packages} packages "
+                f"are too few for {config.folds} folds; label more or lower --folds"
             )
         features = Features(stage.ranks.rank, config.checkpoint, config.encoder)
         stage.map("features", stage.shards, lambda part: save_features(part, features, labels))
@@ -195,7 +194,7 @@ def train(config: TrainConfig) -> dict:
 
 
 def labelled(part: Part, labels: dict[str, float] | None) -> Iterator[dict]:
-    """Yield what training needs of a shard's labelled documents."""
+    """Yield the fields that training needs from a shard's labelled documents."""
     for record in part.documents():
         given = {"score": labels.get(record["sha256"]), "labeller": "file"} if labels else record
         row = {name: record[name] for name in ("sha256", "origin", "text")}
@@ -205,7 +204,7 @@ def labelled(part: Part, labels: dict[str, float] | None) -> Iterator[dict]:
 
 
 def rows_of(part: Part, labels: dict[str, float] | None) -> dict:
-    """Return the labelled documents without their texts: cheap, before features are made."""
+    """Return a shard's labelled rows without text, for cheap checks before computing features."""
     return {"rows": [{k: row[k] for k in row if k != "text"} for row in labelled(part, labels)]}
 
 
@@ -218,7 +217,7 @@ def save_features(part: Part, features: Features, labels: dict[str, float] | Non
 
 def fit(config: TrainConfig, part: Part, rows: list[dict], first: list[int],
         features: Features) -> dict:  # fmt: skip
-    """Fit and calibrate the head on features `first`, write it, report its cross-validation."""
+    """Fit, calibrate and write the head on feature rows `first`; return cross-validated metrics."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     x = np.concatenate([np.load(f) for f in sorted(part.stage.scratch.glob("shard-*.npy"))])[first]
@@ -260,12 +259,12 @@ def fit(config: TrainConfig, part: Part, rows: list[dict], first: list[int],
 
 
 def group(origin: str) -> str:
-    """Return the package of a file, as far as its origin tells: "site-packages:torch"."""
+    """Return the package named by an origin, e.g. "site-packages:torch"."""
     return origin.split("/")[0]
 
 
 def interval(groups: np.ndarray, vote: np.ndarray, good: np.ndarray) -> list[float]:
-    """Return a 95% interval of the AUC: a bootstrap over groups, whose files are dependent."""
+    """Return a 95% bootstrap interval of the AUC, over groups because their files are dependent."""
     members = [np.flatnonzero(groups == name) for name in sorted(set(groups))]
     rng, found = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
@@ -278,10 +277,10 @@ def interval(groups: np.ndarray, vote: np.ndarray, good: np.ndarray) -> list[flo
 
 
 class Classifier:
-    """A stored forest with what makes its features."""
+    """A stored head and its feature extractor."""
 
     def __init__(self, folder: Path, rank: int, **moved: Path | None):
-        """Take where the checkpoint or encoder is now, if not where it was."""
+        """Load `folder`; `moved` holds the new checkpoint or encoder path, if any."""
         try:
             about = json.loads((folder / "forest.json").read_text())
             self.calibration = tuple(map(float, about["calibration"]))
@@ -290,19 +289,19 @@ class Classifier:
             with np.load(folder / "forest.npz", allow_pickle=False) as arrays:
                 self.forest = {name: arrays[name] for name in arrays}
             if self.forest.keys() not in (RIDGE, {*FIELDS, "roots"}):
-                raise ValueError("other arrays")
+                raise ValueError("unexpected arrays")
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
-            raise UserError(f"--forest {folder}: no forest of data.classify train ({e})") from None
+            raise UserError(f"--forest {folder} is not from data.classify train ({e})") from None
         kind = {k: about[k] for k in ("features", "weights") if k in about}
         self.features = Features(rank, **paths)
         if self.features.kind != kind:
             raise UserError(
-                f"--forest {folder} was trained on {kind}, {self.features.path or 'no model'} "
-                f"gives {self.features.kind}; name the right --checkpoint or --encoder"
+                f"--forest {folder} was trained on {kind}, but {self.features.path or 'no model'} "
+                f"gives {self.features.kind}; pass the right --checkpoint or --encoder"
             )
 
     def quality(self, texts: list[str]) -> np.ndarray:
-        """Return the probability float64 [texts] that each is good."""
+        """Return P(good) of each text, float64 [texts]."""
         return sigmoid(predict(self.forest, self.features(texts)), *self.calibration)
 
 
@@ -314,12 +313,12 @@ def score(config: ScoreConfig) -> dict:
     with Stage(config, source_shards(*config.source), reads) as stage:
         count = total(stage.map("score", stage.shards, lambda part: score_shard(part, classifier)))
         if not count.get("documents"):
-            raise UserError(f"--source {config.source[0]}: no document there")
+            raise UserError(f"--source {config.source[0]}: no documents found")
         return stage.finish(count)
 
 
 def score_shard(part: Part, classifier: Classifier) -> dict:
-    """Write a shard with qualities; count them by tenths."""
+    """Write a shard with qualities; return their histogram in tenths."""
     tenths = Counter()
     with part.writer() as out:
         for batch in batched(part.documents(), BATCH):
@@ -333,7 +332,7 @@ def score_shard(part: Part, classifier: Classifier) -> dict:
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
-        raise UserError(f"say what to do: {' or '.join(COMMANDS)}, then the options or --help")
+        raise UserError(f"want {' or '.join(COMMANDS)} first, then options or --help")
     config = parse(COMMANDS[name], sys.argv[2:])
     if name == "score":
         s = score(config)
@@ -342,14 +341,14 @@ def main() -> None:
         return say(f"{config.out}: {s['documents']:,} documents")
     s = train(config)
     say(f"{config.out}: AUC {s['auc']} ({s['auc_ci95'][0]} - {s['auc_ci95'][1]}) on "
-        f"{s['documents']:,} held-out labels, {s['good']:,} of them good; of the best "
-        f"{KEEP_FRAC:.0%}, {s['precision_at_kept']:.0%} are good, of all {s['share_of_good']:.0%}, "
+        f"{s['documents']:,} held-out labels ({s['good']:,} good); precision in the top "
+        f"{KEEP_FRAC:.0%}: {s['precision_at_kept']:.0%}, base rate {s['share_of_good']:.0%}, "
         f"F1 {s['f1_at_kept']}, Spearman {s['spearman']}; {s['mb_per_s']:.3g} MB/s of features"
     )  # fmt: skip
     if not s["auc_ci95"][0] > 0.5:
-        say("it ranks these labels no better than chance may: do not cut by its quality")
+        say("the AUC is not clearly above chance (0.5): do not filter by this quality")
     if s["labellers"].keys() == {"rules"}:
-        say("the labels are the rules' own: this AUC shows that the plumbing works, nothing more")
+        say("data.annotate's rules made the labels: this AUC only shows that the plumbing works")
 
 
 if __name__ == "__main__":

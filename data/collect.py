@@ -1,15 +1,15 @@
-"""Collect raw Python code, from folders on this machine, into one folder of documents.
+"""Collect raw Python code from local folders into one folder of documents.
 
     python -m data.collect --out out/raw --max_mb 30            # what every machine has
     python -m data.collect --out out/raw --source ~/code --source stack/train-00000.parquet
 
-Files come in the order of a hash of their origin, a shuffle that is the same on every machine.
-`--max_mb` cuts that order short: a small sample is the beginning of a larger one, and each source
-gives in proportion to its size. The documents of one file stay in their order.
+Files are sorted by a hash of their origin: the same shuffle on every machine. `--max_mb` truncates
+that order, so a small sample is a prefix of a larger one and each source contributes in proportion
+to its size. Documents in one file keep their order.
 
-Left out are tests and vendored copies by their path, generated files by what their first lines say,
-exact copies, and text that is no text. Files are read in groups of about 16 MB, each by one rank,
-and what is left of a group becomes a shard.
+Left out: tests and vendored copies (by path), generated files (by their first lines), exact copies
+and text that is empty, binary or over 1 MiB. Ranks read files in groups of about 16 MB; the
+documents left in a group become one shard.
 """
 
 import contextlib
@@ -35,25 +35,24 @@ from data.base.readers import decode
 from data.base.stage import Part, Stage, size_and_time, total
 from data.base.unique import Candidates, choose, write_chosen
 
-SYSTEM = {"stdlib": ("stdlib",), "site-packages": ("purelib", "platlib")}  # names of sysconfig
-MAX_DOCUMENT_BYTES = 1 << 20  # a larger source file is a table or a bundle; also bounds memory
-# Tests assert about code elsewhere, and vendored copies come again under their own name. Of the
-# standard library's folders, idlelib and turtledemo are applications, encodings is tables and
-# lib2to3 a grammar.
+SYSTEM = {"stdlib": ("stdlib",), "site-packages": ("purelib", "platlib")}  # sysconfig path names
+MAX_DOCUMENT_BYTES = 1 << 20  # larger source files are tables or bundles; also bounds memory
+# Tests are about code elsewhere; vendored packages also exist under their own name. In the standard
+# library, idlelib and turtledemo are applications, encodings holds tables and lib2to3 a grammar.
 LEFT_OUT_FOLDERS = re.compile(
     r"_?tests?|testing|_?vendor(ed)?|third_party|extern(als)?|idlelib|lib2to3|encodings|turtledemo"
 )
-NOT_OF_THE_SOURCE = re.compile(r"\..*|site-packages|dist-packages|node_modules")  # not even counted
+NOT_OF_THE_SOURCE = re.compile(r"\..*|site-packages|dist-packages|node_modules")  # not counted
 LEFT_OUT_FILES = re.compile(r"(test_.*|.*_tests?|tests?|conftest|.*_pb2(_grpc)?)\.py")
 GENERATED = re.compile(
     r"auto(matically)?[- ]?generated|(file|configuration|codec)( is| was)? generated"
     r"|@generated|do not (edit|modify)",
     re.IGNORECASE,
 )
-GENERATED_CHARS = 1000  # how far in that may stand: room for a licence header before it
-GROUP_BYTES = 16_000_000  # read by one rank: small enough that a laptop's two have work
-IN_ORDER = "from files order by key, rowid"  # the order of a sample
-UNREADABLE = ("NUL", "too large")  # reasons that are named in quarantine/
+GENERATED_CHARS = 1000  # searched prefix: leaves room for a licence header
+GROUP_BYTES = 16_000_000  # per work item: small enough to keep both ranks of a laptop busy
+IN_ORDER = "from files order by key, rowid"  # sample order
+UNREADABLE = ("NUL", "too large")  # reasons reported in quarantine/
 
 
 @dataclass(frozen=True)
@@ -61,31 +60,31 @@ class Config:
     """Collect raw Python code into a folder of documents."""
 
     out: Path  # folder to write
-    source: tuple[str, ...] = tuple(SYSTEM)  # stdlib, site-packages, a folder (its *.py files or,
-    # where it has none, its shards), or a shard: .jsonl, .parquet, Posts.xml; several may be given
-    max_mb: float = 0.0  # stop after the document that reaches this many 10^6 bytes, 0 = take all
+    source: tuple[str, ...] = tuple(SYSTEM)  # stdlib, site-packages, a folder (its *.py files, or
+    # its shards if it has none), or a shard (.jsonl, .parquet, Posts.xml); repeatable
+    max_mb: float = 0.0  # stop after the document that reaches this size, 10^6 bytes; 0 = no limit
 
 
 class File(NamedTuple):
-    """A file to read: a document if it is a *.py, else a shard of documents."""
+    """A file to read: one document if *.py, else a shard of documents."""
 
     path: Path
-    origin: str  # where it came from, for a person
+    origin: str  # human-readable location
     bytes: int
-    time_ns: int  # of its last change
+    time_ns: int  # modification time
 
 
 def collect(config: Config) -> dict:
-    """Write `config.out` and return its summary. Raises UserError for a source without files."""
+    """Write `config.out` and return its summary. Raises UserError if there are no documents."""
     max_bytes = config.max_mb * 1e6 or math.inf
-    with contextlib.ExitStack() as exits:  # the list is on disk: there may be millions of files
+    with contextlib.ExitStack() as exits:  # file list on disk: there may be millions
         db = exits.enter_context(contextlib.closing(sqlite3.connect("")))
         by_path, digest = list_all(config, db) if Ranks().rank == 0 else ({}, "")
         stage = exits.enter_context(Stage(config, [], also=digest))
         [groups] = stage.map("list", [by_path], lambda part: write_groups(part, db))
         read, chosen = [], {"documents": 0, "bytes": 0, "left_out": {}, "items": []}
         while len(read) < len(groups["sizes"]) and chosen["bytes"] < max_bytes:
-            # As many groups as should suffice: a matter of their sizes, not of the number of ranks.
+            # Estimate the groups needed from sizes alone: the output must not depend on the ranks.
             sizes = np.cumsum(groups["sizes"][len(read) :])
             n = len(read) + 1 + int((sizes < max_bytes - chosen["bytes"]).sum())
             items = range(len(groups["sizes"]))[:n]
@@ -99,9 +98,9 @@ def collect(config: Config) -> dict:
 
 
 def list_all(config: Config, db: sqlite3.Connection) -> tuple[Counter, str]:
-    """List all files to read in `db`; return counts of those that their path rules out, and a hash.
+    """Fill `db` with the files to read; return left-out counts and a hash of the list.
 
-    Raises UserError as list_files and check_out do.
+    Raises UserError for a source without files or an unusable `config.out`.
     """
     left_out, digest = Counter(), hashlib.sha256()
     db.execute("create table files (key, path, origin, bytes, time_ns)")
@@ -118,7 +117,7 @@ def list_all(config: Config, db: sqlite3.Connection) -> tuple[Counter, str]:
 
 
 def write_groups(part: Part, db: sqlite3.Connection) -> dict:
-    """Leave the groups of files in scratch; return their sizes in bytes, and counts by path."""
+    """Write the file groups to scratch; return their sizes in bytes and the left-out counts."""
     sizes = []
     rows = db.execute(f"select path, origin, bytes, time_ns {IN_ORDER}")
     for group in batched(rows, GROUP_BYTES, lambda row: row[2]):
@@ -129,18 +128,18 @@ def write_groups(part: Part, db: sqlite3.Connection) -> dict:
 
 
 def list_files(source: str, left_out: Counter) -> Iterator[File]:
-    """Yield the files of `source`, less those that their path rules out.
+    """Yield the files of `source`; count those left out by path.
 
     An origin holds no absolute path: "stdlib:json/decoder.py", "code:pkg/module.py" for ~/code.
-    Links to folders are not followed.
+    Symlinked folders are not followed.
     """
-    path = Path(source).expanduser()  # a shell leaves the ~ of --source=~/code as it is
+    path = Path(source).expanduser()  # shells do not expand the ~ in --source=~/code
     if source not in SYSTEM and not path.is_dir():
         yield from (File(f, f.name, *size_and_time(f)) for f in source_shards(path))
         return
     roots = [Path(sysconfig.get_path(key)) for key in SYSTEM.get(source, ())] or [path]
     name = source if source in SYSTEM else path.resolve().name
-    found = source in SYSTEM  # an environment without packages is no error
+    found = source in SYSTEM  # an environment without packages is fine
     for root in dict.fromkeys(root.resolve() for root in roots):  # purelib is often platlib
         for folder, subfolders, files in os.walk(root):
             subfolders[:] = [s for s in subfolders if not NOT_OF_THE_SOURCE.fullmatch(s)]
@@ -156,13 +155,13 @@ def list_files(source: str, left_out: Counter) -> Iterator[File]:
 
 
 def left_out_path(inside: str) -> bool:
-    """Return whether a path ("pkg/tests/test_x.py") says test, vendored or generated."""
+    """Return whether a path ("pkg/tests/test_x.py") names test, vendored or generated code."""
     *folders, file = inside.split("/")
     return bool(LEFT_OUT_FILES.fullmatch(file) or any(map(LEFT_OUT_FOLDERS.fullmatch, folders)))
 
 
 def read_group(part: Part, max_bytes: float) -> dict:
-    """Write up to `max_bytes` of candidates of a group to scratch; return counts of the rest."""
+    """Write up to `max_bytes` of a group's candidates to scratch; return left-out counts."""
     left_out, seen = Counter(), set()
     with Candidates(part) as candidates:
         rows = read_jsonl(part.stage.scratch / f"group-{part.item:05d}.jsonl")
@@ -183,7 +182,7 @@ def read_group(part: Part, max_bytes: float) -> dict:
 
 
 def read_texts(part: Part, file: File) -> Iterator[tuple[str, str]]:
-    """Yield the (text, origin) of a file's documents; quarantine what cannot be read."""
+    """Yield (text, origin) of each document in a file; quarantine unreadable ones."""
     if file.path.suffix != ".py":
         for record in part.documents(file.path, file.origin):
             yield record["text"], record["origin"]
@@ -191,7 +190,7 @@ def read_texts(part: Part, file: File) -> Iterator[tuple[str, str]]:
         part.bad("too large", file.origin, 1)
     else:
         try:
-            if not file.path.is_file():  # a dangling link, or a named pipe, which would block
+            if not file.path.is_file():  # a dangling link, or a named pipe (would block)
                 raise OSError
             yield decode(file.path.read_bytes()), file.origin
         except (OSError, UnicodeDecodeError) as e:
@@ -199,7 +198,7 @@ def read_texts(part: Part, file: File) -> Iterator[tuple[str, str]]:
 
 
 def why_not(text: str) -> str:
-    """Return why a text is no document, "" if it is one."""
+    """Return why a text is rejected, or ""."""
     if not text.strip():
         return "empty"
     if "\0" in text:

@@ -1,30 +1,29 @@
-"""Remove what is too close to a benchmark's problems, and show how much that is.
+"""Remove documents too close to benchmark problems, and report how many there are.
 
     python -m data.decontaminate --source out/exercises/train --out out/clean \\
         --benchmarks HumanEval.jsonl.gz --benchmarks mbpp.jsonl
 
-After section 5 of the phi-1 paper (arXiv 2306.11644), a document is removed if one of its functions
-has a match rate of at least `--tau` with the solution of a problem (data/base/ast_match.py) *and*
-is near it, in one of three ways:
-    as a text     nearer, by the words they share, than all but 1% of the benchmarks' own problems
-                  are to each other
-    as a copy     under any names: COPY_FRAC of names from outside, attributes and constants, and
-                  COPY_WORDS at least, are the same
-    for certain   SURE_NODES nodes or more match at a rate of SURE_RATE
-PAPER: nearness is by embeddings; neither the threshold nor how the two combine is given. Of
-HumanEval's 164 solutions under other names and docstrings 10 are near as a text, 153 as a text or
-copy, 158 in one of the three; of MBPP's 974 it is 65, 702 and 794. In 3,267 files of other people's
-code the three remove 13 at tau 0.8; the first alone 11, and with no SURE_RATE it would be 118.
+Following section 5 of the phi-1 paper (arXiv 2306.11644), a document is removed if the AST of one
+of its functions matches a problem's solution at a rate of at least `--tau` (data/base/ast_match.py)
+*and* passes one of three nearness tests:
+    text      word distance below the 1% quantile of distances between the benchmark's problems
+    copy      survives renaming: shares COPY_FRAC of external names, attributes and constants, if
+              there are at least COPY_WORDS
+    certain   a solution of at least SURE_NODES nodes matches at a rate of at least SURE_RATE
+PAPER: nearness uses embeddings; neither its threshold nor how it combines with tau is given. Given
+solutions with new names and docstrings, `text` catches 10 of HumanEval's 164, `text` or `copy` 153,
+all three 158; of MBPP's 974, they catch 65, 702 and 794. At tau 0.8, all three remove 13 of 3,267
+third-party files, `text` alone 11; without SURE_RATE they would remove 118.
 
-A document that shares NGRAM words in a row with a docstring is counted and reported; the paper's
-four such were false alarms. `--ngrams` removes it, too.
+Documents that share NGRAM consecutive words with a docstring are only counted and reported (the
+paper's four were false alarms); `--ngrams` removes them too.
 
-The output has the documents that stay (shard i is input shard i less what was removed), and
-    summary.json            the paper's table: documents removed, problems similar at each tau
-    report/problems.jsonl   how many documents are close to each problem at each tau
-                            (eval/similarity.py splits scores by it)
-    report/overlaps/        each document that shares words with a docstring: read it
-    removed/                each removed document with the problem it is close to: read it
+The output holds the remaining documents (shard i is input shard i minus the removed), and
+    summary.json            the paper's table: documents removed and similar problems per tau
+    report/problems.jsonl   number of close documents per problem and tau (eval/similarity.py
+                            splits scores by it)
+    report/overlaps/        documents that share words with a docstring: read them
+    removed/                removed documents, each with the problem it is close to: read them
 """
 
 import ast
@@ -47,37 +46,37 @@ from data.base.ranks import say
 from data.base.stage import Part, Stage, total
 from data.base.syntax import FUNCTIONS, docstring, parse_python
 
-TAUS = (0.95, 0.9, 0.85, 0.8)  # the rows of the paper's table
-NGRAM = 13  # words; as GPT-3 (arXiv 2005.14165, appendix C)
-NEAR_FRAC = 0.01  # share of the pairs of different problems that are this near
-FAR = 1.2  # never near from here on, a cosine of 0.28; 1% of HumanEval's pairs are within 1.1955 of
-# each other and of MBPP's within 1.1401, but a few unrelated problems are all at 1.41
-COPY_FRAC = 0.8  # of what stays under other names, the share that a copy has in common
-COPY_WORDS = 3  # of that, at least: with fewer, functions are alike by chance
-SURE_NODES, SURE_RATE = 20, 0.95  # of a problem's tree: what matches so much is no chance
-BATCH_CHARS = 1 << 20  # of documents screened at once
-FUNCTION_CHARS = 1500  # of a function in removed/
+TAUS = (0.95, 0.9, 0.85, 0.8)  # rows of the paper's table
+NGRAM = 13  # words, as in GPT-3 (arXiv 2005.14165, appendix C)
+NEAR_FRAC = 0.01  # quantile of distances between different problems that counts as near
+FAR = 1.2  # upper bound on near, a cosine of 0.28: the 1% quantile is 1.1955 for HumanEval and
+# 1.1401 for MBPP, but a few unrelated problems would give 1.41
+COPY_FRAC = 0.8  # share of the rename-invariant words that a copy has in common
+COPY_WORDS = 3  # minimum of these words: with fewer, functions match by chance
+SURE_NODES, SURE_RATE = 20, 0.95  # solution size and match rate that rule out chance
+BATCH_CHARS = 1 << 20  # per screening batch
+FUNCTION_CHARS = 1500  # per function shown in removed/
 WORD = re.compile(r"[a-z0-9]+")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Remove documents that are close to a benchmark's problems; print the paper's table."""
+    """Remove documents too close to benchmark problems; print the paper's table."""
 
-    source: tuple[Path, ...]  # document shards, files or folders; may be given several times
+    source: tuple[Path, ...]  # files or folders of documents; repeatable
     out: Path  # folder to write
     benchmarks: tuple[Path, ...]  # problem files: HumanEval's format, mbpp.jsonl or
-    # sanitized-mbpp.json; may be given several times
-    tau: float = 0.95  # match rate of syntax trees from which a near function is too close
-    ngrams: bool = False  # true: remove what shares words with a docstring, too
+    # sanitized-mbpp.json; repeatable
+    tau: float = 0.95  # minimum AST match rate for a near function to count as too close
+    ngrams: bool = False  # true: also remove documents that share a run of words with a docstring
 
 
 @dataclass
 class Hit:
-    """How close a document is to one problem."""
+    """Closeness of a document to one problem."""
 
     problem: Reference
-    rate: float = 0.0  # match rate of the syntax trees
+    rate: float = 0.0  # AST match rate
     distance: float = 2.0
     close: bool = False  # near enough for the rate to count
     words: str = ""  # shared with the docstring
@@ -87,7 +86,7 @@ class Hit:
         return self.close and self.rate >= tau - 1e-9
 
     def record(self, document: dict) -> dict:
-        """Return a line of the output about this document and problem."""
+        """Return the output line for this document and problem."""
         return {
             "task_id": self.problem.task_id,
             "id": document["id"],
@@ -117,7 +116,7 @@ class Finder:
                 self.grams.setdefault(gram, i)
 
     def find(self, texts: list[str], functions: list[list[Function]]) -> list[list[Hit]]:
-        """Return the hits of each document, at most one a problem: the closest."""
+        """Return the hits of each document: at most one per problem, the closest."""
         hits: list[dict[int, Hit]] = [{} for _ in texts]
         flat = [(i, function) for i, found in enumerate(functions) for function in found]
         pairs = list(self.matcher.match([f.nodes for _, f in flat]))
@@ -147,7 +146,7 @@ class Finder:
 def decontaminate(config: Config) -> dict:
     """Write `config.out` and return its summary. Raises UserError for a file without problems."""
     if not 0.5 <= config.tau <= 1:
-        raise UserError(f"--tau {config.tau:g}: want 0.5 to 1; at less, everything is alike")
+        raise UserError(f"--tau {config.tau:g}: want 0.5 to 1; below it, everything matches")
     problems = [problem for path in config.benchmarks for problem in read_references(path)]
     taus = sorted({*TAUS, config.tau}, reverse=True)
     finder = Finder(problems, min(taus))
@@ -155,13 +154,13 @@ def decontaminate(config: Config) -> dict:
         found = stage.map("screen", stage.shards, lambda part: screen(part, finder, config, taus))
         count = total(found)
         if not count["documents_in"]:
-            raise UserError(f"--source {config.source[0]}: no document there")
+            raise UserError(f"--source {config.source[0]}: no documents found")
         by_problem, removed = count.pop("by_problem"), count.pop("removed_at")
-        lines = {}  # by task_id: MBPP may be there in both files
+        lines = {}  # keyed by task_id: MBPP may be given as both files
         for task_id in (p.task_id for p in problems):
             close = {t: by_problem.get(task_id, {}).get(t, 0) for t in removed}
             lines[task_id] = {"task_id": task_id, "close": close}
-        if stage.ranks.rank == 0:  # a folder of its own: the next stage reads *.jsonl beside
+        if stage.ranks.rank == 0:  # a subfolder, so the next stage does not read it
             (stage.result / "report").mkdir(exist_ok=True)
             write_jsonl(stage.result / "report" / "problems.jsonl", lines.values())
         similar = Counter(tau for of_problem in by_problem.values() for tau in of_problem)
@@ -171,7 +170,7 @@ def decontaminate(config: Config) -> dict:
 
 
 def screen(part: Part, finder: Finder, config: Config, taus: list[float]) -> dict:
-    """Write the shard's documents that stay; count those close at each tau."""
+    """Write the shard's remaining documents; count close ones per tau."""
     count = Counter(documents_in=0, no_python=0, removed=0, by_ngram=0)
     removed_at = {f"{t:g}": 0 for t in taus}
     by_problem: dict[str, Counter] = defaultdict(Counter)
@@ -182,7 +181,7 @@ def screen(part: Part, finder: Finder, config: Config, taus: list[float]) -> dic
     with part.writer() as kept, removed, overlaps:
         for batch in batched(part.documents(), BATCH_CHARS, chars):
             texts = [document["text"] for document in batch]
-            gc.disable()  # trees are large, and free of cycles: a third of the time to parse
+            gc.disable()  # trees have no cycles, and collection costs a third of parse time
             functions = [functions_anywhere(text) for text in texts]
             gc.enable()
             count["no_python"] += functions.count(None)
@@ -209,7 +208,7 @@ def screen(part: Part, finder: Finder, config: Config, taus: list[float]) -> dic
 
 
 def lasting(text: str) -> Counter:
-    """Count what a copy has under any names: names from outside, attributes, constants."""
+    """Count what survives renaming: external names, attributes and constants."""
     try:
         nodes = list(ast.walk(parse_python(text)))
     except SyntaxError:
@@ -225,13 +224,13 @@ def lasting(text: str) -> Counter:
 
 
 def same(a: Counter, b: Counter) -> bool:
-    """Return whether two functions have in common what `lasting` counts."""
+    """Return whether two functions share most of what `lasting` counts."""
     most = max(a.total(), b.total())
     return most >= COPY_WORDS and (a & b).total() >= COPY_FRAC * most
 
 
 def ngrams(text: str) -> Iterator[tuple[str, ...]]:
-    """Yield every NGRAM words in a row, in lower case; only ASCII letters and digits are words."""
+    """Yield each run of NGRAM words (ASCII letters and digits), in lower case."""
     words = WORD.findall(text.lower())
     return zip(*(words[i:] for i in range(NGRAM)))
 
@@ -247,8 +246,8 @@ def main() -> None:
     say(f"{NGRAM}-grams: {s['by_ngram']:,} documents share one with a docstring: "
         f"{'removed' if config.ngrams else 'see report/overlaps'}")  # fmt: skip
     say(f"{s['no_python']:,} documents have no Python to compare")
-    say(f"{config.out}: {s['documents']:,} of {s['documents_in']:,} documents stay, at tau "
-        f"{config.tau:g}; near: at most {s['near']:.4f}")  # fmt: skip
+    say(f"{config.out}: kept {s['documents']:,} of {s['documents_in']:,} documents at tau "
+        f"{config.tau:g}; near means a distance of at most {s['near']:.4f}")  # fmt: skip
 
 
 if __name__ == "__main__":

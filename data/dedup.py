@@ -2,17 +2,16 @@
 
     python -m data.dedup --source out/filtered --out out/unique
 
-Two documents whose Jaccard index over shingles of 5 tokens reaches `--threshold` are one (see
-base/minhash.py), and so are all that such pairs connect. Of each group the document with the
-highest `quality` (data.classify score) stays; without one the longest, and of equals the first.
-Output shard i is input shard i less what was removed; removed/ has a line for each, which names the
-one kept.
+Two documents are duplicates if the Jaccard index of their 5-token shingles reaches `--threshold`
+(base/minhash.py). Connected duplicates form a group, which keeps the document with the highest
+`quality` (data.classify score); without quality the longest, and on ties the first. Output shard i
+is input shard i minus the removed; removed/ names the kept document for each of them.
 
-Connected groups can drift: a is like b, b like c, a not like c. "drifted" counts the removed
-documents that are below the threshold to the one kept in their place.
+Groups can drift: a is like b, b like c, a not like c. "drifted" counts removed documents with a
+Jaccard index below the threshold to the one kept in their place.
 
-Each rank holds about 220 bytes a document in memory (LOG.md). Signatures, 0.5 kB a document, and
-shingles, about as large as the text, are files in the working folder, mapped where needed.
+Each rank holds about 220 bytes per document in memory. Signatures (0.5 kB per document)
+and shingles (about the size of the text) are memory-mapped files in the working folder.
 """
 
 import itertools
@@ -29,48 +28,48 @@ from data.base.minhash import Bands
 from data.base.ranks import say
 from data.base.stage import Part, Stage, total
 
-BATCH_CHARS = 1 << 20  # of text sketched at once
-MATCH_SHINGLES = 1 << 22  # compared at once
-VERIFY_PARTS = 16  # into which candidate pairs are dealt for the exact comparison
-# The search goes in rounds: of which bands, and with which members of a bucket the others are
-# compared. A round leaves out what the earlier ones have connected: of thousands of copies of one
-# text most are compared once or twice, and not with LEADERS in each band.
+BATCH_CHARS = 1 << 20  # sketched per batch
+MATCH_SHINGLES = 1 << 22  # compared per batch
+VERIFY_PARTS = 16  # work items that share the exact comparisons
+# Search rounds: (bands, which members of a bucket to compare the others with). A round skips pairs
+# that earlier rounds connected, so most of a thousand copies of one text are compared once or twice
+# instead of with LEADERS in each band.
 ROUNDS = [(slice(0, 3), range(1)), (slice(3, None), range(1))]
 ROUNDS += [(slice(None), range(a, b)) for a, b in ((1, 8), (8, minhash.LEADERS))]
-FIELDS = ("shingles", "signatures", "sizes", "sha256", "quality", "chars")  # what a sketch holds
+FIELDS = ("shingles", "signatures", "sizes", "sha256", "quality", "chars")  # arrays of a sketch
 
 
 @dataclass(frozen=True)
 class Config:
-    """Remove exact and near duplicates; of each group of them the best document stays."""
+    """Remove exact and near duplicates; keep the best document of each group."""
 
-    source: tuple[Path, ...]  # document shards, files or folders; may be given several times
+    source: tuple[Path, ...]  # files or folders of documents; repeatable
     out: Path  # folder to write
-    threshold: float = 0.8  # Jaccard index over 5-token shingles from which two documents are one
+    threshold: float = 0.8  # minimum Jaccard index of duplicates, over 5-token shingles
 
 
 class Corpus:
-    """The sketches of all documents; a document's index counts through all shards."""
+    """Sketches of all documents, indexed across all shards."""
 
     def __init__(self, folder: Path, shards: int, threshold: float, bands: Bands):
         def load(name: str) -> list[np.ndarray]:
             files = (folder / f"{name}-{i:05d}.npy" for i in range(shards))
-            return [np.asarray(np.load(file, mmap_mode="r")) for file in files]  # slices faster
+            return [np.asarray(np.load(file, mmap_mode="r")) for file in files]  # faster to slice
 
         self.threshold, self.bands, self.scratch = threshold, bands, folder
         self.shingles, self.signatures, sizes = map(load, FIELDS[:3])  # by shard
         self.sizes = np.concatenate(sizes)
         self.sha256, self.quality, self.chars = (np.concatenate(load(name)) for name in FIELDS[3:])
-        # Where a document's shingles begin in its shard's file, and the first document of shards.
+        # Offset of each document's shingles in its shard's file; first document of each shard.
         self.place = np.concatenate([np.cumsum(s) - s for s in sizes])
         self.begin = np.cumsum([0, *map(len, sizes)])  # [shards + 1]
-        # The first document with the same sha256; lexsort is stable: the first stays first.
+        # First document with the same sha256 (lexsort is stable).
         order = np.lexsort((self.sha256[:, 1], self.sha256[:, 0]))
         self.first, _ = leaders(order, self.sha256[order])
-        self.group = self.first  # a number of each document; `search` joins the groups
+        self.group = self.first  # group id per document; `search` merges groups
 
     def search(self, stage: Stage) -> None:
-        """Join the groups that pairs at the threshold connect."""
+        """Merge groups connected by pairs that reach the threshold."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
@@ -84,11 +83,11 @@ class Corpus:
                 self.group = connected_components(graph, directed=False)[1][self.group]
 
     def load_pairs(self, name: str) -> np.ndarray:
-        """Return the pairs, as i * documents + j, that a map of this round has left."""
+        """Return the pairs saved by a map of this round, coded as i * documents + j."""
         return np.concatenate([*map(np.load, self.scratch.glob(f"{name}-{self.round}-*.npy"))])
 
     def candidates(self, part: Part) -> dict:
-        """Leave pairs equal in a band, of different groups, that may reach the threshold."""
+        """Save pairs from different groups that share a band and may reach the threshold."""
         band, paired = part.item
         name = f"bucket-{band:05d}.npy"
         if paired.start:
@@ -98,7 +97,7 @@ class Corpus:
             members = np.flatnonzero((self.first == np.arange(len(keys))) & (self.sizes > 0))
             keys, members = minhash.shared(keys[members], members)
             np.save(part.scratch / name, [keys, members.astype(np.uint64)])
-        # Of a pair at the threshold, one estimate in 700 is 3 standard deviations below it.
+        # Slack of 3 standard deviations: misses one in 700 pairs that lie at the threshold.
         sigma = (self.threshold * (1 - self.threshold) / self.bands.permutations) ** 0.5
         pairs = [np.zeros(0, np.int64)]
         for i, j in minhash.bucket_pairs(keys, members.astype(np.int64), paired):
@@ -110,7 +109,7 @@ class Corpus:
         return {"pairs": len(pairs)}
 
     def signatures_of(self, indexes: np.ndarray) -> np.ndarray:
-        """Return uint32 [indexes, permutations]."""
+        """Return signatures, uint32 [indexes, permutations]."""
         out = np.empty((len(indexes), self.bands.permutations), np.uint32)
         shard = np.searchsorted(self.begin, indexes, side="right") - 1
         for s in np.unique(shard):
@@ -119,7 +118,7 @@ class Corpus:
         return out
 
     def verify(self, part: Part) -> None:
-        """Leave the pairs among this part's candidates that do reach the threshold."""
+        """Save this part's candidate pairs that do reach the threshold."""
         pairs = self.load_pairs("candidates")
         pairs = np.unique(pairs[pairs % VERIFY_PARTS == part.item])
         edges = pairs[self.jaccard(*np.divmod(pairs, len(self.sizes))) >= self.threshold]
@@ -137,13 +136,13 @@ class Corpus:
         return self.shingles[shard][self.place[index] :][: self.sizes[index]]
 
     def choose(self) -> dict:
-        """Choose the document kept in place of each, itself or the best of its group; count."""
+        """Choose the keeper of each document (the best of its group); return group counts."""
         order = np.lexsort((-self.chars, -self.quality, self.group))  # stable
         self.keeper, sizes = leaders(order, self.group[order])
         return {"groups": int((sizes > 1).sum()), "largest_group": int(sizes.max())}
 
     def write(self, part: Part) -> dict:
-        """Write the shard's documents that stay, and a line for each that does not."""
+        """Write the shard's kept documents, and a line for each removed one."""
         mine = np.arange(*self.begin[part.index : part.index + 2])
         gone = mine[self.keeper[mine] != mine]
         jaccard = dict(zip(gone.tolist(), self.jaccard(gone, self.keeper[gone]).tolist()))
@@ -158,7 +157,7 @@ class Corpus:
                     continue
                 keeper = self.keeper[index]
                 same = self.first[keeper] == self.first[index]
-                alike = 1.0 if same else jaccard[index]  # which is 0 without any token
+                alike = 1.0 if same else jaccard[index]  # that is 0 for texts without tokens
                 count["exact" if same else "near"] += 1
                 count["drifted"] += bool(alike < self.threshold)
                 line = {"id": record["id"], "origin": record["origin"]}
@@ -168,8 +167,7 @@ class Corpus:
 
 
 def leaders(order: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each document the first in `order` with the same of the ordered `keys`, and the
-    sizes of the groups."""
+    """Return each document's leader (the first in `order` with its key) and the group sizes."""
     new = np.r_[True, (keys[1:] != keys[:-1]).reshape(len(keys) - 1, keys[0].size).any(1)]
     leader = np.empty(len(order), np.int64)
     leader[order] = order[new][np.cumsum(new) - 1]
@@ -177,14 +175,14 @@ def leaders(order: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def dedup(config: Config) -> dict:
-    """Write `config.out` and return its summary. Raises UserError if there is nothing to read."""
+    """Write `config.out` and return its summary. Raises UserError if there are no documents."""
     if not 0 < config.threshold <= 1:
         raise UserError(f"--threshold {config.threshold:g}: want above 0 and at most 1")
     bands = minhash.choose_bands(config.threshold)
     with Stage(config, source_shards(*config.source)) as stage:
         read = stage.map("sketch", stage.shards, lambda part: sketch(part, bands))
         if not sum(r["documents_in"] for r in read):
-            raise UserError(f"--source {config.source[0]}: no document there")
+            raise UserError(f"--source {config.source[0]}: no documents found")
         corpus = Corpus(stage.scratch, len(stage.shards), config.threshold, bands)
         corpus.search(stage)
         groups = corpus.choose()
@@ -194,9 +192,9 @@ def dedup(config: Config) -> dict:
 
 
 def sketch(part: Part, bands: Bands) -> dict:
-    """Leave what the comparison needs of a shard's documents, as arrays named in FIELDS."""
+    """Save the FIELDS arrays of a shard's documents; return counts."""
     sketched, count = [], Counter(documents_in=0, bytes_in=0)
-    # An empty batch comes first: a shard without documents leaves empty arrays.
+    # Start with an empty batch, so an empty shard saves empty arrays.
     for batch in itertools.chain([[]], batched(part.documents(), BATCH_CHARS, chars)):
         texts = [record["text"].encode() for record in batch]
         hashes, starts = minhash.shingles(texts)
@@ -219,7 +217,7 @@ def main() -> None:
     say(
         f"{config.out}: {s['documents']:,} of {s['documents_in']:,} documents; removed "
         f"{s['exact']:,} exact and {s['near']:,} near duplicates in {s['groups']:,} groups, the "
-        f"largest of {s['largest_group']:,}; {s['drifted']:,} are below the threshold to the kept"
+        f"largest of {s['largest_group']:,}; {s['drifted']:,} drifted below the threshold"
     )
 
 

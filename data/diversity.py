@@ -1,13 +1,13 @@
-"""Measure how varied, balanced, hard and redundant sets of documents are, side by side.
+"""Compare document sets by variety, balance, difficulty and redundancy, side by side.
 
     python -m data.diversity --source out/raw --source out/filtered --source out/exercises/train \\
         --out out/diversity
 
-The phi-1 paper says that good ways to measure diversity and redundancy are missing (arXiv
-2306.11644, section 6). No number here is one; together they tell what a set lacks, and they compare
-sets. So what grows with the amount of text is measured on the same amount of each set: of the
-documents with the smallest hashes, each cut to EACH_CHARS characters, as many as the smallest set
-can give. OUT/summary.json has the table, diversity.png the topics; data.dedup counts near-copies.
+The phi-1 paper says that good measures of diversity and redundancy are missing (arXiv 2306.11644,
+section 6). No number here is one; together they show what a set lacks, and they compare sets.
+Measures that grow with the amount of text use the same amount of each set, as much as the smallest
+can give: the documents with the smallest hashes, each cut to EACH_CHARS characters.
+OUT/summary.json holds the table, diversity.png the topics. data.dedup counts near-copies.
 """
 
 import keyword
@@ -28,33 +28,33 @@ from data.base.ranks import say
 from data.base.stage import Part, Stage
 from data.base.syntax import TOPICS, facts
 
-SAMPLE = 2_000  # documents of a set that are looked at closely
-BUDGET_CHARS, EACH_CHARS = 1_000_000, 2_000  # of a set, of a document
+SAMPLE = 2_000  # documents analysed per set
+BUDGET_CHARS, EACH_CHARS = 1_000_000, 2_000  # per set, per document
 VENDI_DOCUMENTS = 1_000
 TOKEN = re.compile(r"[^\W\d]\w*|\d+|[^\w\s]")
 NAME = re.compile(r"[^\W\d]\w*")
-STOP = {*keyword.kwlist, *keyword.softkwlist, "self"}  # words that tell no two programs apart
+STOP = {*keyword.kwlist, *keyword.softkwlist, "self"}  # words in every program
 
 TITLES = {
     "documents": "documents",
     "mb": "text, MB",
-    "distinct_4": "distinct 4-grams of tokens",  # share; low: the same phrases again and again
+    "distinct_4": "distinct 4-grams of tokens",  # share; low: repeated phrases
     "compression": "compression ratio",  # of zstd at level 19; high: redundant
-    "vendi": "Vendi score",  # so many documents with no word in common would be as diverse
-    "vendi_states": "Vendi score of meanings",  # the same of an --encoder's states
-    "names": "different names",  # keywords left out
-    "complexity": "cyclomatic complexity",  # of a function: 10th, 50th and 90th percentile
-    "topics_covered": "topics covered",  # that 1% of the documents have, and their shares
+    "vendi": "Vendi score",  # number of documents with no common word that are as diverse
+    "vendi_states": "Vendi score of states",  # the same, on an --encoder's states
+    "names": "distinct names",  # without keywords
+    "complexity": "cyclomatic complexity",  # per function: 10th, 50th and 90th percentile
+    "topics_covered": "topics covered",  # topics of at least 1% of the documents
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    """Measure how varied, balanced, hard and redundant sets of documents are."""
+    """Compare document sets by variety, balance, difficulty and redundancy."""
 
-    source: tuple[Path, ...]  # document shards, a file or folder; each is a set
+    source: tuple[Path, ...]  # file or folder of documents, one per set; repeatable
     out: Path  # folder to write
-    encoder: Path | None = None  # folder of a Hugging Face model, for the Vendi score of its states
+    encoder: Path | None = None  # Hugging Face model folder: adds a Vendi score of hidden states
 
 
 def diversity(config: Config) -> dict:
@@ -79,7 +79,7 @@ def diversity(config: Config) -> dict:
 
 
 def look(part: Part) -> dict:
-    """Leave the set's documents with the smallest hashes."""
+    """Save the set's documents with the smallest hashes; return its size."""
     count, sample = Counter(documents=0, bytes=0), []
     for batch in batched(chain.from_iterable(map(part.documents, part.item)), SAMPLE):
         count.update(documents=len(batch), bytes=sum(len(r["text"].encode()) for r in batch))
@@ -93,7 +93,7 @@ def look(part: Part) -> dict:
 
 
 def measure(part: Part, chars: int, compared: int, encoder: Features | None) -> dict:
-    """Measure a set's sample, its first `chars` characters and `compared` documents."""
+    """Measure a set on its sample, the first `chars` characters and `compared` documents of it."""
     import zstandard
 
     sample = list(read_jsonl(part.stage.scratch / f"sample-{part.index:05d}.jsonl"))
@@ -119,7 +119,7 @@ def measure(part: Part, chars: int, compared: int, encoder: Features | None) -> 
 
 
 def of_words(texts: list[str]):
-    """Return sparse rows [texts, words] of the words that each has."""
+    """Return normalised sparse rows [texts, words] of word presence."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(analyzer=lambda text: set(words(text)) - STOP, use_idf=False)
@@ -129,8 +129,8 @@ def of_words(texts: list[str]):
 def vendi(rows) -> float:
     """Compute the Vendi score (Friedman and Dieng 2023, arXiv 2210.02410) of vectors [n, width].
 
-    exp of the entropy of the eigenvalues of their cosines over n: 1 for n equal texts, n for n
-    that have no word in common.
+    It is exp(entropy of the eigenvalues of cosines / n): 1 for n equal texts, n if no two of them
+    share a word.
     """
     from sklearn.metrics.pairwise import cosine_similarity
 
@@ -140,7 +140,7 @@ def vendi(rows) -> float:
 
 
 def draw(sets: dict[str, dict], path: Path) -> None:
-    """Draw the share of each set's documents that have something of each topic."""
+    """Plot the share of each set's documents that touch each topic."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 8), layout="constrained")
@@ -150,7 +150,7 @@ def draw(sets: dict[str, dict], path: Path) -> None:
         axes.barh(np.arange(len(TOPICS)) + i * height, shares, height, label=name)
     axes.set_yticks(np.arange(len(TOPICS)) + 0.4 - height / 2, TOPICS)
     axes.invert_yaxis()
-    axes.set_xlabel("% of documents with something of the topic")
+    axes.set_xlabel("% of documents that touch the topic")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
 

@@ -1,19 +1,19 @@
-"""Write short programming exercises, signature + docstring -> body, with a held-out split.
+"""Write short programming exercises (signature + docstring -> body) and a held-out split.
 
-An offline stand-in for the language model that wrote phi-1's CodeExercises (arXiv 2306.11644):
-families.txt gives the tasks, in many wordings and names; concepts.txt and programs.txt more of them
-(--concepts). Every solution is compared with an oracle.
+An offline stand-in for the language model that wrote phi-1's CodeExercises (arXiv 2306.11644).
+families.txt defines the tasks, with many wordings and names; --concepts adds concepts.txt and
+programs.txt. Every solution is checked against an oracle.
 
-    python -m data.exercises --out data/exercises --benchmarks ../shared/eval/HumanEval.jsonl.gz
+    python -m data.exercises --out out/exercises --benchmarks HumanEval.jsonl.gz
 
 writes
-    train/shard-*.jsonl.zst   documents: prompt + solution, and these two, entry_point, family, task
-    heldout.jsonl             problems in HumanEval's format, and their family and task
-    unseen.jsonl              the same, of families that training then lacks (--unseen)
-    summary.json              counts, and what was dropped and why
+    train/shard-*.jsonl.zst   documents: prompt + solution (also apart), entry_point, family, task
+    heldout.jsonl             problems in HumanEval's format, plus family and task
+    unseen.jsonl              the same, from families removed from training (--unseen)
+    summary.json              counts, and drop counts by reason
 
-Training has no held-out task, no held-out solution under other names, and no task that does the
-same as a held-out one; but it has every family, test and operation of a held-out task elsewhere.
+Training has no held-out task, no held-out solution under other names, and no task that behaves like
+a held-out one. It does have every family, test and operation of heldout.jsonl in other tasks.
 """
 
 import ast
@@ -47,14 +47,14 @@ from data.synthetic.forms import (
 )
 from data.synthetic.kinds import KINDS
 
-TESTS = 30  # of these for each problem; with 6 in a prototype, 18 of 371 near misses passed
-FAMILY_SHARE = 0.2  # of a family's tasks may be held out
-MAX_SAME = 24  # of the TESTS expected values may be equal: a test that mostly wants False is weak
-MOST_MISSES = 10_000  # draws in a row that give nothing new, before the command ends
-NGRAM = 10  # words in a row that a docstring may not have in common with a benchmark's
-MIN_CASES = 3  # a task that passes this many test cases of a benchmark problem, and all that it can
-MIN_SHARED = 10  # inputs that two kinds of arguments share, to compare tasks by their results
-MIN_BOOL_CASES = 8  # be tried on, is taken for that problem; more if the results are bool
+TESTS = 30  # inputs per problem; with 6 in a prototype, 18 of 371 near misses passed
+FAMILY_SHARE = 0.2  # maximum held-out share of a family
+MAX_SAME = 24  # maximum equal results among TESTS: a test that mostly wants False is weak
+MOST_MISSES = 10_000  # consecutive draws without a new exercise before giving up
+NGRAM = 10  # drop a docstring that shares this many consecutive words with a benchmark's
+MIN_CASES = 3  # minimum applicable cases; a task that passes all solves the benchmark problem
+MIN_SHARED = 10  # inputs that two kinds of arguments must share to compare tasks by results
+MIN_BOOL_CASES = 8  # MIN_CASES if the results are bool
 
 
 @dataclass(frozen=True)
@@ -62,29 +62,30 @@ class Config:
     """Write short exercises (signature, docstring, solution) and a held-out split without leaks."""
 
     out: Path  # folder to write
-    forms: str = "plain"  # plain, or varied: each exercise has a form of its own (forms.py)
+    forms: str = "plain"  # plain: one layout; varied: layout and wording differ (forms.py)
     count: int = 30_000  # training exercises
-    heldout: int = 500  # held-out problems; they do not depend on seed and count
-    unseen: int = 0  # problems of families that training then lacks; they do not depend on seed
-    seed: int = 0  # of the choice of training tasks, wordings and names
-    damage_frac: float = 0.0  # of the training solutions, damaged so that they give wrong results
-    concepts: bool = False  # also the families of concepts.txt and programs.txt, and a family has
-    # a share by the lines of its solutions, so that most exercises take several steps
-    benchmarks: tuple[Path, ...] = ()  # HumanEval or MBPP file (.jsonl, .jsonl.gz, .json) to avoid
-    shuffle_docstrings: bool = False  # a control: give each training solution the docstring and
-    # function name of another one with the same kinds of arguments
+    heldout: int = 500  # held-out problems, independent of seed and count
+    unseen: int = 0  # problems from families removed from training, independent of seed
+    seed: int = 0  # random seed for training tasks, wordings and names
+    damage_frac: float = 0.0  # share of training solutions to damage so that results are wrong
+    concepts: bool = False  # add the families of concepts.txt and programs.txt, and weight families
+    # by lines of solutions, so that most exercises take several steps
+    benchmarks: tuple[Path, ...] = ()  # HumanEval or MBPP file to avoid (.jsonl, .jsonl.gz, .json);
+    # repeatable
+    shuffle_docstrings: bool = False  # control: swap docstrings and function names among training
+    # solutions with the same kinds of arguments
 
 
 def main() -> None:
     config = parse(Config)
     if config.count < 1 or config.heldout < 0 or config.unseen < 0:
-        raise UserError("want a --count of 1 or more, --heldout and --unseen of 0 or more")
+        raise UserError("--count must be at least 1, --heldout and --unseen at least 0")
     if not 0 <= config.damage_frac <= 1:
         raise UserError(f"--damage_frac {config.damage_frac}: want a share from 0 to 1")
     if config.forms not in ("plain", "varied"):
         raise UserError(f"--forms {config.forms!r}: want plain or varied")
     if config.shuffle_docstrings and config.forms != "plain":
-        raise UserError("--shuffle_docstrings: only with --forms plain")
+        raise UserError("--shuffle_docstrings needs --forms plain")
     with new_folder(config.out, config.benchmarks) as out:
         s = write(config, out)
     for why, n in s["dropped"].items():
@@ -97,7 +98,7 @@ def main() -> None:
 
 
 def write(config: Config, out: Path) -> dict:
-    """Write exercises and problems to the folder `out`; return the summary."""
+    """Write exercises and problems to `out`; return the summary."""
     if config.concepts:
         FAMILIES.update(read_concepts())
     told = tell if config.forms == "plain" else vary
@@ -157,7 +158,7 @@ def training_record(exercise: Exercise) -> dict:
 
 
 def check(exercise: Exercise, outputs: list, indexes: Iterator[int]) -> None:
-    """Assert that the solution gives these outputs for inputs of the pool, type and all."""
+    """Assert that the solution returns these outputs, types included, for inputs of the pool."""
     namespace = {}
     exec(exercise.prompt() + exercise.solution(), namespace)
     inputs = pool(exercise.task.args)
@@ -170,9 +171,9 @@ def check(exercise: Exercise, outputs: list, indexes: Iterator[int]) -> None:
 
 
 def run_tasks(benchmarks: "Benchmarks") -> tuple[dict[Task, list], Counter]:
-    """Run every task on the pool; keep outputs of those neither constant nor a benchmark's problem.
+    """Run every task on the pool; return the outputs of usable tasks, and drop counts by reason.
 
-    Asserts that body and oracle agree. Also returns how many tasks were dropped, by reason.
+    Drops constant tasks and benchmark problems. Asserts that body and oracle agree.
     """
     outputs, dropped = {}, Counter()
     for task in tqdm([*itertools.chain(*FAMILIES.values())], "tasks", disable=None):
@@ -190,8 +191,7 @@ def run_tasks(benchmarks: "Benchmarks") -> tuple[dict[Task, list], Counter]:
 
 
 def solution_key(source: str) -> str:
-    """Dump the function in `source` without docstring and with neutral names: equal for all copies
-    that differ in names alone."""
+    """Dump the AST of a function with neutral names and no docstring: equal for renamed copies."""
     function = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef))
     function.returns = None
     if ast.get_docstring(function) is not None:
@@ -214,8 +214,8 @@ def solution_key(source: str) -> str:
 # ---- Hold out
 
 
-# Families that a model trained with --unseen has not met: over numbers, text, lists, two lists,
-# dicts and grids; loops, slices, comprehensions
+# Families that --unseen removes from training. They cover numbers, text, lists, two lists, dicts
+# and grids; loops, slices and comprehensions.
 UNSEEN = {"longest_run", "before", "in_base", "steps_below", "shift_letters", "rejoin", "unclosed"}
 UNSEEN |= {"windows", "column", "count_pairs"}
 
@@ -227,11 +227,11 @@ def hold_out(
     told: Callable = tell,
     unseen: bool = False,
 ) -> dict[str, dict]:
-    """Choose held-out problems by task, from the families in turn.
+    """Choose held-out problems by task, taking turns among families.
 
-    A task qualifies if no other one has the same solution or the same outputs on the pool, and if
-    all that it is made of is left in training; or, if `unseen`, it is of a family that training
-    lacks. Raises UserError if fewer than `wanted` qualify.
+    A task qualifies if no other task has its solution or its outputs on the pool, and if training
+    keeps all its parts or, with `unseen`, its family is in UNSEEN. Raises UserError if fewer than
+    `wanted` qualify.
     """
     queues, rivals, left, copies = defaultdict(list), defaultdict(list), Counter(), Counter()
     for task in outputs if wanted else ():
@@ -258,7 +258,7 @@ def hold_out(
                 room -= 1
                 yield str(task), as_problem(exercise, outputs[task], indexes)
 
-    rounds = itertools.zip_longest(*map(found_in, queues.values()))  # one of each family
+    rounds = itertools.zip_longest(*map(found_in, queues.values()))  # one per family
     each = filter(None, itertools.chain.from_iterable(rounds))
     found = dict(itertools.islice(each, wanted))
     if len(found) < wanted:
@@ -272,7 +272,7 @@ def hold_out(
 
 
 def leave_families_out(outputs: dict[Task, list], dropped: Counter) -> dict[Task, list]:
-    """Keep the tasks that are of no UNSEEN family and do the same as no task of one."""
+    """Remove tasks of UNSEEN families, and tasks that behave like one; count them in `dropped`."""
     keys, hidden, seen = set(), defaultdict(list), {}
     for task in outputs:
         if task.family in UNSEEN:
@@ -281,7 +281,7 @@ def leave_families_out(outputs: dict[Task, list], dropped: Counter) -> dict[Task
 
     @functools.cache
     def hidden_results(args: str) -> list[tuple[list[tuple], set[str]]]:
-        """Return inputs that tasks over `args` can take, and what hidden tasks give for them."""
+        """Return [(inputs that tasks over `args` accept, results of hidden tasks on them)]."""
         found = []
         for other, results_there in hidden.items():
             can = [i for i, inputs in enumerate(pool(other)) if within(inputs, args)]
@@ -303,7 +303,7 @@ def leave_families_out(outputs: dict[Task, list], dropped: Counter) -> dict[Task
 
 
 def within(inputs: tuple, args: str) -> bool:
-    """Return whether no integer in `inputs` is out of the bounds of these kinds of arguments."""
+    """Return whether every integer in `inputs` is in the bounds of its kind of argument."""
     kinds = [KINDS[kind] for kind in args.split()]
     return all(k.low <= v <= k.high for v, k in zip(inputs, kinds) if isinstance(v, int))
 
@@ -311,27 +311,27 @@ def within(inputs: tuple, args: str) -> bool:
 def outcome(task: Task, inputs: list[tuple]) -> str:
     try:
         return repr([task.oracle(*x) for x in inputs])
-    except Exception:  # the oracle was written for another kind of argument
+    except Exception:  # the oracle expects another kind of argument
         return ""
 
 
 def parts(task: Task) -> list[str]:
-    """List what must be left in training: family, tests, operations and words, no number."""
+    """List the parts that training must keep: family, tests, operations and words, no numbers."""
     return [task.family, *(str(p) for p in task.params if not isinstance(p, int))]
 
 
 @functools.cache
 def key(task: Task, wrong: str = "") -> str:
-    """Return the solution_key of a task's solution, or of a damaged one."""
+    """Return the solution_key of a task's solution, or of its damaged body `wrong`."""
     exercise = replace(tell(task, random.Random(0)), wrong=wrong)
     return solution_key(exercise.prompt() + exercise.solution())
 
 
 def choose_tests(task: Task, outputs: list, rivals: list[list], rng: random.Random) -> list[int]:
-    """Choose TESTS inputs in the pool that no rival's outputs pass, nor a body that returns a
-    constant or an argument: their indexes, [] if there are none."""
+    """Return indexes of TESTS pool inputs that expose every rival and every body that returns a
+    constant or an argument; [] if there are none."""
     inputs, shuffled = pool(task.args), rng.sample(range(POOL), POOL)
-    chosen = [*range(8), *(i for i in shuffled if i >= 8)][:20]  # the first are edge values
+    chosen = [*range(8), *(i for i in shuffled if i >= 8)][:20]  # the first 8 are edge values
     for rival in rivals:
         if rival is not outputs and all(rival[i] == outputs[i] for i in chosen):
             apart = [i for i in shuffled if rival[i] != outputs[i]]
@@ -372,8 +372,8 @@ def draw(
     told: Callable = tell,
     by_lines: bool = False,
 ) -> Iterator[Exercise]:
-    """Yield `count` exercises. A family with n tasks, or n lines of solutions in all, gets a share
-    in proportion to sqrt(n), and its tasks take turns. Raises UserError if there are too few."""
+    """Yield `count` exercises. A family with n tasks (or solution lines, `by_lines`) gets a share
+    proportional to sqrt(n), and its tasks take turns. Raises UserError if too few exist."""
     rng, seen, misses = random.Random(seed), set(), 0
     families = defaultdict(list)
     for task in outputs:
@@ -393,7 +393,7 @@ def draw(
             dropped[reason] += 1
             misses += 1
             if misses > MOST_MISSES:
-                raise UserError(f"--count {count}: only about {len(seen)} different exercises")
+                raise UserError(f"--count {count}: only about {len(seen)} exercises; ask for fewer")
             continue
         check(exercise, outputs[task], range(POOL - 3, POOL))
         seen.add(text)
@@ -403,7 +403,7 @@ def draw(
 
 
 def shuffle_docstrings(exercises: list[Exercise], seed: int) -> list[Exercise]:
-    """Exchange docstrings and function names among exercises with equal kinds of arguments."""
+    """Permute docstrings and function names among exercises with the same kinds of arguments."""
     groups = defaultdict(list)
     for exercise in exercises:
         groups[exercise.task.args].append(exercise)
@@ -419,11 +419,11 @@ def shuffle_docstrings(exercises: list[Exercise], seed: int) -> list[Exercise]:
 
 
 class Benchmarks:
-    """The function names, docstrings and test cases of HumanEval and MBPP files."""
+    """Function names, docstrings and test cases of HumanEval and MBPP files."""
 
     def __init__(self, paths: tuple[Path, ...]):
         self.names, self.texts, self.ngrams = set(), set(), set()
-        self.problems = defaultdict(list)  # by shapes of the arguments: [(arguments, result), ...]
+        self.problems = defaultdict(list)  # by argument shapes: [(arguments, result), ...]
         for path in paths:
             convert(path, "HumanEval or MBPP", self.add, read_rows(path))
 
@@ -447,34 +447,34 @@ class Benchmarks:
                 self.problems[shapes].append(found)
 
     def overlap(self, exercise: Exercise) -> str:
-        """Return why this exercise must be dropped, or ""."""
+        """Return why to drop this exercise, or ""."""
         if exercise.name not in GENERIC and fold(exercise.name) in self.names:
             return "exercise: function name of a benchmark problem"
-        for text in {exercise.doc, exercise.prose}:  # without and with the frame around it
+        for text in {exercise.doc, exercise.prose}:  # without and with its frame
             words = normalize(fill(text, exercise.arguments))
             if tuple(words) in self.texts or not self.ngrams.isdisjoint(ngrams(words)):
                 return "exercise: docstring like a benchmark problem's"
         return ""
 
     def has(self, task: Task, outputs: list) -> bool:
-        """Return whether the oracle of a task passes a benchmark problem's test."""
+        """Return whether a task's oracle passes the test of any benchmark problem."""
         edges = [KINDS[kind].edges for kind in task.args.split()]
         types = {type(output) for output in outputs}
-        shapes = tuple(max(map(shape, values), key=len) for values in edges)  # of a full value
+        shapes = tuple(max(map(shape, values), key=len) for values in edges)  # not of []
         return any(
             type(cases[0][1]) in types and passes(task, cases) for cases in self.problems[shapes]
         )
 
 
 def passes(task: Task, cases: list[tuple]) -> bool:
-    """Return whether the oracle is right on all cases that it can be tried on, and on enough."""
+    """Return whether the oracle is right on all applicable cases, and on enough of them."""
     cases = [(inputs, result) for inputs, result in cases if within(inputs, task.args)]
     if not cases or len(cases) < (MIN_BOOL_CASES if isinstance(cases[-1][1], bool) else MIN_CASES):
         return False
     try:
         tried = ((task.oracle(*inputs), result) for inputs, result in cases)
         return all(got == result and type(got) is type(result) for got, result in tried)
-    except Exception:  # the oracle was written for another kind of argument
+    except Exception:  # the oracle expects another kind of argument
         return False
 
 
@@ -484,7 +484,7 @@ def fold(name: str) -> str:
 
 
 def normalize(text: str) -> list[str]:
-    """Return the words of `text`, without what every MBPP problem begins with."""
+    """Return the lower-case words of `text`, without the opening of every MBPP problem."""
     text = re.sub(r"^write a (python )?function (to|that|which) ", "", text.lower().strip())
     return re.findall("[a-z0-9]+", text)
 
@@ -494,7 +494,7 @@ def ngrams(words: list[str]) -> set[tuple[str, ...]]:
 
 
 def test_cases(source: str) -> Iterator[tuple[tuple, object]]:
-    """Yield (arguments, result) of each `assert f(...) == ...` of literals; execute nothing."""
+    """Yield (arguments, result) of each literal `assert f(...) == ...`, without executing it."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Assert(ast.Compare(ast.Call(ast.Name(), arguments), [ast.Eq()], [result])):
@@ -505,7 +505,7 @@ def test_cases(source: str) -> Iterator[tuple[tuple, object]]:
 
 
 def shape(value) -> str:
-    """Return the type of a value and of what is in it: "list[int]"."""
+    """Return a value's type and the types inside it: "list['int[]']" for a list of int."""
     inner = []
     if isinstance(value, (list, dict)):
         inner = sorted({shape(v) for v in value})

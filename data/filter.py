@@ -1,16 +1,16 @@
-"""Keep the documents that teach: raw code less what the phi-1 paper calls uninstructive.
+"""Keep the documents that teach: drop raw code that the phi-1 paper calls uninstructive.
 
     python -m data.filter --source out/raw --out out/filtered
 
-The paper (section 2.1) finds raw code not self-contained, full of boilerplate with no meaningful
-computation, its logic buried in complex undocumented functions. `measures` puts a number on each of
-these, and every number has a threshold among the options; a document that misses one is rejected
-under its name. Of a post in Markdown, the fenced Python is judged. A leading licence is cut off
-first. The thresholds were set by reading: a fifth of the standard library and site-packages stays,
-as of the paper's raw code (6 of 35 billion tokens).
+The paper (section 2.1) finds raw code not self-contained, full of boilerplate without meaningful
+computation, and with logic buried in complex undocumented functions. `measures` quantifies each of
+these, and each measure has a threshold option; a document is rejected under the name of the first
+option it misses. Leading licences are cut first. Markdown posts are judged by their fenced Python.
+Thresholds were set by reading: they keep a fifth of the standard library and site-packages, about
+the paper's share of its raw code (6 of 35 billion tokens).
 
-Where `data.classify score` has given the documents a `quality`, --keep_frac or --min_quality cut by
-it, before the rules; with --rules=false it decides alone, as the paper's random forest did.
+If documents have a `quality` (data.classify score), --keep_frac or --min_quality cut by it before
+the rules; with --rules=false it decides alone, like the paper's random forest.
 
 Read `samples/rejected.jsonl` and `samples/kept.jsonl` in the output before you trust it.
 """
@@ -28,42 +28,40 @@ from data.base.ranks import say
 from data.base.stage import Part, Stage, total
 from data.base.syntax import NoCode, measures, strip_licence
 
-REJECTED_SAMPLES, KEPT_SAMPLES, SAMPLE_CHARS = 5, 10, 2000  # for a person to read in ten minutes
+REJECTED_SAMPLES, KEPT_SAMPLES, SAMPLE_CHARS = 5, 10, 2000  # ten minutes of reading
 
 
 @dataclass(frozen=True)
 class Config:
-    """Keep the documents that teach, and say why each of the others is rejected."""
+    """Keep the documents that teach, and count why the others are rejected."""
 
-    source: tuple[Path, ...]  # documents, files or folders; may be given several times
+    source: tuple[Path, ...]  # files or folders of documents; repeatable
     out: Path  # folder to write
-    min_chars: int = 500  # shorter ones are stubs and re-exports
-    max_chars: int = 100_000  # longer ones are frameworks in a file, and would outweigh the rest
-    max_line_chars: int = 200  # longer lines are minified, generated or data
-    max_digit_frac: float = 0.08  # digits among the characters; above it, samples turn into number
-    # tables
-    min_ascii_frac: float = 0.95  # below it, tables of Unicode or of translations
-    min_doc_frac: float = 0.12  # docstrings and comment lines among the characters: undocumented
-    max_doc_frac: float = 0.8  # above it, documentation with no code to it
-    min_functions: int = 1  # without one there is nothing to learn to write
-    min_documented_frac: float = 0.05  # functions that have a docstring
-    max_import_frac: float = 0.12  # imports among the statements: re-exports and glue
-    max_assign_frac: float = 0.55  # assignments among the statements: settings and declarations
-    min_compute_frac: float = 0.25  # loops, conditions and operators per statement: boilerplate
-    max_data_frac: float = 0.05  # constants in displays among the syntax nodes: data tables
-    max_function_lines: int = 250  # of the longest one, less its docstring: logic that is buried
-    max_foreign_names: int = 12  # names imported from outside the standard library: how much a
-    # reader has to know from elsewhere
-    max_foreign_frac: float = 0.3  # calls that go to those names: not self-contained
-    min_quality: float = 0.0  # probability that a document is good, from `data.classify score`
-    keep_frac: float = 1.0  # share of the documents, those of highest quality, that may pass
+    min_chars: int = 500  # reject shorter documents: stubs and re-exports
+    max_chars: int = 100_000  # reject longer documents: frameworks that outweigh the rest
+    max_line_chars: int = 200  # reject documents with longer lines: minified, generated, data
+    max_digit_frac: float = 0.08  # reject a larger share of digits: number tables
+    min_ascii_frac: float = 0.95  # reject a smaller share of ASCII: Unicode tables, translations
+    min_doc_frac: float = 0.12  # reject a smaller share of docstrings and comments
+    max_doc_frac: float = 0.8  # reject a larger share of docstrings and comments
+    min_functions: int = 1  # reject documents with fewer functions
+    min_documented_frac: float = 0.05  # reject a smaller share of functions with docstrings
+    max_import_frac: float = 0.12  # reject more imports per statement: re-exports and glue
+    max_assign_frac: float = 0.55  # reject more assignments per statement: settings
+    min_compute_frac: float = 0.25  # reject fewer loops, conditions, operators per statement
+    max_data_frac: float = 0.05  # reject more literal constants per AST node: data tables
+    max_function_lines: int = 250  # reject longer functions (docstring aside): buried logic
+    max_foreign_names: int = 12  # reject more names imported from outside the standard library
+    max_foreign_frac: float = 0.3  # reject a larger share of calls to those names
+    min_quality: float = 0.0  # minimum probability of being good, from `data.classify score`
+    keep_frac: float = 1.0  # let only this share of the documents pass, by highest quality
     rules: bool = True  # false: quality alone decides
 
 
 def rejection(text: str, config: Config) -> str:
-    """Name the option that `text` misses first, "" to keep.
+    """Return the first option that `text` misses, "" to keep it.
 
-    "syntax" if its code is not Python, "no code" if it has none.
+    Returns "syntax" if the code is not Python, "no code" if there is none.
     """
     try:
         for option, value in measures(text):
@@ -90,8 +88,8 @@ def filter_documents(config: Config) -> dict:
         if not count.get("documents"):
             found = ", ".join(f"{n:,} {why}" for why, n in reasons.most_common()) or "no document"
             raise UserError(
-                f"--source {config.source[0]}: nothing is left; rejected: {found}; "
-                "a reason is an option to loosen, but for syntax (is it Python 3?) and no code"
+                f"--source {config.source[0]}: nothing is left; rejected: {found}; loosen these "
+                'options ("syntax", perhaps not Python 3, and "no code" have none)'
             )
         if stage.ranks.rank == 0:
             write_samples(stage.result / "samples", samples)
@@ -100,7 +98,7 @@ def filter_documents(config: Config) -> dict:
 
 
 def quality_cut(config: Config, stage: Stage) -> float:
-    """Return the quality from which on documents pass, 0 for all. Raises UserError if unscored."""
+    """Return the minimum quality to pass, 0 for all. Raises UserError if a document has none."""
     if not config.min_quality and config.keep_frac == 1:
         return 0.0
     stage.map("quality", stage.shards, save_qualities)
@@ -108,27 +106,27 @@ def quality_cut(config: Config, stage: Stage) -> float:
     if np.isnan(quality).any():
         raise UserError(
             f"--source {config.source[0]}: {np.isnan(quality).sum():,} documents lack `quality`; "
-            "run `python -m data.classify score` on it first"
+            "run `python -m data.classify score` first"
         )
     share = share_cut(quality, config.keep_frac) if len(quality) and config.keep_frac < 1 else 0.0
     return max(config.min_quality, share)
 
 
 def share_cut(quality: np.ndarray, keep_frac: float) -> float:
-    """Return the quality from which on a share of `keep_frac` is kept; equals stay together."""
+    """Return the minimum quality that keeps a share of `keep_frac`; ties are all kept."""
     keep = max(1, round(keep_frac * len(quality)))
     return float(np.partition(quality, len(quality) - keep)[len(quality) - keep])
 
 
 def save_qualities(part: Part) -> None:
-    """Leave the qualities of a shard's documents, NaN for none."""
+    """Save the qualities of a shard's documents, NaN where missing."""
     known = (record.get("quality") for record in part.documents())
     quality = [x if isinstance(x, (int, float)) else np.nan for x in known]
     np.save(part.scratch / f"quality-{part.index:05d}.npy", np.array(quality, float))
 
 
 def filter_shard(config: Config, part: Part, cut: float) -> dict:
-    """Write what is kept of one shard, and samples of both; its counts."""
+    """Write a shard's kept documents; return counts, and samples of kept and rejected ones."""
     count, reasons, samples = Counter(), Counter(), {}
     with part.writer() as kept:
         for record in part.documents():
@@ -149,7 +147,7 @@ def filter_shard(config: Config, part: Part, cut: float) -> dict:
 
 
 def add_samples(samples: dict[str, list], more: dict[str, list]) -> None:
-    """Keep of each reason the few with the smallest hashes: no order matters to that."""
+    """Keep the rows with the smallest hashes per reason: independent of the order of calls."""
     for reason, rows in more.items():
         n = REJECTED_SAMPLES if reason else KEPT_SAMPLES
         samples[reason] = sorted([*samples.get(reason, []), *rows])[:n]
@@ -157,7 +155,7 @@ def add_samples(samples: dict[str, list], more: dict[str, list]) -> None:
 
 def write_samples(folder: Path, samples: dict[str, list]) -> None:
     """Write kept.jsonl and rejected.jsonl."""
-    folder.mkdir(exist_ok=True)  # a folder of its own: the next stage reads *.jsonl beside
+    folder.mkdir(exist_ok=True)  # a subfolder, so the next stage does not read it
     for name, of in (("kept", [""]), ("rejected", sorted(samples.keys() - {""}))):
         rows = [{"reason": reason, "origin": origin, "text": text}
                 for reason in of for _, origin, text in samples[reason]]  # fmt: skip

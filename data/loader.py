@@ -1,20 +1,20 @@
-"""Read batches from token shards: what step k sees is a pure function of k.
+"""Read batches from token shards: the data of step k is a pure function of k.
 
-Each pass over the training documents joins them in a new random order, and cuts them into windows
-of seq_len + 1 tokens at stride seq_len (the last, incomplete one is dropped). Sequence g of a run,
+Each pass over the training documents concatenates them in a new random order and cuts windows of
+seq_len + 1 tokens at stride seq_len (the last, incomplete window is dropped). Sequence g of a run,
 counted over all steps and ranks, is window `permute(g mod n)` of epoch `g div n`. Resuming at step
-k, or with other ranks, needs no state: start at sequence k * seqs_per_step.
+k, or with a different number of ranks, needs no state: start at sequence k * seqs_per_step.
 
-With `best_fit`, no document is cut that fits into a window: best-fit decreasing packs documents,
-and the ends of those that are longer (Ding et al. 2024, arXiv 2404.10830). All passes see the same
-windows, in another order.
+`best_fit` cuts no document that fits into a window: best-fit decreasing packs documents and the
+tails of longer ones (Ding et al. 2024, arXiv 2404.10830). All passes see the same windows, in a
+different order.
 
-A folder with a mixture.json (data.pack) holds several sources, each with the number of passes over
-it in an epoch of the whole; where an epoch ends within a source, the next one goes on there.
-Several folders are read the same way; a folder's weight is its share of the tokens.
+A folder with a mixture.json (data.pack) holds several sources and the passes over each per epoch of
+the mixture; if an epoch ends within a source, the next epoch continues there. Several folders are
+read the same way; a folder's weight is its share of the tokens.
 
-Shards are memory-mapped. Reading a document compares its CRC-32 with that of the verified shard,
-and the file's size: under the map of a file cut short, reading ends in SIGBUS.
+Shards are memory-mapped. Every document read checks the CRC-32 from verification, and the file size
+first: reading past the end of a truncated file raises SIGBUS.
 """
 
 import itertools
@@ -37,16 +37,16 @@ from common.config import UserError
 from data.shards import HEADER_BYTES, MIXTURE, open_shard, read_header
 from tokenizer import Tokenizer
 
-PREFETCH = 4  # micro-batches made ahead of the one in use
-ORDER = 4096  # sequences whose places are computed at once: numpy takes a millisecond for a few too
+PREFETCH = 4  # micro-batches prepared ahead
+ORDER = 4096  # sequences ordered per numpy call, which takes 1 ms even for a few
 FIT_DOCUMENTS = 65536  # documents that best_fit packs together
-SHARE_WINDOWS = 1000  # least of a weighted folder in an epoch: shares are right to a thousandth
-STARTS = 1 << 16  # added to a token of a packed window that begins a piece without <|endoftext|>
-ROUNDS = 4  # of the Feistel network; 4 give a permutation indistinguishable from random
+SHARE_WINDOWS = 1000  # minimum windows of a weighted folder per epoch: shares are right to 0.1%
+STARTS = 1 << 16  # added to the first token of a packed piece without <|endoftext|>, and to padding
+ROUNDS = 4  # Feistel rounds; 4 give a permutation indistinguishable from random
 
 
 class Windows:
-    """The windows of `folder/{split}_*.bin`; indexed by an int array [n], gives int64 [n, T+1]."""
+    """Windows of `folder/{split}_*.bin`: index with an int array [n] to get int64 [n, T+1]."""
 
     def __init__(
         self, folders: Sequence[Path], split: str, seq_len: int, tokenizer: Tokenizer, seed: int,
@@ -63,12 +63,12 @@ class Windows:
             raise UserError(f"no {split}_*.bin in {empty[0]}; make token shards with data.pack")
         self.files = files = list(itertools.chain(*by_folder))
         made_by = tokenizer.vocab_size, tokenizer.fingerprint
-        # As plain arrays, of which a slice takes less time than of a memmap.
+        # Plain arrays slice faster than memmaps.
         self.shards = [open_shard(file, *made_by).view(np.ndarray) for file in files]
         self.handles = [os.open(file, os.O_RDONLY) for file in files]
         headers = b"".join(read_header(f).tobytes() for f in files)
         self.checksum = f"{zlib.crc32(headers):08x}"  # headers hold each shard's own checksum
-        documents = []  # of each: its shard, its start there, its tokens, their CRC-32
+        documents = []  # per document: shard, start in the shard, tokens, CRC-32
         for i, shard in enumerate(self.shards):
             start = np.union1d(0, np.flatnonzero(shard == tokenizer.end_of_text))
             length = np.diff(start, append=len(shard))
@@ -76,7 +76,7 @@ class Windows:
             crc = np.fromiter(map(zlib.crc32, parts), np.int64, len(start))
             documents.append([np.full_like(start, i), start, length, crc])
         self.shard, self.start, self.length, self.crc = np.concatenate(documents, axis=1)
-        # Of each source: its first document, its first window, and its windows in an epoch.
+        # Per source: first document, first window, windows per epoch.
         sources = list(map(self._sources, folders, by_folder))
         n_shards, epochs = (np.concatenate(x) for x in zip(*sources))
         self.first_document = np.searchsorted(self.shard, np.cumsum([0, *n_shards]))
@@ -89,12 +89,12 @@ class Windows:
         if weights and split == "train":
             folder = np.repeat(np.arange(len(folders)), [len(n) for n, _ in sources])
             epochs = epochs * (weights / np.bincount(folder, tokens * epochs))[folder]
-            some = np.maximum(windows, 1) * epochs  # of each source, up to a factor
+            some = np.maximum(windows, 1) * epochs  # per source and epoch, up to a factor
             fewest = min(some.min(), np.bincount(folder, some).min() / SHARE_WINDOWS)
             epochs *= max(1 / epochs.max(), 1 / fewest)
             self.checksum = f"{zlib.crc32(repr(weights).encode(), int(self.checksum, 16)):08x}"
         self.in_epoch = np.rint(windows * epochs).astype(np.int64)
-        self.tokens = round(float(tokens @ epochs))  # of an epoch
+        self.tokens = round(float(tokens @ epochs))  # per epoch
         if self.in_epoch.min() == 0:
             worst = self.in_epoch.argmin()
             raise UserError(
@@ -102,11 +102,11 @@ class Windows:
                 f"{tokens[worst]:,} tokens, fewer than one sequence of {seq_len:,} + 1; add "
                 "documents or lower seq_len"
             )
-        passes = -(-self.in_epoch // windows) + 2  # that are in use near an epoch's end
+        passes = -(-self.in_epoch // windows) + 2  # in use near an epoch's end
         self.documents = lru_cache(int(passes.sum()))(self._documents)
 
     def _sources(self, folder: Path, files: list[Path]) -> tuple[list[int], list[float]]:
-        """Return the number of shards of each source in a folder, and its epochs in one."""
+        """Return each source's number of shards, and passes over it per epoch of the folder."""
         path = folder / MIXTURE
         if self.split != "train" or not path.exists():
             return [len(files)], [1.0]
@@ -125,10 +125,10 @@ class Windows:
         return list(map(len, named)), epochs
 
     def _best_fit(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Return each source's pieces, int64 [P, 2], and where each row begins and ends in them.
+        """Return, per source, pieces int64 [P, 2] and the start and end of each row in them.
 
-        A piece is a document and how many of its tokens to skip. One that goes on in another piece
-        has a row for itself. Rows are in random order: a fraction of a pass is a fair sample.
+        A piece is (document, tokens to skip). A piece that continues in another fills a row alone.
+        Rows are in random order, so a fraction of a pass is a fair sample.
         """
         found, seed = [], self.seed * (self.split == "train")
         for source, (a, b) in enumerate(itertools.pairwise(self.first_document.tolist())):
@@ -152,12 +152,12 @@ class Windows:
 
     @property
     def padding_frac(self) -> float:
-        """Return the share of the packed rows that holds no document."""
+        """Return the padding share of the packed rows."""
         rows = self.first[-1] * self.seq_len
         return 1 - float(self.length[self.length > 1].sum()) / rows
 
     def _documents(self, source: int, passed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a source's documents in the order of one pass, and where each ends in it."""
+        """Return a source's documents in the order of one pass, and their end offsets."""
         a, b = self.first_document[source : source + 2].tolist()
         i = np.arange(b - a)
         if self.split == "train":
@@ -170,20 +170,19 @@ class Windows:
     def order(self, g: np.ndarray) -> np.ndarray:
         """Return the window of each sequence of a run, int64 like `g`.
 
-        Where a pass over a source is `passed`, its windows' numbers are larger by `passed` times
-        the number of all sources' windows.
+        Pass p over a source numbers its windows p * (windows of all sources) higher than pass 0.
         """
         epoch, n = g // len(self), len(self)
         place = permute(g % n, n, self.seed, epoch)
         ends = np.cumsum(self.in_epoch)
         source = np.searchsorted(ends, place, side="right")
         in_source = place - (ends - self.in_epoch)[source]
-        seen = epoch * self.in_epoch[source] + in_source  # of this source, in all passes
+        seen = epoch * self.in_epoch[source] + in_source  # in all passes
         passed, window = np.divmod(seen, np.diff(self.first)[source])
         return passed * self.first[-1] + self.first[source] + window
 
     def _pieces(self, i: int) -> Iterator[tuple[int, int]]:
-        """Yield the documents of window i, and how many tokens of each to skip."""
+        """Yield (document, tokens to skip) for window i, from its first document on."""
         passed, i = divmod(i, self.first[-1])
         source = int(np.searchsorted(self.first, i, side="right") - 1)
         i -= self.first[source]
@@ -198,7 +197,7 @@ class Windows:
         yield from ((document, 0) for document in documents[d + 1 :])
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
-        # What no piece of a packed row fills stays so.
+        # Padding, until pieces overwrite it.
         out = np.full((len(index), self.seq_len + 1), self.end_of_text + STARTS)
         for row, i in zip(out, index):
             filled = 0
@@ -213,7 +212,7 @@ class Windows:
         return out
 
     def _read(self, document: int) -> np.ndarray:
-        """Return a document's tokens. Raises UserError if they are no longer those verified."""
+        """Return a document's tokens. Raises UserError if they changed since verification."""
         shard, start, n = self.shard[document], self.start[document], self.length[document]
         whole = HEADER_BYTES + 2 * len(self.shards[shard])
         if os.fstat(self.handles[shard]).st_size == whole:
@@ -222,13 +221,13 @@ class Windows:
                 return tokens
         raise UserError(
             f"{self.files[shard]} was damaged while it was in use (token {start:,} or later); "
-            "make it again with data.pack, and --resume"
+            "rebuild it with data.pack, then --resume"
         )
 
 
 @dataclass
 class Loader:
-    """One rank's micro-batches, for steps from any start."""
+    """One rank's micro-batches, from any step on."""
 
     windows: Windows
     seqs_per_step: int
@@ -236,8 +235,8 @@ class Loader:
     rank: int
     world_size: int
     device: torch.device
-    end_of_text: int | None = None  # its token, for attention that stays within documents
-    waited_s: float = 0.0  # time the training loop spent waiting here
+    end_of_text: int | None = None  # token id; set it to keep attention within documents
+    waited_s: float = 0.0  # time the training loop waited for data
 
     def __post_init__(self):
         self.micro_batch = min(self.micro_batch, max(1, self.seqs_per_step // self.world_size))
@@ -247,7 +246,7 @@ class Loader:
                 f"seqs_per_step {self.seqs_per_step} is not divisible by micro_batch "
                 f"{self.micro_batch} x {self.world_size} ranks; change micro_batch"
             )
-        self.order, self.order_from = np.empty(0, np.int64), 0  # a part of the run's order
+        self.order, self.order_from = np.empty(0, np.int64), 0  # cached slice
 
     def sequences(self, step: int, micro_step: int) -> np.ndarray:
         """Return the window of each row of this rank's micro-batch, int64 [micro_batch]."""
@@ -260,10 +259,10 @@ class Loader:
         return self.order[i : i + self.micro_batch]
 
     def stream(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield micro-batches from `start_step` on, without end, made ahead by a thread.
+        """Yield micro-batches from `start_step` on, forever, prefetched by a thread.
 
-        Each is the arguments of a model: idx and targets, int64 [micro_batch, T], and doc_start,
-        int32 [micro_batch, T], if documents are told apart; on the loader's device.
+        Each holds a model's arguments on the loader's device: idx and targets, int64
+        [micro_batch, T], and with `end_of_text` doc_start, int32 [micro_batch, T].
         """
         where = ((s, m) for s in itertools.count(start_step) for m in range(self.micro_steps))
         with ThreadPoolExecutor(1, "loader") as thread:
@@ -281,11 +280,11 @@ class Loader:
 
 
 def arguments(batch: torch.Tensor, end_of_text: int | None) -> dict[str, torch.Tensor]:
-    """Return a model's arguments from windows, int64 [B, T+1]: see Loader.stream.
+    """Split windows, int64 [B, T+1], into a model's arguments; see Loader.stream.
 
-    A document begins at the <|endoftext|> before it, as in generation; the first of a window, which
-    the window may cut, at 0. In a packed window one begins wherever STARTS was added, the document
-    before it ended there, and a target within the padding is -1.
+    A document begins at the <|endoftext|> before it, as in generation; the first in a window, which
+    may be cut, at 0. In a packed window, a token with STARTS added begins a document too: as a
+    target it becomes <|endoftext|>. Targets of padding are -1.
     """
     idx, targets = batch[:, :-1], batch[:, 1:]
     if end_of_text is None:
@@ -299,9 +298,9 @@ def arguments(batch: torch.Tensor, end_of_text: int | None) -> dict[str, torch.T
 
 
 def best_fit(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Pack pieces of these lengths into rows of `room`: the longest first, each into the fullest
-    row that has room for it. Return the pieces of each row; those of length 0 are left out."""
-    rows, with_left, lefts = [], [[] for _ in range(room + 1)], 0  # lefts: a bit for each left > 0
+    """Pack pieces of these lengths into rows of `room`: longest first, each into the fullest row
+    that fits it. Return the piece indexes per row, without those of length 0."""
+    rows, with_left, lefts = [], [[] for _ in range(room + 1)], 0  # lefts: bitset of lefts in use
     for i in np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)].tolist():
         n = int(lengths[i])
         if fitting := lefts >> n:
@@ -318,7 +317,7 @@ def best_fit(lengths: np.ndarray, room: int) -> list[list[int]]:
 
 
 def read_weights(data: Sequence[Path]) -> tuple[list[Path], tuple[float, ...]]:
-    """Split each FOLDER or FOLDER:WEIGHT, all with a weight or none. Raises UserError."""
+    """Split each FOLDER or FOLDER:WEIGHT. Raises UserError unless all have a weight, or none."""
     found = [None if d.is_dir() else re.fullmatch(r"(.+):(\d*\.?\d+)", str(d)) for d in data]
     weights = tuple(float(m[2]) for m in found if m)
     if weights and (len(weights) < len(data) or min(weights) == 0):
@@ -327,17 +326,17 @@ def read_weights(data: Sequence[Path]) -> tuple[list[Path], tuple[float, ...]]:
     folders = [Path(m[1]) if m else d for m, d in zip(found, data)]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise UserError(
-            f"data {missing[0]}: no such folder; `make tokens` makes the demo's, data.pack your "
-            "own; name another with --data"
+            f"data {missing[0]}: no such folder; `make tokens` builds out/demo/tokens, data.pack "
+            "any other (docs/data.md); or name one with --data"
         )
     return folders, weights
 
 
 def permute(i: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
-    """Return the image of each i in [0, n) under a random permutation chosen by (seed, epoch).
+    """Return the image of each i in [0, n) under a random permutation keyed by (seed, epoch).
 
-    A Feistel network over the smallest 2^(2k) >= n, walked until it lands below n: no table, the
-    same on every machine and numpy version.
+    A Feistel network over the smallest 2^(2k) >= n, cycle-walked until it lands below n: needs no
+    table, and is the same on every machine and numpy version.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -354,7 +353,7 @@ def permute(i: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> np.nda
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Scramble uint64 by SplitMix64's finaliser (Steele et al. 2014), a bijection."""
+    """Mix uint64 with SplitMix64's finaliser (Steele et al. 2014), a bijection."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

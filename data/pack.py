@@ -1,18 +1,18 @@
-"""Write token shards from documents: every document, then <|endoftext|>, end to end.
+"""Write token shards from documents: each document, then <|endoftext|>, back to back.
 
     python -m data.pack --source out/demo/filtered --tokenizer out/demo/tokenizer \
         --out out/demo/tokens/filtered
     python -m data.pack --source filtered --epochs 1 --source textbooks --epochs 4 ...  # a mixture
 
 Writes `train_00000.bin`, ..., `val_00000.bin` (format: data/shards.py) and a copy of the tokenizer.
-A document is in the validation split if the first bytes of its sha256 say so, so that equal texts
-fall on the same side in every packing, and no document is in both.
+The first bytes of a document's sha256 decide its split, so equal texts fall on the same side in
+every packing, and no document is in both.
 
-With `--epochs` or `--weight`, given once for each source, the folder is a mixture: every source
-starts train shards of its own, and `mixture.json` tells data/loader.py how often a pass sees it.
-`--epochs 4` is four times; `--weight` is a share of the tokens that training sees, and the source
-that this draws on most is seen once a pass. The validation documents of all sources are in the
-order of their hashes: the first ones are a fair sample.
+With `--epochs` or `--weight`, given once per source, the folder is a mixture: each source starts
+its own train shards, and `mixture.json` tells data/loader.py how often to repeat it per epoch.
+`--epochs 4` means four times. `--weight` is a share of the training tokens; the most heavily drawn
+source then has one pass per epoch. Validation documents of all sources are sorted by hash, so any
+prefix is a fair sample.
 """
 
 import itertools
@@ -32,8 +32,8 @@ from data.base.stage import Part, Stage, total
 from data.shards import MIXTURE, write_shard
 from tokenizer import Tokenizer
 
-SHARD_TOKENS = 100_000_000  # tokens in a shard
-BATCH_CHARS = 4 << 20  # encoded at once, so that threads have work and memory stays flat
+SHARD_TOKENS = 100_000_000  # tokens per shard
+BATCH_CHARS = 4 << 20  # encoded per batch: keeps threads busy and memory flat
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Config:
     """Encode documents and write them as token shards for train.py."""
 
     out: Path  # folder to write
-    source: tuple[Path, ...]  # document shards, files or folders; may be given several times
+    source: tuple[Path, ...]  # files or folders of documents; repeatable
     tokenizer: Path  # folder with tokenizer.model
-    val_frac: float = 0.02  # share of the documents held out for the validation loss
-    epochs: tuple[float, ...] = ()  # of each source, in a pass over the mixture of them
-    weight: tuple[float, ...] = ()  # of each source, as a share of the tokens that training sees
-    threads: int = 2  # threads that encode
+    val_frac: float = 0.02  # share of documents held out for the validation loss
+    epochs: tuple[float, ...] = ()  # a source's passes per epoch of the mixture; one per --source
+    weight: tuple[float, ...] = ()  # a source's share of the training tokens; one per --source
+    threads: int = 2  # encoder threads
 
 
 def pack(config: Config) -> dict:
@@ -56,7 +56,7 @@ def pack(config: Config) -> dict:
     if not 0 < config.val_frac < 1:
         raise UserError(f"--val_frac {config.val_frac}: want a share between 0 and 1")
     if config.epochs and config.weight:
-        raise UserError("--epochs and --weight both say how often a source is seen; give one")
+        raise UserError("--epochs and --weight both set how often a source repeats; give one")
     if mixed and len(given) != len(config.source):
         n = len(config.source)
         raise UserError(f"--epochs, --weight: got {len(given)} for {n} sources; give one each")
@@ -100,7 +100,7 @@ def pack(config: Config) -> dict:
 
 
 def encode_shard(config: Config, tokenizer: Tokenizer, part: Part) -> dict:
-    """Leave the tokens of one shard's documents, with a row of each: hash, length, held out?"""
+    """Save the tokens of a shard's documents, and a row (hash, length, held out) for each."""
     rows, bytes_ = array("Q"), 0
     with open(part.scratch / f"{part.name}.tokens", "wb") as f:
         for batch in batched(part.documents(), BATCH_CHARS, chars):
@@ -122,9 +122,9 @@ def encode_shard(config: Config, tokenizer: Tokenizer, part: Part) -> dict:
 def cut(
     stage: Stage, split: str, inputs: list[int], by_hash: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Cut a split's documents into token shards, each behind the document that fills it.
+    """Cut a split's documents into token shards; each ends with the document that fills it.
 
-    Yields the (input, first token, tokens) of a shard's documents: in their order, or by hash.
+    Yields arrays (input, first token, number of tokens) per shard, in input order or by hash.
     """
     rows = [np.load(stage.scratch / f"shard-{i:05d}.npy") for i in inputs]
     source = np.repeat(np.array(inputs, np.uint32), [len(of_input) for of_input in rows])
@@ -155,7 +155,7 @@ def write_tokens(tokenizer: Tokenizer, part: Part) -> None:
 
 
 def mixture(config: Config, tokens: list[int], shards: list[int]) -> list[dict]:
-    """Describe each source for mixture.json, by its train tokens and train shards."""
+    """Return the mixture.json entry of each source, from its train tokens and shard counts."""
     if 0 in tokens:
         source = config.source[tokens.index(0)]
         raise UserError(f"--source {source}: no document in the train split")

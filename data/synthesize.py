@@ -1,26 +1,26 @@
-"""Write synthetic data, textbooks or exercises, as the paper had GPT-3.5 write them.
+"""Write synthetic textbooks or exercises, as the paper did with GPT-3.5.
 
     python -m data.synthesize textbooks --out out/textbooks --count 2000
     OPENAI_BASE_URL=http://host:8000/v1 python -m data.synthesize textbooks --out out/textbooks \\
         --writer llm --model NAME --count 10_000 --budget_tokens 30_000_000 --dry_run
 
-The paper (section 2.2) gets diversity by constraining what is asked for: textbooks by topic and
-audience, exercises by the function's name and, as in TinyStories (arXiv 2305.07759), random words.
-So does this. PAPER: its prompts, topics and names are undisclosed; ours are in prompts.txt.
+The paper (section 2.2) gets diversity by constraining the request: textbooks by topic and audience,
+exercises by function name and, as in TinyStories (arXiv 2305.07759), random words. So do we.
+PAPER: its prompts, topics and names are undisclosed; ours are in prompts.txt.
 
-    builtin  lessons of synthetic/textbooks.py: offline, correct by construction; when its templates
-             give nothing new, the command says so. data.exercises writes exercises offline
+    builtin  lessons from synthetic/textbooks.py: offline, correct by construction; fails when the
+             templates give nothing new. data.exercises writes exercises offline
     llm      any OpenAI-compatible endpoint, with a budget, a cache and a dry run (data/base/llm.py)
 
-Run all code in the sandbox, an exercise with its tests, a lesson from first to last block. Refuse
-duplicates and near-duplicates of what was accepted before. Candidate i depends on i and the seed
-alone. A killed run starts again, but no reply is paid for twice.
+All code runs in the sandbox: an exercise with its tests, a lesson from first to last block.
+Duplicates and near-duplicates of accepted documents are refused. Candidate i depends only on i and
+the seed. A killed run starts over, but the cache saves it from paying for a reply twice.
 
-Models predict what their code returns less well than they write it. So the tests of an exercise
-are the calls in the reply's asserts, with the values that they returned here. Such tests show that
-the code runs and is deterministic, not that it is right. Evidence for that are the writer's own
-claims: the docstring must pass doctest, and half of the asserts must hold as written, where a
-docstring with examples counts as one more. `wrong` of a document is how many do not.
+Models write code better than they predict its results. So the tests of an exercise use the calls in
+the reply's asserts with the values returned here. Such tests show that the code runs and is
+deterministic, not that it is right. As evidence of correctness, the docstring must pass doctest and
+half of the asserts must hold as written (a docstring with examples counts as one more assert).
+`wrong` counts a document's failed asserts.
 """
 
 import contextlib
@@ -45,33 +45,33 @@ from data.synthetic import prompts, textbooks
 from data.synthetic.textbooks import AUDIENCES, LEVELS, TOPICS
 from sandbox.execute import Verdict, run_programs
 
-BATCH = 100  # candidates to run at a time
-MAX_SIMILARITY = 0.8  # Jaccard index over 5-token shingles from which a candidate is refused
-MOST_BARREN = 100  # candidates in a row that give nothing new, before the command ends
-RUN_TIMEOUT_S = 10.0  # for the code of one candidate
-CALL_TIMEOUT_S = 3.0  # for one call of an exercise
-ASKED_WORDS = 3  # random words that a request demands
-TAIL_SHARE = 0.6  # of the function names have a third part
+BATCH = 100  # candidates run per batch
+MAX_SIMILARITY = 0.8  # refuse a candidate at this Jaccard index over 5-token shingles
+MOST_BARREN = 100  # consecutive candidates without a new document before giving up
+RUN_TIMEOUT_S = 10.0  # per candidate
+CALL_TIMEOUT_S = 3.0  # per call of an exercise
+ASKED_WORDS = 3  # random words per request
+TAIL_SHARE = 0.6  # share of function names with a third part
 
-# A candidate: (document, program to run, or the claims of an exercise), or why there is none
+# A candidate (document, program or an exercise's claims), or the reason there is none
 Made = tuple[dict, str | list[prompts.Claim]] | str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Options):
-    """What textbooks and exercises have in common."""
+    """Options common to textbooks and exercises."""
 
     out: Path  # folder to write
     count: int  # documents to write
     writer: str = "builtin"  # builtin (offline) or llm (an endpoint)
-    seed: int = 0  # of all choices
-    workers: int = 1  # programs run at once
+    seed: int = 0  # random seed
+    workers: int = 1  # programs to run in parallel
 
     def messages(self, index: int) -> list[dict]:
         return [{"role": "user", "content": self.prompt(index)}]
 
     def finish(self, batch: list[Made]) -> list[Made]:
-        """Return the candidates of `batch` with the programs to run."""
+        """Return `batch` with a program for each candidate."""
         return batch
 
 
@@ -79,10 +79,10 @@ class Config(Options):
 class Textbooks(Config):
     """Write lessons: prose interleaved with code that runs."""
 
-    reply_tokens: int = 1500  # at most, in a reply
+    reply_tokens: int = 1500  # maximum tokens per reply
 
     def draw(self, index: int) -> tuple:
-        """Draw topic, audience, level, words, and a generator to go on with. Topics take turns."""
+        """Draw topic (in turns), audience, level and words; also return the generator."""
         turn, place = divmod(index, len(TOPICS))
         topic = random.Random(f"topics {self.seed} {turn}").sample(TOPICS, len(TOPICS))[place]
         rng = random.Random(f"lesson {self.seed} {index}")
@@ -116,13 +116,14 @@ class Textbooks(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Exercises(Config):
-    """Write exercises: a docstring to be completed, and a solution that passes its tests."""
+    """Write exercises: a docstring to complete, and a solution that passes its tests."""
 
-    reply_tokens: int = 600  # at most, in a reply
-    benchmarks: tuple[Path, ...] = ()  # HumanEval or MBPP file (.jsonl, .jsonl.gz, .json) to avoid
+    reply_tokens: int = 600  # maximum tokens per reply
+    benchmarks: tuple[Path, ...] = ()  # HumanEval or MBPP file to avoid (.jsonl, .jsonl.gz, .json);
+    # repeatable
 
     def draw(self, index: int) -> tuple[str, list[str]]:
-        """Return the function's name and the words to ask for."""
+        """Draw the function name and the words to ask for."""
         rng = random.Random(f"exercise {self.seed} {index}")
         parts = [rng.choice(prompts.VERBS), rng.choice(prompts.NOUNS)]
         parts += [rng.choice(prompts.TAILS)] * (rng.random() < TAIL_SHARE)
@@ -145,7 +146,7 @@ class Exercises(Config):
         return document(code, f"exercises:{self.model}", **fields), claims
 
     def finish(self, batch: list[Made]) -> list[Made]:
-        """Run the claims of each exercise, and give it tests by their results, or refuse it."""
+        """Run the claims of each exercise; turn their results into its tests, or refuse it."""
         programs = [
             f"{made[0]['text']}\nraise LookupError(repr((bool({test}), {call})))"
             for made in batch if not isinstance(made, str) for call, test, _ in made[1]
@@ -158,10 +159,10 @@ class Exercises(Config):
 
 
 def tested(record: dict, claims: list[prompts.Claim], told: list[str]) -> Made:
-    """Return an exercise with tests by what its calls `told`, and its program, or why not."""
+    """Return an exercise with tests from the claims' results `told`, its program, or why not."""
     results, held = {}, []
     for (call, _, in_docstring), detail in zip(claims, told):
-        outcome = re.match(r"LookupError: \((True|False), (.*)\)$", detail)  # else it is too long
+        outcome = re.match(r"LookupError: \((True|False), (.*)\)$", detail)  # None: failed or cut
         held.append(detail.startswith("LookupError: (True, "))
         if in_docstring and not held[-1]:
             return "the docstring's example is wrong"
@@ -183,23 +184,23 @@ benchmarks_of = functools.cache(Benchmarks)
 
 
 def synthesize(config: Config) -> dict:
-    """Write `config.out` and return its summary, or the price for a dry run. Raises UserError."""
+    """Write `config.out` and return its summary, or the price on a dry run. Raises UserError."""
     check(config)
     client = Client(config, config.replies()) if config.writer == "llm" else None
     with client or contextlib.nullcontext():
-        if config.dry_run:  # requests for candidates that are refused come on top
+        if config.dry_run:  # excludes requests to replace refused candidates
             tokens = config.reply_tokens
             return client.price((config.messages(i), tokens) for i in range(config.count))
         with new_folder(config.out, getattr(config, "benchmarks", ())) as out:
             summary = accept(config, client, out)
-            if client:  # apart from the summary: a run from the cache spends nothing
+            if client:  # not in the summary: a cached run spends nothing
                 write_json(out / "endpoint.json", client.summary())
             write_json(out / "summary.json", summary)
     return summary
 
 
 def accept(config: Config, client: Client | None, out: Path) -> dict:
-    """Write the candidates that run and are unlike all before them; return the summary."""
+    """Write candidates that run and resemble no earlier one; return the summary."""
 
     def ask(index: int) -> Made:
         try:
@@ -213,7 +214,7 @@ def accept(config: Config, client: Client | None, out: Path) -> dict:
     bar = tqdm(total=config.count, desc="accepted", disable=None)
     with ShardWriter(out) as shards, bar:
         while accepted < config.count:
-            indexes = range(asked, asked + config.count - accepted)  # no more: each reply costs
+            indexes = range(asked, asked + config.count - accepted)  # no more: replies cost money
             asked = indexes.stop
             made = client.in_order(ask, indexes) if client else map(config.make, indexes)
             for batch in batched(made, BATCH):
@@ -232,10 +233,10 @@ def accept(config: Config, client: Client | None, out: Path) -> dict:
                 [(reason, n)] = refused.most_common(1)
                 advice = "ask for fewer"
                 if "duplicate" not in reason:
-                    advice = f"see what is wrong with the replies, in {config.replies()}"
+                    advice = f"inspect the replies in {config.replies()}"
                 raise UserError(
-                    f"--count {config.count}: only {accepted} were accepted of {asked} candidates, "
-                    f"mostly for {reason!r} ({n} of {dict(refused)}); {advice}"
+                    f"--count {config.count}: only {accepted} of {asked} candidates were accepted; "
+                    f"main refusal: {reason!r} ({n} of {dict(refused)}); {advice}"
                 )
     told = {"wrong_tests": wrong} if isinstance(config, Exercises) else {}
     return {"documents": accepted, "bytes": size, "candidates": asked, **told,
@@ -243,7 +244,7 @@ def accept(config: Config, client: Client | None, out: Path) -> dict:
 
 
 def passing(batch: list[Made], workers: int, refused: Counter) -> list[dict]:
-    """Return the documents of `batch` whose programs pass; count why the others are refused."""
+    """Return the documents of `batch` with passing programs; count refusals by reason."""
     made = [candidate for candidate in batch if not isinstance(candidate, str)]
     refused.update(candidate for candidate in batch if isinstance(candidate, str))
     verdicts = run_all([program for _, program in made], RUN_TIMEOUT_S, workers)
@@ -255,7 +256,7 @@ def run_all(programs: list[str], timeout_s: float, workers: int) -> list[Verdict
     verdicts = run_programs(programs, timeout_s, workers)
     for verdict in verdicts:
         if verdict.status == "infrastructure":
-            raise UserError(f"the sandbox does not work here: {verdict.detail}")
+            raise UserError(f"the sandbox does not work on this machine: {verdict.detail}")
     return verdicts
 
 
@@ -263,17 +264,17 @@ def check(config: Config) -> None:
     if config.writer not in ("builtin", "llm"):
         raise UserError(f"--writer {config.writer}: want builtin or llm")
     if config.writer == "builtin" and isinstance(config, Exercises):
-        raise UserError("exercises offline: use python -m data.exercises, or give --writer llm")
+        raise UserError("offline exercises: use python -m data.exercises; else set --writer llm")
     if config.count < 1 or config.workers < 1:
-        raise UserError("--count or --workers: want at least 1")
+        raise UserError("--count and --workers must be at least 1")
     if config.dry_run and config.writer != "llm":
-        raise UserError("--dry_run prices the endpoint's work; the builtin writer costs nothing")
+        raise UserError("--dry_run: the builtin writer costs nothing; use it with --writer llm")
 
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in KINDS:
-        raise UserError(f"say what to write: {' or '.join(KINDS)}, then the options or --help")
+        raise UserError(f"want {' or '.join(KINDS)} first, then options or --help")
     config = parse(KINDS[name], sys.argv[2:])
     summary = synthesize(config)
     if config.dry_run:

@@ -1,6 +1,6 @@
-"""Tokenize by a SentencePiece BPE with byte fallback, which gives back every string exactly.
+"""Tokenize with a SentencePiece BPE with byte fallback, which round-trips every string.
 
-A model that comes from elsewhere may bring a byte-level BPE in its place: see byte_level.py.
+Imported models may use a byte-level BPE instead (byte_level.py).
 """
 
 import hashlib
@@ -13,18 +13,18 @@ from common.config import UserError
 from tokenizer.byte_level import ByteLevelBPE
 
 MODEL_FILE = "tokenizer.model"
-JSON_FILE = "tokenizer.json"  # of a byte-level BPE
+JSON_FILE = "tokenizer.json"  # byte-level BPE
 END_OF_TEXT = "<|endoftext|>"
-# SentencePiece stores a space as U+2581, so a literal U+2581 would come back as a space. It is kept
-# from SentencePiece and written as its three UTF-8 bytes instead.
+# SentencePiece stores a space as U+2581, and would decode a literal one to a space. `Pieces` hides
+# these from it and emits their three UTF-8 byte tokens instead.
 SPACE_MARK = "\u2581"
 
 
 class Tokenizer:
-    """Text to token ids and back: `decode(encode(text)) == text` for every str UTF-8 can encode."""
+    """Text to token ids and back; round-trips every str that UTF-8 can encode."""
 
     def __init__(self, path: Path):
-        """Load `path`: a model file, or a folder with tokenizer.model or else tokenizer.json."""
+        """Load a model file, or a folder with tokenizer.model or, failing that, tokenizer.json."""
         path = Path(path)
         if path.is_dir():
             only_json = (path / JSON_FILE).exists() and not (path / MODEL_FILE).exists()
@@ -38,16 +38,16 @@ class Tokenizer:
         self.backend = kind(path, END_OF_TEXT)
         self.vocab_size = self.backend.vocab_size
         self.end_of_text = self.backend.end_of_text
-        self.start = self.backend.start  # token ids that stand before the text of a prompt
+        self.start = self.backend.start  # token ids to put before a prompt
 
     def encode(self, text: str) -> list[int]:
-        """Return token ids of `text`, never END_OF_TEXT. Raises UserError for lone surrogates."""
+        """Return token ids of `text`, never END_OF_TEXT. Raises UserError on lone surrogates."""
         if text != text.encode(errors="ignore").decode():
             raise UserError(f"lone surrogates cannot be encoded: {text!r:.60}")
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """Encode many texts, which UTF-8 must be able to encode, on several threads."""
+        """Encode texts on several threads; they must be free of lone surrogates."""
         return self.backend.encode(texts, threads)
 
     def decode(self, ids: list[int]) -> str:
@@ -61,7 +61,7 @@ class Tokenizer:
 
 
 class Pieces:
-    """A SentencePiece model that tokenizer.train made."""
+    """SentencePiece model from tokenizer.train."""
 
     def __init__(self, path: Path, end_of_text: str):
         try:
@@ -72,7 +72,7 @@ class Pieces:
         self.end_of_text = self.model.piece_to_id(end_of_text)
         if self.model.is_unknown(self.end_of_text):
             raise UserError(f"{path} has no {end_of_text} piece; train it with tokenizer.train")
-        self.start = [self.end_of_text]  # in training every document follows one
+        self.start = [self.end_of_text]  # precedes every document in training
         self._space_mark = [self.model.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
 
     def encode(self, texts: list[str], threads: int = 1) -> list[list[int]]:

@@ -1,9 +1,9 @@
-"""Write our SentencePiece BPE as a tokenizer.json of Hugging Face's `tokenizers`, the same ids.
+"""Convert our SentencePiece BPE to a Hugging Face `tokenizers` tokenizer.json with the same ids.
 
-SentencePiece ranks a merge by the score of the piece that it makes, `tokenizers` by the rank of the
-pair that it joins. Several pairs make one piece ("ab" + "a" and "a" + "ba"), yet only one of them
-ever occurs: until a piece is made, no merge reaches across its ends, so its text is merged as it
-would be alone. Any ranks will do, then, that keep the order of the pieces' scores.
+SentencePiece ranks a merge by the score of the resulting piece, `tokenizers` by the rank of the
+merged pair. Several pairs can form one piece ("ab" + "a" and "a" + "ba"), but only one ever occurs:
+until the piece is formed, no merge crosses its ends, so its text merges as it would alone. Any
+ranks that preserve the order of piece scores are therefore equivalent.
 
 Spaces stay spaces in the JSON, and U+2581 falls back to its bytes like any unknown character.
 """
@@ -11,13 +11,13 @@ Spaces stay spaces in the JSON, and U+2581 falls back to its bytes like any unkn
 from tokenizer import END_OF_TEXT, SPACE_MARK, Tokenizer
 from tokenizer.byte_level import ByteLevelBPE
 
-UNKNOWN_TEXT = " \u2047 "  # what SentencePiece decodes its unknown piece to
+UNKNOWN_TEXT = " \u2047 "  # SentencePiece decodes its unknown piece to this
 
 
 def to_json(tokenizer: Tokenizer) -> str:
-    """Return the tokenizer.json that encodes and decodes as `tokenizer` of tokenizer.train does.
+    """Return a tokenizer.json that encodes and decodes like `tokenizer`.
 
-    (But for broken UTF-8, where tokenizers also gives up whole characters next to it.)
+    Exception: next to broken UTF-8, `tokenizers` also loses whole characters.
     """
     if isinstance(tokenizer.backend, ByteLevelBPE):
         return tokenizer.path.read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def to_json(tokenizer: Tokenizer) -> str:
     unknown = decoders.Replace(Regex(f"^{names[model.unk_id()]}$"), UNKNOWN_TEXT)
     fast.decoder = decoders.Sequence([unknown, decoders.ByteFallback(), decoders.Fuse()])
     fast.post_processor = processors.TemplateProcessing(
-        single=f"{END_OF_TEXT} $A",  # a prompt follows an end of text, as documents do in training
+        single=f"{END_OF_TEXT} $A",  # prefix prompts like documents in training
         pair=f"{END_OF_TEXT} $A {END_OF_TEXT}:1 $B:1",
         special_tokens=[(END_OF_TEXT, tokenizer.end_of_text)],
     )
@@ -40,7 +40,7 @@ def to_json(tokenizer: Tokenizer) -> str:
 
 
 def merges(model, names: list[str]) -> list[tuple[str, str]]:
-    """Return every pair that makes a piece of a SentencePiece BPE, in the order of the scores."""
+    """Return all pairs that form a piece of a SentencePiece BPE, by descending piece score."""
     special = model.is_control, model.is_unknown, model.is_byte
     learned = [i for i in range(model.vocab_size()) if not any(of(i) for of in special)]
     known = {names[i] for i in learned}

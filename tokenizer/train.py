@@ -17,21 +17,21 @@ from common.files import new_folder, write_json
 from data.base.readers import read_documents
 from tokenizer import END_OF_TEXT, MODEL_FILE, SPACE_MARK, Tokenizer
 
-# Whole documents are too long for the trainer and single lines hide the newline-and-indent pieces
-# that code is full of, so it sees chunks of many lines.
+# Whole documents are too long for the trainer, and single lines hide the newline-and-indent pieces
+# that code needs, so train on chunks of many lines.
 CHUNK_CHARS = 2000
-SMALLEST_VOCAB = 512  # 256 bytes, two special pieces, and room for the characters of code
+SMALLEST_VOCAB = 512  # 256 bytes, two special pieces, and room for characters found in code
 
 
 @dataclass(frozen=True)
 class Config:
     """Train a SentencePiece BPE tokenizer with byte fallback that round-trips every string."""
 
-    out: Path  # folder to write tokenizer.model and summary.json in
-    source: tuple[Path, ...]  # document shards to learn from; may be given several times
-    vocab_size: int = 2048  # pieces, the 256 bytes and <|endoftext|> included
-    max_mb: float = 8.0  # megabytes of text read from each source, 0 = all
-    threads: int = 2  # threads that count pieces
+    out: Path  # folder to write tokenizer.model and summary.json to
+    source: tuple[Path, ...]  # files or folders of documents to learn from; repeatable
+    vocab_size: int = 2048  # pieces, including 256 bytes and <|endoftext|>
+    max_mb: float = 8.0  # megabytes of text to read per source, 0 = all
+    threads: int = 2  # trainer threads
 
 
 def main() -> None:
@@ -43,15 +43,15 @@ def main() -> None:
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=chunks(config.source, config.max_mb, used),
-                model_writer=model,  # and no model_prefix: its path would be kept in the model
+                model_writer=model,  # model_prefix would store its path in the model
                 model_type="bpe",
                 vocab_size=config.vocab_size,
                 num_threads=config.threads,
-                byte_fallback=True,  # any byte can be written
+                byte_fallback=True,  # can write any byte
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
-                allow_whitespace_only_pieces=True,  # runs of spaces, as indentation needs
+                allow_whitespace_only_pieces=True,  # for indentation
                 split_digits=True,
                 character_coverage=0.9995,
                 max_sentence_length=4 * CHUNK_CHARS + 16,  # bytes
@@ -63,7 +63,7 @@ def main() -> None:
         except RuntimeError as e:
             raise UserError(
                 f"SentencePiece could not learn {config.vocab_size} pieces from "
-                f"{sum(used.values()):,} bytes; lower --vocab_size or add documents. It said: "
+                f"{sum(used.values()):,} bytes; lower --vocab_size or add documents: "
                 f"{str(e).splitlines()[-1]}"
             ) from None
         (folder / MODEL_FILE).write_bytes(model.getvalue())
@@ -75,14 +75,14 @@ def main() -> None:
 
 
 def chunks(sources: tuple[Path, ...], max_mb: float, used: dict[str, int]) -> Iterator[str]:
-    """Cut documents at line ends into about CHUNK_CHARS; `used` counts their bytes."""
+    """Yield documents cut at line ends into chunks of up to CHUNK_CHARS; count bytes in `used`."""
     for source in sources:
         used[source.name] = 0
         for document in read_documents([source]):
             if max_mb and used[source.name] >= max_mb * 1e6:
                 break
             used[source.name] += len(document["text"].encode())
-            # The trainer strips a NUL's sentence short and takes U+2581 for a space.
+            # The trainer cuts a sentence at a NUL, and takes U+2581 for a space.
             text, chunk = re.sub(f"[\0{SPACE_MARK}]", "", document["text"]), ""
             for line in text.splitlines(keepends=True):
                 for start in range(0, len(line), CHUNK_CHARS):

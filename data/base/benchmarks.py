@@ -1,4 +1,4 @@
-"""Read the problems of HumanEval and MBPP files, and of files in HumanEval's format."""
+"""Read benchmark problems: HumanEval, MBPP, and files in HumanEval's format."""
 
 import ast
 import json
@@ -13,21 +13,21 @@ from data.base.ast_match import Function, functions
 from data.base.syntax import parse_python
 
 FIELDS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")  # HumanEval's format
-# What a problem may have, too: text to show the model before the prompt, code to run before the
-# candidate, harder tests, wrong solutions, and what made it.
+# Optional fields: text shown to the model before the prompt, code to run before the candidate,
+# harder tests, wrong solutions, and the generator.
 MORE_FIELDS = ("context", "setup", "plus_test", "mutants", "family", "task")
 MBPP_FIELDS = {"task_id", "text", "code", "test_list", "test_setup_code", "challenge_test_list"}
 SANITIZED_FIELDS = {"task_id", "prompt", "code", "test_list", "test_imports", "source_file"}
 
 
 def read_problems(path: Path) -> list[dict]:
-    """Read a file in HumanEval's format. Raises UserError as check_problems."""
+    """Read a file in HumanEval's format. Raises UserError, see check_problems."""
     return check_problems(path, list(read_jsonl(path)))
 
 
 def check_problems(path: Path, problems: list[dict]) -> list[dict]:
-    """Return the problems. Raises UserError for a field that is missing or would be ignored, a
-    task_id that is there twice, or no problem."""
+    """Return the problems. Raises UserError if there are none, a field is missing or unknown, or a
+    task_id repeats."""
     for number, problem in enumerate(problems, 1):
         if missing := [f for f in FIELDS if not isinstance(problem.get(f), str)]:
             raise UserError(f"{path} problem {number}: no {missing[0]!r} string; want {FIELDS}")
@@ -41,16 +41,16 @@ def check_problems(path: Path, problems: list[dict]) -> list[dict]:
 
 
 def check_fields(where: str, row: dict, known: set[str]) -> None:
-    """Raise UserError for a field that is not `known`: it may be tests of a harder benchmark."""
+    """Raise UserError for a field not in `known`: it may hold a harder benchmark's tests."""
     if unknown := sorted(row.keys() - known):
         raise UserError(
-            f"{where}: its field {unknown[0]!r} is of a format unknown here, and a score without "
-            "it would be of another benchmark; delete it if it matters to none"
+            f"{where}: unknown field {unknown[0]!r}; ignoring it could score another benchmark. "
+            "Delete the field if it does not affect the score"
         )
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Read the rows of a .json or .jsonl file as they are. Raises UserError."""
+    """Read the rows of a .json or .jsonl file unchanged. Raises UserError."""
     if path.suffix != ".json":
         return list(read_jsonl(path))
     try:
@@ -64,13 +64,13 @@ def read_rows(path: Path) -> list[dict]:
 
 @dataclass(frozen=True)
 class Mbpp:
-    """A row of mbpp.jsonl or sanitized-mbpp.json, its line ends as `\\n`."""
+    """A row of mbpp.jsonl or sanitized-mbpp.json, with `\\n` line ends."""
 
     id: int
     text: str  # the task
     code: str  # the reference solution
     tests: list[str]  # assert statements
-    imports: str = ""  # to run before the candidate, too
+    imports: str = ""  # also run before the candidate
     setup: str = ""  # statements to run before the tests
     plus: str = ""  # MBPP+'s tests, "" elsewhere
 
@@ -86,15 +86,15 @@ class Mbpp:
 
     @property
     def entry_point(self) -> str:
-        """Name the function under test: the last in `code` that the first test calls."""
+        """Return the function under test: the last one in `code` that the first test calls."""
         called = {n.id for n in ast.walk(parse_python(self.tests[0])) if isinstance(n, ast.Name)}
         defined = [getattr(n, "name", "") for n in parse_python(self.code).body]
         return [name for name in defined if name in called][-1]
 
 
 def read_mbpp(path: Path) -> tuple[str, list[Mbpp]]:
-    """Return the benchmark's name, "MBPP", "MBPP sanitized" or "MBPP+" (EvalPlus's file in MBPP's
-    format), and its rows. Raises UserError."""
+    """Return the name, "MBPP", "MBPP sanitized" or "MBPP+" (EvalPlus's file in MBPP's format), and
+    the rows. Raises UserError."""
     rows = read_rows(path)
     found = convert(path, "MBPP", Mbpp.of, rows)
     sanitized, plus = (any(field in row for row in rows) for field in ("prompt", "test"))
@@ -107,11 +107,11 @@ def read_mbpp(path: Path) -> tuple[str, list[Mbpp]]:
 
 @dataclass(frozen=True)
 class Reference:
-    """A benchmark's problem, which training data must not come close to."""
+    """A benchmark problem that training data must not resemble."""
 
     task_id: str
     docstring: str
-    function: Function  # the solution; its text has the docstring, too
+    function: Function  # the solution; its text includes the docstring
 
 
 def read_references(path: Path) -> list[Reference]:
@@ -134,7 +134,7 @@ def reference(row: dict) -> Reference:
         return Reference(f"MBPP/{mbpp.id}", mbpp.text, Function(f.name, f.nodes, [text]))
     source = row["prompt"] + row["canonical_solution"]
     function = [f for f in functions(source) if f.name == row["entry_point"]][-1]
-    # Not ast.get_docstring: one of HumanEval's stands behind an import.
+    # Not ast.get_docstring: one HumanEval docstring follows an import.
     body = parse_python(function.text).body[0].body
     texts = [n.value for n in body if isinstance(n, ast.Expr)]
     docstring = next((t.value for t in texts if isinstance(t, ast.Constant)), "")

@@ -1,11 +1,10 @@
-"""Documents on disk: one JSON object a line in `.jsonl.zst` shards, the seam between data stages.
+"""Documents on disk: `.jsonl.zst` shards, one JSON object per line, passed between data stages.
 
-Every document has
-    id      str   the first 16 hex digits of sha256
-    origin  str   where it came from, for a person to find it again ("stdlib:json/decoder.py")
-    sha256  str   of the UTF-8 text
+Fields of every document (a stage may add its own):
+    id      str   first 16 hex digits of sha256
+    origin  str   human-readable source ("stdlib:json/decoder.py")
+    sha256  str   hash of the UTF-8 text
     text    str
-and a stage may add fields of its own.
 """
 
 import hashlib
@@ -23,18 +22,19 @@ WANTED = ".jsonl or .ndjson (.gz, .zst), .json.gz, .parquet or Posts.xml (.gz, .
 
 
 def document(text: str, origin: str, **fields) -> dict:
-    """Return the document of `text`. Raises UnicodeEncodeError if it holds lone surrogates."""
+    """Make a document from `text`. Raises UnicodeEncodeError for lone surrogates."""
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     return {"id": sha256[:16], "origin": origin, "sha256": sha256, "text": text, **fields}
 
 
 def as_utf8(name: str) -> str:
-    """Return a file's name for an origin: it need not be UTF-8, but an origin is."""
+    """Return a file name as valid UTF-8, for an origin."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def source_shards(*sources: Path) -> list[Path]:
-    """List files and the shards in folders, in any format. Raises UserError where there is none."""
+    """List source files and all shards in source folders, in any format. Raises UserError for a
+    source without shards."""
     shards = []
     for source in sources:
         found = [source] if source.is_file() else shard_files(source)
@@ -46,10 +46,10 @@ def source_shards(*sources: Path) -> list[Path]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """List the shards in a folder and those below it, sorted; of an output of ours, its own alone.
+    """List the shards in and below a folder, sorted; in a stage's output, only at the top level.
 
-    What is hidden is left out, and outputs of ours below another's folder: a stage's input may be
-    beside its output. Links to folders are not followed.
+    Skip hidden files and folders, and stage outputs below the folder: a stage may write next to its
+    input. Links to folders are not followed.
     """
     found = []
     for where, folders, files in os.walk(folder):
@@ -61,16 +61,16 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 class DocumentFile(ExitStack):
-    """Write documents to one .jsonl.zst file, which the first of them makes."""
+    """Write documents to one .jsonl.zst file, created by the first write."""
 
     def __init__(self, path: Path):
         super().__init__()
         self.path, self._file = path, None
-        self.documents = self.bytes = self.line_bytes = 0  # bytes of the texts, and of the lines
+        self.documents = self.bytes = self.line_bytes = 0  # bytes of text; bytes of JSON lines
 
     def write(self, record: dict) -> None:
         if self._file is None:
-            import zstandard  # here: a machine that trains on shards packed elsewhere needs none
+            import zstandard  # here: training on packed shards does not need it
 
             compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
             self._file = self.enter_context(zstandard.open(self.path, "wb", cctx=compressor))
@@ -82,7 +82,7 @@ class DocumentFile(ExitStack):
 
 
 class ShardWriter(ExitStack):
-    """Write documents to `folder/shard-00000.jsonl.zst`, ..., a new one each `shard_bytes`."""
+    """Write documents to `folder/shard-00000.jsonl.zst`, ...: a new shard every `shard_bytes`."""
 
     def __init__(self, folder: Path, shard_bytes: int = 64 << 20):
         super().__init__()
@@ -98,7 +98,7 @@ class ShardWriter(ExitStack):
 
 
 def batched(items: Iterable, limit: int, size: Callable = lambda item: 1) -> Iterator[list]:
-    """Yield lists of items, each just long enough for its sizes to add up to `limit`."""
+    """Yield lists of items; end each list once its total size reaches `limit`."""
     batch, filled = [], 0
     for item in items:
         batch.append(item)

@@ -1,8 +1,8 @@
-"""Texts as vectors: by their syntax tree, by the words they use, by a model's hidden states.
+"""Turn texts into vectors: syntax-tree measures, TF-IDF of words, or a model's hidden states.
 
-The paper's classifier takes the output embedding of a code model (arXiv 2306.11644, sections 2.1
-and 5) and does not say how it pools: `Features` takes the mean over a text's tokens. torch and the
-model are imported where one is named: they take seconds to load.
+The paper's classifier uses a code model's output embedding (arXiv 2306.11644, sections 2.1 and 5)
+and does not say how it pools; `Features` averages over a text's tokens. torch and the model load
+only on request, as that takes seconds.
 """
 
 import ast
@@ -25,10 +25,10 @@ from data.base.syntax import (
     strip_licence,
 )
 
-WINDOWS = 8  # pieces of a document that the model sees: 6 kB of it at a context of 256 tokens
-CHARS_PER_TOKEN = 3  # of code: a piece fills the context (what is longer is cut to it)
-ENCODER_TOKENS = 256  # of a piece: many encoders saw no longer texts
-BATCH_TOKENS = 1 << 14  # in one forward pass
+WINDOWS = 8  # pieces of a document shown to the model: 6 kB at a context of 256 tokens
+CHARS_PER_TOKEN = 3  # of code, so a piece fills the context; the rest is truncated
+ENCODER_TOKENS = 256  # per piece: many encoders were not trained on longer texts
+BATCH_TOKENS = 1 << 14  # per forward pass
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")  # parts of snake_case and camelCase
 PER_STATEMENT = {
     "functions": FUNCTIONS,
@@ -46,7 +46,7 @@ PER_FUNCTION = {
 
 
 def measured(text: str) -> dict[str, float]:
-    """Return the filter's measures of a text and more of its syntax tree. Raises SyntaxError."""
+    """Return the filter's measures plus more syntax-tree statistics. Raises SyntaxError."""
     s = Syntax(text)
     m = dict(measures(text, s))
     names, arguments, lines = Counter(node.id for node in s.by[ast.Name]), [], 0
@@ -54,7 +54,7 @@ def measured(text: str) -> dict[str, float]:
         arguments.append([a.arg for a in (*node.args.args, *node.args.kwonlyargs)])
         doc = docstring(node)
         lines += node.end_lineno - (doc.end_lineno if doc else node.lineno)
-    if not arguments and m["min_functions"]:  # blocks of a post, as functions of no arguments
+    if not arguments and m["min_functions"]:  # count a post's blocks as functions
         arguments, lines = [[]] * s.blocks, s.code.count("\n")
     functions, used = max(len(arguments), 1), max(names.total(), 1)
     c = {name: s.count(*kinds) for name, kinds in (PER_STATEMENT | PER_FUNCTION).items()}
@@ -64,7 +64,7 @@ def measured(text: str) -> dict[str, float]:
     plain = sum(given[:1] not in (["self"], ["cls"]) for given in arguments)
     return m | {
         "arguments": sum(map(len, arguments)) / functions,
-        "plain": plain / functions,  # functions that are no methods
+        "plain": plain / functions,  # functions, not methods
         "lines": lines / functions,
         "depth": s.depth,
         "attributes": s.count(ast.Attribute) / s.nodes(),
@@ -79,7 +79,7 @@ STRUCTURE = list(measured("x = 1"))
 
 
 def structure(text: str) -> list[float]:
-    """Return the values of STRUCTURE for a text, -1s where it does not parse."""
+    """Return the values of STRUCTURE for a text; all -1 if it does not parse."""
     try:
         return [float(value) for value in measured(text).values()]
     except SyntaxError:
@@ -87,24 +87,24 @@ def structure(text: str) -> list[float]:
 
 
 def pieces(text: str, chars: int) -> list[str]:
-    """Cut up to WINDOWS pieces of `chars` characters, evenly spaced over the text."""
+    """Cut up to WINDOWS evenly spaced pieces of `chars` characters."""
     count = min(WINDOWS, max(1, -(-len(text) // chars)))
     starts = np.linspace(0, max(len(text) - chars, 0), count).astype(int)
     return [text[start : start + chars] for start in starts]
 
 
 class Features:
-    """Map documents to rows: the syntax tree's, a checkpoint's hidden states, or an encoder's.
+    """Map documents to feature rows: syntax tree, checkpoint hidden states, or encoder states.
 
-    An encoder knows what a text is about and little of how it is built, so the tree's come along.
+    Encoder states capture topic but little structure, so syntax-tree features are appended.
     """
 
     def __init__(self, rank: int, checkpoint: Path | None = None, encoder: Path | None = None):
-        """Take a run or checkpoint folder, a Hugging Face model's, or neither. Raises UserError."""
+        """Take a run or checkpoint folder, a Hugging Face folder, or neither. Raises UserError."""
         if checkpoint and encoder:
             raise UserError("--checkpoint or --encoder, not both")
         self.path, self.kind, self.widths = checkpoint or encoder, {"features": "structure"}, []
-        self.bytes = self.seconds = 0  # of the texts, and what they took
+        self.bytes = self.seconds = 0  # processed so far
         if self.path:
             self.load(rank, checkpoint, encoder)
         if not checkpoint:
@@ -116,7 +116,7 @@ class Features:
         from common.checkpoint import checksum
 
         device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":  # a rank is one core, and one thread's sums depend on no other core
+        if device == "cpu":  # one core per rank; fixes the summation order
             torch.set_num_threads(1)
         if encoder:
             model, tokens, self.limit = load_encoder(encoder)
@@ -127,11 +127,11 @@ class Features:
             from model import load_model
 
             self.model, self.tokenizer, folder = load_model(checkpoint, device)
-            self.model.head = torch.nn.Identity()  # so that a forward pass ends at hidden states
+            self.model.head = torch.nn.Identity()  # make forward return hidden states
             self.limit, width = self.model.c.seq_len, self.model.c.width
             end = self.tokenizer.end_of_text
             self.encode = lambda text: [end, *self.tokenizer.encode(text)][: self.limit]
-            self.states = lambda ids, inside: self.model(ids)  # causal: no padding reaches a token
+            self.states = lambda ids, inside: self.model(ids)  # causal, so padding has no effect
         self.kind = {"features": "encoder" if encoder else "hidden", "weights": checksum(folder)}
         self.widths, self.device = [width], device
 
@@ -147,16 +147,16 @@ class Features:
         return np.concatenate(rows, axis=1)
 
     def pooled(self, texts: list[str]) -> np.ndarray:
-        """Return the mean of the hidden states of each text's pieces, float32 [texts, width]."""
+        """Return each text's `hidden` averaged over its pieces, float32 [texts, width]."""
         cut = [pieces(text, self.limit * CHARS_PER_TOKEN) for text in texts]
         vectors = self.hidden([piece for of_text in cut for piece in of_text])
         counts = np.array([len(of_text) for of_text in cut])
         return np.add.reduceat(vectors, np.cumsum(counts) - counts) / counts[:, None]
 
     def hidden(self, texts: list[str]) -> np.ndarray:
-        """Return the mean of the last hidden states, after the final LayerNorm, of each text.
+        """Return each text's mean last hidden state (after the final LayerNorm).
 
-        float32 [texts, width], rows of length 1; a text is cut to the model's context.
+        float32 [texts, width], rows L2-normalised; texts are truncated to the model's context.
         """
         import torch
 
@@ -178,32 +178,32 @@ class Features:
 
 
 def load_encoder(path: Path) -> tuple:
-    """Return model, tokenizer and tokens of a piece of a Hugging Face folder.
+    """Load a Hugging Face folder; return model, tokenizer and tokens per piece. Raises UserError.
 
-    Nothing is fetched, nothing unpickled, and no code of the folder runs. Raises UserError.
+    Downloads nothing, unpickles nothing, and runs no code from the folder.
     """
     if not (path / "model.safetensors").is_file():
         raise UserError(f"--encoder {path}: want a Hugging Face folder with model.safetensors")
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
-        raise UserError("--encoder needs transformers; pip install 'nanophi[hf]'") from None
+        raise UserError("--encoder: pip install transformers tokenizers") from None
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **local)
         model = AutoModel.from_pretrained(path, use_safetensors=True, **local).eval()
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"--encoder {path}: no Hugging Face model ({e})") from None
+        raise UserError(f"--encoder {path}: not a Hugging Face model ({e})") from None
     context = getattr(model.config, "max_position_embeddings", ENCODER_TOKENS)
     return model, tokenizer, min(ENCODER_TOKENS, context, tokenizer.model_max_length)
 
 
 class Lexical:
-    """TF-IDF of words, the document frequencies counted among the problems alone.
+    """TF-IDF over words, with document frequencies from the problems alone.
 
-    It knows spellings and no meaning: "largest" and "maximum" have nothing in common. A word that
-    no problem has weighs as much as the rarest; scikit-learn would leave it out, and a long text
-    that shares one word with a problem would be close to it.
+    It matches spelling, not meaning: "largest" and "maximum" have nothing in common. A word absent
+    from all problems weighs as much as the rarest. scikit-learn would drop such words and put a
+    long text that shares one word with a problem close to it.
     """
 
     def __init__(self, problems: list[str]):
@@ -217,7 +217,7 @@ class Lexical:
             self.problems[known, column] = weights / length
 
     def distances(self, texts: list[str]) -> np.ndarray:
-        """Return L2 distances float32 [texts, problems], from 0 to the square root of 2."""
+        """Return L2 distances, float32 [texts, problems], from 0 to sqrt(2)."""
         cosine = np.zeros((len(texts), self.problems.shape[1]), np.float32)
         for i, text in enumerate(texts):
             known, weights, length = self._weigh(text)
@@ -225,7 +225,7 @@ class Lexical:
         return np.sqrt(np.maximum(2 - 2 * cosine, 0), dtype=np.float32)
 
     def _weigh(self, text: str) -> tuple[list[int], np.ndarray, float]:
-        """Return rows and weights of the words that problems have, and the vector's length."""
+        """Return rows and weights of the words known from problems, and the full vector's norm."""
         tf_idf = {w: (1 + np.log(n)) * self.idf.get(w, self.rarest) for w, n in words(text).items()}
         known = [w for w in tf_idf if w in self.row]
         length = sum(x * x for x in tf_idf.values()) ** 0.5 or 1.0
@@ -233,9 +233,9 @@ class Lexical:
 
 
 def words(text: str) -> Counter:
-    """Count the words of names and texts, in lower case: is_even and isEven are the same two.
+    """Count lower-case words, splitting names: is_even and isEven both give "is" and "even".
 
-    Python's keywords are left out: the syntax tree says better how a text is built.
+    Skip Python keywords: the syntax tree covers structure better.
     """
     found = (word.lower() for word in WORD.findall(text))
     return Counter(word for word in found if not keyword.iskeyword(word))

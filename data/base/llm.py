@@ -3,14 +3,15 @@
     with Client(options, cache=Path("replies.jsonl")) as client:
         reply = client.ask([{"role": "user", "content": "..."}], max_reply_tokens=200)
 
-The cache is append-only JSON lines: one before each request (its worst case), one after it (its
-cost and the reply). A killed run goes on with every reply that arrived, and counts what was in
-flight at its worst. The budget covers all runs that share the file, and every attempt: a refusal
-(4xx, 503) costs nothing; one that is lost, damaged or without `usage` costs its worst case, a token
-per byte of the request (no byte-level BPE makes more), the chat template, and the longest reply.
+The cache is an append-only JSON lines file: one line before each request (its worst-case cost), one
+after it (actual cost and reply). After a kill, the next run reuses every reply that arrived and
+charges requests in flight at their worst case. The budget covers every attempt of all runs that
+share the file. A 4xx or 503 costs nothing. A lost or damaged answer, or one without `usage`, costs
+its worst case: one token per request byte (no byte-level BPE makes more), the chat template, and
+the longest reply.
 
-An answer without text, such as a refusal, is kept too: to ask again would cost again. The first
-failure, every 20th, and once a minute the tokens spent are reported on stderr.
+Answers without text are cached too: asking again would cost again. stderr gets the first failure,
+every 20th, and once a minute the tokens spent.
 """
 
 import contextlib
@@ -36,19 +37,19 @@ from tqdm import tqdm
 
 from common.config import UserError
 
-TEMPLATE_TOKENS = 256  # what a chat template may add to a request: system prompt, date, role names
-BYTES_PER_TOKEN = 3.5  # of code, for the likely price (sentencepiece at a vocabulary of 32k)
-TRIES = 10  # attempts at a request before the command ends
-MAX_WAIT_S = 600  # longest Retry-After to follow
-REPORT_S, REPORT_EVERY = 60.0, 20  # between reports on stderr: seconds, and failures
-LEAST_BAD = 16  # requests without text that end the command, if they are more than 3 in 4
+TEMPLATE_TOKENS = 256  # upper bound for the chat template: system prompt, date, role names
+BYTES_PER_TOKEN = 3.5  # of code, for the price estimate (sentencepiece, 32k vocabulary)
+TRIES = 10  # attempts per request before the command fails
+MAX_WAIT_S = 600  # cap on Retry-After
+REPORT_S, REPORT_EVERY = 60.0, 20  # stderr report interval: seconds, failures
+LEAST_BAD = 16  # requests without text that stop the command, if over 3 in 4
 THINKING = re.compile(r"\A.*</think(?:ing)?>|\A\s*<think(?:ing)?>.*", re.DOTALL)
-ADVICE = {  # what to change, by what an error says
+ADVICE = {  # {error pattern: fix}
     "max_completion_tokens": "give --limit_field max_completion_tokens",
-    "temperature.{1,40} support": "give the --temperature that the model allows, often 1",
-    "^HTTP 200 (data|event|:)": """it streams; give --extra '{"stream": false}'""",
-    "^HTTP 3": "give the address that it redirects to as --base_url, up to /v1",
-    "^HTTP (200 <|404|405)": "--base_url should end in /v1, and --model be one that it lists",
+    "temperature.{1,40} support": "set --temperature to a value the model allows, often 1",
+    "^HTTP 200 (data|event|:)": """the endpoint streams; give --extra '{"stream": false}'""",
+    "^HTTP 3": "set --base_url to the redirect target, up to /v1",
+    "^HTTP (200 <|404|405)": "--base_url should end in /v1, and the endpoint should list --model",
     "Timeout": "raise --timeout_s or lower --concurrency",
     "^HTTP (429|503)": "lower --concurrency",
     "^no text: cut short": "a reasoning model needs more tokens; give --extra "
@@ -58,41 +59,41 @@ ADVICE = {  # what to change, by what an error says
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of every command that asks an endpoint."""
+    """Options shared by all commands that ask an endpoint."""
 
-    model: str = ""  # what to ask the endpoint for
-    base_url: str = ""  # of the endpoint, such as http://localhost:8000/v1; else $OPENAI_BASE_URL.
-    # The key is read from $OPENAI_API_KEY
-    budget_usd: float = 0.0  # never spend more, over all runs with the same cache; needs the prices
-    budget_tokens: int = 0  # never use more, prompts and replies together; one budget is required
-    usd_per_m_in: float = 0.0  # price of 10^6 prompt tokens
-    usd_per_m_out: float = 0.0  # price of 10^6 reply tokens
-    dry_run: bool = False  # print what it would cost, ask nothing, write nothing
-    cache: Path | None = None  # file of paid replies (default: OUT.replies.jsonl beside --out)
+    model: str = ""  # model name at the endpoint
+    base_url: str = ""  # such as http://localhost:8000/v1; default $OPENAI_BASE_URL. The API key
+    # comes from $OPENAI_API_KEY
+    budget_usd: float = 0.0  # spending limit over all runs with this cache; needs prices
+    budget_tokens: int = 0  # limit on prompt + reply tokens; one of the budgets is required
+    usd_per_m_in: float = 0.0  # USD per 10^6 prompt tokens
+    usd_per_m_out: float = 0.0  # USD per 10^6 reply tokens
+    dry_run: bool = False  # print the cost; send and write nothing
+    cache: Path | None = None  # file of paid replies (default: OUT.replies.jsonl next to --out)
     concurrency: int = 8  # requests in flight
-    timeout_s: float = 120.0  # longest wait for the next byte of a reply
-    backoff_s: float = 1.0  # before the second try; doubles with each one after, up to a minute
-    temperature: float = 1.0  # of sampling, as the endpoint defines it
-    limit_field: str = "max_tokens"  # or max_completion_tokens, for models that want it so named
-    extra: str = ""  # a JSON object that is added to every request
+    timeout_s: float = 120.0  # max wait for the next byte of a reply
+    backoff_s: float = 1.0  # wait before the second try; doubles each time, up to 60 s
+    temperature: float = 1.0  # sampling temperature
+    limit_field: str = "max_tokens"  # or max_completion_tokens, if the model wants that name
+    extra: str = ""  # JSON object to add to every request
 
     def replies(self) -> Path:
-        """Return the file of paid replies of a command that has an option `out`."""
+        """Return the reply cache path of a command with an `out` option."""
         return self.cache or Path(f"{self.out}.replies.jsonl")
 
 
 class Refused(Exception):
-    """The endpoint will not answer this request (400, 413, 422); others it may."""
+    """The endpoint rejected this one request (400, 413, 422)."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    text: str  # without the model's thinking
-    why: str = ""  # there is no text, or not all of it
+    text: str  # without thinking
+    why: str = ""  # the text is missing or incomplete
 
 
 class Ledger:
-    """The cache and the budget, shared by threads. Tokens are Counters of prompt and reply."""
+    """Reply cache and budget, thread-safe. Tokens are Counters with keys prompt and reply."""
 
     def __init__(self, path: Path, options: Options):
         self.path, self.options, self.file = path, options, None
@@ -102,14 +103,14 @@ class Ledger:
         if not options.dry_run:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab")  # noqa: SIM115, the client closes it
-            try:  # two processes would each see half of what is spent
+            try:  # two processes would each miss the other's spending
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 self.file.close()
-                raise UserError(f"{path} is in use by another run; wait for its end") from None
-            self.file.write(b"\n" * bool(path.stat().st_size))  # its last line may be cut short
+                raise UserError(f"{path} is in use by another run; wait for it to end") from None
+            self.file.write(b"\n" * bool(path.stat().st_size))  # the last line may be truncated
         for line in path.read_bytes().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or damaged
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # truncated or damaged
                 record = json.loads(line)
                 tokens = Counter(prompt=record["prompt"], reply=record["reply"])
                 if "sent" in record:
@@ -123,12 +124,12 @@ class Ledger:
                     )
                 self.open.pop(record["settled"], None)
                 self.spent += tokens
-        self.spent, self.open = self.committed(), {}  # a kill left these open
+        self.spent, self.open = self.committed(), {}  # left open by a kill
 
     def reserve(self, key: str, worst: Counter) -> Reply | int:
-        """Set `worst` aside and return the request's number, or the reply if `key` has one.
+        """Reserve `worst` and return a request number; return the reply if `key` is cached.
 
-        Waits for the same request in flight, and for others that may cost less than their worst.
+        Wait for an identical request in flight, or for others to settle below their worst case.
         """
         with self.changed:
             while key not in self.replies:
@@ -142,14 +143,14 @@ class Ledger:
                     c, o = self.committed(), self.options
                     raise UserError(
                         f"the budget is reached: {c.total():,} of {o.budget_tokens:,} tokens, "
-                        f"{self.usd(c):.4f} of {o.budget_usd:g} USD (0: no limit). Raise it; what "
-                        f"was paid for is kept in {self.path}"
+                        f"{self.usd(c):.4f} of {o.budget_usd:g} USD (0: no limit). Raise it; paid "
+                        f"replies are kept in {self.path}"
                     )
                 self.changed.wait()
             return self.replies[key]
 
     def settle(self, sent: int, used: Counter, reply: Reply | None) -> None:
-        """Replace the worst case of request `sent` by what it `used`, and keep its reply."""
+        """Charge request `sent` what it `used` instead of its worst case; cache its reply."""
         with self.changed:
             key, _ = self.open.pop(sent)
             self.spent += used
@@ -157,7 +158,7 @@ class Ledger:
             kept = {"key": key, **vars(reply)} if reply else {}
             self.append(settled=sent, prompt=used["prompt"], reply=used["reply"], **kept)
             if reply:
-                os.fsync(self.file.fileno())  # it is paid for
+                os.fsync(self.file.fileno())  # paid for
                 self.replies[key] = reply
 
     def append(self, **record) -> None:
@@ -165,7 +166,7 @@ class Ledger:
         self.file.flush()
 
     def committed(self) -> Counter:
-        """Return the tokens spent and in flight, the latter at their worst."""
+        """Return tokens spent plus the worst case of requests in flight."""
         with self.changed:
             return sum((worst for _, worst in self.open.values()), self.spent)
 
@@ -179,18 +180,18 @@ class Ledger:
 
 
 class Client(AbstractContextManager):
-    """Ask an endpoint, from several threads at once. Raises UserError for missing options."""
+    """Thread-safe endpoint client. Raises UserError for missing options."""
 
     def __init__(self, options: Options, cache: Path):
         o = self.options = options
         self.url = o.base_url or os.environ.get("OPENAI_BASE_URL", "")
-        self.key = os.environ.get("OPENAI_API_KEY") or "no-key"  # as local endpoints want none
+        self.key = os.environ.get("OPENAI_API_KEY") or "no-key"  # local endpoints need none
         if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"endpoint {self.url!r}: set OPENAI_BASE_URL, http://host:8000/v1 say")
+            raise UserError(f"endpoint {self.url!r}: set OPENAI_BASE_URL, e.g. http://host:8000/v1")
         if o.concurrency < 1 or not o.timeout_s > 0:
-            raise UserError("want --concurrency of 1 or more and --timeout_s above 0")
+            raise UserError("want --concurrency >= 1 and --timeout_s > 0")
         if not o.model:
-            raise UserError("--model is missing: the name that the endpoint knows its model by")
+            raise UserError("--model is missing: give the model name at the endpoint")
         priceless = o.budget_usd > 0 and not o.usd_per_m_in + o.usd_per_m_out > 0
         if priceless or not (o.dry_run or o.budget_usd > 0 or o.budget_tokens > 0):
             raise UserError("no budget: give --budget_tokens, or --budget_usd and --usd_per_m_*")
@@ -199,37 +200,37 @@ class Client(AbstractContextManager):
             int(self.extra.get(o.limit_field, 1))
             import openai
         except (ValueError, TypeError):
-            told = f"want a JSON object; {o.limit_field}, if in it, a number"
+            told = f"want a JSON object, with {o.limit_field} a number if given"
             raise UserError(f"--extra {o.extra!r}: {told}") from None
         except ImportError:
-            raise UserError("to ask an endpoint, pip install openai") from None
+            raise UserError("asking an endpoint needs openai; pip install openai") from None
         self.client = openai.OpenAI(
             base_url=self.url, api_key=self.key, timeout=o.timeout_s, max_retries=0,
             http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )  # fmt: skip
         self.openai, self.stop, self.ledger = openai, threading.Event(), Ledger(cache, o)
-        self.good = self.bad = self.failed = 0  # requests with text and without; attempts
+        self.good = self.bad = self.failed = 0  # replies with text, without; failed attempts
         self.reported = time.monotonic()
 
     def __exit__(self, *exc) -> None:
         self.stop.set()
-        with self.ledger.changed:  # what is in flight is paid for: keep it
+        with self.ledger.changed:  # requests in flight are paid for: keep them
             self.ledger.changed.wait_for(lambda: not self.ledger.open)
         self.client.close()
         if self.ledger.file:
             self.ledger.file.close()
 
     def ask(self, messages: list[dict], max_reply_tokens: int, draw: int = 0) -> Reply:
-        """Return the reply to `messages`, from the cache if it was paid. Blocks; thread-safe.
+        """Return the reply to `messages`, cached if paid before. Blocks; thread-safe.
 
-        Another `draw` of the same messages is another reply. Raises Refused if the endpoint will
-        not answer this one; UserError if it answers none, or few, or the budget is reached.
+        Each `draw` of the same messages gets its own reply. Raises Refused if the endpoint rejects
+        this request, UserError if it answers few or none or the budget is reached.
         """
         request, key, worst = self.request(messages, max_reply_tokens, draw)
         wait_s = 0.0
         for attempt in range(TRIES):
             if self.stop.wait(wait_s):
-                raise UserError("stopped")  # by an error that another thread has reported
+                raise UserError("stopped")  # another thread failed and reported it
             sent = self.ledger.reserve(key, worst)
             if isinstance(sent, Reply):
                 return self.received(sent)
@@ -258,19 +259,19 @@ class Client(AbstractContextManager):
                 error = advised(repr(e.__cause__ or e))
                 if type(e.__cause__).__name__ == "ConnectError":  # httpx: nothing was sent
                     used = Counter()
-            finally:  # also for what is raised: a reservation left open would count for ever
+            finally:  # also on errors: an open reservation would count forever
                 self.ledger.settle(sent, used, reply)
             if not used <= worst:
-                told = f"{dict(used)} for a request of at most {dict(worst)}"
-                raise UserError(f"{self.url} counts {told}: no budget can be held with it")
+                told = f"{dict(used)} tokens, above the upper bound {dict(worst)}"
+                raise UserError(f"{self.url} reports {told}: no budget can be held")
             if reply:
                 return self.received(reply)
             self.note(error)
         told = f"{TRIES} tries failed, the last with {error}"
-        raise UserError(f"{self.url}: {told}; run the same command again to go on from here")
+        raise UserError(f"{self.url}: {told}; rerun the same command to continue")
 
     def told(self, response) -> str:
-        """Return the status and the beginning of a useless answer, and what to change."""
+        """Return status, redirect target and start of a bad answer, with advice."""
         target = response.headers.get("location", "")
         body = " ".join(response.text.replace(self.key, "[key]").split())[:300]
         return advised(" ".join(filter(None, (f"HTTP {response.status_code}", target, body))))
@@ -280,7 +281,7 @@ class Client(AbstractContextManager):
         return reply
 
     def note(self, error: str, bad: bool = False) -> None:
-        """Count an attempt; report progress on stderr. Raises UserError if most are `bad`."""
+        """Count an attempt; report progress to stderr. Raises UserError if most are `bad`."""
         with self.ledger.changed:
             self.failed, self.bad = self.failed + bool(error), self.bad + bad
             self.good += not error
@@ -298,7 +299,7 @@ class Client(AbstractContextManager):
                 raise UserError(f"{self.url}: {told}, the last: {error}")
 
     def request(self, messages: list[dict], limit: int, draw: int) -> tuple[dict, str, Counter]:
-        """Return a request's arguments, its key in the cache and its worst case."""
+        """Return request arguments, cache key and worst-case tokens."""
         o = self.options
         rest = {"temperature": o.temperature, o.limit_field: limit, **self.extra}
         asked = {"model": o.model, "messages": messages}
@@ -310,7 +311,7 @@ class Client(AbstractContextManager):
     def in_order(self, ask: Callable, items: Iterable) -> Iterator:
         """Yield ask(item) for each item in order, `concurrency` at a time.
 
-        After an error nothing new is sent, and what is in flight is waited for and kept.
+        After an error, send nothing new; wait for requests in flight and keep their replies.
         """
         items = iter(items)
         with ThreadPoolExecutor(self.options.concurrency) as pool:
@@ -322,7 +323,7 @@ class Client(AbstractContextManager):
                 raise
 
     def price(self, requests: Iterable[tuple[list[dict], int]]) -> dict:
-        """Price the (messages, max_reply_tokens), at most and about; ask nothing."""
+        """Return upper bound and estimate of the cost of (messages, max_reply_tokens) pairs."""
         asked = [self.request(messages, limit, 0)[1:] for messages, limit in requests]
         new = [worst for key, worst in asked if key not in self.ledger.replies]
         price = {"requests": len(asked), "in_cache": len(asked) - len(new), **self.summary()}
@@ -333,7 +334,7 @@ class Client(AbstractContextManager):
         return price
 
     def summary(self) -> dict:
-        """Return what was spent, over all runs with this cache."""
+        """Return model and tokens and USD spent, over all runs with this cache."""
         c = self.ledger.committed()
         usd = round(self.ledger.usd(c), 6)
         spent = {"prompt_tokens": c["prompt"], "reply_tokens": c["reply"], "usd": usd}
@@ -341,9 +342,9 @@ class Client(AbstractContextManager):
 
 
 def read_answer(content: bytes, worst: Counter) -> tuple[Counter, Reply | None]:
-    """Return the tokens that an answer says it used, else `worst`, and its reply.
+    """Return the tokens an answer reports (else `worst`) and its reply.
 
-    The reply is None where the answer is damaged, or an error sent with status 200: try again.
+    The reply is None if the answer is damaged or an error with status 200: retry.
     """
     used, answer = worst, None
     with contextlib.suppress(ValueError, RecursionError):
@@ -370,11 +371,11 @@ def read_answer(content: bytes, worst: Counter) -> tuple[Counter, Reply | None]:
 
 
 def advised(error: str) -> str:
-    """Return `error` and what may mend it."""
+    """Return `error` with advice from ADVICE, if any."""
     advice = (change for shows, change in ADVICE.items() if re.search(shows, error))
     return "; ".join([error, *itertools.islice(advice, 1)])
 
 
 def mark(text: str) -> str:
-    """Return a line to frame `text` in a prompt, which it cannot hold: a hash of it."""
+    """Return a delimiter line for `text` in a prompt; a hash, so `text` cannot contain it."""
     return "=" * 8 + hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,12 +1,12 @@
 """Find near-duplicate texts: token shingles, MinHash signatures, LSH candidates, exact Jaccard.
 
-The similarity of two texts is the Jaccard index |A & B| / |A | B| of their sets of shingles: 5
-tokens in a row. A token is a word ([A-Za-z0-9_] and all beyond ASCII) or one character of
-punctuation. MinHash (Broder 1997) with banding (Leskovec, Rajaraman and Ullman, Mining of Massive
-Datasets, 3.4) proposes pairs, which are then compared exactly: a wrong one costs only time.
+Similarity is the Jaccard index |A & B| / |A | B| of two sets of shingles, runs of 5 tokens. A token
+is a word ([A-Za-z0-9_] and all non-ASCII) or one punctuation character. MinHash (Broder 1997) with
+banding (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4) proposes pairs; an exact
+comparison follows, so a wrong candidate costs only time.
 
-All texts are hashed at once, as one array of bytes. Shingles are 32-bit hashes: two of a document
-of 1,000 shingles collide with a chance of 1e-4, and then the index is off by 1e-3.
+Texts are hashed together as one byte array. Shingles are 32-bit hashes: in a document of 1,000
+shingles a collision has probability 1e-4 and shifts the index by 1e-3.
 """
 
 import functools
@@ -19,27 +19,27 @@ import numpy as np
 
 from data.base.documents import batched
 
-PERMUTATIONS = 128  # in a signature
-RECALL = 0.99  # of pairs at the threshold that become candidates; more at a higher similarity
-SHINGLE = 5  # tokens; The Stack was deduplicated with 5-grams (Kocetkov 2022, arXiv 2211.15533)
-LEADERS = 64  # members of an LSH bucket that the others are compared with: bounds n^2
-CHUNK_PAIRS = 1 << 16  # pairs compared at once
-BLOCK_BYTES = 1 << 18  # of text hashed at once: larger blocks leave the cache and are slower
-SEPARATOR = b"\n\n"  # between texts: a token never spans it
+PERMUTATIONS = 128  # per signature
+RECALL = 0.99  # share of pairs at the threshold that become candidates
+SHINGLE = 5  # tokens; The Stack uses 5-grams too (Kocetkov 2022, arXiv 2211.15533)
+LEADERS = 64  # bucket members compared with all others: avoids n^2 pairs
+CHUNK_PAIRS = 1 << 16  # pairs per chunk
+BLOCK_BYTES = 1 << 18  # text hashed at once; larger blocks fall out of cache
+SEPARATOR = b"\n\n"  # between texts; no token spans it
 
 _random = np.random.default_rng(20230620)  # fixed: the date of arXiv 2306.11644
 BYTE_HASH = _random.integers(0, 1 << 64, 256, dtype=np.uint64)
-BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2^64
-# One permutation of the 32-bit hashes each: x -> x * odd, modulo 2^32.
+BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so invertible modulo 2^64
+# Each permutes the 32-bit hashes: x -> x * odd, modulo 2^32.
 MULTIPLIERS = _random.integers(0, 1 << 32, PERMUTATIONS, dtype=np.uint32) | np.uint32(1)
-WORD, PUNCTUATION = 1, 2  # classes of bytes; 0 is white space and control
+WORD, PUNCTUATION = 1, 2  # byte classes; 0 is whitespace and control
 BYTE_CLASS = np.zeros(256, np.uint8)
 BYTE_CLASS[33:127] = PUNCTUATION
 BYTE_CLASS[[b for b in range(256) if b >= 128 or chr(b).isalnum() or chr(b) == "_"]] = WORD
 
 
 class Bands(NamedTuple):
-    """How a signature is cut into LSH bands: equal in all rows of one band is a candidate."""
+    """LSH banding of a signature: texts equal in all rows of one band are candidates."""
 
     bands: int
     rows: int
@@ -50,7 +50,7 @@ class Bands(NamedTuple):
 
 
 def choose_bands(threshold: float) -> Bands:
-    """Return the most rows, so the fewest wrong candidates, that keep RECALL at the threshold."""
+    """Return the bands with the most rows, so the fewest false candidates, that keep RECALL."""
     for rows in range(PERMUTATIONS, 0, -1):
         bands = PERMUTATIONS // rows
         if 1 - (1 - threshold**rows) ** bands >= RECALL:
@@ -59,16 +59,16 @@ def choose_bands(threshold: float) -> Bands:
 
 
 def shingles(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the shingles of UTF-8 texts, end to end: hashes uint32 [N], ascending and different
+    """Return the shingles of UTF-8 texts, concatenated: hashes uint32 [N], ascending and unique
     within each text, and starts int64 [texts + 1].
 
-    A text of fewer tokens has one shingle of them all, a text without tokens none.
+    A text shorter than SHINGLE tokens has one shingle; without tokens, none.
     """
     sets, sizes = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
     for block in batched(texts, BLOCK_BYTES, len):
         tokens, text = _tokens(block)
         bounds, place = np.searchsorted(text, np.arange(len(block) + 1)), np.arange(len(tokens))
-        left = bounds[1:][text] - place  # tokens from here to the end of the text
+        left = bounds[1:][text] - place  # tokens left in the text
         following = np.concatenate([tokens, np.zeros(SHINGLE, np.uint64)])
         total = np.zeros(len(tokens), np.uint64)
         for j in range(SHINGLE):
@@ -96,13 +96,13 @@ def signatures(hashes: np.ndarray, starts: np.ndarray, permutations: int) -> np.
 
 
 def band_keys(signature: np.ndarray, bands: Bands, band: int) -> np.ndarray:
-    """Hash, to uint64 [texts], each signature's rows in this band."""
+    """Hash each signature's rows in this band; return uint64 [texts]."""
     rows = signature[:, band * bands.rows : (band + 1) * bands.rows].astype(np.uint64)
     return _mix((rows * BASE ** np.arange(1, bands.rows + 1, dtype=np.uint64)).sum(1))
 
 
 def shared(keys: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the keys that several of `members` (ascending) have, in order, and who has them."""
+    """Return the keys that occur more than once, sorted, and their `members` (ascending)."""
     order = np.argsort(keys, kind="stable")
     members, keys = members[order], keys[order]
     same = np.r_[False, keys[1:] == keys[:-1], False][: len(keys) + 1]
@@ -112,12 +112,12 @@ def shared(keys: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def bucket_pairs(
     keys: np.ndarray, members: np.ndarray, leaders: range
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield chunks of (i, j), i < j, of members whose keys are equal, as `shared` returns them.
+    """Yield chunks of (i, j), i < j, for members with equal keys, as returned by `shared`.
 
-    Each member of a bucket is paired with its members number `leaders` only, at most LEADERS: a
-    bucket of n then costs n pairs, not n^2, and copies of one text still meet in its first members.
+    Pair each bucket member only with members number `leaders`, at most LEADERS. A bucket of n then
+    costs n pairs per leader, not n^2, and copies of one text still meet through the leaders.
     """
-    first = np.searchsorted(keys, keys)  # in each one's bucket
+    first = np.searchsorted(keys, keys)  # index of the bucket start
     later = np.arange(len(keys))
     for leader in leaders:
         later = later[later - first[later] > leader]
@@ -127,8 +127,7 @@ def bucket_pairs(
 
 
 def jaccard(sets: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
-    """Return the Jaccard index float64 [pairs] of each set of shingles with its other; 0 for two
-    empty sets."""
+    """Return the Jaccard index of each pair (set, other), float64 [pairs]; 0 for two empty sets."""
     sizes = np.array([len(a) + len(b) for a, b in zip(sets, others)], np.int64)
     pair = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
     both = [s for ab in zip(sets, others) for s in ab]
@@ -139,7 +138,7 @@ def jaccard(sets: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
 
 
 class Index:
-    """The texts accepted so far, to find near-duplicates as texts come in (data/synthesize.py)."""
+    """Incremental near-duplicate index over accepted texts (data/synthesize.py)."""
 
     def __init__(self, threshold: float):
         self.threshold, self.bands = threshold, choose_bands(threshold)
@@ -148,7 +147,7 @@ class Index:
         self.buckets = defaultdict(list)  # (band, key): indexes of sets
 
     def add(self, texts: list[str]) -> list[str]:
-        """Accept each text or say why not: "duplicate", "near-duplicate", or "" if it was added."""
+        """Add each text; return "" if added, else "duplicate" or "near-duplicate"."""
         hashes, starts = shingles([text.encode() for text in texts])
         signature = signatures(hashes, starts, self.bands.permutations)
         keys = [band_keys(signature, self.bands, b).tolist() for b in range(self.bands.bands)]
@@ -173,15 +172,14 @@ class Index:
 
 
 def _tokens(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of all texts: hashes uint64 and the text of each, int64, both [tokens]."""
+    """Return all tokens as hashes, uint64, and text indexes, int64, both [tokens]."""
     data = np.frombuffer(SEPARATOR.join([b"", *texts, b""]), np.uint8)
     kind = BYTE_CLASS[data]
     word = kind == WORD
     single = kind == PUNCTUATION
     begin = np.flatnonzero(word[1:] & ~word[:-1] | single[1:]) + 1
     end = np.flatnonzero(word[:-1] & ~word[1:] | single[:-1]) + 1
-    # sum of BYTE_HASH[data[i]] BASE^i over the token, divided by BASE^begin: a polynomial that
-    # depends on the token alone.
+    # Polynomial hash: sum of BYTE_HASH[data[i]] BASE^i over the token, divided by BASE^begin.
     powers, inverses = _powers(-(-len(data) // BLOCK_BYTES) * BLOCK_BYTES)
     prefix = np.zeros(len(data) + 1, np.uint64)
     np.cumsum(BYTE_HASH[data] * powers[: len(data)], out=prefix[1:])
@@ -200,7 +198,7 @@ def _powers(count: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Finalise as splitmix64 does (Steele 2014): every input bit reaches every other."""
+    """Apply splitmix64's finaliser (Steele 2014): every input bit affects every output bit."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)

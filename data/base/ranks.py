@@ -1,4 +1,4 @@
-"""The processes of a run: one, or as many as mpirun started."""
+"""Ranks of a data script: one process, or those started by mpirun."""
 
 import sys
 
@@ -7,7 +7,7 @@ from common.files import mpi_size
 
 
 class Ranks:
-    """The processes of this run: one, or those that mpirun started. Values must be picklable."""
+    """One process, or the MPI ranks started by mpirun. Values must be picklable."""
 
     def __init__(self):
         started = mpi_size()
@@ -15,7 +15,7 @@ class Ranks:
         if started > 1:
             if "mpi4py.run" not in sys.modules:
                 raise UserError(
-                    f"started {started} times by mpirun; write `mpirun -n {started} python -m "
+                    f"mpirun started {started} ranks; run `mpirun -n {started} python -m "
                     "mpi4py -m data.SCRIPT ...`, so that an error on one rank ends them all"
                 )
             from mpi4py import MPI
@@ -24,16 +24,16 @@ class Ranks:
             self.rank, self.size = self.comm.rank, self.comm.size
             if self.size != started:
                 raise UserError(
-                    f"mpirun started {started} ranks but mpi4py, built for another MPI, sees "
-                    f"{self.size}; build it for this one"
+                    f"mpirun started {started} ranks but mpi4py sees {self.size}: it was built for "
+                    "another MPI; rebuild it for this one"
                 )
 
     def gather(self, value) -> list:
-        """Return `value` of every rank, in the order of ranks, on every rank."""
+        """Return every rank's `value`, in rank order, on every rank."""
         return self.comm.allgather(value) if self.comm else [value]
 
 
 def say(text: str) -> None:
-    """Print on the first rank alone."""
+    """Print on rank 0 only."""
     if Ranks().rank == 0:
         print(text)

@@ -1,11 +1,11 @@
-"""Read documents from files that others made: report what cannot be read, and go on.
+"""Stream documents from external files; report unreadable records and continue.
 
-    .jsonl, .ndjson, .json.gz   lines of JSON (.gz, .zst) whose `text` or `content` is a string
+    .jsonl, .ndjson, .json.gz   JSON lines (.gz, .zst) with a string `text` or `content`
     .parquet                    rows with `text` or `content`, as in The Stack (extra: parquet)
-    Posts.xml (.gz, .zst)       StackExchange's dump: questions about Python, with their best answer
+    Posts.xml (.gz, .zst)       StackExchange dump: questions about Python, with their best answer
 
-Everything streams. A document of our own has an origin and the sha256 of its text, and keeps all
-of its fields; one whose id says that its text was another is left out.
+Our own documents, with origin and matching sha256, keep all fields. Documents edited after their
+id was computed are skipped.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from common.files import DAMAGED, SUFFIXES, Bad, chunks, json_lines
 from data.base.documents import WANTED, as_utf8, document, source_shards
 from data.base.syntax import parse_python
 
-PARQUET_ROWS = 64  # decoded at once
-TEXTS = ("text", "content")  # fields that may hold a document's text, the first that does
+PARQUET_ROWS = 64  # rows decoded at once
+TEXTS = ("text", "content")  # text fields, in order of preference
 THE_STACK_ORIGIN = ("max_stars_repo_name", "max_stars_repo_path")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
-QUESTION, ANSWER = "1", "2"  # types of posts; all others are wikis and notes of moderators
-MIN_VOTES = 1  # of a question and of its answer: someone but the author found it useful
-# StackExchange escapes every other < in a body. Possessive: linear in whatever stands there.
+QUESTION, ANSWER = "1", "2"  # PostTypeId; the others are wikis and moderator notes
+MIN_VOTES = 1  # for questions and answers: someone besides the author found it useful
+# StackExchange escapes every other < in a body. Possessive quantifiers keep this linear.
 TAG = re.compile(r"<(/?[a-zA-Z0-9]++)[^<>]*+>")
 PRE = re.compile(r"(</?pre\b[^<>]*+>)")
 BLOCKS = ("p", "ul", "ol", "blockquote", "hr", "table", "h1", "h2", "h3", "h4", "h5", "h6")
@@ -44,27 +44,27 @@ TAG_TEXT |= {"li": "\n- ", "br": "\n", "/tr": "\n", "/td": " | ", "/th": " | ", 
 
 
 def read_documents(sources: Iterable[Path]) -> Iterator[dict]:
-    """Yield the documents of files and folders; say on stderr how many were skipped, and why.
+    """Yield the documents of files and folders; count skipped records by reason on stderr.
 
-    Raises UserError for a source without any file to read.
+    Raises UserError for a source without readable files.
     """
     skipped: Counter = Counter()
     try:
         for path in source_shards(*sources):
             yield from read_documents_of(path, lambda why, *_, p=path: skipped.update([(p, why)]))
-    finally:  # also where the reader has enough
+    finally:  # also if the consumer stops early
         for (path, why), n in skipped.items():
             print(f"{path}: skipped {n:,}: {why}", file=sys.stderr)
 
 
 def read_documents_of(path: Path, bad: Bad = lambda *_: None, name: str = "") -> Iterator[dict]:
-    """Yield the documents of a file; those of our own with all of their fields.
+    """Yield the documents of a file; our own keep all fields.
 
-    The origin of another's is `name`, that of the file by default, and where in it.
-    Raises UserError for a file of an unknown format, or that needs an extra.
+    External documents get the origin "name:position"; `name` defaults to the file name.
+    Raises UserError for an unknown format or a missing extra.
     """
     name = as_utf8(name or path.name)
-    # A dangling link, no permission, or a named pipe, which would block.
+    # Skip dangling links, unreadable files and named pipes, which would block.
     if not (path.is_file() and os.access(path, os.R_OK)):
         bad("unreadable", 1, "no file that can be opened")
         return
@@ -79,17 +79,17 @@ def read_documents_of(path: Path, bad: Bad = lambda *_: None, name: str = "") ->
 
 
 def _document(record: dict, origin: str) -> dict:
-    """Return the document of a record. Raises UserError, or ValueError for bad values."""
+    """Make a document from a record. Raises UserError, or ValueError for bad values."""
     text = next((t for key in TEXTS if isinstance(t := record.get(key), str)), None)
     if text is None:
         raise UserError("no text or content")
     if "\0" in text:
         raise UserError("NUL")
-    json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # it must be written again
+    json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # check that it can be written
     made, given = document(text, origin), record.get("sha256")
     if given == made["sha256"] and isinstance(record.get("origin"), str):
         return record | made | {"origin": record["origin"]}
-    if isinstance(given, str) and record.get("id") == given[:16]:  # as of our documents alone
+    if isinstance(given, str) and record.get("id") == given[:16]:  # only our documents have this id
         raise UserError("wrong sha256")
     where = [record.get(key) for key in THE_STACK_ORIGIN]
     if all(isinstance(w, str) for w in where):
@@ -98,9 +98,9 @@ def _document(record: dict, origin: str) -> dict:
 
 
 def decode(data: bytes) -> str:
-    """Decode text by its byte order mark, else by its PEP 263 cookie, else as UTF-8.
+    """Decode text by byte order mark, else PEP 263 cookie, else as UTF-8.
 
-    Raises UnicodeDecodeError, also for a cookie that names no encoding.
+    Raises UnicodeDecodeError, also for a cookie with an unknown encoding.
     """
     if data.startswith(UTF16):
         return data.decode("utf-16")
@@ -112,7 +112,7 @@ def decode(data: bytes) -> str:
 
 
 def read_records(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
-    """Yield the (position, record) of each line or row of a file, by its name's format."""
+    """Yield (position, record) for each line or row; the file name gives the format."""
     if path.name.endswith(SUFFIXES):
         return json_lines(path, bad)
     if path.name.endswith(".parquet"):
@@ -127,7 +127,7 @@ def _parquet(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: parquet needs pyarrow; pip install 'nanophi[parquet]'") from None
+        raise UserError(f"{path}: parquet needs pyarrow; pip install pyarrow") from None
     position = 0
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
@@ -154,12 +154,12 @@ def _parquet(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
 
 
 def _posts(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
-    """Yield (id, record) of the questions about Python, each with its best answer, by id.
+    """Yield (id, record) for each Python question with its best answer, by id.
 
-    The best answer is the accepted one, else that of most votes. Questions wait for it on disk.
+    The best answer is the accepted one, else the one with most votes. Questions wait on disk.
     """
     parser, root, number, left_out = XMLPullParser(["start", "end"]), None, 0, Counter()
-    with contextlib.closing(sqlite3.connect("")) as db:  # a file of its own, gone when it is closed
+    with contextlib.closing(sqlite3.connect("")) as db:  # a temporary file, deleted on close
         db.execute("create table questions (id integer primary key, accepted, text)")
         db.execute("create table answers (question integer primary key, accepted, votes, text)")
         try:
@@ -176,7 +176,7 @@ def _posts(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
                     if event == "end" and element is not root:
                         root.clear()
             parser.close()
-        except (*DAMAGED, ParseError, ValueError, LookupError) as e:  # LookupError: the encoding
+        except (*DAMAGED, ParseError, ValueError, LookupError) as e:  # LookupError: bad encoding
             bad("damaged file", number + 1, f"cannot be read past row {number}: {e}")
         joined = "select id, q.text, a.text from questions q join answers a on question = id"
         for id_, question, answer in db.execute(f"{joined} order by id"):
@@ -188,7 +188,7 @@ def _posts(path: Path, bad: Bad) -> Iterator[tuple[int, dict]]:
 
 
 def _store(db: sqlite3.Connection, post: dict[str, str]) -> str:
-    """Store a question, or an answer that is its question's best so far; return why not, or ""."""
+    """Store a question, or its best answer so far; return "" or why a post was left out."""
     body, votes = post.get("Body", ""), int(post.get("Score", MIN_VOTES))
     kind = post.get("PostTypeId")
     if kind not in (QUESTION, ANSWER):
@@ -220,7 +220,7 @@ def _store(db: sqlite3.Connection, post: dict[str, str]) -> str:
 
 
 def post_text(markup: str) -> str:
-    """Return the body of a post as Markdown: its code in fences, as python if it parses as that."""
+    """Convert a post body to Markdown; fence its code, tagged python if it parses."""
     blocks, inside = [], False
     for piece in PRE.split(markup):
         if PRE.fullmatch(piece):

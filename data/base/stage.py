@@ -1,19 +1,19 @@
-"""Resume, share among ranks, and quarantine: what every data script stands on.
+"""Base of every data script: resume, shard work across ranks, quarantine bad input.
 
-A script is a few maps over numbered items, most often over input shards:
+A script maps functions over numbered items, usually input shards:
 
     with Stage(config, source_shards(config.source)) as stage:
         results = stage.map("filter", stage.shards, filter_shard)
         summary = stage.finish(total(results))
 
-Under `mpirun -n 8 python -m mpi4py -m data.filter ...` item i belongs to rank i mod 8. An item's
-result depends on the item alone, so the output is the same to the byte for any number of ranks. An
-item's files move into place when its work is done, and a file under state/ says so: after a kill
-the same command repeats only unfinished items.
+Under `mpirun -n 8 python -m mpi4py -m data.filter ...` rank i mod 8 processes item i. A result
+depends only on its item, so the output is byte-identical for any number of ranks. A finished item's
+files move into place and a file under state/ records it: after a kill, the same command repeats
+only unfinished items.
 
-.OUT.work/ holds result/ (OUT when all is done), scratch/ (what one map leaves for the next), state/
-and a lock. OUT then holds the items' files, quarantine/ (file, position and reason of the
-unreadable), lineage.json (script, hash of its code, arguments) and, written last, summary.json.
+.OUT.work/ holds result/ (becomes OUT at the end), scratch/ (passed from one map to the next),
+state/ and a lock. OUT holds the items' files, quarantine/ (file, position and reason of unreadable
+records), lineage.json (script, code hash, arguments) and, written last, summary.json.
 """
 
 import dataclasses
@@ -38,16 +38,16 @@ from data.base.documents import DocumentFile
 from data.base.ranks import Ranks
 from data.base.readers import read_documents_of
 
-SHOWN = 3  # unreadable things that a run which fails shows: their folder goes with it
-MAX_ITEMS = 100_000  # names are five digits wide, so that sorted names are the items' order
+SHOWN = 3  # quarantined records a failed run prints, as it deletes their folder
+MAX_ITEMS = 100_000  # file names have five digits, so they sort in item order
 
 
 class Stage:
-    """One run of a script, on all its ranks."""
+    """One run of a data script, on all ranks."""
 
     def __init__(self, config, shards: Iterable[Path], reads: Iterable[Path] = (), also: str = ""):
-        """Take the script's dataclass, with a field `out`; its inputs; other files it reads; and
-        on the first rank a hash of what else decides the output."""
+        """Take the script's dataclass, with a field `out`; input shards; other files read; and, on
+        rank 0, a hash of anything else the output depends on."""
         self.ranks, self.config, self.also = Ranks(), config, also
         self.shards, self.reads = [Path(p) for p in shards], [Path(p) for p in reads]
         self.out = Path(config.out).resolve()
@@ -58,11 +58,11 @@ class Stage:
     def __enter__(self) -> "Stage":
         if self.ranks.rank == 0:
             self.prepare()
-        self.ranks.gather(None)  # the folders are there before any rank goes on
+        self.ranks.gather(None)  # barrier: the folders exist
         return self
 
     def prepare(self) -> None:
-        """Lock OUT; keep an earlier run's work if it was the same, else start afresh."""
+        """Lock OUT; keep the work of an identical earlier run, else start over."""
         self.lock.enter_context(work_folder(self.config.out, [*self.shards, *self.reads]))
         self.identity = self.identify()
         known = read_json(self.work / "identity.json", strict=False)
@@ -74,7 +74,7 @@ class Stage:
             (self.work / folder).mkdir(exist_ok=True)
         (self.result / MARK).touch()
         if any((self.work / "state").iterdir()):
-            print(f"going on with {self.work}", file=sys.stderr)
+            print(f"resuming from {self.work}", file=sys.stderr)
 
     def __exit__(self, kind, error, trace) -> None:
         if self.ranks.rank == 0:
@@ -84,14 +84,14 @@ class Stage:
             for line in itertools.islice(quarantine(folder), SHOWN if kind else 0):
                 told = "  {path} at {position}: {reason} {start!r}".format(**line)
                 print(printable(told), file=sys.stderr)
-            # After a user's mistake another command comes; anything else may go on from here.
+            # A user error calls for another command; after any other error the run may resume.
             if kind is None or issubclass(kind, UserError):
                 self.forget()
                 shutil.rmtree(self.work, ignore_errors=True)
             self.lock.close()
 
     def identify(self) -> dict:
-        """Return what decides the output: an interrupted run goes on only if all is equal."""
+        """Return everything the output depends on; a run resumes only if all of it is equal."""
         script = Path(sys.modules[type(self.config).__module__].__file__).resolve()
         arguments = {k: v for k, v in dataclasses.asdict(self.config).items() if k != "out"}
         reads = [file for path in self.reads for file in files_in(path)]
@@ -106,19 +106,19 @@ class Stage:
         return json.loads(json.dumps(identity, default=str))
 
     def forget(self) -> None:
-        """Remove finished work; the identity first, so that no run goes on with half of it."""
+        """Remove finished work, identity first, so that no run resumes from half of it."""
         (self.work / "identity.json").unlink(missing_ok=True)
         for folder in ("state", "result", "scratch", "tmp"):
             shutil.rmtree(self.work / folder, ignore_errors=True)
 
     def map(self, name: str, items: list, work: Callable[["Part"], dict | None]) -> list[dict]:
-        """Return `work(part)` of every item, JSON dicts in the items' order, on every rank.
+        """Return `work(part)` for every item, JSON dicts in item order, on every rank.
 
-        `work` must depend on part.item and part.index alone. Items that an earlier run finished are
+        `work` must depend only on part.item and part.index. Items finished by an earlier run are
         not repeated.
         """
         if len(items) >= MAX_ITEMS:
-            raise UserError(f"{len(items):,} input shards, want below {MAX_ITEMS:,}: join some")
+            raise UserError(f"{len(items):,} input shards, want below {MAX_ITEMS:,}: merge some")
         mine = range(self.ranks.rank, len(items), self.ranks.size)
         done: dict[int, dict] = {}
         with tqdm(mine, name, unit=" items", disable=True if self.ranks.rank else None) as bar:
@@ -133,35 +133,33 @@ class Stage:
         return [joined[i] for i in range(len(items))]
 
     def finish(self, summary: dict) -> dict:
-        """Write `summary` with the quarantined counts, and give the folder its name."""
+        """Write `summary` with quarantine counts, and move the result to OUT."""
         if self.ranks.rank == 0:
             summary = {**summary, "quarantined": reasons(quarantine(self.result))}
-            del self.identity["inputs"]  # times of files, which differ where their content does not
+            del self.identity["inputs"]  # file times, which change without the content
             write_json(self.result / "lineage.json", self.identity)
             write_json(self.result / "summary.json", summary)
             replace_folder(self.out, self.result)
-        self.ranks.gather(None)  # no rank goes on before the folder is there
+        self.ranks.gather(None)  # barrier: OUT exists
         return summary
 
 
 class Part:
-    """The work on one item: where it reads, writes, and reports what it cannot read."""
+    """Work on one item: reads documents, writes files, reports unreadable records."""
 
     def __init__(self, stage: Stage, name: str, index: int, item, bar: tqdm):
         self.stage, self.index, self.item, self.bar = stage, index, item, bar
         self.folder = stage.work / "tmp" / f"{name}-{index:05d}"
         shutil.rmtree(self.folder, ignore_errors=True)
-        # Files written in these two appear under the same names in stage.result and stage.scratch.
+        # close() moves files from these two to stage.result and stage.scratch.
         self.result, self.scratch = self.folder / "result", self.folder / "scratch"
         self.result.mkdir(parents=True)
         self.scratch.mkdir()
         self.name = f"shard-{index:05d}"
 
     def documents(self, path: Path | None = None, name: str = "") -> Iterator[dict]:
-        """Yield the documents of `path` (default: the item), for origins named `name`.
-
-        The unreadable go to quarantine.
-        """
+        """Yield the documents of `path` (default: the item), with origins under `name`; quarantine
+        unreadable records."""
         path = Path(path or self.item)
         found = read_documents_of(path, lambda why, *at: self.bad(why, str(path), *at), name)
         for n, record in enumerate(found, 1):
@@ -170,11 +168,11 @@ class Part:
             yield record
 
     def writer(self) -> DocumentFile:
-        """Open result/shard-INDEX.jsonl.zst; without a document there is no file."""
+        """Open result/shard-INDEX.jsonl.zst, created by the first document."""
         return DocumentFile(self.result / f"{self.name}.jsonl.zst")
 
     def bad(self, reason: str, path: str, position: int, what: bytes | str = b"") -> None:
-        """Write down where something unreadable stands; a later map may tell it again."""
+        """Log an unreadable record to quarantine; a later map may log it again."""
         start = what[:200] if isinstance(what, str) else what[:200].decode(errors="replace")
         line = {"path": path, "position": position, "reason": reason, "start": start}
         folder = self.result / "quarantine"
@@ -196,7 +194,7 @@ class Part:
 
 
 def total(counts: Iterable[dict]) -> dict:
-    """Add up dicts of numbers and of such dicts, with keys in the order of first sight."""
+    """Sum nested dicts of numbers key by key, keys in order of first occurrence."""
     added: dict = {}
     for count in counts:
         for key, value in count.items():
@@ -208,7 +206,7 @@ def total(counts: Iterable[dict]) -> dict:
 
 
 def quarantine(folder: Path) -> Iterator[dict]:
-    """Yield what was unreadable for an output: path, position, reason and what stands there."""
+    """Yield an output's quarantined records: path, position, reason and start of the content."""
     files = sorted((folder / "quarantine").glob("*.jsonl"))
     return itertools.chain.from_iterable(map(read_jsonl, files))
 
@@ -218,12 +216,12 @@ def reasons(bad: Iterable[dict]) -> Counter:
 
 
 def files_in(path: Path) -> list[Path]:
-    """Return [path] if it is a file, else all files under it, sorted."""
+    """Return [path] for a file, else all files under it, sorted."""
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
 def size_and_time(path: Path) -> tuple[int, int]:
-    """Return the size and modification time (ns) of a file, zeros for a broken link."""
+    """Return a file's size and modification time (ns), zeros for a broken link."""
     try:
         stat = path.stat()
     except OSError:

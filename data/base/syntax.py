@@ -1,4 +1,4 @@
-"""Measure Python source by its syntax tree: what the filter's rules ask, topics, difficulty."""
+"""Measure Python source by its syntax tree: filter rules, topics, complexity."""
 
 import ast
 import contextlib
@@ -14,9 +14,9 @@ from operator import attrgetter
 LEADING_COMMENTS = re.compile(r"(?:[ \t]*(?:#.*)?\n)*")
 COMMENT_BLOCK = re.compile(r"(?:[ \t]*#.*\n)+")
 LICENCE = re.compile(r"copyright|licen[cs]e|spdx", re.IGNORECASE)
-COMMENT = re.compile(r"^[ \t]*#.*", re.MULTILINE)  # also lines of strings that look like one: few
+COMMENT = re.compile(r"^[ \t]*#.*", re.MULTILINE)  # also matches some lines of strings; rare
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
-CODE_LINE = re.compile(  # that is no prose, whichever Python it is
+CODE_LINE = re.compile(  # code, not prose, in Python 2 or 3
     r"^[ \t]*(?:(?:def|class|import|print|return) ?[\w(\"']|from [\w.]+ import |[\w.]+ ?=)",
     re.MULTILINE,
 )
@@ -27,16 +27,16 @@ BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandl
             ast.comprehension, ast.match_case)  # fmt: skip
 
 STATEMENTS = ast.stmt.__subclasses__()
-ENDS = (ast.Constant, ast.MatchSingleton, ast.Global, ast.Nonlocal)  # hold no nodes
-NO_NODES = re.compile(  # the fields that Syntax does not follow; it counts contexts and operators
+ENDS = (ast.Constant, ast.MatchSingleton, ast.Global, ast.Nonlocal)  # leaves
+NO_NODES = re.compile(  # fields not followed; Syntax.nodes counts contexts and operators
     "ctx|ops?|id|attr|arg|name|asname|module|level|type_comment|simple|conversion|is_async|rest|"
     "kwd_attrs|tag|str"
 )
-EXAMPLE = 10  # constants that a block of a post may show its code on
+EXAMPLE = 10  # constants allowed per block of a post, as example data
 
 
 def children(kind: type) -> Callable | None:
-    """Return what gets the fields of a type of nodes that hold nodes, None if it has none."""
+    """Return a getter for the child-node fields of a node type, None without any."""
     if kind in ENDS:
         return None
     fields = [f for f in kind._fields if not NO_NODES.fullmatch(f) or kind.__name__ == "TypeAlias"]
@@ -46,8 +46,8 @@ def children(kind: type) -> Callable | None:
 CHILDREN = {kind: children(kind) for kind in vars(ast).values()
             if isinstance(kind, type) and issubclass(kind, ast.AST)}  # fmt: skip
 
-# What a document is about, by what its syntax tree has: node types, `.attribute`s, `name()`s that
-# are called, `import module`s. Ours: the topics of an introduction to programming, and beyond it.
+# {topic: marks in the syntax tree}: node types, `.attribute`s, called `name()`s, `import module`s.
+# The choice is ours: topics of an introduction to programming, and beyond.
 TOPICS = {
     topic: set(marks.split(" | "))
     for topic, marks in {
@@ -86,18 +86,18 @@ TOPICS = {
 
 
 class NoCode(SyntaxError):
-    """There is no Python in a text, not even Python that does not parse."""
+    """The text has no Python, not even broken Python."""
 
 
 class Syntax:
-    """A text's syntax tree: its nodes by type, without contexts and operators.
+    """The nodes of a text's syntax tree by type, without contexts and operators.
 
-    A text that is no Python, such as an answer on a forum, stands for the fenced blocks in it that
-    are. Raises SyntaxError if none is, NoCode if there is none.
+    If the text is not Python, such as a forum answer, use its fenced Python blocks. Raises
+    SyntaxError if no block parses, NoCode if the text has no code.
     """
 
     def __init__(self, text: str):
-        self.code, self.prose, self.blocks = text, 0, 0  # blocks of a post, and chars around them
+        self.code, self.prose, self.blocks = text, 0, 0  # prose in chars; blocks of a post
         try:
             tree = parse_python(text)
         except SyntaxError:
@@ -110,7 +110,7 @@ class Syntax:
         return sum(len(self.by[kind]) for kind in kinds if kind in self.by)
 
     def nodes(self) -> int:
-        """Count all nodes."""
+        """Count all nodes, contexts and operators too."""
         hidden = sum(len(node.ops) for node in self.by[ast.Compare])
         return hidden + sum(
             len(nodes) * (1 + ("ctx" in kind._fields) + ("op" in kind._fields))
@@ -119,9 +119,9 @@ class Syntax:
 
 
 def walk(tree: ast.AST) -> tuple[dict[type, list], int]:
-    """Return the nodes by type, in the order of ast.walk, and the depth; see Syntax.
+    """Return nodes by type, in ast.walk order, and the tree depth; see Syntax.
 
-    A loop over nodes with a table of their fields: ast.walk alone takes twice as long.
+    Looks fields up in a table: ast.walk alone takes twice as long.
     """
     by, level, depth = defaultdict(list), [tree], 0
     while level:
@@ -136,17 +136,17 @@ def walk(tree: ast.AST) -> tuple[dict[type, list], int]:
                         level += value
                     elif value is not None:
                         level.append(value)
-    by.pop(type(None), None)  # of lists, such as the keys of {**a}
+    by.pop(type(None), None)  # None in lists, such as the keys of {**a}
     return by, depth + any(hasattr(node, "ctx") for node in last)
 
 
 def join_blocks(text: str) -> tuple[str, int]:
-    """Join the fenced blocks that are Python; return that and their number. Raises as Syntax."""
+    """Join the fenced Python blocks; return the code and block count. Raises as Syntax."""
     blocks = [textwrap.dedent(found[1]) for found in FENCE.finditer(text)
               if re.match(r"\s*```\W*(py|$)", found[0], re.IGNORECASE | re.MULTILINE)]  # fmt: skip
     good = []
     for block in blocks:
-        if block.startswith(">>>"):  # a session: what was typed
+        if block.startswith(">>>"):  # a session: keep the input
             typed = (line for line in block.split("\n") if line.startswith((">>>", "...")))
             block = "".join(f"{line[4:]}\n" for line in typed)
         with contextlib.suppress(SyntaxError):
@@ -160,12 +160,12 @@ def join_blocks(text: str) -> tuple[str, int]:
 def measures(text: str, syntax: Syntax | None = None) -> Iterator[tuple[str, float]]:
     """Yield the filter's rules as (option, measured value), cheap ones first. Raises as Syntax.
 
-    A new rule is one `yield` here and one field of Config in data/filter.py. Lazy: a document that
-    an early rule rejects is never parsed.
+    To add a rule, add a `yield` here and a field to Config in data/filter.py. Lazy: a document
+    rejected by an early rule is never parsed.
 
-    Of a post, the prose around its blocks counts as documentation, and long lines are the blocks'.
-    Without functions, blocks that compute are what there is to learn: each counts as one. A block
-    may bring an import and EXAMPLE constants, which are a large share of its few statements.
+    In a post, prose around the blocks counts as documentation, and line length is measured in the
+    blocks. Without functions, if the blocks compute, each block counts as one. Each block gets one
+    import and EXAMPLE constants for free, as these are a large share of its few statements.
     """
     chars = max(len(text), 1)
     yield "min_chars", len(text)
@@ -206,17 +206,17 @@ def measures(text: str, syntax: Syntax | None = None) -> Iterator[tuple[str, flo
 
 
 def parse_python(text: str) -> ast.Module:
-    """Parse `text`. Raises SyntaxError, whatever it is that ast.parse cannot take."""
+    """Parse `text`. Raises SyntaxError for any input that ast.parse rejects."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes: other people's
+            warnings.simplefilter("ignore")  # invalid escapes in other people's code
             return ast.parse(text)
-    except (RecursionError, MemoryError, ValueError) as e:  # nesting, nesting, NUL or surrogates
+    except (RecursionError, MemoryError, ValueError) as e:  # nesting (first two), NUL or surrogates
         raise SyntaxError(str(e)) from None
 
 
 def docstring(node) -> ast.Constant | None:
-    """Return the constant that is the docstring of a module, class or function."""
+    """Return the docstring constant of a module, class or function."""
     first = node.body[0] if node.body else None
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
         return first.value if isinstance(first.value.value, str) else None
@@ -224,7 +224,7 @@ def docstring(node) -> ast.Constant | None:
 
 
 def foreign_names(node: ast.Import | ast.ImportFrom) -> set[str]:
-    """Return names bound by an import from outside the standard library, relative ones too."""
+    """Return names an import binds from outside the standard library, relative imports too."""
     if isinstance(node, ast.ImportFrom):
         ours = not node.level and node.module.split(".")[0] in sys.stdlib_module_names
         return set() if ours else {alias.asname or alias.name for alias in node.names}
@@ -234,21 +234,21 @@ def foreign_names(node: ast.Import | ast.ImportFrom) -> set[str]:
 
 
 def root_name(node: ast.expr) -> str:
-    """Return the name that a.b.c starts from, "" if it starts from none."""
+    """Return the leading name of a.b.c, "" if it does not start with a name."""
     while isinstance(node, ast.Attribute):
         node = node.value
     return node.id if isinstance(node, ast.Name) else ""
 
 
 def strip_licence(text: str) -> str:
-    """Remove those of the leading comment blocks that speak of a licence or copyright."""
+    """Remove leading comment blocks about licence or copyright."""
     head = LEADING_COMMENTS.match(text)[0]
     kept = COMMENT_BLOCK.sub(lambda block: "" if LICENCE.search(block[0]) else block[0], head)
     return text if kept == head else kept.lstrip("\n") + text[len(head) :]
 
 
 def is_pair(prompt: str, solution: str) -> bool:
-    """Return whether `prompt` alone is a function of one statement, to which `solution` adds."""
+    """Return whether `prompt` is a one-statement function and `solution` adds statements to it."""
     try:
         [alone], [whole] = parse_python(prompt).body, parse_python(prompt + solution).body
     except (SyntaxError, ValueError):
@@ -257,7 +257,7 @@ def is_pair(prompt: str, solution: str) -> bool:
 
 
 def facts(text: str) -> dict:
-    """Return topics and the complexity of each function of a text's syntax tree."""
+    """Return a text's topics and the cyclomatic complexity of each function."""
     try:
         by = Syntax(text).by
     except SyntaxError:

@@ -1,4 +1,4 @@
-"""Write documents without copies: candidates to scratch, then the first of each to the result."""
+"""Drop exact duplicates: write candidates to scratch, then the first of each to the result."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from data.base.stage import Part
 
 
 class Candidates(DocumentFile):
-    """One item's candidates in scratch, with a log of their keys and bytes, uint64 [n, 3]."""
+    """Writer for one item's candidates in scratch, plus their keys and bytes, uint64 [n, 3]."""
 
     def __init__(self, part: Part):
         super().__init__(part.scratch / f"{part.name}.jsonl.zst")
@@ -29,9 +29,9 @@ class Candidates(DocumentFile):
 
 
 def choose(part: Part, max_bytes: float = math.inf) -> dict:
-    """Leave in scratch which candidates to write: the first of each kind, of part.item items.
+    """Save masks of the candidates to keep, the first of each key over part.item items, to scratch.
 
-    The document that reaches `max_bytes` is the last. Returns counts, and the items that have any.
+    Stop after the document that reaches `max_bytes`. Return counts and the items with any kept.
     """
     logs = [np.load(part.stage.scratch / f"shard-{i:05d}.npy") for i in range(part.item)]
     chosen = {"documents": 0, "bytes": 0, "left_out": {"duplicate": 0}, "items": []}
@@ -48,7 +48,7 @@ def choose(part: Part, max_bytes: float = math.inf) -> dict:
 
 
 def first_of_each(keys: list[np.ndarray]) -> list[np.ndarray]:
-    """Mark the first row of each kind, through all of `keys`, each uint64 [n, 2]; return bools."""
+    """Return bool masks of the first occurrence of each row over all `keys`, each uint64 [n, 2]."""
     rows = np.concatenate(keys)
     first = np.zeros(len(rows), bool)
     first[np.unique(rows, axis=0, return_index=True)[1]] = True
@@ -56,7 +56,7 @@ def first_of_each(keys: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def write_chosen(part: Part) -> None:
-    """Write the chosen candidates of item part.item as a shard of the result."""
+    """Write the kept candidates of item part.item as a result shard."""
     keep = np.load(part.stage.scratch / f"keep-{part.item:05d}.npy")
     candidates = read_jsonl(part.stage.scratch / f"shard-{part.item:05d}.jsonl.zst")
     with part.writer() as out:

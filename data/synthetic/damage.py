@@ -1,9 +1,8 @@
-"""Damage solutions of exercises, each by one small error such as a language model makes.
+"""Damage exercise solutions, each with one small error typical of language models.
 
-What a model wrote of CodeExercises is not all right, and phi-1 learned from it all the same (arXiv
-2306.11644, section 2.2): `python -m data.exercises --damage_frac 0.5` lets one measure that. A
-damaged body is run before it is used: it ends, mostly without an exception, and gives a wrong
-result.
+CodeExercises, written by a model, has errors, and phi-1 still learned from it (arXiv 2306.11644,
+section 2.2); `python -m data.exercises --damage_frac 0.5` measures the effect. Each damaged body is
+run first: it must end, mostly without an exception, and give a wrong result.
 """
 
 import ast
@@ -23,11 +22,11 @@ from tqdm import tqdm
 from data.synthetic.families import Task
 from data.synthetic.forms import POOL, Exercise, fill, pool, results
 
-BUDGET = 20_000  # events of a damaged body for one input, or it is taken for endless
-BIG_BITS = 10_000  # of a number in it, which is looked at ...
-LOOK_EVERY = 8  # ... each so many lines of the function, as looking takes time
-TRIES = 8  # errors tried in a solution before it is left as it is
-OPERATORS = {  # what may stand in place of one
+BUDGET = 20_000  # trace events per input; beyond that, a body counts as endless
+BIG_BITS = 10_000  # a larger int in a local variable counts as endless, too
+LOOK_EVERY = 8  # lines between these checks, which are slow
+TRIES = 8  # errors to try per solution before keeping it intact
+OPERATORS = {  # {node: (operator, replacements ...)}
     ast.Lt: ("<", "<=", ">"),
     ast.LtE: ("<=", "<", ">="),
     ast.Gt: (">", ">=", "<"),
@@ -54,9 +53,9 @@ NAMES |= {"isalpha": "isdigit", "append": "extend", "values": "keys"}
 def damage(
     exercises: list[Exercise], frac: float, seed: int, allowed: Callable[[Task, str], bool]
 ) -> list[Exercise]:
-    """Return the exercises, of which a share has a wrong solution, each `allowed(task, body)`.
+    """Return the exercises, a share `frac` with a wrong solution that `allowed(task, body)`.
 
-    Fewer than that share where there is no such error in enough of them.
+    Damage fewer if too few exercises have a suitable error.
     """
     exercises, rng = [*exercises], random.Random(f"damage {seed}")
     wanted = round(frac * len(exercises))
@@ -76,16 +75,16 @@ def damage(
 
 @functools.cache
 def damaged_bodies(body: str) -> list[str]:
-    """Return bodies with one error such as a language model makes, which parse."""
+    """Return variants of `body` with one error each, all of which parse."""
     source = fill(body, ("_a_", "_b_", "_c_")).replace("$f", "_f_")
     changed = (source[:i] + new + source[j:] for i, j, new in damages(source))
     return [*dict.fromkeys(re.sub(r"\b_([abcf])_\b", r"$\1", text) for text in changed)]
 
 
 def damages(source: str) -> Iterator[tuple[int, int, str]]:
-    """Yield (i, j, new): with source[i:j] replaced by `new`, it has one error and parses.
+    """Yield (i, j, new): replacing source[i:j] by `new` adds one error and still parses.
 
-    Yields nothing if the source is not ASCII. Raises SyntaxError.
+    Yields nothing for non-ASCII source. Raises SyntaxError.
     """
     if not source.isascii():  # ast counts bytes
         return
@@ -100,7 +99,7 @@ def damages(source: str) -> Iterator[tuple[int, int, str]]:
 
 
 def edits(node, source: str, begin, end) -> Iterator[tuple[int, int, str]]:
-    """Yield stretches of the source to replace, and what by, that damage `node`."""
+    """Yield replacements (start, end, new text) in `source` that damage `node`."""
 
     def operator(left, op, right):
         old, *others = OPERATORS.get(type(op), ("",))
@@ -156,8 +155,8 @@ class Endless(Exception):
 
 @functools.cache
 def is_wrong(task: Task, wrong: str) -> bool:
-    """Return whether this body ends for every input of the pool, raises for at most half of them,
-    and gives another result than the oracle for at least one."""
+    """Return whether this body ends on every pool input, raises on at most half of them, and
+    differs from the oracle on at least one."""
     arguments = ("_a_", "_b_", "_c_")[: len(task.args.split())]
     source = textwrap.indent(fill(wrong.replace("$f", "f"), arguments), "    ")
     namespace, steps, lines, wrongs, failures = {}, 0, 0, 0, 0
@@ -167,7 +166,7 @@ def is_wrong(task: Task, wrong: str) -> bool:
     def trace(frame, event, value):
         nonlocal steps, lines
         steps += 1
-        if event != "line":  # an exception would be ignored where a generator is closed
+        if event != "line":  # Python ignores exceptions raised on closing a generator
             return trace
         if steps > BUDGET:
             raise Endless
@@ -183,7 +182,7 @@ def is_wrong(task: Task, wrong: str) -> bool:
     try:
         for inputs, wanted in zip(copy.deepcopy(pool(task.args)), results(task)):
             steps = 0
-            sys.settrace(trace)  # anew: Python drops a trace that failed, as in a deep recursion
+            sys.settrace(trace)  # again: Python drops a failed trace, e.g. in deep recursion
             try:
                 got = namespace["f"](*inputs)
                 wrongs += got != wanted or type(got) is not type(wanted)

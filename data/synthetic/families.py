@@ -1,6 +1,6 @@
-r"""Read the families of exercises: families.txt, and with --concepts also two more files.
+r"""Read exercise families: families.txt, and with --concepts also concepts.txt and programs.txt.
 
-A family is a block of lines, as this one:
+A family is a block of lines:
 
     digit_powers = <digit_power_sum|sum_of_digit_powers>_K(nat)
     K: 2..5
@@ -9,29 +9,29 @@ A family is a block of lines, as this one:
     return sum(int(d) ** K for d in str($a))
     = reduce(lambda total, c: total + (ord(c) - 48) ** K, str(a), 0)
 
-It holds, in this order:
+Lines of a block, in order:
 
-    label = name(kinds)   the family, its function's name, and the arguments' kinds (kinds.txt)
-    label = as OTHER      take name, wordings, body and oracle of another family
-    K: 2..5; 9            a parameter and its values; there is a task for each combination
+    label = name(kinds)   family label, function name, argument kinds (kinds.txt)
+    label = as OTHER      copy name, wordings, body and oracle from another family
+    K: 2..5; 9            parameter and values; each combination makes a task
     OP WORD: + ~ sum; * ~ product      parameters that change together
-    K | A B: 1 ~ x ~ y    those behind the bar are not part of the task's label
+    K | A B: 1 ~ x ~ y    parameters after the bar are not in the task label
     T: ALL; TESTS         all rows of tables (tables.txt)
-    where CONDITION       of the combinations that make a task
-    limit 60              this many tasks at most, sampled
-    never VALUES          leave out a task because HumanEval or MBPP asks for it
-    "..."                 wordings, of which one is chosen
-    code                  the body, where $f is the function itself
-    = expression          the oracle over a, b and c: it computes the same by other means
+    where CONDITION       keep only combinations that satisfy it
+    limit 60              sample at most this many tasks
+    never VALUES          drop a task that HumanEval or MBPP asks for
+    "..."                 wordings; one is chosen
+    code                  the body; $f is the function itself
+    = expression          the oracle over a, b and c, computed another way
 
-`<this|that>` is a choice of wording; $a, $b and $c are the arguments, whose names vary. A parameter
-is replaced wherever it stands as a word, or part of a name between "_". What stands in braces is
-evaluated, but in concepts.txt: the rows of tables are a Piece or a Source. A line that begins with
-";" continues the one above. In code, " \ " begins a line, " \> " one that is indented, and "\#" a
-comment; lines left empty are dropped. exercises.py runs each body against its oracle.
+`<this|that>` is a choice of wording; $a, $b and $c are the arguments, under varying names. A
+parameter is replaced wherever it is a word, or part of a name between "_". Text in braces is
+evaluated, except in concepts.txt; table rows are a Piece or a Source. A leading ";" continues the
+line above. In code, " \ " starts a new line, " \> " an indented one, and "\#" a comment; empty
+lines are dropped. exercises.py runs each body against its oracle.
 """
 
-import bisect  # noqa: F401, as other imports here, for oracles
+import bisect  # noqa: F401, used by oracles, as are the imports below with this mark
 import calendar  # noqa: F401
 import datetime  # noqa: F401
 import fractions  # noqa: F401
@@ -56,9 +56,9 @@ from data.synthetic.texts import blocks
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One exercise, before its wording and names are chosen."""
+    """An exercise before choosing wording and names."""
 
-    args: str  # the kinds of the arguments, separated by spaces
+    args: str  # argument kinds, space-separated
     name: str
     doc: str
     body: str
@@ -75,19 +75,19 @@ OPPOSITES = {"==": "!=", "!=": "==", "<": ">=", ">": "<=", "in": "not in", "not 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A row of a table: a test, change or key of one element `x`, or what to make of many."""
+    """A table row: test, change or key of one element `x`, or a reduction of many."""
 
     code: str
-    fn: Callable  # its oracle
+    fn: Callable  # oracle
     label: str  # for function names
-    phrase: str  # a test: "even {}"; a change: "double {}"; of many: "return the sum of {}"
+    phrase: str  # test: "even {}"; change: "double {}"; reduction: "return the sum of {}"
     other: str = ""  # "is even"; "the doubles of {}"; "return the sum"
 
     def on(self, name: str) -> str:
         return re.sub(r"\bx\b", name, self.code)
 
     def no(self, name: str) -> str:
-        """Return the opposite of a test."""
+        """Return the code of the negated test."""
         code = self.on(name)
         if m := re.fullmatch("(.+?) (==|!=|<|>|not in|in) ([^<>=]+)", code):
             return f"{m[1]} {OPPOSITES[m[2]]} {m[3]}"
@@ -99,16 +99,16 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What to loop over: `x` is the loop variable; `one` and `many` name what it stands for."""
+    """An iterable to loop over: `x` is the loop variable, `one` and `many` name its elements."""
 
     code: str
-    items: Callable  # the oracle
+    items: Callable  # oracle
     name: str
     args: str
     x: str
     one: str
     many: str
-    tail: str = ""  # where they are
+    tail: str = ""  # location of the elements
     condition: str = ""
 
     def each(self, test: Piece) -> str:
@@ -124,7 +124,7 @@ class Source:
         return change.phrase.format("each " + self.each(test))
 
     def told(self, test: Piece, change: Piece, gather: Piece) -> str:
-        """Say it as one sentence, or step by step where there is a change."""
+        """Describe the task in one sentence; with a change, maybe step by step."""
         told = gather.phrase.format(self.of(test, change))
         if change.code == "x":
             return told
@@ -134,7 +134,7 @@ class Source:
         return [x for x in self.items(argument) if test.fn(x)]
 
     def loop(self, test: Piece) -> str:
-        """Return the `for ... in ... if ...` of a comprehension."""
+        """Return the `for ... in ... if ...` clause of a comprehension."""
         conditions = [c for c in (self.condition, test.on(self.x)) if c]
         return f"for {self.x} in {self.code}" + " if " * bool(conditions) + " and ".join(conditions)
 
@@ -146,7 +146,7 @@ class Source:
 
 
 def rows_of(name: str, line: str) -> list:
-    """Return the rows in a line of a table; see the head of tables.txt."""
+    """Parse the rows in a table line; tables.txt documents the format."""
     columns = re.split("  +", line)
     if len(columns) == 1:
         return values_of(line)
@@ -161,9 +161,9 @@ def rows_of(name: str, line: str) -> list:
 
 
 def values_of(text: str) -> list:
-    """Return the values of a parameter: "2..4" is 2, 3, 4; "a ~ b" is a tuple; a table, its rows.
+    """Parse parameter values: "2..4" is 2, 3, 4; "a ~ b" a tuple; a table name, its rows.
 
-    Where a column has several values, each is combined with each one of the others.
+    Columns with several values form a Cartesian product.
     """
     values = []
     for value in text.split("; "):
@@ -193,9 +193,9 @@ for block in blocks("tables.txt"):
 
 
 def read_families(name: str, scope: dict, limit: int = 0, braces: bool = False) -> dict:
-    """Return the tasks of each family in a file, by its label.
+    """Read a file's families; return {label: tasks}.
 
-    Oracles and what is in braces are evaluated in `scope`; a family has `limit` tasks at most.
+    Evaluate oracles and braces in `scope`; take at most `limit` tasks per family (0: all).
     """
     found, shared = {}, {}
     for block in blocks(name):
@@ -204,7 +204,7 @@ def read_families(name: str, scope: dict, limit: int = 0, braces: bool = False) 
         try:
             found[label] = read_family(label, head, block, shared, scope, limit, braces)
         except Exception as e:
-            raise ValueError(f"{name}: family {label} cannot be read: {e!r}") from e
+            raise ValueError(f"{name}: cannot read family {label}: {e!r}") from e
     return found
 
 
@@ -244,13 +244,13 @@ def read_family(
         pattern = re.compile(f"(?<![A-Za-z])({'|'.join(words)})(?![A-Za-z])")
 
         def put(text: str, clean: Callable = str) -> str:
-            """Return `text` with the parameters' values."""
+            """Substitute the parameters' values into `text`."""
             if braces:
                 text = evaluate(f'lambda {every}: rf"""{text}\n"""')(*values)[:-1]
             return fill(text, clean)
 
         def fill(text: str, clean: Callable = str) -> str:
-            for _ in range(2 if words else 0):  # a value may have parameters in it
+            for _ in range(2 if words else 0):  # values may contain parameters
                 text = pattern.sub(lambda m: clean(words[m[0]]), text)
             return text
 
@@ -277,7 +277,7 @@ def read_family(
 
 
 def laid_out(code: str) -> str:
-    """Return `code` with a line for each " \\ " in it, deeper by each ">", and no empty one."""
+    """Start a line at each " \\ " in `code`, indented once per ">"; drop empty lines."""
     found = []
     for line in code.split("\n"):
         indent, rest = re.fullmatch("( *)(.*)", line).groups()
@@ -288,7 +288,7 @@ def laid_out(code: str) -> str:
 
 
 def singular(text: str) -> str:
-    """ "1 place" where a wording has "K places"."""
+    """Turn "1 places" into "1 place", where a wording has "K places"."""
     nouns = "bit|character|decimal|decimal place|digit|element|letter|place|step|time"
     return re.sub(rf"\b1 ({nouns})s\b", r"1 \1", text)
 
@@ -298,17 +298,17 @@ FAMILIES = read_families("families.txt", globals() | ONE_ROW, braces=True)
 
 
 def read_concepts() -> dict[str, list[Task]]:
-    """Return the families of concepts.txt and programs.txt.
+    """Read the families of concepts.txt and programs.txt.
 
-    The families of families.txt compose filters, changes and gathers. Those of concepts.txt have
-    one idea each, or two in a row: the breadth of what short functions do. Those of programs.txt
-    compose the steps of a longer function: parse, filter, carry a state or pass twice, finish.
+    families.txt composes filters, changes and reductions. concepts.txt covers the breadth of short
+    functions, one idea or two in a row per family. programs.txt composes the steps of longer
+    functions: parse, filter, carry a state or pass twice, finish.
     """
     programs = read_families("programs.txt", globals() | ONE_ROW, braces=True)
     return read_families("concepts.txt", globals(), limit=60) | programs
 
 
-# ---- Oracles of concepts.txt that are no one-liners
+# ---- Longer oracles for concepts.txt
 
 
 def primes_to(n: int) -> list[int]:
@@ -316,7 +316,7 @@ def primes_to(n: int) -> list[int]:
 
 
 def in_base(n: int, base: int) -> list[int]:
-    """Digits, highest first."""
+    """Return the digits, most significant first."""
     return (in_base(n // base, base) if n >= base else []) + [n % base]
 
 
@@ -325,7 +325,7 @@ def runs_of(values) -> list[list]:
 
 
 def unfold(start, step, n: int) -> list:
-    """start, step(start), ...: n + 1 values."""
+    """Return start, step(start), ...: n + 1 values."""
     return [*itertools.accumulate(range(n), lambda x, _: step(x), initial=start)]
 
 
@@ -348,7 +348,7 @@ def keep_even(nested):
 
 
 def unite(pairs: list) -> list[tuple[int, int]]:
-    """Intervals merged, by marking what they cover in steps of a half."""
+    """Merge intervals by marking their points in steps of a half."""
     covered = {i for x, y in pairs for i in range(2 * min(x, y), 2 * max(x, y) + 1)}
     starts = sorted(i for i in covered if i - 1 not in covered)
     ends = sorted(i for i in covered if i + 1 not in covered)

@@ -1,9 +1,9 @@
-"""How an exercise is told and laid out: its wording, names, docstring, type hints and examples.
+"""Word and lay out exercises: wording, names, docstring, type hints and examples.
 
-`tell` has the one form that exercises had at first. `vary` draws a form for every exercise, as real
-prompts differ: a model that saw one form alone fails at other quotes or another indent; arguments
-renamed undo either (LOG.md). All that a form says of a task is computed from it: types and examples
-come from the oracle.
+`tell` has a single form, the original one. `vary` draws a form per exercise, as real prompts
+differ: a model trained on one form fails at other quotes or another indent. Renamed arguments break
+models trained on either (LOG.md). All that a form states is computed from the task: types and
+examples come from the oracle.
 """
 
 import builtins
@@ -19,16 +19,16 @@ from data.synthetic.families import Task
 from data.synthetic.kinds import KINDS
 from data.synthetic.worked import from_typing, type_of
 
-POOL = 90  # inputs for each signature, from which the tests of a held-out problem are chosen
-EXAMPLE_SHARE = 0.15  # of the plain docstrings show a call, if that is ...
-EXAMPLE_CHARS = 50  # ... no longer than this
-# Shares of the varied forms; those of HumanEval's prompts (in brackets) are what they lean to
+POOL = 90  # inputs per signature; tests of held-out problems are chosen from them
+EXAMPLE_SHARE = 0.15  # probability that a plain docstring shows a call, if one fits in ...
+EXAMPLE_CHARS = 50  # ... this many characters
+# Shares of the varied forms, leaning towards HumanEval's (in brackets)
 MBPP_FRAC = 1 / 6
 HINTS_FRAC = 1 / 3  # (0.18)
-EXAMPLES_FRAC = 1 / 2  # (0.94; but in a small model they take the place of the task: LOG.md)
-MORE_FRAC = 0.25  # have another sentence
-SECTIONS_FRAC = 0.07  # have sections for arguments and result
-TYPO_FRAC = 0.03  # have one word misspelt
+EXAMPLES_FRAC = 1 / 2  # (0.94; but a small model reads them instead of the task: LOG.md)
+MORE_FRAC = 0.25  # an extra sentence
+SECTIONS_FRAC = 0.07  # sections for arguments and result
+TYPO_FRAC = 0.03  # one misspelt word
 CALL_CHARS = 76  # longest example
 ASSERTS = ["assert {call} == {result}"] * 3 + ["assert {call}=={result}"]
 
@@ -42,7 +42,7 @@ MENDS, SYNONYMS = (
 FRAMES, MBPP_FRAMES, FREE_FRAMES, HEADERS, MANNERS = (
     texts.lines(TEXTS[k]) for k in ("frames", "mbpp_frames", "free_frames", "headers", "manners")
 )
-MENTION = re.compile(  # a place where "the given list" can stand for a name
+MENTION = re.compile(  # a place where "the given list" can replace the name
     "".join(f"(?<!{word} )" for word in NAMED)
     + r"\$a(?=[.,;:]|$| (?:is|in|to|and|or|by|with|of|from|before|after|where|that|has|starts|ends"
     r")\b)"
@@ -51,26 +51,26 @@ MENTION = re.compile(  # a place where "the given list" can stand for a name
 
 @dataclass(frozen=True)
 class Exercise:
-    """A task in words, with names and a layout; `$a` and `$b` still stand for the arguments."""
+    """A task with wording, names and layout; `$a` and `$b` are placeholders for the arguments."""
 
     task: Task
     name: str
     doc: str
     arguments: tuple[str, ...]
-    prose: str  # the docstring up to its examples, in one line: `doc`, maybe in a frame
-    lines: tuple[str, ...] = ()  # what follows it
-    mbpp: bool = False  # the docstring stands above the function, as eval.mbpp asks
-    lead: str = ""  # what the file begins with: blank lines, imports
-    hints: tuple[str, ...] = ()  # of the arguments and of the result
+    prose: str  # the docstring before the examples, in one line: `doc`, maybe framed
+    lines: tuple[str, ...] = ()  # docstring lines after the prose
+    mbpp: bool = False  # docstring above the function, the prompt format of eval.mbpp
+    lead: str = ""  # start of the file: blank lines, imports
+    hints: tuple[str, ...] = ()  # types of arguments, then result
     comma: str = ", "
     indent: str = "    "
     quote: str = '"""'
     begin: str = ""  # between the quotes and the prose
-    end: str = ""  # a line break before the quotes that close
+    end: str = ""  # line break before the closing quotes
     width: int = 88  # 100 with indent and quotes
-    hyphens: bool = True  # a line may end behind one
+    hyphens: bool = True  # lines may break after a hyphen
     gap: str = ""  # a blank line below the docstring
-    wrong: str = ""  # a damaged body, in place of the task's
+    wrong: str = ""  # damaged body that replaces the task's
 
     def prompt(self) -> str:
         prose = fill(self.prose, self.arguments)
@@ -86,7 +86,7 @@ class Exercise:
         return f"{self.lead}{self._signature()}{self.indent}{self.quote}{doc}{self.quote}\n"
 
     def solution(self) -> str:
-        body = (self.wrong or self.task.body).replace("$f", self.name)  # it may call itself
+        body = (self.wrong or self.task.body).replace("$f", self.name)  # recursion
         body = textwrap.indent(fill(body, self.arguments), "    ") + "\n"
         body = re.sub("^ +", lambda m: self.indent * (len(m[0]) // 4), body, flags=re.M)
         return (self._signature() if self.mbpp else self.gap) + body
@@ -106,12 +106,12 @@ def fill(text: str, arguments: tuple[str, ...]) -> str:
 
 @functools.cache
 def pool(args: str) -> list[tuple]:
-    """Return POOL inputs for these kinds of arguments: every edge value, then random ones."""
+    """Return POOL inputs for these argument kinds: all edge values, then random ones."""
     rng, kinds = random.Random(args), [KINDS[kind] for kind in args.split()]
     edges = max(len(kind.edges) for kind in kinds)
     inputs = [tuple(kind.edges[i % len(kind.edges)] for kind in kinds) for i in range(edges)]
     while len(inputs) < POOL:
-        for _ in range(9):  # attempts at one that is new
+        for _ in range(9):  # attempts to draw a new one
             new = tuple(kind.sample(rng) for kind in kinds)
             if new not in inputs:
                 break
@@ -121,7 +121,7 @@ def pool(args: str) -> list[tuple]:
 
 @functools.cache
 def results(task: Task) -> list:
-    """Return what the oracle gives for the pool."""
+    """Return the oracle's results for the pool."""
     return [task.oracle(*inputs) for inputs in pool(task.args)]
 
 
@@ -129,7 +129,7 @@ def results(task: Task) -> list:
 
 
 def tell(task: Task, rng: random.Random) -> Exercise:
-    """Return an exercise for `task`; `rng` chooses wording, names, and whether to show a call."""
+    """Make an exercise for `task`; `rng` draws wording, names, and whether to show a call."""
     name = re.sub("_+", "_", texts.choose(task.name, rng)).strip("_")
     doc = sentence(task, rng)
     arguments = tuple(rng.choice(KINDS[kind].names.split()) for kind in task.args.split())
@@ -144,7 +144,7 @@ def tell(task: Task, rng: random.Random) -> Exercise:
 
 
 def sentence(task: Task, rng: random.Random) -> str:
-    """Return one of the task's wordings, those put together from tables in plainer words."""
+    """Return one of the task's wordings; MENDS simplifies those composed from tables."""
     doc = texts.choose(task.doc, rng)
     doc = doc[0].upper() + doc[1:]
     for old, new in MENDS:
@@ -156,7 +156,7 @@ def sentence(task: Task, rng: random.Random) -> str:
 
 
 def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exercise:
-    """Return an exercise for `task` in a form of its own; MBPP's with this probability."""
+    """Make an exercise for `task` in a random form, MBPP's with probability `mbpp_frac`."""
     arguments = argument_names(task, rng)
     name = function_name(task, arguments, rng)
     types = types_of(task)
@@ -205,12 +205,12 @@ def vary(task: Task, rng: random.Random, mbpp_frac: float = MBPP_FRAC) -> Exerci
 
 @functools.cache
 def taken(task: Task) -> frozenset[str]:
-    """Return what neither an argument nor the function may be called."""
+    """Return names that neither arguments nor the function may use."""
     return frozenset(re.findall(r"(?<![\w$])\w+", task.body)).union(dir(builtins), keyword.kwlist)
 
 
 def argument_names(task: Task, rng: random.Random) -> tuple[str, ...]:
-    """Choose names that differ and that no builtin and nothing in the body has."""
+    """Choose distinct argument names that clash with no builtin and no name in the body."""
     kinds, types = task.args.split(), argument_types(task.args)
     while True:
         names = []
@@ -233,7 +233,7 @@ def argument_names(task: Task, rng: random.Random) -> tuple[str, ...]:
 
 
 def function_name(task: Task, arguments: tuple[str, ...], rng: random.Random) -> str:
-    """Choose the task's name, whole or shortened, in snake or camel case, or a generic one."""
+    """Choose the task's name, full or shortened, in snake or camel case, or a generic name."""
     while True:
         name = re.sub("_+", "_", texts.choose(task.name, rng)).strip("_")
         words, r = name.split("_"), rng.random()
@@ -259,20 +259,20 @@ def argument_types(args: str) -> tuple[str, ...]:
 
 @functools.cache
 def types_of(task: Task) -> tuple[str, ...]:
-    """Return the types of the arguments, and that of the result."""
+    """Return the argument types, then the result type."""
     return (*argument_types(task.args), type_of(results(task)))
 
 
 def type_hints(types: tuple[str, ...], rng: random.Random) -> tuple[str, tuple[str, ...]]:
-    """Return the lines of imports that stand above, and the hints in one of three styles."""
-    if rng.random() < 0.15:  # of the arguments alone, or without what is inside
+    """Return the import lines and the hints, in a random style."""
+    if rng.random() < 0.15:  # arguments only, or containers without element types
         bare = tuple(re.sub(r"\[.*\]", "", t) for t in types)
         types = (*types[:-1], "") if rng.random() < 0.5 else bare
     return ("", types) if rng.random() < 0.4 else from_typing(types)
 
 
 def noun(type_: str, rng: random.Random) -> str:
-    """Return what a value of the type is called."""
+    """Return a noun for values of the type."""
     return rng.choice(NOUNS.get(type_) or NOUNS.get(type_.split("[")[0]) or ["value"])
 
 
@@ -285,7 +285,7 @@ def a_noun(type_: str, rng: random.Random) -> str:
 
 
 def wording(task: Task, types, mbpp: bool, rng: random.Random) -> tuple[str, str]:
-    """Return the task in other words, `$a` for an argument; and the same in a frame, with more."""
+    """Return the task reworded, with `$a` for an argument; and the same framed and extended."""
     core = sentence(task, rng)
     for old, new in SYNONYMS:
         if rng.random() < 0.35 and re.search(old, core):
@@ -326,7 +326,7 @@ def given_arguments(types: tuple[str, ...], tick: str, rng: random.Random) -> st
 
 
 def third_person(match: re.Match) -> str:
-    """Return the verb in `match` with an s."""
+    """Return `match` with its verb in the third person."""
     before, verb = match.groups()
     if verb.lower() not in VERBS:
         return match[0]
@@ -335,7 +335,7 @@ def third_person(match: re.Match) -> str:
 
 
 def other_elements(core: str, task: Task, rng: random.Random) -> str:
-    """Call the elements of a list by another noun."""
+    """Replace the noun for list elements, sometimes."""
     if rng.random() < 0.35 and re.search(r"\bin \$a", core):
         if "words" in task.args.split():
             core = re.sub(r"\bword(?=s?\b)", rng.choice(["string", "element", "item"]), core)
@@ -346,8 +346,8 @@ def other_elements(core: str, task: Task, rng: random.Random) -> str:
 
 
 def mention(core: str, task, types, mbpp: bool, named: bool, rng: random.Random) -> str:
-    """Return `core` with its argument named in one of several ways."""
-    begins = core.startswith("$a")  # "$a is a list of words", where a name is needed
+    """Vary how `core` refers to its argument."""
+    begins = core.startswith("$a")  # "$a is a list of words" needs the name
     if len(types) == 2 and not begins and MENTION.sub("", core).count("$a") == 0:
         short, r = noun(types[0], rng).split(" of ")[0], rng.random()
         if named and r < 0.3:
@@ -361,7 +361,7 @@ def mention(core: str, task, types, mbpp: bool, named: bool, rng: random.Random)
 
 
 def more(task: Task, types: tuple[str, ...], rng: random.Random) -> str:
-    """Return one more sentence, which holds for every input of the task."""
+    """Return an extra sentence that is true for every input of the task."""
     said = []
     if types[-1] in NOUNS:
         said.append(f"The result is {a_noun(types[-1], rng)}.")
@@ -381,7 +381,7 @@ def more(task: Task, types: tuple[str, ...], rng: random.Random) -> str:
 
 
 def typo(text: str, rng: random.Random) -> str:
-    """Exchange two letters of a word; leave quoted words and names alone."""
+    """Swap two letters of a word; leave quoted words and names alone."""
     places = [*re.finditer(r"(?<![\w'`\"$])[a-z]{5,}(?![\w'`\"(])", text)]
     if not places:
         return text
@@ -393,10 +393,10 @@ def typo(text: str, rng: random.Random) -> str:
 
 
 def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tuple[str, ...]:
-    """Return up to `wanted` examples in one of the manners, each of one or two lines."""
+    """Return up to `wanted` examples in one random manner, one or two lines each."""
     manner, kinds, found = rng.choice(manners), [KINDS[kind] for kind in task.args.split()], []
     for _ in range(12):
-        known = rng.random() < 0.25  # else an input that is not in the pool
+        known = rng.random() < 0.25  # else a fresh input
         inputs = rng.choice(pool(task.args)) if known else [kind.sample(rng) for kind in kinds]
         answer, values = task.oracle(*inputs), [*map(repr, inputs)]
         call, result = f"{name}({', '.join(values)})", repr(answer)
@@ -413,7 +413,7 @@ def examples(task: Task, name: str, arguments, wanted: int, manners, rng) -> tup
 
 
 def shown_examples(task: Task, name: str, arguments, rng: random.Random) -> list[str]:
-    """Return the examples at a docstring's end, maybe below a header."""
+    """Return the examples that end a docstring, maybe below a header."""
     lines = examples(task, name, arguments, rng.choice([1, 1, 2, 2, 3]), MANNERS, rng)
     if not lines or rng.random() < 0.5:
         return [*lines]
@@ -422,7 +422,7 @@ def shown_examples(task: Task, name: str, arguments, rng: random.Random) -> list
 
 
 def sections(arguments: tuple[str, ...], types: tuple[str, ...], rng: random.Random) -> list[str]:
-    """Return what is taken and returned, in the manner of Google, Sphinx or NumPy."""
+    """Document arguments and result in Google, Sphinx or NumPy style."""
     named = [*zip(arguments, types)]
     told = [a_noun(t, rng) for t in types]
     result = types[-1] or "the result"

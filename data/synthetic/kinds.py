@@ -1,4 +1,4 @@
-"""The kinds of arguments that exercises take, from kinds.txt: their names, and values of them."""
+"""Argument kinds of exercises, from kinds.txt: names and sample values."""
 
 import datetime  # noqa: F401, for kinds.txt
 import random
@@ -15,10 +15,10 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 class Kind:
     """A kind of argument."""
 
-    names: str  # no builtin, and no local name of a body that takes this kind
+    names: str  # clash with no builtin and no local name in a body with this kind
     sample: Callable[[random.Random], object]
-    edges: tuple  # values that are always tried; all of one type
-    low: int = -1000  # outside low..high an int may make a loop long or endless
+    edges: tuple  # always tried; all of one type
+    low: int = -1000  # ints outside low..high may make loops long or endless
     high: int = 1000
 
 
@@ -56,7 +56,7 @@ def up_to(*limits: int, low: int = 0) -> Callable:
 
 
 def some_numbered(rng: random.Random) -> str:
-    """Return a line with numbers among its words."""
+    """Return a line that mixes words and numbers."""
     words = [
         str(rng.randint(0, 120)) if rng.random() < 0.5 else rng.choice(WORDS)
         for _ in range(rng.randint(1, 7))
@@ -78,13 +78,13 @@ def some_nested(rng: random.Random, depth: int = 0) -> list:
 
 
 def some_framed(rng: random.Random) -> str:
-    """Often the same at both ends, but for the case."""
+    """Return a text that often has equal ends, up to case."""
     end = rng.choice(WORDS)[: rng.randint(1, 4)]
     return end + some_letters(rng)[:3] + rng.choice([end, end, end.title(), end[1:], "s"])
 
 
 def some_mirrored(rng: random.Random) -> str:
-    """Return a palindrome, but for what stands in it or around it."""
+    """Return a palindrome, maybe with extra characters inside or around it."""
     half = rng.choice(WORDS)[: rng.randint(1, 4)]
     text = half + rng.choice(["", half[-1], rng.choice(LETTERS)]) + half[::-1]
     marks = rng.choice(["", " ", "7", "e", "U", rng.choice(LETTERS)])

@@ -1,8 +1,8 @@
-"""What an endpoint is asked to write, and how its replies are read: see data/synthesize.py.
+"""Prompts for an endpoint, and parsers for its replies: see data/synthesize.py.
 
-PAPER: the prompts, topics and names of the paper are undisclosed; ours are in prompts.txt. What
-surrounds a lesson or an exercise in a reply, such as "Sure, here is", is dropped; what is left is
-taken as it is, or not at all.
+PAPER: the paper's prompts, topics and names are undisclosed; ours are in prompts.txt. Parsers drop
+text around a lesson or exercise, such as "Sure, here is", and take the rest unchanged or not at
+all.
 """
 
 import ast
@@ -14,9 +14,9 @@ from collections import Counter
 from data.base.syntax import FENCE, docstring, is_pair, parse_python
 from data.synthetic import texts
 
-MIN_ASSERTS = 3  # that come with an exercise
-MIN_PROSE_CHARS = 400  # around the code of a lesson
-MOST_REPEATS = 4  # of a line of 20 characters or more, outside of the code
+MIN_ASSERTS = 3  # per exercise
+MIN_PROSE_CHARS = 400  # per lesson, outside the code
+MOST_REPEATS = 4  # per line of 20 characters or more, outside the code
 BLOCK = re.compile(
     r"^[ \t]*```(?:python3?|py)[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S | re.IGNORECASE
 )
@@ -40,7 +40,7 @@ VERBS, NOUNS, TAILS, WORDS = (TEXTS[k].split() for k in ("verbs", "nouns", "tail
 
 
 def read_lesson(reply: str) -> tuple[str, str]:
-    """Return the lesson in a reply, from its first heading, and why it is refused, else ""."""
+    """Return the lesson in a reply, from its first heading, and "" or a reason to reject it."""
     text = reply.replace("\r\n", "\n") + "\n"
     whole = MARKDOWN.search(text)
     text = whole[1] if whole else text
@@ -51,7 +51,7 @@ def read_lesson(reply: str) -> tuple[str, str]:
 
 
 def lesson_program(text: str) -> tuple[str, str]:
-    """Return all code of a lesson, and why it is refused, "" if it is not."""
+    """Return all code of a lesson, and "" or a reason to reject it."""
     blocks, prose, others = BLOCK.findall(text), FENCE.sub("", text), BLOCK.sub("", text)
     program = "\n".join(map(textwrap.dedent, blocks))
     lines = Counter(line for line in map(str.strip, others.split("\n")) if len(line) >= 20)
@@ -72,15 +72,15 @@ def lesson_program(text: str) -> tuple[str, str]:
 
 
 def has_check(tree: ast.Module) -> bool:
-    """Return whether running a module reaches an assert about something that has a name.
+    """Return whether running a module reaches an assert that uses a name.
 
-    Of functions, only those called test... or check... count, where the module calls them.
+    Of functions, only test... and check... count, if the module calls them.
     """
     hidden = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
     functions = {n.name: n.body for n in tree.body if isinstance(n, ast.FunctionDef)}
     tests = {name: functions[name] for name in functions if name.startswith(("test", "check"))}
     nodes = [n for n in tree.body if not isinstance(n, hidden)]
-    for node in nodes:  # it grows
+    for node in nodes:  # grows in the loop
         if isinstance(node, ast.Assert) and any(isinstance(n, ast.Name) for n in ast.walk(node)):
             return True
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -91,19 +91,19 @@ def has_check(tree: ast.Module) -> bool:
 
 # ---- Exercises
 
-Claim = tuple[str, str, bool]  # a call, an expression that should be true, is it the docstring's
-EXAMPLES = (  # true if the examples in a docstring hold
+Claim = tuple[str, str, bool]  # call, expression that should be true, is it from the docstring
+EXAMPLES = (  # true if a docstring's examples hold
     "not __import__('doctest').DocTestRunner(verbose=False).run(__import__('doctest')"
     ".DocTestParser().get_doctest({!r}, globals(), 'examples', None, 0), out=len).failed"
 )
 
 
 def read_exercise(reply: str, name: str) -> tuple[dict, list[Claim], str]:
-    """Return the exercise in a reply, what it claims, and why it is refused, "" if it is not.
+    """Return the exercise in a reply, its claims, and "" or a reason to reject it.
 
-    An exercise is {"prompt", "solution", "entry_point"}: prompt + solution is the function called
-    `name`, below the imports of its block. The claims are the asserts that call it, anywhere in the
-    reply, and that its docstring passes doctest. Any fence counts, or none if there are none.
+    An exercise is {"prompt", "solution", "entry_point"}: prompt + solution is the function `name`
+    below the imports of its block. Claims are the asserts that call it, anywhere in the reply, and
+    its doctests. Code is read from all fences, or from the whole reply without fences.
     """
     reply, nodes, why_not = reply.replace("\r\n", "\n"), [], "not the function asked for"
     for block in map(textwrap.dedent, FENCE.findall(reply) or [reply]):
@@ -137,14 +137,14 @@ def read_exercise(reply: str, name: str) -> tuple[dict, list[Claim], str]:
 
 
 def called(node: ast.AST, name: str, source: str) -> str:
-    """Return the first, outermost call of `name` in `node`, a part of `source`; "" without."""
+    """Return the source of the first outermost call of `name` in `node`, "" if there is none."""
     calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
     named = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == name]
     return ast.get_source_segment(source, named[0]) if named else ""
 
 
 def is_plain(text: str) -> bool:
-    """Return whether `text` is a literal of plain data, such as the repr of a list."""
+    """Return whether `text` is a plain-data literal, such as the repr of a list."""
     with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         ast.literal_eval(text.strip())
         return True
@@ -152,7 +152,7 @@ def is_plain(text: str) -> bool:
 
 
 def asserted(call: str, result: str) -> str:
-    """Return the assert of the result, a repr, of a call or comparison."""
+    """Return an assert that a call or comparison has this result, given as repr."""
     compared = isinstance(ast.parse(call, mode="eval").body, ast.Compare)
     wrong = call.replace(" == ", " != ") if compared and " == " in call else f"not {call}"
     ways = {"True": call, "False": wrong, "None": f"{call} is None"}

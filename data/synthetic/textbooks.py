@@ -1,29 +1,29 @@
-"""Write short lessons in programming, prose interleaved with code that runs.
+"""Write short programming lessons: prose interleaved with code that runs.
 
 An offline stand-in for the language model that wrote phi-1's synthetic textbooks (arXiv 2306.11644,
-section 2.2), and like there diversity comes from the topic and the audience. Names, numbers,
-wording, layout and the sections that are told vary besides. data/synthesize.py draws from here.
+section 2.2). As there, diversity comes from topic and audience; names, numbers, wording, layout and
+choice of sections vary too. data/synthesize.py draws from here.
 
-The topics are in lessons/*.txt, between lines of `=`. A topic has a title and `difficulty: 1` to 3.
-Then `name: a b c` lists names that `$name` stands for, and `name = expression` gives a value, over
-`ints`, `words`, `number` and so on; of a list `w`, `$w0` is the first. Sections follow, each below
-a line `== kind`:
+Topics are in lessons/*.txt, separated by lines of `=`; add new ones there. A topic has a title and
+`difficulty: 1` to 3. `name: a b c` lists choices for `$name`. `name = expression` computes a value
+from `ints`, `words`, `number` and so on; for a list `w`, `$w0` is the first item. Sections follow,
+each below a line `== kind`:
 
-    why      what it is good for: prose (one of several is taken)
+    why      prose: motivation (one of several is chosen)
     code     code
-    doc      a docstring for its function `$f` (optional)
-    how      what the code does: prose
-    calls    expressions, one a line: shown or tested with their results
-    wrong    `right ==> wrong`: a piece of the code, and how it is easily got wrong (optional)
-    mistake  what goes wrong easily, with `wrong` just that: prose (optional)
-    deeper   for those who know more: prose (optional)
-    task     an exercise, with `answer`, its code, and `checks`, expressions to test it with
+    doc      docstring for its function `$f` (optional)
+    how      prose: explains the code
+    calls    expressions, one per line, shown or tested with their results
+    wrong    `right ==> wrong`: a piece of the code and a typical error in it (optional)
+    mistake  prose: a common mistake; with `wrong`, the one it shows (optional)
+    deeper   prose: for advanced readers (optional)
+    task     an exercise, with `answer` (code) and `checks` (expressions to test it)
 
-In prose `<this|that>` is a choice, a line break means nothing, and `$one`, `$many`, `$measure` and
-`$unit` speak of the audience's world. To add a topic, add it there.
+In prose, `<this|that>` is a choice, single line breaks are ignored, and `$one`, `$many`, `$measure`
+and `$unit` come from the audience's world.
 
-Everything that a lesson claims is computed while it is written: its code is executed, and each
-result that it shows or tests, each type, each round of a loop is what came out (worked.py).
+Every claim in a lesson is computed while writing it: the code is executed, and all results, types
+and loop rounds shown are its actual outcome (worked.py).
 """
 
 import random
@@ -32,21 +32,20 @@ from pathlib import Path
 
 from data.synthetic import prompts, texts, worked
 
-# The levels, the audiences, and wordings to choose from, by what they introduce
+# Levels, audiences, and wordings by what they introduce
 SAY = {kind: texts.lines(text) for kind, text in texts.sections("textbooks.txt").items()}
 LEVELS = dict(line.split(": ") for line in SAY["levels"])
 NUMBERS = SAY["numbers"][0].split()
-MOST_DRAFTS = 8  # of a lesson
+MOST_DRAFTS = 8  # per lesson
 
-
-# Who reads, and the world that their examples come from: one of its things, many of them, a measure
-# of one, a whole number, and its unit, and words that single ones are called
+# The reader, and the world of the examples: singular and plural of a thing, an integer measure of
+# it, the unit, and words for single things
 COLUMNS = ("who", "one", "many", "measure", "unit", "words")
 AUDIENCES = [dict(zip(COLUMNS, line.split(" | "), strict=True)) for line in SAY["audiences"]]
 
 
 class Topic:
-    """One topic of lessons/, written as the head of this file says."""
+    """One topic of lessons/; the module docstring gives the format."""
 
     def __init__(self, text: str):
         head, *rest = re.split(r"^== (\w+)\n", text.strip("\n"), flags=re.MULTILINE)
@@ -69,20 +68,20 @@ TOPICS = [
 
 
 def write(topic: Topic, audience: dict[str, str], level: str, rng: random.Random) -> str:
-    """Return a lesson on `topic` as Markdown, its code in ```python fences.
+    """Return a lesson on `topic` as Markdown, with code in ```python fences.
 
-    Raises whatever its code raises: a mistake in lessons/, which the tests look for.
+    Raises whatever its code raises: an error in lessons/, which the tests look for.
     """
     writer = Writer(topic, audience, level, rng)
     for _ in range(MOST_DRAFTS):
         text = writer.lesson()
-        if not prompts.lesson_program(text)[1]:  # such as: its prose was left out or is in comments
+        if not prompts.lesson_program(text)[1]:  # redraw if its prose is omitted or in comments
             break
     return text
 
 
 class Writer:
-    """A topic with its names and values chosen, and the namespace that its code runs in."""
+    """A topic with chosen names and values, and the namespace its code runs in."""
 
     def __init__(self, topic: Topic, audience: dict[str, str], level: str, rng: random.Random):
         self.topic, self.audience, self.level, self.rng = topic, audience, level, rng
@@ -110,7 +109,7 @@ class Writer:
                 self.filled |= {f"{key}{i}": str(part) for i, part in enumerate(value)}
         code = self.fill(topic.of("code")[0])
         told = re.findall(r"^class (\w+)", code, re.M) or re.findall(r"^def (\w+)", code, re.M)
-        self.name = self.filled.get("f", told[-1])  # of what is taught
+        self.name = self.filled.get("f", told[-1])  # the function or class taught
 
     def fill(self, text: str) -> str:
         return re.sub(r"\$(\w+)", lambda m: self.filled[m[1]], text)
@@ -119,20 +118,20 @@ class Writer:
         return self.fill(texts.choose(text, self.rng))
 
     def prose(self, text: str) -> str:
-        """Return `text` with its choices made, one line to each of its paragraphs."""
+        """Make the choices in `text` and join each paragraph to one line."""
         return "\n\n".join(" ".join(p.split()) for p in self.choose(text).split("\n\n"))
 
     def section(self, kind: str) -> str:
         return self.prose(self.topic.of(kind)[0]) if self.topic.of(kind) else ""
 
     def say(self, kind: str, **words: str) -> str:
-        """Return one of the wordings that introduce this kind of thing."""
+        """Return a random wording to introduce this kind of part."""
         return self.choose(self.rng.choice(SAY[kind])).format(f=self.name, **words)
 
-    # ---- Code, and what comes of it
+    # ---- Code and its results
 
     def sections(self, code: str, calls: str) -> tuple[str, list[str]]:
-        """Run the code in one section; return it, and the calls in another."""
+        """Run the code section; return it and the lines of the calls section."""
         lines = self.fill(self.topic.of(calls)[0]).split("\n")
         code = self.fill(self.topic.of(code)[0])
         exec(code, self.namespace)
@@ -172,7 +171,7 @@ class Writer:
         return f"{self.opening(body)}\n\n{body}\n"
 
     def opening(self, body: str) -> str:
-        """Return the heading; it names the audience only where the lesson speaks of its world."""
+        """Return the heading; name the audience only if the lesson mentions its world."""
         part, lesson = self.rng.randint(1, 12), self.rng.randint(1, 9)
         heading = self.rng.choice(["# {}", "# {}", "**{}**", f"## {part}.{lesson} {{}}"])
         heading = heading.format(self.topic.title)
@@ -184,7 +183,7 @@ class Writer:
         return f"{heading}\n\n{self.say('reader', level=LEVELS[self.level])}"
 
     def explained(self, code: str, calls: list[str], mended: bool) -> list[str]:
-        """Return the code, told what it does, with some of the calls."""
+        """Return the code, its explanation, and some of the calls."""
         rng, how, told = self.rng, self.section("how"), code
         says, lead = self.section("doc"), self.say("mended") if mended else ""
         if says and rng.random() < 0.5:
@@ -223,7 +222,7 @@ class Writer:
         return f"{lead}```\n{lines}\n```"
 
     def wrong(self, code: str, calls: list[str]) -> list[str]:
-        """Return the code as it is easily got wrong, what comes of it, and why."""
+        """Return the code with a typical error, its effect, and the reason."""
         if not self.topic.of("wrong"):
             return []
         right, wrong = self.fill(self.topic.of("wrong")[0]).split(" ==> ")
@@ -239,7 +238,7 @@ class Writer:
         return [before, block(broken), f"{after} {self.section('mistake')}"]
 
     def rounds(self, code: str, calls: list[str]) -> str:
-        """Return what the variables are in each round of one of the calls, if it can be told."""
+        """Return a table of the variables in each round of one of the calls, "" if none fits."""
         for call in self.rng.sample(calls, len(calls)):
             if seen := worked.rounds(code, call, self.namespace):
                 words = {"call": call, "n": NUMBERS[len(seen)], "result": self.result(call)}
@@ -247,7 +246,7 @@ class Writer:
         return ""
 
     def task(self) -> list[str]:
-        """Return an exercise, its solution, and tests of it."""
+        """Return an exercise, its solution and tests."""
         asked = self.section("task")
         answer, checks = self.sections("answer", "checks")
         name, told = re.search(r"`(\w+)`", asked)[1], answer
@@ -264,7 +263,7 @@ class Writer:
         return [said, block(told), self.tested(checks, name)]
 
     def tested(self, calls: list[str], name: str = "") -> str:
-        """Return asserts of the results of `calls`, most of them introduced."""
+        """Return asserts of the results of `calls`, usually with an introduction."""
         name = name or self.name
         if self.rng.random() < 0.4:
             return block(self.asserts(calls))

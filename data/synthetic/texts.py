@@ -1,4 +1,4 @@
-"""Read the content files of this folder, and choose among their wordings."""
+"""Read this folder's content files and choose among their wordings."""
 
 import random
 import re
@@ -10,18 +10,18 @@ def read(name: str) -> str:
 
 
 def blocks(name: str) -> list[str]:
-    """Return what blank lines part in a file, without its comments."""
+    """Return a file's blocks, separated by blank lines, without comments."""
     return re.split(r"\n\n+", re.sub("^# .*\n", "", read(name), flags=re.M).strip())
 
 
 def sections(name: str) -> dict[str, str]:
-    """Return the sections of a file, each below a line `== name`."""
+    """Return {name: section} of a file; each section starts with a line `== name`."""
     _, *parts = re.split(r"^== (\w+)\n", read(name), flags=re.MULTILINE)
     return {kind: body.strip("\n") for kind, body in zip(parts[::2], parts[1::2])}
 
 
 def lines(text: str) -> list[str]:
-    """Return the lines of a section; "3 x LINE" is LINE three times."""
+    """Return the lines of a section; "3 x LINE" repeats LINE three times."""
     found = []
     for line in text.split("\n"):
         m = re.fullmatch(r"(\d+) x (.*)", line)
@@ -30,13 +30,13 @@ def lines(text: str) -> list[str]:
 
 
 def lists(text: str, mark: str | None = None) -> dict[str, list[str]]:
-    """Return the lists in a section, of lines such as "name: a b c", split at `mark`."""
+    """Parse lines such as "name: a b c" to {name: [a, b, c]}, split at `mark`."""
     pairs = (line.split(": ", 1) for line in text.split("\n"))
     return {key: values.split(mark) for key, values in pairs}
 
 
 def choose(text: str, rng: random.Random) -> str:
-    """Return `text` with one of the choices for each `<this|that>`, inner ones first."""
+    """Replace each `<this|that>` by a random choice, inner ones first."""
     while m := re.search(r"<([^<>`]*\|[^<>`]*)>", text):
         text = text[: m.start()] + rng.choice(m[1].split("|")) + text[m.end() :]
     return text

@@ -1,6 +1,6 @@
-"""Work out what a lesson shows of a function: its types, its docstring, its rounds, its mistakes.
+"""Compute what a lesson shows about a function: types, docstring, loop rounds, mistakes.
 
-All of it is taken from running the function on the lesson's own calls, so that it is true. Used by
+All of it comes from running the function on the lesson's own calls, so it is true. Used by
 textbooks.py.
 """
 
@@ -12,8 +12,8 @@ import sys
 import textwrap
 from collections.abc import Callable
 
-WIDTH = 79  # of a docstring's and a comment's lines
-MOST_ROUNDS, MOST_CHARS = 6, 36  # of a trace, of one value in it
+WIDTH = 79  # of docstring and comment lines
+MOST_ROUNDS, MOST_CHARS = 6, 36  # limits of a trace: rounds, characters per value
 SCALARS = {type(None): "None", bool: "bool", int: "int", float: "float", str: "str"}
 EDGES = {"[]": "the empty list", "''": "the empty string", "{}": "the empty dictionary"}
 EDGES |= {"0": "zero", "None": "None"}
@@ -21,7 +21,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def outcome(call: str, namespace: dict) -> str:
-    """Return what `call` gives, or the error that it raises, as the last line of a traceback."""
+    """Return the repr of `call`'s result, or its error as the last traceback line."""
     try:
         return repr(eval(call, namespace))
     except Exception as e:
@@ -29,7 +29,7 @@ def outcome(call: str, namespace: dict) -> str:
 
 
 def plain(call: str) -> str:
-    """Work out parts of arguments such as `[1, 2] + [3]`, where that loses no digits."""
+    """Evaluate parts of arguments such as `[1, 2] + [3]`, except floats, which may lose digits."""
 
     def parts(node: ast.AST):
         inside = [*ast.walk(node)]
@@ -57,9 +57,9 @@ def function_in(code: str, name: str) -> ast.FunctionDef | None:
 
 
 def type_of(values) -> str:
-    """Return the type hint that holds for all the values, such as "list[int]"; "" if none does.
+    """Return a type hint that holds for all values, such as "list[int]"; "" if none does.
 
-    Where nothing is known of what is inside, it is bare: "list".
+    If the element type is unknown, return the bare container: "list".
     """
     types = {type(v) for v in values}
     if type(None) in types and len(types) > 1:
@@ -85,7 +85,7 @@ def type_of(values) -> str:
 
 
 def as_floats(value):
-    """Return the value with floats for the ints in it."""
+    """Convert all ints in the value to floats."""
     if type(value) is dict:
         return dict(map(as_floats, value.items()))
     if type(value) in (list, tuple, set):
@@ -94,7 +94,7 @@ def as_floats(value):
 
 
 def takes_floats(function, args: list) -> bool:
-    """Return whether some argument may be of floats as well as of ints, so that no hint is sure."""
+    """Return whether some argument accepts floats as well as ints, so no hint is certain."""
     for i, arg in enumerate(args):
         if repr(other := as_floats(arg)) != repr(arg):
             with contextlib.suppress(Exception):
@@ -104,7 +104,7 @@ def takes_floats(function, args: list) -> bool:
 
 
 def from_typing(hints) -> tuple[str, tuple[str, ...]]:
-    """Return the line that imports what hints need of the module typing, and the hints with it."""
+    """Respell hints with the typing module; return the import line and the new hints."""
 
     def spell(node: ast.expr) -> str:
         match node:
@@ -122,7 +122,7 @@ def from_typing(hints) -> tuple[str, tuple[str, ...]]:
 
 
 def hints(function: ast.FunctionDef, calls: list[str], namespace: dict) -> list[str]:
-    """Return the types of arguments and result that `calls` have, [] where they are not plain."""
+    """Return the argument and result types seen in `calls`, [] if they are not clear."""
     seen = []
     for call in calls:
         node = ast.parse(call, mode="eval").body
@@ -147,9 +147,9 @@ def hints(function: ast.FunctionDef, calls: list[str], namespace: dict) -> list[
 def documented(
     code: str, name: str, says: str, calls: list[str], namespace: dict, typed: str, told: int
 ) -> str:
-    """Return `code` with a docstring in its function `name`: `says`, and `told` calls as doctests.
+    """Add a docstring to function `name` in `code`: `says`, and up to `told` calls as doctests.
 
-    With `typed` "new" or "old" (from the module typing) add type hints where calls make them plain.
+    `typed` "new" or "old" (typing module) adds type hints if the calls determine them.
     """
     function = function_in(code, name)
     assert function, f"no function {name}"
@@ -174,7 +174,7 @@ def documented(
 
 
 def imperative(task: str) -> str:
-    """Make a docstring of "Write `f`, which gives the ..."; "" where it is put otherwise."""
+    """Turn "Write `f`, which gives the ..." into a docstring; "" for any other wording."""
     found = re.match(r"Write (?:a [\w ]+ )?`\w+`,? (?:which|that) (\w+) (.*)", task)
     if not found:
         return ""
@@ -190,23 +190,23 @@ def comment(text: str) -> str:
     return "\n".join(f"# {line}" for line in textwrap.wrap(plain, WIDTH - 2))
 
 
-# ---- What happens in it
+# ---- Execution
 
 
 def prompted(call: str, result: str) -> str:
-    """Return a call at the prompt and what Python prints, which would be nothing for None."""
+    """Return a call at the prompt and Python's output; test for None, which prints nothing."""
     return f">>> {call} is None\nTrue" if result == "None" else f">>> {call}\n{result}"
 
 
 def edge(call: str, name: str) -> str:
-    """Return what is special about the first argument of a call of `name`, "" if nothing is."""
+    """Return the edge case in the first argument of a call of `name`, "" if it is none."""
     node = ast.parse(call, mode="eval").body
     called = isinstance(node, ast.Call) and getattr(node.func, "id", "") == name and node.args
     return EDGES.get(ast.unparse(node.args[0]), "") if called else ""
 
 
 def means(code: str, name: str) -> str:
-    """Return by what means the function `name` works, in words such as "with one loop"."""
+    """Return how the function `name` works, in words such as "with one loop"."""
     nodes = [*ast.walk(function_in(code, name) or ast.Module([], []))]
     loops = sum(isinstance(node, (ast.For, ast.While)) for node in nodes)
     if any(isinstance(n, ast.Call) and getattr(n.func, "id", "") == name for n in nodes):
@@ -219,16 +219,16 @@ def means(code: str, name: str) -> str:
 
 
 def shown(value: object) -> str:
-    """Return the value as code; a set in order, as its own order differs from run to run."""
+    """Return the value as code; sort sets, as their order differs between runs."""
     if isinstance(value, set) and value:
         return "{" + ", ".join(sorted(map(repr, value))) + "}"
     return repr(value)
 
 
 def rounds(code: str, call: str, namespace: dict) -> list[dict[str, str]]:
-    """Return the variables at the beginning of each round of the first loop of the function called.
+    """Return the variables at the start of each round of the called function's first loop.
 
-    Empty where there is none, where it is long, or where its lines do not tell the rounds apart.
+    Empty without a loop, for a long trace, or if line numbers cannot tell the rounds apart.
     """
     node = ast.parse(call, mode="eval").body
     function = function_in(code, getattr(getattr(node, "func", None), "id", ""))
@@ -262,7 +262,7 @@ def rounds(code: str, call: str, namespace: dict) -> list[dict[str, str]]:
 
 
 def table(seen: list[dict[str, str]]) -> str:
-    """Return rounds as lines of aligned columns."""
+    """Format rounds as aligned columns."""
     names = [*dict.fromkeys(name for row in seen for name in row)]
     rows = [["step", *names]]
     rows += [[str(i), *(row.get(n, "-") for n in names)] for i, row in enumerate(seen, 1)]
@@ -271,7 +271,7 @@ def table(seen: list[dict[str, str]]) -> str:
 
 
 def differences(wrong: str, calls: list[str], namespace: dict) -> list[tuple[str, str, str]]:
-    """Return the calls that `wrong` code gets wrong: (call, what it gives, what it should give)."""
+    """Return (call, got, want) for each call where `wrong` differs from the right code."""
     space = dict(namespace)
     exec(wrong, space)
     both_ways = [(c, outcome(c, space), outcome(c, namespace)) for c in calls]

@@ -75,7 +75,7 @@ def test_rules_score_a_post_by_its_fenced_python(block, low, high):
 
 
 def test_rules_agree_with_hand_labels_better_than_the_filters_verdict():
-    """On the half of the labels that the rules were not set on, where this Python has the file."""
+    """Evaluate on the half of the labels not used for tuning, if this Python has the file."""
     found = []
     for record in map(json.loads, LABELS.read_text().splitlines()):
         source, _, inside = record["origin"].partition(":")
@@ -157,7 +157,7 @@ def test_a_document_cannot_end_its_own_frame():
 
 
 def answer(request: dict) -> str:
-    """A label that depends on the document alone."""
+    """Return a label that depends only on the document."""
     content = request["messages"][0]["content"]
     rng = random.Random(content)
     return reply([rng.randint(0, 2) for _ in QUESTIONS])
@@ -231,7 +231,7 @@ def test_what_cannot_be_labelled_is_counted(source):
 def test_where_nothing_can_be_labelled_the_replies_are_named(source, tmp_path):
     many = tmp_path / "many.jsonl"
     many.write_text("".join(f'{{"text": "x = {i}"}}\n' for i in range(40)))
-    for place, n in ((source, 24), (many, 16)):  # a shard that begins with so many is not gone on
+    for place, n in ((source, 24), (many, 16)):  # a shard is given up after 16
         with FakeEndpoint(lambda r: "No.") as endpoint:
             told = rf"'unparsable': {n}.*the replies are in {tmp_path / 'cache'}"
             with pytest.raises(UserError, match=told):
@@ -278,10 +278,10 @@ def test_killed_at_random_gives_the_same_bytes_and_pays_for_nothing_twice(source
             endpoint.on_request = on_request
             assert process.wait(120) == (-signal.SIGKILL if kill else 0)
             ledger = Ledger(cache, Options(dry_run=True))
-            assert ledger.replies.keys() >= known  # nothing that was paid for is lost
+            assert ledger.replies.keys() >= known  # no paid reply is lost
             assert ledger.committed().total() >= endpoint.billed
             known = set(ledger.replies)
         assert shards(out) == whole
         assert len(known) == 24
-        # Replies that were lost were in flight at a kill.
+        # Only replies in flight at a kill were lost.
         assert endpoint.replied.total() <= 24 + kills * concurrency

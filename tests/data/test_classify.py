@@ -49,7 +49,7 @@ def glue(i: int) -> str:
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory) -> Path:
-    """A folder of two shards with labels by the rules: 60 documents of 20 packages, half good."""
+    """Two shards labelled by the rules: 60 documents of 20 packages, half good."""
     root = tmp_path_factory.mktemp("labelled")
     (root / "raw").mkdir()
     with ShardWriter(root / "raw", shard_bytes=12_000) as writer:
@@ -102,9 +102,9 @@ def test_structure_of_a_small_text():
     known = dict(zip(STRUCTURE, structure(teaching(3)), strict=True))
     assert structure("print 1") == [-1.0] * len(STRUCTURE)
     assert known["plain"] == known["arguments"] == known["loops"] == known["examples"] == 1
-    assert known["returns"] == pytest.approx(1 / 7)  # of the statements, the docstring too
+    assert known["returns"] == pytest.approx(1 / 7)  # per statement, including the docstring
     assert known["lines"] == 5
-    assert structure("def f():\n    pass\n")  # nothing in it, no division by zero
+    assert structure("def f():\n    pass\n")  # empty: no division by zero
 
 
 def test_pieces_reach_from_the_first_to_the_last_character():
@@ -156,7 +156,7 @@ def test_an_encoders_states_are_a_mean_over_what_is_no_padding(encoder):
 
 def test_a_ridge_finds_the_few_features_that_tell(tmp_path):
     rng = np.random.default_rng(3)
-    x = rng.normal(size=(400, 200)).astype(np.float32)  # of 190 that tell nothing, and 10
+    x = rng.normal(size=(400, 200)).astype(np.float32)  # 190 columns are noise
     y = x[:, 190:].sum(1) * 0.1 + rng.normal(size=400)
     (x, held), (y, truth) = np.split(x, 2), np.split(y, 2)
     np.savez(tmp_path / "forest.npz", **classify.regress(x, y, [190, 10]))
@@ -169,12 +169,12 @@ def test_a_ridge_finds_the_few_features_that_tell(tmp_path):
 def test_a_ridge_is_not_led_by_what_hardly_varied(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 9)).astype(np.float32)
-    x[:, 8] *= 1e-6  # a dead dimension of an encoder, or a share that is 1 in nearly all documents
+    x[:, 8] *= 1e-6  # like a dead encoder dimension, or a share that is nearly always 1
     y = 0.5 + 0.1 * x[:, 0] + 1e5 * x[:, 8]
     ridge = classify.regress(x, y, [9])
     x[:, 8] += 0.01
     assert np.abs(classify.predict(ridge, x) - y).max() < 0.5
-    x[0, 0] = 1e9  # unlike anything seen
+    x[0, 0] = 1e9  # an outlier
     assert classify.predict(ridge, x)[0] == 1.25
 
 
@@ -200,7 +200,7 @@ def test_labels_by_rules_are_learned_and_said_to_be_the_rules_own(
     assert summary["good"] == 30
     assert summary["labellers"] == {"rules": 60}
     assert summary["auc"] > 0.95
-    assert summary["brier"] < 0.125  # 0.25 is what knowing the share of good ones gives
+    assert summary["brier"] < 0.125  # always predicting the base rate gives 0.25
     command = ("train", "--source", labelled, "--out", tmp_path / "f", "--trees=2")
     assert "plumbing" in in_process(classify.main, *command)[1]
 
@@ -219,7 +219,7 @@ def test_an_encoder_trains_a_ridge_that_scores(labelled, encoder, tmp_path):
 
 
 def test_a_package_is_never_on_both_sides(tmp_path):
-    """Files of a package are alike here, and its label is drawn: only a leak could tell it."""
+    """Files of a package look alike but its label is random: only a leak could predict it."""
     good = np.random.default_rng(0).permutation(40) % 2
     with ShardWriter(tmp_path) as writer:
         for i in range(160):
@@ -274,7 +274,7 @@ def test_too_few_labels_and_wrong_models_are_refused(
     trained, model, labelled, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.delattr(classify, "Features")  # told before any feature is made
+        patch.delattr(classify, "Features")  # raises before computing features
         with pytest.raises(UserError, match="too few for 31 folds"):
             train(TrainConfig(source=(labelled,), out=tmp_path / "f", folds=31))
     scores = ScoreConfig(source=(labelled,), forest=trained[0], out=tmp_path / "s",
@@ -283,12 +283,12 @@ def test_too_few_labels_and_wrong_models_are_refused(
         score(scores)
     with pytest.raises(UserError, match=r"with model\.safetensors"):
         Features(0, encoder=labelled)
-    with pytest.raises(UserError, match="no forest of"):
+    with pytest.raises(UserError, match="is not from data"):
         score(ScoreConfig(source=(labelled,), forest=labelled, out=tmp_path / "s"))
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """All files of a stage but those that tell of one run."""
+    """Return the output files that must not depend on the run."""
     files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "lineage.json")
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 

@@ -23,7 +23,7 @@ def tree(root, files):
 
 
 def run_collect(out, *sources, **options):
-    """The summary and the documents of a run."""
+    """Run collect; return the summary and the documents."""
     sources = {"source": tuple(map(str, sources))} if sources else {}
     summary = collect(Config(out=out, **sources, **options))
     return summary, list(read_documents([out]))
@@ -130,7 +130,7 @@ def test_a_sample_is_the_beginning_of_a_larger_one(tmp_path, monkeypatch):
     assert 0 < len(sample) < len(everything)
     assert sample == everything[: len(sample)]
     assert 5000 <= summary["bytes"] < 5000 + max(len(d["text"]) for d in everything)
-    # Not the first of the walk, nor the order in which the system lists a folder.
+    # The sample must not depend on the order of os.walk.
     backwards = [(folder, [], names[::-1]) for folder, _, names in list(os.walk(root))[::-1]]
     walk = os.walk
     monkeypatch.setattr(os, "walk", lambda top: backwards if top == root else walk(top))

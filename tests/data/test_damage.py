@@ -1,4 +1,4 @@
-"""damage.py: as many solutions as asked for are wrong, end, and are otherwise as before."""
+"""Test damage.py: the requested share of solutions is wrong but ends; nothing else changes."""
 
 import random
 from dataclasses import replace
@@ -56,11 +56,11 @@ def test_a_body_that_never_ends_or_fails_or_is_right_is_no_damage():
     assert not is_wrong(task, "while True:\n    pass")
     assert not is_wrong(task, "$a = 2\nwhile True:\n    $a *= $a")
     assert not is_wrong(task, "return $a + 'x'")
-    # Python drops a trace function that fails itself, here of the depth of the recursion
+    # Python drops a trace function that fails, here at the recursion limit
     recurs = f"if $a == {pool(task.args)[0][0]}:\n    return $f($a)\n"
     assert is_wrong(task, recurs)
     assert not is_wrong(task, recurs + "for _ in range(30_000):\n    pass")
-    # and ignores an exception that is raised while it closes a generator
+    # and ignores exceptions raised on closing a generator.
     for lines in range(12):  # the budget ends at another place in the loop
         loop = "for _ in range(30_000):\n    any(x for x in (0, 1, 2))\n"
         assert not is_wrong(task, "x = 0\n" * lines + loop), lines

@@ -90,7 +90,7 @@ def problems(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """The documents, the first five in a shard of their own."""
+    """Write the documents, the first five in their own shard."""
     folder = tmp_path_factory.mktemp("documents")
     lines = [json.dumps(document(text, name)) + "\n" for name, text in DOCUMENTS.items()]
     for i in range(2):

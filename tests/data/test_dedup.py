@@ -24,7 +24,7 @@ def text_of(seed, lines=12):
 
 
 def write(folder, shards):
-    """`shards`: lists of documents, one file each."""
+    """Write `shards`, one file per list of documents."""
     folder.mkdir()
     for i, documents in enumerate(shards):
         with ShardWriter(folder) as writer:
@@ -36,9 +36,9 @@ def write(folder, shards):
 
 @pytest.fixture
 def source(tmp_path):
-    """Ten different documents, and copies of some, over three shards."""
+    """Write ten different documents, and copies of some, to three shards."""
     texts = [text_of(i) for i in range(10)]
-    near = texts[1].replace("call(", "call( ", 1).replace("name_", "other_", 1)  # a token of 72
+    near = texts[1].replace("call(", "call( ", 1).replace("name_", "other_", 1)  # one token of 72
     spaced = texts[2].replace(" = ", "=")  # the same tokens
     return write(
         tmp_path / "source",
@@ -96,12 +96,12 @@ def test_copies_of_one_text_are_compared_a_few_times_each(tmp_path, monkeypatch)
     texts = [text_of(0, 60) + f"copy = {i}\n" for i in range(300)]
     source = write(tmp_path / "source", [[document(t, str(i)) for i, t in enumerate(texts)]])
     assert dedup(Config(source=(source,), out=tmp_path / "out"))["largest_group"] == 300
-    assert len(compared) < 3 * 300  # with the one kept for each, too; of all pairs 45 times as many
+    assert len(compared) < 3 * 300  # including `write`; all pairs would be 45 times as many
 
 
 def test_what_is_connected_is_one_group_and_drift_is_counted(tmp_path):
     lines = text_of(3, 60).splitlines(keepends=True)
-    chain = ["".join(lines[2 * i : 2 * i + 40]) for i in range(10)]  # 38 lines as in the one before
+    chain = ["".join(lines[2 * i : 2 * i + 40]) for i in range(10)]  # neighbours share 38 lines
     source = write(tmp_path / "source", [[document(t, str(i)) for i, t in enumerate(chain)]])
     summary = dedup(Config(source=(source,), out=tmp_path / "out"))
     assert (summary["documents"], summary["largest_group"]) == (1, 10)
@@ -131,7 +131,7 @@ def test_finds_what_brute_force_finds(tmp_path):
 
 
 def files(folder):
-    """Everything that must not depend on how a run went."""
+    """Return the output, which must not depend on the run."""
     found = (p for p in sorted(folder.rglob("*")) if p.is_file())
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
 

@@ -23,7 +23,7 @@ def function(rng: random.Random) -> str:
 
 @pytest.fixture
 def sets(tmp_path):
-    """Two folders of 120 documents: `varied` functions, and the `same` with new numbers."""
+    """Write 120 documents to each of `varied` (functions) and `same` (one with new numbers)."""
     rng = random.Random(0)
     for name in ("varied", "same"):
         (tmp_path / name).mkdir()
@@ -80,7 +80,7 @@ def test_vendi_of_known_sets():
     assert vendi(of_words(["a b", "c d", "e"])) == pytest.approx(3)
     assert vendi(of_words(["def add_two(): pass", "two add()"] * 5)) == pytest.approx(1)
     assert vendi(of_words(["a b", "c"] * 10)) == pytest.approx(2)
-    # Of a cosine of 0.5: eigenvalues 0.75 and 0.25.
+    # A cosine of 0.5 gives eigenvalues 0.75 and 0.25.
     assert vendi(of_words(["a b", "a c"])) == pytest.approx(0.75**-0.75 * 0.25**-0.25)
 
 
@@ -88,7 +88,7 @@ def test_an_encoders_states_have_a_score_too(sets, encoder, cli):
     done = cli("-m", "data.diversity", "--source", sets / "same", "--out", sets / "out",
                "--encoder", encoder)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "Vendi score of meanings" in done.stdout
+    assert "Vendi score of states" in done.stdout
     (found,) = json.loads((sets / "out" / "summary.json").read_text())["sets"].values()
     assert 1 <= found["vendi_states"] < 2
 

@@ -14,7 +14,7 @@ LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encod
 
 
 def write(path, data=LINES):
-    """`data`, compressed as the name of `path` says."""
+    """Write `data`, compressed according to the suffix of `path`."""
     packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
     path.write_bytes(packed(data))
     return path
@@ -103,10 +103,10 @@ def test_new_folder_has_one_writer(tmp_path, monkeypatch):
 
 def test_new_folder_refuses_what_is_not_its_own_and_its_inputs(tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "summary.json").write_text("{}")  # a name that others use too
+    (tmp_path / "mine" / "summary.json").write_text("{}")  # a common name
     (tmp_path / "file").write_text("years of work")
     for name in ("mine", "file"):
-        with pytest.raises(UserError, match=f"{name} .* no output of ours"):
+        with pytest.raises(UserError, match=f"{name} .*no nanophi stage wrote it"):
             fill(tmp_path / name, "new")
     (tmp_path / "empty").mkdir()
     fill(tmp_path / "empty", "new")  # an empty folder holds nothing to lose

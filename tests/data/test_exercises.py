@@ -1,4 +1,4 @@
-"""exercises.py and its families: right solutions, no leaks, tests that tell apart."""
+"""exercises.py and its families: right solutions, no leaks, discriminating tests."""
 
 import ast
 import builtins
@@ -33,7 +33,7 @@ SOME, MORE = (  # a part of each family
 
 
 def run_tasks(families):
-    """Return every task's outputs; raises where body and oracle disagree."""
+    """Return every task's outputs; raises if body and oracle disagree."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exercises, "FAMILIES", families)
         return exercises.run_tasks(NONE)[0]
@@ -64,7 +64,7 @@ def source(exercise):
 
 def test_every_task_is_well_formed():
     assert len({str(task) for task in TASKS}) == len(TASKS) >= 16_000
-    taken = {*dir(builtins), *keyword.kwlist} - {"_"}  # which a doctest of another test may set
+    taken = {*dir(builtins), *keyword.kwlist} - {"_"}  # another test's doctest may set _
     for task in TASKS[::4]:
         kinds = [{*KINDS[kind].names.split()} for kind in task.args.split()]
         names = set().union(*kinds)
@@ -96,7 +96,7 @@ def test_a_wrong_body_is_caught():
             run_tasks({label: [replace(ALL[label][0], body="return None if 0 else []")]})
 
 
-# ---- Training, and what is held out
+# ---- Training and held-out tasks
 
 
 def test_examples_in_docstrings_are_right(train):
@@ -174,7 +174,7 @@ def test_shuffled_docstrings_keep_the_solutions(train):
     assert sum(a.doc != b.doc for a, b in zip(train, shuffled)) > 0.9 * len(train)
 
 
-# ---- Families that training lacks
+# ---- Unseen families
 
 
 def test_unseen_families_do_not_leak(outputs):
@@ -183,14 +183,14 @@ def test_unseen_families_do_not_leak(outputs):
     assert len(seen) > 0.7 * len(outputs)
     hidden = {exercises.key(task) for task in outputs if task.family in exercises.UNSEEN}
     assert not hidden & {exercises.key(task) for task in seen}
-    # A task that does what one of an unseen family does is left out
+    # Tasks that behave like a task of an unseen family are left out.
     unseen = next(t for t in FAMILIES["windows"] if str(t) == "windows(sum(x), 3)")
     body = "return [sum($a[i:i + 3]) for i in range(0, len($a) - 2)]"
     others = [
         replace(unseen, family="other", params=(kind, oracle), args=kind, body=body, oracle=oracle)
         for kind, oracle in [
             ("ints", unseen.oracle),
-            ("sorted", unseen.oracle),  # of another kind, but the same type
+            ("sorted", unseen.oracle),  # another kind, but the same type
             ("sorted", lambda a: unseen.oracle(a)[:1]),
             ("ints", lambda a: [x + 1 for x in unseen.oracle(a)]),
         ]
@@ -211,7 +211,7 @@ exercises.run(exercises.main)
 
 @pytest.fixture
 def generate(cli, tmp_path):
-    """Run the command on a few families, in a process of its own."""
+    """Run the command on a few families in a subprocess."""
 
     def call(name, *flags, hash_seed, more=()):
         out = tmp_path / name
@@ -238,7 +238,7 @@ def test_command_writes_the_same_bytes_for_a_seed(generate):
     heldout = [*map(json.loads, a["heldout.jsonl"].splitlines())]
     assert len(documents) == summary["documents"] == sum(summary["train_by_family"].values()) == 400
     assert len(heldout) == summary["heldout"] == 20
-    # The demo's numbers are of these very exercises
+    # The demo's published numbers depend on exactly these exercises.
     assert sha256("".join(d["text"] for d in documents).encode()).hexdigest() == TRAIN_SHA256
     assert sha256("".join(map(json.dumps, heldout)).encode()).hexdigest() == HELDOUT_SHA256
     assert all(d["text"] == d["prompt"] + d["solution"] for d in documents)
@@ -264,7 +264,7 @@ def test_command_varies_damages_and_leaves_families_out(generate):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--count=0", "want a --count of 1 or more"),
+        ("--count=0", "--count must be at least 1"),
         ("--heldout=100000", "--heldout 100000: only"),
         ("--damage_frac=1.5", "--damage_frac 1.5: want a share"),
         ("--benchmarks=nowhere.jsonl", "nowhere.jsonl: no such file"),
@@ -322,7 +322,7 @@ def test_benchmark_problems_are_found_by_name_text_and_behaviour(tmp_path):
         found = benchmarks.overlap(told)
         assert why in found if why else not found, told
     benchmarks.names.add("solve")
-    assert not benchmarks.overlap(replace(varied, name="solve"))  # it tells nothing
+    assert not benchmarks.overlap(replace(varied, name="solve"))  # a generic name
     tasks = FAMILIES["count"] + FAMILIES["combine"]
     found = [str(task) for task in tasks if benchmarks.has(task, exercises.results(task))]
     assert found == ["count(ints, x > 9)", "combine(two lists, max(x, y), [{e} {loop}])"]

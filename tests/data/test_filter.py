@@ -50,7 +50,7 @@ def functions(names, body="    return x + 1\n", doc="Adds one to the number it i
     return "".join(f'def {name}(x):\n    """{doc}"""\n{body}\n' for name in names)
 
 
-# Each fails by one rule alone: without that rule, it would be kept.
+# Each fails exactly one rule: without that rule it would be kept.
 REJECTED = {
     "min_chars": '"""One."""\n\n\ndef one(x):\n    """Adds one."""\n    return x + 1\n',
     "max_chars": GOOD * 200,
@@ -72,7 +72,7 @@ REJECTED = {
 }
 
 
-# Posts as StackExchange has them: a question, and answers below it.
+# StackExchange posts: a question, with its answers below.
 QUESTION = "# How can I count the runs of equal items?\n\n" + "I have a list with repeats. " * 9
 FENCED = "\n\n```python\n{}```\n\n## Answer\n\nHere is how it works: " + "it goes on. " * 20
 SCRIPT = """import itertools
@@ -202,7 +202,7 @@ def test_measures_of_a_text_counted_by_hand():
 def test_what_does_not_parse_is_a_syntax_error(text):
     with pytest.raises(SyntaxError):
         parse_python(text)
-    parse_python("x = '\\d'\ny = 1 is 1\n")  # warnings about other people's code are not shown
+    parse_python("x = '\\d'\ny = 1 is 1\n")  # shows no warnings about third-party code
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_run_counts_samples_and_keeps(tmp_path):
     assert summary["documents_in"] == 2 + sum(expected.values())
     assert summary["licences_cut"] == 1
     assert summary["quarantined"] == {"not JSON": 1}
-    # What the next stage reads is what was kept, in order, under the hash of the text as it is now.
+    # The output holds the kept documents in order, with the hash of the text without its licence.
     kept = list(read_documents([tmp_path / "out"]))
     assert kept == [document(GOOD, "code:0.py"), document(licensed[20:], "code:1.py")]
     assert summary["bytes"] == sum(len(d["text"].encode()) for d in kept)

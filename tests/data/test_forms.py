@@ -1,4 +1,4 @@
-"""synthetic/forms.py: varied exercises run, say what is true of their task, and end cleanly."""
+"""Test synthetic/forms.py: varied exercises run, describe their task correctly, end cleanly."""
 
 import ast
 import builtins
@@ -43,7 +43,7 @@ def run(exercise):
 
 
 def docstring(e):
-    """Return the docstring of a form, as Python reads it."""
+    """Return the docstring of a form, as parsed by Python."""
     tree = ast.parse(source(e))
     return ast.get_docstring(tree if e.mbpp else tree.body[-1], clean=False)
 
@@ -117,7 +117,7 @@ def test_type_hints_are_right(varied):
     hints = {forms.type_hints(both, random.Random(i))[1][1] for i in range(99)}
     assert hints == {"", "list | None", "list[int] | None", "Optional[list]", "Optional[List[int]]"}
     rng = random.Random(0)
-    for name, kind in KINDS.items():  # also for inputs that are not in the pool
+    for name, kind in KINDS.items():  # also for inputs outside the pool
         assert type_of([kind.sample(rng) for _ in range(300)]) == forms.argument_types(name)[0]
 
 
@@ -140,7 +140,7 @@ def test_prompts_and_bodies_are_what_the_evaluators_ask_and_cut(varied):
 
 @pytest.mark.parametrize("quoted", ["'''", '""', "'\"'", "'", '"'])
 def test_an_exercise_compiles_whatever_its_docstring_quotes(quoted):
-    """Also where the docstring, without its full stop, begins or ends with what is quoted."""
+    """Also if the docstring, without its full stop, begins or ends with the quoted text."""
     for doc in (f"{quoted} $a", f"Put {quoted} in $a: {quoted}."):
         task = Task("text", "join_it", doc, "return $a", lambda a: quoted + a)
         for seed in range(60):

@@ -38,7 +38,7 @@ def test_more_is_a_superset():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"keep": "both"}, "--keep 'both'"), ({"heldout_mb": 0}, "shared out"),
+    ({"keep": "both"}, "--keep 'both'"), ({"heldout_mb": 0}, "cannot split"),
 ])  # fmt: skip
 def test_what_cannot_be(corpus, tmp_path, options, message):
     with pytest.raises(UserError, match=message):

@@ -45,7 +45,7 @@ def ask_all(client: Client, texts) -> list[str]:
 
 
 def fill(cache, texts=range(6)) -> int:
-    """Ask for all texts; return how many requests the endpoint saw."""
+    """Ask for all texts; return the number of requests the endpoint saw."""
     endpoint = FakeEndpoint(echo)
     with client_of(endpoint, cache) as client:
         assert ask_all(client, texts) == [f"to {text}" for text in texts]
@@ -67,14 +67,14 @@ def test_each_fault_is_outlived_and_counted(fault, tmp_path):
         spent = client.ledger.committed().total()
     assert endpoint.met[fault] == 2
     assert spent >= endpoint.billed
-    if fault in REFUSALS:  # nothing is counted for what the endpoint did not do
+    if fault in REFUSALS:  # refused requests cost nothing
         assert spent == endpoint.billed == 70
 
 
 def test_a_rude_endpoint_ends_the_command_with_a_way_on(tmp_path, monkeypatch):
     monkeypatch.setattr(llm, "TRIES", 3)
     endpoint = FakeEndpoint(echo, lambda request: ["500"] * 99)
-    told = r"3 tries failed, the last with HTTP 500.*go on"
+    told = r"3 tries failed, the last with HTTP 500.*rerun"
     with client_of(endpoint, tmp_path / "c") as client, pytest.raises(UserError, match=told):
         ask_all(client, range(4))
     assert max(endpoint.seen.values()) == 3
@@ -107,7 +107,7 @@ def test_an_answer_without_text_concerns_its_prompt_and_is_paid_once(fault, tmp_
     )
     why = TEXTLESS[fault][1] if fault in TEXTLESS else "no answer"
     with endpoint:
-        for _ in range(2):  # the second is from the cache
+        for _ in range(2):  # the second reads the cache
             with Client(options(endpoint.url), tmp_path / "c") as client:
                 replies = list(client.in_order(lambda i: reply_to(client, i), range(24)))
             assert replies == [Reply(f"to {i}") if i % 4 else Reply("", why) for i in range(24)]
@@ -149,11 +149,11 @@ def test_what_a_model_thinks_first_is_no_part_of_its_reply(text, tmp_path):
     ("fault", "told"),
     [
         ("400 use 'max_completion_tokens'", "--limit_field max_completion_tokens"),
-        ("400 Unsupported: 'temperature' does not support 0.3", "--temperature that the model"),
+        ("400 Unsupported: 'temperature' does not support 0.3", "--temperature to a value"),
         ("stream", "HTTP 200 data: .*--extra '{\"stream\": false}'"),
         ("page", "HTTP 200 <!DOCTYPE.*--base_url should end in /v1"),
         ("404", "--base_url should end in /v1"),
-        ("307", "HTTP 307 http://host:8000/v1/chat/completions.*redirects to as --base_url"),
+        ("307", "HTTP 307 http://host:8000/v1/chat/completions.*--base_url to the redirect target"),
     ],
 )
 def test_an_error_says_what_to_change(fault, told, tmp_path):
@@ -210,13 +210,13 @@ def test_no_endpoint_there_is_not_paid_for(tmp_path):
 def test_the_budget_holds_on_the_endpoints_own_books(max_faults, tmp_path):
     endpoint = FakeEndpoint(echo, max_faults=max_faults, delay_s=0.002)
     with endpoint:
-        for _ in range(3):  # runs with the same cache share it
+        for _ in range(3):  # runs with the same cache share the budget
             o = options(endpoint.url, budget_tokens=3000, concurrency=16)
             with Client(o, tmp_path / "c") as client:
                 with pytest.raises(UserError, match=r"budget is reached.* of 3,000"):
                     ask_all(client, range(10, 90))
                 assert endpoint.billed <= client.ledger.committed().total() <= 3000
-    if not max_faults:  # and it is used up: what is left holds no further request
+    if not max_faults:  # and the rest is too small for another request
         assert endpoint.billed + WORST > 3000
 
 
@@ -255,7 +255,7 @@ def test_a_reply_without_usage_is_counted_at_its_worst(tmp_path):
         ({"budget_usd": 1.0}, "no budget"),
         ({"model": ""}, "--model is missing"),
         ({"url": "ftp://x"}, "OPENAI_BASE_URL"),
-        ({"extra": '{"max_tokens": []}'}, "max_tokens, if in it, a number"),
+        ({"extra": '{"max_tokens": []}'}, "max_tokens a number if given"),
     ],
 )
 def test_options_that_lack_something(wrong, told, tmp_path):
@@ -299,11 +299,11 @@ def test_a_cache_cut_anywhere_loses_at_most_one_reply_and_counts_what_was_in_fli
         ledger = Ledger(tmp_path / "cut", options())
         there = [json.loads(line) for line in lines if whole.find(line) + len(line) <= cut + 1]
         settled = [line["settled"] for line in there if "settled" in line]
-        sent = [line for line in there if "sent" in line]  # each was settled later, or in flight
+        sent = [line for line in there if "sent" in line]  # settled later, or in flight
         assert len(ledger.replies) == len(settled)
         assert ledger.committed()["reply"] == 20 * len(sent)
         ledger.file.close()
-    ledger = Ledger(tmp_path / "cut", options())  # whose last line is cut short
+    ledger = Ledger(tmp_path / "cut", options())  # its last line is truncated
     ledger.reserve("killed", llm.Counter(prompt=1, reply=20))
     ledger.file.close()
     again = Ledger(tmp_path / "cut", options(dry_run=True))

@@ -17,7 +17,7 @@ TOKENIZER = SimpleNamespace(fingerprint="0123456789abcdef" * 2, vocab_size=500, 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two shards of consecutive numbers, so that a window shows where it came from."""
+    """Write two shards of consecutive numbers, so a window shows its position."""
     write_shard(tmp_path / "train_00000.bin", [np.arange(100)], 500, 1, TOKENIZER.fingerprint)
     write_shard(tmp_path / "train_00001.bin", [np.arange(200, 261)], 500, 1, TOKENIZER.fingerprint)
     return tmp_path
@@ -37,7 +37,7 @@ def test_permute_is_a_permutation(n):
 
 
 def joined(w, passed=0):
-    """What a pass reads, as one text: windows overlap by one token."""
+    """Return the tokens of a pass as one list; windows overlap by one token."""
     rows = w[passed * len(w) + np.arange(len(w))]
     assert rows.shape == (len(w), T + 1)
     assert (rows[:-1, -1] == rows[1:, 0]).all()
@@ -45,7 +45,7 @@ def joined(w, passed=0):
 
 
 def test_a_pass_joins_the_documents_in_an_order_of_its_own(tmp_path):
-    lengths = [3, 9, 1, 0, 7, 9, 2, 2]  # 41 tokens with those before them: five windows, none cut
+    lengths = [3, 9, 1, 0, 7, 9, 2, 2]  # 41 tokens with END: five whole windows
     documents = [[END, *range(10 * i, 10 * i + n)] for i, n in enumerate(lengths)]
     for split in ("train", "val"):
         for i, part in enumerate((documents[:3], documents[3:])):
@@ -89,11 +89,11 @@ def test_documents_begin_at_the_token_before_them():
     got = arguments(batch, end_of_text=9)
     assert got["doc_start"].dtype == torch.int32
     assert got["doc_start"].tolist() == [[0, 0, 2, 2, 4, 5], [0, 0, 0, 0, 0, 0]]
-    assert got["targets"].tolist() == batch[:, 1:].tolist()  # the next token, over the border too
+    assert got["targets"].tolist() == batch[:, 1:].tolist()  # the next token, also across documents
 
 
 def write_documents(folder, lengths):
-    """Documents of random tokens, each with a number of its own; a shard ends in its last one's."""
+    """Write documents of random tokens, each tagged with its number, to two shards per split."""
     rng, folder = np.random.default_rng(0), folder / f"of_{len(lengths)}"
     folder.mkdir()
     documents = [[END, i, *rng.integers(100, END, n - 2)] for i, n in enumerate(lengths)]
@@ -119,20 +119,20 @@ def test_best_fit_cuts_no_document_that_fits(tmp_path, monkeypatch, together):
             if piece.any():
                 found.append((*idx[piece], *targets[piece]))
     for number, document in enumerate(documents):
-        tokens = document[number in (0, 40) :]  # a shard begins without the token
+        tokens = document[number in (0, 40) :]  # a shard starts without END
         for at in range(0, len(tokens), T):
             idx, targets = tokens[at : at + T], [*tokens, END][at + 1 : at + T + 1]
             want.append((*idx, *targets))
     assert sorted(found) == sorted(want)
     assert w.padding_frac == pytest.approx((got["targets"] == -1).mean(), abs=2 / got["idx"].size)
-    halves = np.array_split((got["doc_start"] == np.arange(T)).sum(1), 2)  # pieces of each row
-    assert halves[0].mean() == pytest.approx(halves[1].mean(), rel=0.2)  # a part is a fair sample
+    halves = np.array_split((got["doc_start"] == np.arange(T)).sum(1), 2)  # pieces per row
+    assert halves[0].mean() == pytest.approx(halves[1].mean(), rel=0.2)  # a prefix is a fair sample
     assert w.padding_frac < (0.02 if together > 16 else 0.1)
     shuffled = w.order(np.arange(2 * len(w))).reshape(2, -1) % len(w)
-    assert (np.sort(shuffled) == np.arange(len(w))).all()  # each row once a pass, in two orders
+    assert (np.sort(shuffled) == np.arange(len(w))).all()  # each row once per pass
     assert (shuffled[0] != shuffled[1]).any()
     val = [Windows([folder], "val", T, TOKENIZER, seed, best_fit=True) for seed in (0, 1)]
-    assert (val[0][np.arange(9)] == val[1][np.arange(9)]).all()  # for every run the same
+    assert (val[0][np.arange(9)] == val[1][np.arange(9)]).all()  # the same for every seed
 
 
 def test_best_fit_takes_the_fullest_row_with_room():
@@ -167,7 +167,7 @@ def test_clear_errors(folder):
 
 
 def mixture(folder, *epochs):
-    """The two shards of `folder` as two sources."""
+    """Make the two shards of `folder` two sources."""
     sources = [
         {"source": name, "shards": [f"train_0000{i}.bin"], "epochs": e}
         for i, (name, e) in enumerate(zip("ab", epochs))
@@ -186,7 +186,7 @@ def test_a_mixture_goes_through_each_source_evenly(folder, a, b):
     assert mixed.checksum != plain.checksum
     passes = 10
     order = mixed.order(np.arange(passes * len(mixed)))
-    assert len(np.unique(order)) == len(order)  # each in another pass over its source
+    assert len(np.unique(order)) == len(order)  # repeats are numbered by pass
     seen = order % sum(sizes)
     of_pass = seen.reshape(passes, -1)
     for n, in_b in zip(in_pass[::-1], (True, False)):
@@ -196,14 +196,14 @@ def test_a_mixture_goes_through_each_source_evenly(folder, a, b):
                         (counts[sizes[0] :], in_pass[1], sizes[1])]:  # fmt: skip
         assert of.sum() == passes * n
         assert of.max() - of.min() <= 1, size
-    # In an order that is random, and the same for any part of it that is asked for.
+    # The order is random, and any slice of it is the same.
     np.testing.assert_array_equal(mixed.order(np.arange(30, 50)), order[30:50])
     other = windows(folder, seed=1)
     assert (other.order(np.arange(len(mixed))) != order[: len(mixed)]).any()
 
 
 def test_weights_are_shares_of_the_tokens(tmp_path):
-    """Of two folders, one of them a mixture; by steps, for any ranks and from any step."""
+    """Two folders, one of them a mixture; the same sequences for any ranks, from any step."""
     (a, _), (b, _) = (write_documents(tmp_path, [9] * n) for n in (50, 90))
     write = {"sources": [{"shards": [x], "epochs": e} for x, e in zip(BOTH, (1, 3))]}
     (b / "mixture.json").write_text(json.dumps(write))
@@ -226,7 +226,7 @@ def test_weights_are_shares_of_the_tokens(tmp_path):
 def test_a_small_source_makes_no_other_repeat(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "SHARE_WINDOWS", 10)
     (a, _), (b, _) = (write_documents(tmp_path, [9] * n) for n in (41, 42))
-    write = {"sources": [{"shards": [x], "epochs": 1} for x in BOTH]}  # the second of a window
+    write = {"sources": [{"shards": [x], "epochs": 1} for x in BOTH]}  # the second has one window
     (a / "mixture.json").write_text(json.dumps(write))
     w = Windows([a, b], "train", T, TOKENIZER, 0, (1.0, 1.0))
     assert (w.in_epoch <= np.diff(w.first)).all()

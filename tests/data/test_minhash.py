@@ -22,7 +22,7 @@ TOKEN = re.compile(r"[A-Za-z0-9_\x80-\U0010ffff]+|[!-/:-@\[-^`{-~]")
 
 
 def sets_of(texts, width):
-    """What `shingles` hashes, in plain Python."""
+    """Return the shingle sets of `texts`, in plain Python."""
     out = []
     for text in texts:
         tokens = TOKEN.findall(text)

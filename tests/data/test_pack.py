@@ -10,7 +10,7 @@ from tokenizer import Tokenizer
 
 
 def documents_of(folder, split, tokenizer):
-    """The texts in a split's shards, each of which ends with the document that fills it."""
+    """Return a split's texts; assert that each shard ends with the document that fills it."""
     texts = []
     for path in sorted(folder.glob(f"{split}*.bin")):
         ids = open_shard(path, tokenizer.vocab_size, tokenizer.fingerprint).tolist()
@@ -57,7 +57,7 @@ def test_bad_input_leaves_the_old_output(corpus, tokens, tmp_path, in_process):
 
 @pytest.fixture
 def mixed(corpus, tokens, tmp_path, monkeypatch):
-    """mix(**options): a mixture of the corpus' even and its odd documents, twice as many."""
+    """Return mix(**options), which packs a third of the corpus and the rest as a mixture."""
     documents = list(read_documents([corpus]))
     for name, of in (("a", documents[::3]), ("b", documents[1::3] + documents[2::3])):
         (tmp_path / name).mkdir()

@@ -47,7 +47,7 @@ def lines(*records) -> bytes:
 
 
 def read(path, data=None):
-    """The documents of a file with this content, and what was bad as (reason, position)."""
+    """Return the documents of a file with this content, and bad records as (reason, position)."""
     if data is not None:
         packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
         path.write_bytes(packed(data))

@@ -1,7 +1,7 @@
-"""The commands that ask an endpoint, against a real server: llama.cpp's, with a model of 135M.
+"""Test the endpoint commands against a real server: llama.cpp with a 135M model.
 
-This tests the plumbing alone, requests, schema, usage, cache: what such a model says of a document
-is chance, and its exercises hardly ever pass.
+Tests only the plumbing (requests, schema, usage, cache): such a model labels documents at random,
+and its exercises hardly ever pass.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def test_labels_with_a_schema(server, tmp_path):
     assert annotate.annotate(config)["documents"] == 3
     assert all(0 <= r["score"] <= 10 for r in read_documents([tmp_path / "out"]))
     spent = json.loads((tmp_path / "out" / "endpoint.json").read_text())["spent"]
-    assert 3 * 200 < spent["prompt_tokens"] < 3 * 500  # counted by the server, not at the worst
+    assert 3 * 200 < spent["prompt_tokens"] < 3 * 500  # counted by the server, not the worst case
     paid = (tmp_path / "replies").read_bytes().strip()
     annotate.annotate(config)
     assert (tmp_path / "replies").read_bytes().strip() == paid
@@ -75,7 +75,7 @@ def test_exercises(server, tmp_path, monkeypatch):
     monkeypatch.setattr(synthesize, "MOST_BARREN", 1)
     more = {"count": 2, "writer": "llm", "reply_tokens": 120, "extra": '{"seed": 1}'}
     config = synthesize.Exercises(**options(server, tmp_path, **more))
-    with contextlib.suppress(UserError):  # none passes, nearly always
+    with contextlib.suppress(UserError):  # nearly always, none passes
         synthesize.synthesize(config)
     records = map(json.loads, (tmp_path / "replies").read_text().split("\n")[:-1])
     assert [bool(r["text"]) for r in records if "key" in r] == [True, True]

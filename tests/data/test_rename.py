@@ -1,4 +1,4 @@
-"""Exercises with other names for their arguments."""
+"""Exercises with renamed arguments."""
 
 import ast
 
@@ -54,7 +54,7 @@ def test_code_and_docstring_get_the_same_names_and_run_as_before(command, tmp_pa
         words |= {*first.split("_"), *second.split("_")}
     assert 0 < changed < len(made) == 40
     assert f"40 exercises, {changed} renamed" in stdout
-    assert {"zebra", "quark", "values"} <= words  # and random letters
+    assert {"zebra", "quark", "values"} <= words  # plus random letters
     assert len(words) > 4
 
 
@@ -68,9 +68,9 @@ def test_what_has_no_docstring_or_no_arguments_stays(command, tmp_path, prompt):
 def test_mistakes_are_told(command, tmp_path):
     plain = write(tmp_path / "code", "x = 1\n")
     for arguments, message in (
-        (["--source", plain], "no exercise: no entry_point"),
+        (["--source", plain], "not exercises: no entry_point"),
         (["--source", exercises(tmp_path, 1), "--frac", 2], "frac is 2.0, want from 0 to 1"),
-        (["--source", plain, "--words", tmp_path / "none"], "want documents that are there"),
+        (["--source", plain, "--words", tmp_path / "none"], "want existing documents"),
     ):
         status, _, stderr = command(*arguments)
         assert (status, message in stderr) == (2, True), stderr

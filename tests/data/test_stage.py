@@ -1,4 +1,4 @@
-"""The layer beneath every data script, by itself and by the scripts that stand on it."""
+"""Test Stage, the base of every data script, directly and through scripts."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ class Config:
 
 
 def count_letters(config, shards):
-    """A stage of two maps, the second of which needs the first's results from all shards."""
+    """Run a stage of two maps; the second needs the first's results from all shards."""
 
     def measure(part):
         n = [len(d["text"]) for d in part.documents()]
@@ -50,7 +50,7 @@ def count_letters(config, shards):
 
 
 def shards_of(folder, n_shards=4, each=10, planted=()):
-    """A folder of shards; `planted` are lines for the end of the first."""
+    """Make a folder of shards; append the lines `planted` to the first."""
     folder.mkdir(parents=True)
     for i in range(n_shards):
         lines = [json.dumps(document(f"x{i} = {j}\n" * (i + j + 1), f"code:{i}.{j}"))
@@ -74,7 +74,7 @@ def test_what_a_stage_leaves(tmp_path):
     documents = list(read_documents([out]))
     assert summary == {"documents": 40, "bytes": sum(len(d["text"]) for d in documents)}
     assert sum(d["frac"] for d in documents) == pytest.approx(3)
-    assert len(source_shards(out)) == 4  # quarantine/ is no input of the next
+    assert len(source_shards(out)) == 4  # quarantine/ is not an input
     [path] = (out / "quarantine").iterdir()
     bad = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(b["position"], b["reason"]) for b in bad] == list(zip([11, 12, 13], quarantined))
@@ -89,7 +89,7 @@ def test_a_finished_shard_is_not_repeated(tmp_path):
     other, did = dataclasses.replace(config, factor=2), []
 
     def go(config, fail_at=None):
-        """The items that a run does until it fails at one."""
+        """Return the items a run processes until it fails at `fail_at`."""
 
         def work(part):
             if part.index == fail_at:
@@ -108,7 +108,7 @@ def test_a_finished_shard_is_not_repeated(tmp_path):
 
     assert go(config, 2) == [0, 1]
     assert go(config, 3) == [2]
-    # Other arguments or inputs have nothing to go on with, nor has a complete output.
+    # No resume with other arguments or inputs, or from a complete output.
     assert go(other, 3) == [0, 1, 2]
     os.utime(shards[0], (1, 1))
     assert go(other, 3) == [0, 1, 2]
@@ -139,7 +139,7 @@ def test_a_users_mistake_leaves_the_old_output_and_nothing_else(tmp_path, capsys
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     for out, inputs, why in [("out", source_shards(config.out), "holds the input"),
-                             ("mine", [], "no output of ours")]:  # fmt: skip
+                             ("mine", [], "no nanophi stage wrote it")]:  # fmt: skip
         with pytest.raises(UserError, match=why), Stage(Config(tmp_path / out), inputs):
             pytest.fail("entered")
     refused = pytest.raises(UserError, match="another run")
@@ -147,12 +147,12 @@ def test_a_users_mistake_leaves_the_old_output_and_nothing_else(tmp_path, capsys
         pytest.fail("entered")
 
 
-# ---- The scripts, under mpirun and under fire
+# ---- The scripts, under mpirun and random kills
 
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory):
-    """A folder of Python files with copies among them, a shard of it, and a bad line."""
+    """Make a folder of Python files with duplicates, a shard of it, and a bad line."""
     root = tmp_path_factory.mktemp("code")
     for i in range(60):
         name = f"f{i % 50}"  # ten are copies
@@ -172,7 +172,7 @@ def code(tmp_path_factory):
 
 FUNCTIONS = {"raw": "collect", "pairs": "pairs", "filtered": "filter_documents", "tokens": "pack"}
 
-# Runs commands of the layer's scripts, with groups and shards so small that there are several.
+# Run script commands, with groups and shards small enough to get several.
 RUN = textwrap.dedent("""
     import importlib, json, sys
     import data.collect, data.pack
@@ -189,7 +189,7 @@ ALL = RUN + "for c in commands: run(*c)"
 
 
 def scripts(code, tokens, out):
-    """What `run` above takes, by the name of the folder in `out` that it writes."""
+    """Return {name of the output folder in `out`: arguments of `run` above}."""
     commands = {
         "raw": ["data.collect", "--source", code, "--source", code / "shards", "--max_mb=0.03"],
         "pairs": ["experiments.pairs", "--source", code / "shards"],
@@ -228,8 +228,8 @@ def test_any_number_of_ranks_writes_the_same(cli, code, tokens, tmp_path):
     assert summary["left_out"]["duplicate"] > 1
 
 
-# Runs a script again and again, each time in a process that kills itself when it is about to touch
-# a file for the nth time, n at random, until one run comes to its end.
+# Run a script repeatedly; each process kills itself before its nth file access, n random, until one
+# run finishes.
 KILLER = RUN + textwrap.dedent("""
     import os, random, signal, traceback
     [command], rng, out = commands, random.Random(int(sys.argv[2])), commands[0][-1]

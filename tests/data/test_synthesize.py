@@ -1,4 +1,4 @@
-"""synthesize.py, its lessons and its requests: all that is written runs, and nothing twice."""
+"""synthesize.py, its lessons and its requests: all output runs, without duplicates."""
 
 import doctest
 import json
@@ -26,7 +26,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 
 def faults_of(topic):
-    """Yield what is wrong with a topic."""
+    """Yield the defects of a topic."""
     kinds = Counter(kind for kind, _ in topic.sections)
     others = {"why", "doc", "wrong", "mistake", "deeper", "task", "answer", "checks"}
     whole = {kinds.pop(k, 0) for k in ("code", "how", "calls")} == {1} and kinds["why"]
@@ -110,7 +110,7 @@ TESTS = "".join(f"assert double_all({x}) == {y}\n" for x, y in CASES)
 
 
 def exercise_in(reply: str) -> tuple[dict, str] | str:
-    """Return the exercise that becomes of a reply, with its tests, or why none does."""
+    """Return the exercise parsed from a reply with its tests, or why there is none."""
     fields, claims, why_not = prompts.read_exercise(reply, NAME)
     if why_not:
         return why_not
@@ -292,7 +292,7 @@ def test_the_main_reason_for_too_few_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("data.synthesize.MOST_BARREN", 3)
     with FakeEndpoint(lambda request: "Sure!") as endpoint:
         config = by_endpoint(Textbooks, tmp_path / "out", endpoint, count=4)
-        told = rf"only 0 .* mostly for 'no heading first' \(4 of .*in {config.replies()}"
+        told = rf"only 0 .* refusal: 'no heading first' \(4 of .*in {config.replies()}"
         with pytest.raises(UserError, match=told):
             synthesize(config)
 
@@ -301,7 +301,7 @@ def test_too_few_different_ones_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("data.synthesize.MOST_BARREN", 3)
     with FakeEndpoint(lambda request: written(request, ("copy",))) as endpoint:
         config = by_endpoint(Textbooks, tmp_path / "out", endpoint, count=4)
-        with pytest.raises(UserError, match=r"only 1 .* mostly for 'duplicate' .*ask for fewer"):
+        with pytest.raises(UserError, match=r"only 1 .* refusal: 'duplicate' .*ask for fewer"):
             synthesize(config)
     assert not (tmp_path / "out").exists()
 
@@ -313,7 +313,7 @@ WAYS = ("good", "good", "wrong", "good", "prose", "good", "untested", "copy", "g
 
 
 def written(request: dict, ways: tuple[str, ...] = WAYS) -> str:
-    """Write an exercise or a lesson as asked for, some of them wrong in one of several ways."""
+    """Write the requested exercise or lesson, some of them wrong in one of several ways."""
     content = request["messages"][0]["content"]
     rng = random.Random(content)
     way = rng.choice(ways)
@@ -342,7 +342,7 @@ def test_an_endpoint_that_misbehaves_writes_all_and_is_paid_once(kind, tmp_path)
             synthesize(replace(config, budget_tokens=20_000))
         assert 0 < endpoint.replied.total() < 40
         assert not (tmp_path / "out").exists()
-        summary = synthesize(config)  # goes on
+        summary = synthesize(config)  # resumes
         assert max(endpoint.replied.values()) == 1
         seen, first = endpoint.seen.total(), shards(tmp_path / "out")
         assert synthesize(replace(config, out=tmp_path / "again")) == summary  # from the cache

@@ -1,4 +1,4 @@
-"""synthetic/worked.py: what a lesson says of a function is what the function does."""
+"""Test synthetic/worked.py: lessons describe what a function really does."""
 
 from data.synthetic import worked
 
@@ -20,15 +20,15 @@ def test_a_docstring_has_the_types_and_results_that_the_calls_have():
         "    for x in xs:\n        start += x\n    return start"
     )
     code = told(TOTAL, "total", ["total([1, 2])", "total([], 5)"], typed="old", examples=0)
-    assert code.startswith("def total(xs")  # one call has one argument, the other has two
+    assert code.startswith("def total(xs")  # the calls differ in number of arguments
     first = "def f(a):\n    return a[:1]"
     code = told(first, "f", ["f('xy')", "f('')", "len('')", r"f('\\')"])
     assert code.startswith("def f(a: str) -> str:\n")
     assert ">>> f('')\n    ''\n" in code
-    assert code.count(">>>") == 2  # no other function, no backslash
+    assert code.count(">>>") == 2  # skips other functions and backslashes
     code = told(first, "f", ["f(['a', 'b'])"], typed="old")
     assert code.startswith("from typing import List\n\n\ndef f(a: List[str]) -> List[str]:\n")
-    for call in ("f([])", "f([1, 2])"):  # floats would do as well as ints
+    for call in ("f([])", "f([1, 2])"):  # accepts floats too
         assert told(first, "f", [call], examples=0).startswith("def f(a):\n")
     find = "def f(a):\n    return a.index('x') if 'x' in a else None"
     assert told(find, "f", ["f('ax')"], examples=0).startswith("def f(a):\n")  # it may be None
@@ -42,7 +42,7 @@ def test_the_rounds_of_a_loop_and_a_wrong_version():
     exec(TOTAL, namespace)
     seen = worked.rounds(TOTAL, "total([5, 6], 1)", namespace)
     assert seen == [{"start": "1", "x": "5"}, {"start": "6", "x": "6"}]
-    assert worked.rounds(TOTAL, "total([5])", namespace) == []  # one round tells nothing
+    assert worked.rounds(TOTAL, "total([5])", namespace) == []  # one round shows nothing
     assert worked.rounds(TOTAL, "total(range(99))", namespace) == []  # too many
     assert worked.rounds(TOTAL, "len([1, 2])", namespace) == []
     wrong = TOTAL.replace("+= x", "= x / 0 if x == 7 else x")
