@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op; with its maths, its kernels and a plain torch reference."""
+"""Triton kernels for training and decoding; docs/kernels.md says which file does what."""

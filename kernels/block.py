@@ -1,18 +1,17 @@
-"""A parallel block, x + drop(attention(ln(x))) + drop(mlp(ln(x))), as one autograd node.
+"""Parallel block x + drop(attention(ln(x))) + drop(mlp(ln(x))) as one autograd node.
 
-Autograd alone would keep what each op wants for itself. This node keeps, for a token, 9 C elements:
+Memory: the node saves 9 C elements a token, where op-by-op autograd saves each op's own inputs:
+    x  C        qkv  3C, rotated        u  M = 4C        y  C, attention output
+plus bytes a token: 8 of LayerNorm statistics, 4 H of lse, C / 16 of peaks (x 2 with doc_start).
+Backward recomputes h = ln(x) in LayerNorm's backward and a = gelu(u) in GELU's.
 
-    x     C       qkv  3C, rotated     u  M = 4C     y  C, attention's output
+Layout: qkv and u are columns of one buffer [N, 3C + M], and so are their gradients: in_proj's
+backward is one GEMM for dh and one for dw.
 
-(and in fp32, in bytes: 8 for LayerNorm's statistics; 4 a head and C / 16 of peaks for attention).
-h = ln(x) and a = gelu(u) are made again in backward by kernels that read their inputs anyway. qkv
-and u are columns of one buffer [N, 3C + M], and so are their gradients: in_proj's backward is one
-GEMM for each of dx and dw.
-
-Activations and their gradients are bf16, fp16 or fp32. Weights may be fp32 whatever x is: they are
-cast once a call, and their gradients are fp32 sums that were never rounded to less. If an fp32
-parameter has a gradient already, dw is added to it in the GEMM's epilogue, with no pass of its own;
-autograd then sees None for it, so use `backward`, not `torch.autograd.grad`, to accumulate.
+Dtypes: activations and their gradients are bf16, fp16 or fp32. Weights may be fp32 for any x: they
+are cast once per call, and their gradients stay fp32. If fp32 w_in or w_out already has a gradient,
+dw is added to it in place and autograd gets None: accumulate with `backward`, not
+`torch.autograd.grad`.
 """
 
 import torch
@@ -32,7 +31,7 @@ from kernels.launch import check
 from kernels.layernorm import MAX_WIDTH, layernorm_bwd, layernorm_fwd
 from kernels.pointwise import column_sum
 
-EPS = 1e-5  # of the LayerNorm
+EPS = 1e-5  # LayerNorm
 PARAMETERS = ("ln_w", "ln_b", "w_in", "b_in", "w_out", "b_attn", "b_mlp")
 
 
@@ -59,7 +58,7 @@ class _Block(torch.autograd.Function):
         )
         ctx.options, ctx.rope, ctx.in_fp8 = (n_head, p, seeds[1]), rope, in_fp8
         ctx.dtypes = [w.dtype for w in (ln_w, ln_b, w_in, b_in, w_out, b_attn, b_mlp)]
-        return out  # [B T, C]: a view made in here would be no view to autograd
+        return out  # [B T, C]: `block` reshapes it outside, where autograd records the view
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -98,7 +97,7 @@ class _Block(torch.autograd.Function):
 
 
 def _gradient(w: Tensor, needed: bool) -> tuple[tuple, Tensor | None]:
-    """Return ((fp32 buffer, beta) for the gradient of w, what backward returns for it)."""
+    """Return ((fp32 dw buffer, beta), the gradient that backward returns for w)."""
     if not needed:
         return (None, 0.0), None
     if w.is_leaf and w.grad is not None and w.grad.dtype == torch.float32:
@@ -108,15 +107,15 @@ def _gradient(w: Tensor, needed: bool) -> tuple[tuple, Tensor | None]:
 
 
 def unsupported(width: int, n_head: int, mlp_width: int, rotary_dim: int) -> str:
-    """Return why the kernels do not take a block of this shape; empty if they do."""
+    """Return why the kernels reject a block of this shape, or "" if they accept it."""
     if width // n_head not in HEAD_DIMS:
-        return f"head dim {width // n_head} (width / n_head) is none of {HEAD_DIMS}"
+        return f"head dim {width // n_head} (width / n_head) is not one of {HEAD_DIMS}"
     if width > MAX_WIDTH:
-        return f"width {width} is more than {MAX_WIDTH}"
+        return f"width {width} is above {MAX_WIDTH}"
     if width % 8 or mlp_width % 8:
-        return f"width {width} and mlp_width {mlp_width} are not both multiples of 8"
+        return f"width {width} and mlp_width {mlp_width} must both be multiples of 8"
     if rotary_dim % 2:
-        return f"rotary_dim {rotary_dim} is odd"
+        return f"rotary_dim {rotary_dim} is odd, want an even number"
     return ""
 
 
@@ -131,24 +130,26 @@ def block(
     doc_start: Tensor | None = None,
     in_fp8: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return a block's output [B, T, C] from x [B, T, C]; differentiable in x and parameters.
+    """Return the block's output [B, T, C] for x [B, T, C]; differentiable in x and parameters.
 
     ln_w, ln_b, b_attn, b_mlp [C]; w_in [3C + M, C], b_in [3C + M]; w_out [C, C + M]
-    rope        cos and sin, fp32 [T or more, R/2], contiguous; None for no rotation
-    dropout_p   of attention and of both branches; `seeds` decide which: attention's, branches'
-    doc_start   int32 [B, T], the first key that each query sees, or None
-    in_fp8      multiply with the projections' weights in 8 bits: fp8.py
-    Raises ValueError, before any launch, for what the kernels do not take.
+    rope        (cos, sin), each fp32 [T or more, R/2], contiguous; None: no rotation
+    dropout_p   drop probability in attention and both branches; `seeds`: (attention's, branches')
+    doc_start   int32 [B, T], first visible key per query; None: 0
+    in_fp8      run the projections' GEMMs in fp8 (fp8.py)
+    Raises ValueError before any launch if the kernels reject an argument.
     """
     if x.dim() != 3 or 0 in x.shape or x.dtype not in DTYPES or not x.is_contiguous():
         got = f"{x.dtype} of shape {tuple(x.shape)}, strides {x.stride()}"
-        raise ValueError(f"x is {got}, want [B, T, C], contiguous, not empty, one of {DTYPES}")
+        raise ValueError(f"x is {got}, want contiguous non-empty [B, T, C], dtype in {DTYPES}")
     if not runs_on(x.device):
         raise ValueError(f"x is on {x.device}, want {WANTED_DEVICE}")
     (B, T, C), hidden = x.shape, w_in.shape[0] - 3 * x.shape[2]
     R = 0 if rope is None else 2 * rope[0].shape[-1]
-    if hidden < 1 or n_head < 1 or C % n_head:
-        raise ValueError(f"w_in is {tuple(w_in.shape)}, n_head {n_head}; x has {C} columns")
+    if hidden < 1:
+        raise ValueError(f"w_in is {tuple(w_in.shape)}, want [3C + M, C] with C = {C}")
+    if n_head < 1 or C % n_head:
+        raise ValueError(f"n_head is {n_head}, want a divisor of C = {C}")
     if why := unsupported(C, n_head, hidden, R):
         raise ValueError(f"x, n_head, w_in: {why}")
     shapes = (C,), (C,), (3 * C + hidden, C), (3 * C + hidden,), (C, C + hidden), (C,), (C,)
@@ -158,7 +159,7 @@ def block(
     for t in rope or ():
         check("rope", t, x, (max(T, len(t)), R // 2), torch.float32)
     if R > C // n_head:
-        raise ValueError(f"rope turns {R} dims of a head of {C // n_head}")
+        raise ValueError(f"rope rotates {R} dims, want at most the head dim {C // n_head}")
     if doc_start is not None:
         check("doc_start", doc_start, x, (B, T), torch.int32)
     if in_fp8 and (why := fp8.unsupported(x.device, rows=B * T, C=C, M=hidden)):

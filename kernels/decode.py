@@ -1,18 +1,18 @@
-"""One token for each of a few texts: a linear layer with what surrounds it, and attention.
+"""Batched single-token decoding: fused linear layers, and attention over a KV cache. No autograd.
 
-    linear      out = LN(x) W^T + b,  out += x W^T + b,  and from a column on  act = gelu(..)
-    attention   q, k rotated by the angles of position p; k, v written to the cache at p;
-                out = softmax(q K^T / sqrt(D)) V over the cache up to p
+    linear      out = LN(x) W^T + b or out += x W^T + b;  optionally act = gelu(last columns)
+    attention   rotate q, k to position p; write k, v to the cache at p;
+                out = softmax(q K^T / sqrt(D)) V over cache positions 0 .. p
 
-Memory bound: a launch reads W, or the keys and values, once; a block of the model is three launches
-(LN + in_proj + GELU, attention, out_proj + residual). bf16, fp16 or fp32 with fp32 accumulation,
-LayerNorm statistics, softmax and angles. No autograd.
+A transformer block is three launches: LN + in_proj + GELU, attention, out_proj + residual. Memory
+bound: each launch reads W, or the keys and values, once. Dtypes: bf16, fp16 or fp32; accumulators,
+LayerNorm statistics, softmax and angles are fp32.
 
-A row's bits do not depend on how many rows there are, nor on what is in the others: `linear` works
-on tiles of 16 rows, padded, with K in one order and never split; `attention` cuts the cache at
-multiples of BLOCK_S, a program to each piece, and whichever program of a head is last adds all the
-pieces in order. It is told by an atomic counter, which it leaves at zero for the next launch.
-Split softmax: Flash-Decoding (Dao et al., 2023).
+Batch invariance: a row's bits depend neither on the number of rows nor on the other rows.
+  - `linear` pads to tiles of 16 rows and runs K in one order, without split-K.
+  - `attention` is split-KV (Flash-Decoding, Dao et al., 2023): one program per BLOCK_S positions;
+    the last program of a head to finish, found by an atomic counter, merges the pieces in order and
+    resets the counter to zero.
 """
 
 import math
@@ -25,25 +25,25 @@ from torch import Tensor
 from kernels.launch import config
 from kernels.pointwise import gelu
 
-# Neither is in tuning.json: another value would change the bits.
-ROWS = 16  # of a tile of `linear`, the least that a tensor core takes
-BLOCK_S = 128  # positions of a piece of `attention`
+# Fixed, not tuned: batch invariance must not depend on tuning.json.
+ROWS = 16  # rows of a tile of `linear`, the tensor cores' minimum
+BLOCK_S = 128  # cache positions per piece of `attention`
 
 
 @triton.jit
 def _linear_kernel(
-    x_ptr,  # [N, K]
+    x_ptr,  # [N, K], row stride stride_x
     w_ptr,  # [J, K] contiguous
     b_ptr,  # [J]
-    ln_w_ptr, ln_b_ptr,  # [K], if NORM
-    out_ptr,  # [N, first_act], added to if RESIDUAL
-    act_ptr,  # [N, J - first_act], written if ACT
+    ln_w_ptr, ln_b_ptr,  # [K], LayerNorm weight and bias; unused unless NORM
+    out_ptr,  # [N, first_act], row stride stride_out; written, or added to if RESIDUAL
+    act_ptr,  # [N, J - first_act], row stride stride_act; written if ACT
     n_rows, n_cols, K, first_act, stride_x, stride_out, stride_act, eps,
     NORM: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of out and act; with NORM, first the statistics of its rows of x."""
-    tiles_m = tl.cdiv(n_rows, BLOCK_M)  # neighbours share a tile of W in L2
+    """Compute a tile of out and act; NORM first computes its rows' LayerNorm statistics."""
+    tiles_m = tl.cdiv(n_rows, BLOCK_M)  # neighbours share a W tile in L2
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     k = tl.arange(0, BLOCK_K)
@@ -78,34 +78,34 @@ def _linear_kernel(
         acc += tl.load(out_ptr, mask=rows & cols, other=0.0).to(tl.float32)
     tl.store(out_ptr, acc, mask=rows & cols & (n < first_act))
     if ACT:
-        a = gelu(acc.to(act_ptr.dtype.element_ty).to(tl.float32))  # rounded first, as in the model
+        a = gelu(acc.to(act_ptr.dtype.element_ty).to(tl.float32))  # round u first, as model.py does
         act_ptr += m.to(tl.int64) * stride_act + (n - first_act)
         tl.store(act_ptr, a, mask=rows & cols & (n >= first_act))
 
 
 @triton.jit
 def _rotated(ptr, d, cos, sin, D: tl.constexpr, R: tl.constexpr):
-    """Load q or k [DP] at ptr and rotate its pairs (i, i + R/2); cos is 1 and sin 0 beyond R."""
+    """Load q or k [DP] at ptr and rotate pairs (i, i + R/2); cos = 1, sin = 0 beyond R."""
     pair = tl.where(d < R // 2, d + R // 2, tl.where(d < R, d - R // 2, d))
     x = tl.load(ptr + d, mask=d < D, other=0.0).to(tl.float32)
     other = tl.load(ptr + pair, mask=d < D, other=0.0).to(tl.float32)
     rotated = x * cos + tl.where(d < R // 2, -other, other) * sin
-    return rotated.to(ptr.dtype.element_ty).to(tl.float32)  # rounded as in the model
+    return rotated.to(ptr.dtype.element_ty).to(tl.float32)  # round as model.py does
 
 
 @triton.jit
 def _attention_kernel(
-    qkv_ptr,  # [N, 3C]
-    k_ptr, v_ptr,  # [N, H, S, D], the cache; position p of both is written
-    out_ptr,  # [N, C]
+    qkv_ptr,  # [N, 3C], row stride stride_qkv; q | k | v, each [H, D], not rotated
+    k_ptr, v_ptr,  # cache [N, H, S, D], strides stride_b, stride_h, D, 1; position p is written
+    out_ptr,  # [N, C], row stride stride_out, written
     position_ptr,  # [N] int64, p
     cos_ptr, sin_ptr,  # [S, R/2] fp32
-    part_ptr,  # [N H, pieces, DP + 16] fp32, scratch: sums of each piece of the cache
-    count_ptr,  # [N H] int32, scratch: pieces done, left at zero
+    part_ptr,  # [N H, pieces, DP + 16] fp32, scratch: acc [DP], peak and total of each piece
+    count_ptr,  # [N H] int32, scratch: pieces finished; zero before and after a launch
     stride_qkv, stride_b, stride_h, stride_out, scale_log2e,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one block of the cache; the last program of a head combines all blocks."""
+    """Attend to one piece of the cache; a head's last program merges all. Grid (pieces, H, N)."""
     h, b, H = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     position = tl.load(position_ptr + b).to(tl.int32)
     first = tl.program_id(0) * BLOCK_S
@@ -122,7 +122,7 @@ def _attention_kernel(
     old = (s < position)[:, None] & (d < D)[None, :]
     k = tl.load(k_ptr + s[:, None] * D + d[None, :], mask=old, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + s[:, None] * D + d[None, :], mask=old, other=0.0).to(tl.float32)
-    if position < first + BLOCK_S:  # the new key and value are in this piece
+    if position < first + BLOCK_S:  # this piece holds the new key and value
         new_k = _rotated(qkv_ptr + H * D, d, cos, sin, D, R)
         new_v = tl.load(qkv_ptr + 2 * H * D + d, mask=d < D, other=0.0).to(tl.float32)
         tl.store(k_ptr + position * D + d, new_k, mask=d < D)
@@ -139,14 +139,13 @@ def _attention_kernel(
     if pieces == 1:
         tl.store(out_ptr + d, acc / total, mask=d < D)
         return
-    # a piece is DP sums, the peak and the total, in DP + 16 numbers
     bh = (b * H + h).to(tl.int64)
     part_ptr += bh * tl.num_programs(0) * (DP + 16)
     mine = part_ptr + tl.program_id(0) * (DP + 16)
     tl.store(mine + d, acc)
     tl.store(mine + DP, peak)
     tl.store(mine + DP + 1, total)
-    tl.debug_barrier()  # all threads have stored before one of them says so
+    tl.debug_barrier()  # all threads store before one counts the piece
     if tl.atomic_add(count_ptr + bh, 1) == pieces - 1:
         tl.debug_barrier()
         peak = tl.full([], float("-inf"), tl.float32)
@@ -168,10 +167,10 @@ def linear(
     x: Tensor, w: Tensor, b: Tensor, out: Tensor,
     norm: tuple[Tensor, Tensor, float] | None = None, act: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write LN(x) w^T + b to `out` with `norm` (weight, bias, eps), else add x w^T + b to it.
+    """Write LN(x) w^T + b to `out` if `norm` (weight, bias, eps) is given, else add x w^T + b.
 
-    x [N, K] and w [J, K], contiguous, and b [J] of one dtype; out [N, J], or its first columns and
-    gelu of the rest to `act`. Rows of x, out and act may be strided. `out` may be fp32.
+    x [N, K], w [J, K] contiguous and b [J] share a dtype; `out` may be fp32. With `act` [N, M], out
+    [N, J - M] gets the first columns, act gelu of the rest. Rows of x, out and act may be strided.
     """
     assert w.shape == (out.shape[1] + (0 if act is None else act.shape[1]), x.shape[1])
     kernel = "out_proj" if norm is None else "head" if act is None else "in_proj"
@@ -186,7 +185,7 @@ def linear(
 
 
 def scratch(rows: int, n_head: int, positions: int, head_dim: int, device) -> tuple[Tensor, Tensor]:
-    """Return the scratch of `attention`: part and count, which its programs share."""
+    """Return scratch (part, count) for `attention`; reusable across launches."""
     pieces = triton.cdiv(positions, BLOCK_S)
     part = torch.empty(rows * n_head, pieces, triton.next_power_of_2(head_dim) + 16, device=device)
     return part, torch.zeros(rows * n_head, dtype=torch.int32, device=device)
@@ -196,10 +195,10 @@ def attention(
     qkv: Tensor, k: Tensor, v: Tensor, position: Tensor, cos: Tensor, sin: Tensor, out: Tensor,
     part: Tensor, count: Tensor,
 ) -> None:  # fmt: skip
-    """Write attention [N, C] of qkv [N, 3C] at `position` [N], int64, to `out`.
+    """Write attention of qkv [N, 3C] at `position` [N] int64 to `out` [N, C]; append to the cache.
 
-    k and v [N, H, S, D], D innermost, receive the new keys and values; cos and sin fp32 [S, R/2] as
-    of model.rope_tables; part and count of `scratch`.
+    k, v [N, H, S, D], D innermost: the cache, which gets the new keys and values at `position`.
+    cos, sin fp32 [S, R/2] from model.rope_tables; part, count from `scratch`.
     """
     N, H, S, D = k.shape
     assert k.stride() == v.stride()

@@ -1,19 +1,19 @@
-"""Three GEMMs with the block's elementwise work in their epilogues: mlp.py's "triton" choices.
+"""Three GEMMs with fused epilogues, the "triton" choices of mlp.py.
 
-    in_proj_fwd   qkvu = h w_in^T + b_in, and a = gelu(u) for the columns from 3C on
+    in_proj_fwd   qkvu = h w_in^T + b_in, a = gelu(u) for columns from 3C on
     out_proj_fwd  out  = x + drop1(y Wa^T + b1) + drop2(a Wm^T + b2)        w_out = [Wa | Wm]
-    gelu_bwd      du   = (d2 Wm) gelu'(u), a = gelu(u), and sums of du over the rows of each tile
+    gelu_bwd      du   = (d2 Wm) gelu'(u), a = gelu(u), and column sums of du per tile
 
-out_proj_fwd runs over two K ranges, y's then a's. With dropout the first product, masked, waits in
-a second register tile while the second accumulates; without, both go into one accumulator.
+out_proj_fwd loops over two K ranges, y's then a's. Without dropout both accumulate into one tile.
+With dropout the masked first product waits in a second register tile.
+Dtypes: bf16 or fp16 operands and results, fp32 accumulators. Bitwise repeatable: one program owns
+a tile and runs K in order, without split-K.
+Cost: 2 N C (3C + M), 2 N C (C + M) and 2 N C M FLOP; compute bound at phi-1's widths (N = 32768,
+C = 2048, M = 8192: 1.9, 1.4 and 1.1 TFLOP).
 
-Operands and results are bf16 or fp16, the accumulator is fp32. FLOPs are 2 N C (3C + M),
-2 N C (C + M) and 2 N C M; compute bound at phi-1's widths (N = 32768, C = 2048, M = 8192: 1.9, 1.4
-and 1.1 TFLOP). On sm_90 operands arrive by TMA. On sm_80 they are read by pointers: descriptors
-become plain loads there, without cp.async, and spill 350 to 1,000 bytes (ptxas, triton 3.7.1, 128-
-wide tiles). out_proj_fwd takes 128 x 128 tiles with dropout: beside one of 256 x 128 its second
-spills 520 bytes a thread in the loops.
-Every result is bitwise repeatable: one program owns a tile, and K runs in order.
+sm_90 loads operands by TMA. sm_80 uses pointers: descriptors lower to plain loads there, without
+cp.async, and spill hundreds of bytes (128-wide tiles). With dropout
+out_proj_fwd takes 128 x 128 tiles: two 256 x 128 accumulators spill 520 bytes a thread in the loop.
 """
 
 import torch
@@ -30,7 +30,7 @@ from kernels.pointwise import dropout_params, gelu, gelu_grad, keep_mask
 def _tile(n_rows, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Return the first row and column of this program's tile.
 
-    Tiles go in groups of GROUP_M rows, column by column: concurrent programs share operands in L2.
+    Grouped ordering, GROUP_M tile rows by column: concurrent programs share operands in L2.
     """
     pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_cols, BLOCK_N)
     group = pid // (GROUP_M * tiles_n)
@@ -44,11 +44,11 @@ def _dot(
     acc, a, b, row, col, n_rows, n_cols, K, stride_a, stride_b, B_IS_KN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Return acc + A[row.., :K] B[col.., :K]^T, or B[:K, col..] if B_IS_KN.
+    """Return acc + A B^T for the tile at (row, col), or acc + A B if B_IS_KN.
 
-    a [N, K] and b [M, K], or [K, M] if B_IS_KN, are TMA descriptors if TMA, else pointers.
-
-    Tile-local offsets are 32-bit and the 64-bit part of an address is a scalar: half the registers.
+    a [n_rows, K], b [n_cols, K] (or [K, n_cols] if B_IS_KN): TMA descriptors if TMA, else pointers
+    with row strides stride_a, stride_b. Pointer path: the 64-bit part of an address is a scalar and
+    tile-local offsets are 32-bit, which halves the address registers.
     """
     if TMA:
         for k in range(0, K, BLOCK_K):
@@ -78,15 +78,15 @@ def _dot(
 
 @triton.jit
 def _in_proj_fwd_kernel(
-    h, w,  # [N, C], [3C + M, C]: TMA descriptors or pointers
+    h, w,  # [N, C], [3C + M, C]: TMA descriptors, or pointers with row strides stride_h, stride_w
     b_ptr,  # [3C + M]
-    out_ptr,  # [N, 3C + M], written
-    a_ptr,  # [N, M], written from column first_act = 3C on
+    out_ptr,  # qkvu [N, 3C + M], row stride stride_out, written
+    a_ptr,  # [N, M], row stride stride_a, written: gelu of the columns from first_act = 3C on
     n_rows, n_cols, K, first_act, stride_h, stride_w, stride_out, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of qkvu = h w^T + b, and a = gelu(u) where it lies in u."""
+    """Compute a tile of qkvu = h w^T + b and, in u's columns, a = gelu(u)."""
     row, col = _tile(n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _dot(
@@ -100,16 +100,16 @@ def _in_proj_fwd_kernel(
     out_ptr += row.to(tl.int64) * stride_out + col
     tl.store(out_ptr + (m * stride_out + n), u, mask=mask)
     if col + BLOCK_N > first_act:
-        a = gelu(u.to(tl.float32))  # of the rounded u, as the backward pass rebuilds it
+        a = gelu(u.to(tl.float32))  # of the rounded u, so backward recomputes the same a
         a_ptr += row.to(tl.int64) * stride_a + (col - first_act)
         tl.store(a_ptr + (m * stride_a + n), a, mask=mask & (n >= first_act - col))
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed"])  # no recompile per seed
 def _out_proj_fwd_kernel(
-    y, wa, a, wm,  # [N, C], [C, C], [N, M], [C, M]: TMA descriptors or pointers
+    y, wa, a, wm,  # [N, C], [C, C], [N, M], [C, M]: TMA or pointers (stride_y, _w, _a, _w)
     b1_ptr, b2_ptr,  # [C]
-    x_ptr, out_ptr,  # [N, C], in and out
+    x_ptr, out_ptr,  # [N, C], row strides stride_x, stride_out; out is written
     n_rows, n_cols, K1, K2, stride_y, stride_a, stride_w, stride_x, stride_out,
     seed, threshold, scale,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -147,15 +147,15 @@ def _out_proj_fwd_kernel(
 
 @triton.jit
 def _gelu_bwd_gemm_kernel(
-    d, w,  # [N, C], [C, M]: TMA descriptors or pointers
-    u_ptr,  # [N, M]
-    du_ptr, a_ptr,  # [N, M], written
-    sum_ptr,  # [N/BLOCK_M, M] fp32, each tile's column sums of du
+    d, w,  # d2 [N, C], Wm [C, M]: TMA descriptors, or pointers with row strides stride_d, stride_w
+    u_ptr,  # [N, M], row stride stride_u
+    du_ptr, a_ptr,  # [N, M], row strides stride_du, stride_a, written
+    sum_ptr,  # [N/BLOCK_M, M] fp32 contiguous, written: column sums of du per tile row
     n_rows, n_cols, K, stride_d, stride_w, stride_u, stride_du, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of du = (d w) gelu'(u) and of a = gelu(u)."""
+    """Compute a tile of du = (d w) gelu'(u), of a = gelu(u), and du's column sums."""
     row, col = _tile(n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _dot(
@@ -172,21 +172,20 @@ def _gelu_bwd_gemm_kernel(
     du = acc * gelu_grad(u)
     tl.store(du_ptr + (m * stride_du + n), du, mask=mask)
     out = sum_ptr + (row // BLOCK_M).to(tl.int64) * n_cols + col + n
-    # _dot repeats the last row past the end
-    total = tl.sum(tl.where(mask, du, 0.0), 0, keep_dims=True)
+    total = tl.sum(tl.where(mask, du, 0.0), 0, keep_dims=True)  # _dot repeats the last row
     tl.store(out, total, mask=n < n_cols - col)
 
 
 def _launch(
     kernel: str, shape: torch.Size, *operands: Tensor, b_is_kn: bool = False
 ) -> tuple[int, list, dict]:
-    """Return (programs, operands, configuration) for an output of `shape`.
+    """Return (programs, operands, launch options) for an output of `shape`.
 
-    operands: A and B of each product in turn; TMA descriptors are returned where they are aligned.
+    operands: A, B of each product in turn; returned as TMA descriptors if all are 16-byte aligned.
     """
     cfg = config(kernel, operands[0])
     M, N, K = (cfg[f"BLOCK_{x}"] for x in "MNK")
-    assert max(t.stride(0) for t in operands) < 2**23, "tile-local offsets are 32-bit"
+    assert max(t.stride(0) for t in operands) < 2**23, "row strides must be below 2**23"
     cfg["TMA"] = cfg["TMA"] and all(
         t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in operands
     )
@@ -198,7 +197,7 @@ def _launch(
 
 
 def in_proj_fwd(h: Tensor, w_in: Tensor, b_in: Tensor, qkvu: Tensor, a: Tensor) -> None:
-    """Write qkvu = h w_in^T + b_in, [N, 3C + M], and a = gelu(its last M columns), [N, M]."""
+    """Write qkvu = h w_in^T + b_in [N, 3C + M] and a = gelu(last M columns) [N, M]."""
     n_rows, n_cols = qkvu.shape
     programs, (h_, w_), cfg = _launch("in_proj_fwd", qkvu.shape, h, w_in)
     _in_proj_fwd_kernel[(programs,)](
@@ -210,7 +209,7 @@ def in_proj_fwd(h: Tensor, w_in: Tensor, b_in: Tensor, qkvu: Tensor, a: Tensor) 
 def out_proj_fwd(
     y: Tensor, a: Tensor, w_out: Tensor, b1: Tensor, b2: Tensor, x: Tensor, p: float, seed: int
 ) -> Tensor:
-    """Return x + drop1(y Wa^T + b1) + drop2(a Wm^T + b2) [N, C], w_out = [Wa | Wm] [C, C + M]."""
+    """Return x + drop1(y Wa^T + b1) + drop2(a Wm^T + b2) [N, C]; w_out = [Wa | Wm] [C, C + M]."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     k1, k2 = y.shape[1], a.shape[1]
     wa, wm = w_out[:, :k1], w_out[:, k1:]
@@ -224,7 +223,7 @@ def out_proj_fwd(
 
 
 def gelu_bwd(d: Tensor, wm: Tensor, u: Tensor, du: Tensor, a: Tensor) -> Tensor:
-    """Write du = (d wm) gelu'(u) and a = gelu(u), all [N, M]; return du's column sums, fp32."""
+    """Write du = (d wm) gelu'(u) and a = gelu(u), both [N, M]; return du's fp32 column sums [M]."""
     n_rows, n_cols = u.shape
     programs, (d_, w_), cfg = _launch("gelu_bwd_gemm", u.shape, d, wm, b_is_kn=True)
     partial = u.new_empty((triton.cdiv(n_rows, cfg["BLOCK_M"]), n_cols), dtype=torch.float32)
@@ -236,11 +235,10 @@ def gelu_bwd(d: Tensor, wm: Tensor, u: Tensor, du: Tensor, a: Tensor) -> Tensor:
 
 
 def accumulate_(dw: Tensor, dout: Tensor, x: Tensor, beta: float = 1.0) -> None:
-    """Write dw = beta dw + dout^T x, the weight gradient [R, S] fp32 of dout [N, R] and x [N, S].
+    """Write the weight gradient dw = beta dw + dout^T x: dw [R, S] fp32, dout [N, R], x [N, S].
 
-    With beta = 0, dw is written without being read. cuBLAS adds in its epilogue, in fp32
-    (`out_dtype`: CUDA only). A Triton GEMM could sum dout's columns on the way, but would have to
-    come within 1% of cuBLAS to gain by it.
+    beta = 0 does not read dw. cuBLAS adds in its epilogue, in fp32 (`out_dtype`: CUDA only). A
+    Triton GEMM could also sum dout's columns, but must then be nearly as fast as cuBLAS.
     """
     if x.is_cuda and x.dtype != torch.float32:
         torch.addmm(dw, dout.t(), x, beta=beta, out_dtype=torch.float32, out=dw)

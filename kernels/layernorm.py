@@ -1,18 +1,19 @@
-"""LayerNorm with fp32 statistics; its backward adds the residual gradient as it goes.
+"""LayerNorm with fp32 statistics; backward fuses the residual gradient's add.
 
     forward    mean = sum(x) / C, rstd = 1 / sqrt(sum((x - mean)^2) / C + eps)
                xhat = (x - mean) rstd, y = xhat w + b
     backward   g = dy w, dx = rstd (g - sum(g) / C - xhat sum(g xhat) / C) [+ dresidual]
                dw = sum over rows of dy xhat, db = sum over rows of dy
 
-A block is x + f(ln(x)), so the gradient that reaches x is that of the residual plus this one:
-`dresidual` saves the pass that would add them. `bias` makes the backward write y again, at the cost
-of one store, so that a caller need not save it for the weight gradient of the next projection.
+Fusions: in a block x + f(ln(x)), x gets the residual's gradient plus this dx; `dresidual` adds it
+without an extra pass. `bias` makes backward rewrite y for one extra store, so the caller need not
+save y for the next projection's weight gradient.
 
-x, y and gradients are bf16, fp16 or fp32, statistics and all arithmetic fp32. Memory bound: forward
-reads and writes one element (4 bytes in bf16), backward reads two or three and writes one or two.
-Any width up to 8192: a row lives in the registers of one program. dw and db are summed by a fixed
-number of programs over fixed rows, then over the programs in order: bitwise repeatable, no atomics.
+Dtypes: x, y and gradients bf16, fp16 or fp32; statistics and arithmetic fp32. Memory bound: forward
+reads and writes one element (4 bytes in bf16); backward reads two or three and writes one or two.
+One H200: forward at 75% of the copy rate, backward at 98% (LOG.md, 2026-11-28).
+C <= 8192: one program holds a row in registers. dw and db are bitwise repeatable without atomics: a
+fixed set of programs sums fixed rows, then torch sums their partial results (per configuration).
 """
 
 import torch
@@ -27,12 +28,12 @@ MAX_WIDTH = 8192
 
 @triton.jit
 def _layernorm_fwd_kernel(
-    x_ptr, y_ptr,  # [N, C], in and out
+    x_ptr, y_ptr,  # [N, C], row strides stride_x, stride_y; y is written
     w_ptr, b_ptr,  # [C]
     mean_ptr, rstd_ptr,  # [N] fp32, written
     n_cols, stride_x, stride_y, eps, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Normalize a row."""
+    """Normalise one row; grid (N,)."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_C)
     mask = col < n_cols
@@ -49,16 +50,16 @@ def _layernorm_fwd_kernel(
 
 @triton.jit
 def _layernorm_bwd_kernel(
-    dy_ptr, x_ptr,  # [N, C]
+    dy_ptr, x_ptr,  # [N, C], row strides stride_dy, stride_x
     w_ptr, b_ptr,  # [C]; b only if REBUILD_Y
-    mean_ptr, rstd_ptr,  # [N] fp32, of the forward kernel
-    dres_ptr,  # [N, C], added to dx if RESIDUAL
+    mean_ptr, rstd_ptr,  # [N] fp32, from the forward kernel
+    dres_ptr,  # [N, C], row stride stride_dres; added to dx if RESIDUAL
     dx_ptr, y_ptr,  # [N, C] contiguous, written; y only if REBUILD_Y
-    sum_ptr,  # [programs, 2, C] fp32, each program's dw and db
+    sum_ptr,  # [programs, 2, C] fp32 contiguous, written: dw and db per program
     n_rows, n_cols, stride_dy, stride_x, stride_dres,
     RESIDUAL: tl.constexpr, REBUILD_Y: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx of rows program_id, program_id + programs, ... and sum their dw and db."""
+    """Compute dx for rows program_id, program_id + programs, ...; sum their dw and db."""
     col = tl.arange(0, BLOCK_C)
     mask = col < n_cols
     w = tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
@@ -66,14 +67,14 @@ def _layernorm_bwd_kernel(
         b = tl.load(b_ptr + col, mask=mask, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK_C,), tl.float32)
     db = tl.zeros((BLOCK_C,), tl.float32)
-    for i in tl.range(tl.program_id(0), n_rows, tl.num_programs(0), num_stages=STAGES):
+    for i in tl.range(tl.program_id(0), n_rows, tl.num_programs(0), num_stages=STAGES):  # pipelined
         row = tl.cast(i, tl.int64)
         x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * stride_dy + col, mask=mask, other=0.0).to(tl.float32)
         if RESIDUAL:
             dres = tl.load(dres_ptr + row * stride_dres + col, mask=mask, other=0.0)
         mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
-        xhat = (x - mean) * rstd  # beyond the row dy is 0, and so are the sums
+        xhat = (x - mean) * rstd  # unmasked: dy = 0 beyond the row, so the sums hold
         g = dy * w
         dx = rstd * (g - (tl.sum(g, 0) + xhat * tl.sum(g * xhat, 0)) / n_cols)
         if RESIDUAL:
@@ -89,7 +90,7 @@ def _layernorm_bwd_kernel(
 
 
 def _config(kernel: str, x: Tensor) -> dict:
-    """Return the configuration for rows of x; the table's num_warps is for phi-1's width."""
+    """Return launch options for rows of x; scale num_warps from the table's phi-1 width, 2048."""
     block = triton.next_power_of_2(x.shape[1])
     cfg = config(kernel, x)
     cfg["num_warps"] = min(16, max(1, cfg["num_warps"] * block // 2048))
@@ -97,7 +98,7 @@ def _config(kernel: str, x: Tensor) -> dict:
 
 
 def layernorm_fwd(x: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, mean, rstd) of x [N, C], whose rows may be strided; mean and rstd [N] are fp32."""
+    """Return (y [N, C], mean [N], rstd [N]); rows of x may be strided, mean and rstd are fp32."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = torch.empty((2, x.shape[0]), dtype=torch.float32, device=x.device)
     _layernorm_fwd_kernel[(x.shape[0],)](
@@ -113,12 +114,12 @@ def layernorm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Return (dx, dw, db, y): dx and y [N, C], dw and db [C] fp32.
 
-    dx includes `dresidual` if that is given; y is rebuilt if `bias` is given, else None. Rows of
-    dy, x and dresidual may be strided; dx and y are new and contiguous.
+    dx includes `dresidual` if given; y is recomputed if `bias` is given, else None. Rows of dy, x
+    and dresidual may be strided; dx and y are new and contiguous.
     """
     n_rows, n_cols = x.shape
     cfg = _config("layernorm_bwd", x)
-    programs = min(cfg.pop("PROGRAMS"), n_rows)  # as many as an A100 or H100 holds at once
+    programs = min(cfg.pop("PROGRAMS"), n_rows)  # as many as fit an A100 or H100 at once
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty_like(dx) if bias is not None else None
     partial = torch.empty((programs, 2, n_cols), dtype=torch.float32, device=x.device)
@@ -143,16 +144,16 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, w, mean, rstd = ctx.saved_tensors
         rows = dy.reshape(x.shape)
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()  # an expanded gradient
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()  # expanded gradient
         dx, dw, db, _ = layernorm_bwd(rows, x, w, mean, rstd)
         found = dx.view(dy.shape), dw.to(w.dtype), db.to(w.dtype), None
         return *(g if n else None for g, n in zip(found, ctx.needs_input_grad)),
 
 
 def layernorm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
-    """Normalize x [..., C] over its last dimension; w, b [C], of x's dtype or fp32.
+    """Return LayerNorm of x [..., C] over its last dimension; w, b [C] in x's dtype or fp32.
 
-    Raises ValueError for a dtype, device, shape or stride that the kernels do not take.
+    Raises ValueError if the kernels reject a dtype, device, shape or stride.
     """
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x has dtype {x.dtype}, want bfloat16, float16 or float32")
@@ -165,5 +166,5 @@ def layernorm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def layernorm_reference(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
-    """Compute `layernorm` in plain torch, in the dtype of x."""
+    """Compute `layernorm` in plain torch, in x's dtype."""
     return torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, eps)

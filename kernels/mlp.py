@@ -1,4 +1,4 @@
-"""The projections of a parallel block, out = x + drop(y Wa^T + ba) + drop(gelu(u) Wm^T + bm).
+"""Projections of a parallel block: out = x + drop1(y Wa^T + ba) + drop2(gelu(u) Wm^T + bm).
 
     in_proj    [qkv | u] = h w_in^T + b_in         w_in: [3C + M, C], attention's rows first
     out_proj   out as above                        w_out = [Wa | Wm]: [C, C + M]
@@ -6,20 +6,22 @@
                du = (d2 Wm) gelu'(u);  dw_in += [dqkv | du]^T h, dh = [dqkv | du] w_in
                bias gradients are column sums of d1, d2 and [dqkv | du]
 
-h is the LayerNorm of x: [N, C]; y the attention output of qkv; gelu is the tanh form. Of all this,
-a block saves h (or x), qkv, y and u; a = gelu(u) is rebuilt where du is made. Products accumulate
-in fp32; activations are bf16 or fp16, rounded where they are stored; weight gradients are added in
-fp32 to a buffer of the caller's. 2 C (7C + 5C) FLOPs a row forward at M = 4C, twice that backward.
+h = LayerNorm(x) and y, the attention output, are [N, C]; gelu is the tanh form. A block saves h (or
+x), qkv, y and u; backward recomputes a = gelu(u) along with du. bf16 or fp16 activations, rounded
+when stored; fp32 accumulation; weight gradients add into the caller's fp32 buffer. 2 C (7C + 5C)
+FLOP a row forward at M = 4C, twice that backward.
 
-Each op with an epilogue worth fusing has two versions; `choice` says which one a device uses:
-    "triton"   one kernel of gemm.py
-    "cublas"   torch.mm, and a memory-bound kernel of pointwise.py
-What the second pays for at N = 32768, C = 2048, M = 8192 in bf16, beside its GEMM's own traffic:
+Each op with an epilogue worth fusing has two versions; `choice` picks one per device:
+    "triton"   one kernel of gemm.py with a fused epilogue
+    "cublas"   torch.mm plus a memory-bound kernel of pointwise.py
+HBM traffic of the second kernel of "cublas" at N = 32768, C = 2048, M = 8192 in bf16:
     in_proj_fwd    read u, write a                              1.07 GB
     out_proj_fwd   read two products and x, write out           0.54 GB
     gelu_bwd       read da and u, write du and a                2.15 GB
-A Triton GEMM wins where it loses less than that against cuBLAS. Results agree up to rounding; each
-is bitwise repeatable. With `in_fp8`, all products are fp8.py's, beside pointwise.py's kernels.
+A Triton GEMM wins if it trails cuBLAS by less than that kernel's time. One H200 (LOG.md,
+2026-11-28) ran "cublas": GEMMs at 92% (d2 Wm) to 101% of the matmul roof, pointwise kernels at 89
+to 98% of the copy rate, residual_bwd and column_sum at 57%; "triton" was not timed. Both versions
+agree up to rounding and are bitwise repeatable. `in_fp8`: "cublas" with products from fp8.py.
 """
 
 import torch
@@ -29,8 +31,8 @@ from kernels import fp8, gemm, pointwise
 from kernels.gemm import accumulate_
 from kernels.launch import capability, measured
 
-# What bench.tune found faster is in tuning.json; this stands for a device it has not measured.
-# cuBLAS is ahead of plain Triton GEMMs on sm_90, and close to them on sm_80 (published figures).
+# Defaults for a device that bench.tune has not measured; its winners are in tuning.json. Published
+# figures: cuBLAS beats plain Triton GEMMs on sm_90 and is close to them on sm_80.
 GEMM = {
     80: {"in_proj_fwd": "triton", "out_proj_fwd": "triton", "gelu_bwd": "triton"},
     90: {"in_proj_fwd": "cublas", "out_proj_fwd": "cublas", "gelu_bwd": "cublas"},
@@ -38,7 +40,7 @@ GEMM = {
 
 
 def choice(op: str, x: Tensor) -> str:
-    """Return "triton" or "cublas" for `op` on the device of x; fp32 on a GPU has no Triton GEMM."""
+    """Return "triton" or "cublas" for `op` on x's device; fp32 on a GPU is always "cublas"."""
     if x.is_cuda and x.dtype == torch.float32:
         return "cublas"
     sm = capability(x)
@@ -46,16 +48,17 @@ def choice(op: str, x: Tensor) -> str:
 
 
 def describe(device: torch.device) -> str:
-    """Return a line for a run's log: the version of each op for half precision on `device`."""
+    """Return a log line with each op's version for half precision on `device`."""
     x = torch.empty(0, dtype=torch.bfloat16, device=device)
-    where = f"measured on {measured(capability(x))['device']}"
+    tuned = measured(capability(x))["device"]
+    where = f"tuned on {tuned}" if tuned else "untuned defaults"
     return ", ".join(f"{op} {choice(op, x)}" for op in GEMM[80]) + f" ({where})"
 
 
 def in_proj_fwd(
     h: Tensor, w_in: Tensor, b_in: Tensor, in_fp8: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return ([qkv | u], a) of h [N, C]; [N, 3C + M] and [N, M]."""
+    """Return ([qkv | u] [N, 3C + M], a = gelu(u) [N, M]) for h [N, C]."""
     n_rows, width = h.shape
     a = torch.empty((n_rows, w_in.shape[0] - 3 * width), dtype=h.dtype, device=h.device)
     if not in_fp8 and choice("in_proj_fwd", h) == "triton":
@@ -73,7 +76,7 @@ def out_proj_fwd(
 ) -> Tensor:  # fmt: skip
     """Return x + drop(y Wa^T + b_attn) + drop(a Wm^T + b_mlp); y, x [N, C], a [N, M].
 
-    Rows may be strided. The two dropout masks, of probability `p`, depend on `seed` alone.
+    Rows may be strided. The two dropout masks (drop probability `p`) depend only on `seed`.
     """
     width = y.shape[1]
     wa, wm = w_out[:, :width], w_out[:, width:]
@@ -92,8 +95,8 @@ def out_proj_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dy, db_attn, db_mlp, db_up), the last three fp32.
 
-    Writes du, and dw_out = beta dw_out + its gradient. u and du [N, M] are the last columns of
-    [qkv | u] and of its gradient, so rows are strided.
+    Writes du, and dw_out = beta dw_out + gradient. u and du [N, M] are the last M columns of
+    [qkv | u] and of its gradient, so their rows are strided.
     """
     width = y.shape[1]
     wa, wm = w_out[:, :width], w_out[:, width:]
@@ -121,7 +124,7 @@ def projections_reference(
     x: Tensor, h: Tensor, y: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor,
     b_attn: Tensor, b_mlp: Tensor, keep: tuple[Tensor, Tensor] | None = None, p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (qkv, out) in plain torch; `keep` holds the two dropout masks, [N, C] bools."""
+    """Compute (qkv, out) in plain torch; `keep` is the two dropout masks, [N, C] bool."""
     width = h.shape[1]
     qkv, u = torch.nn.functional.linear(h, w_in, b_in).tensor_split([3 * width], 1)
     a = torch.nn.functional.gelu(u, approximate="tanh")

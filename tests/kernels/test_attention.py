@@ -15,7 +15,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks inside Triton's 
 
 
 def strided(qkv):
-    """A differentiable copy whose rows lie in a wider buffer: attention turns q and k in place."""
+    """Return a differentiable copy with strided rows: attention rotates q and k in place."""
     wide = qkv.new_zeros(*qkv.shape[:2], qkv.shape[2] + 64)
     wide[..., : qkv.shape[2]] = qkv
     return wide[..., : qkv.shape[2]]
@@ -33,15 +33,14 @@ def table(T, R):
     return tuple(t.to(DEVICE) for t in rope_tables(T + 3, R)) if R else None
 
 
-def documents(B, T, start_frac=0.1):
-    """doc_start [B, T] of documents of random lengths."""
+def documents(B, T, start_frac=0.1):  # doc_start [B, T] int32, random lengths
     starts = torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < start_frac
     starts[:, 0] = True
     return torch.where(starts, torch.arange(T), 0).cummax(1).values.int().to(DEVICE)
 
 
 def tiles(monkeypatch, fwd: tuple, bwd: tuple, tma: bool = False):
-    """Launch with these (queries, keys) tiles: small ones, so that a short sequence has many."""
+    """Set the (queries, keys) tiles: small ones give a short sequence many tiles."""
     sm = f"sm_{capability(torch.empty(0, device=DEVICE))}"
     for name in TUNING[sm]:
         for op, (BM, BN) in (("fwd", fwd), ("bwd", bwd)):
@@ -50,7 +49,7 @@ def tiles(monkeypatch, fwd: tuple, bwd: tuple, tma: bool = False):
                 monkeypatch.setitem(TUNING[sm], name, [cfg])
 
 
-# T around the tiles of 64 and 128; R none, a part that is no power of 2, all
+# T near multiples of the tile sizes; R = 0, part of D (not only powers of 2), all of D
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "T", "H", "D", "R"),
@@ -67,7 +66,7 @@ def test_output_and_gradients(B, T, H, D, R, dtype):
     ("fwd", "bwd"), [((32, 32), (16, 32)), ((16, 64), (32, 32)), ((64, 32), (16, 64))]
 )
 def test_many_tiles_and_documents(fwd, bwd, dtype, monkeypatch):
-    """Sharp softmax (scores up to 30), so that the running maximum moves from tile to tile."""
+    """Sharp softmax (scores up to 30): the running maximum changes from tile to tile."""
     tiles(monkeypatch, fwd, bwd)
     B, T, H, D = 2, 100, 1, 32
     qkv = rand(B, T, 3 * H * D, dtype=dtype, seed=3, scale=2.5)
@@ -80,7 +79,7 @@ def test_many_tiles_and_documents(fwd, bwd, dtype, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN
 def test_blocks_of_other_documents_are_skipped(monkeypatch):
-    """Keys before the document, and queries after it, may hold anything: they are never read."""
+    """Poison keys before a document and queries after it with NaN: neither is read."""
     tiles(monkeypatch, (16, 16), (16, 16))
     T, D = 96, 32
     doc_start = (torch.arange(T) // 32 * 32).int()[None].to(DEVICE)
@@ -97,7 +96,7 @@ def test_blocks_of_other_documents_are_skipped(monkeypatch):
 
 
 def test_buffers_wider_than_their_tensors():
-    """out and dqkv land in their columns and nowhere else; dout may be strided too."""
+    """out and dqkv write only their own columns; dout may be strided."""
     B, T, H, D = 2, 70, 2, 32
     C, rope = H * D, table(T, 32)
     qkv, dout = rand(B, T, 3 * C), rand(B, T, C, seed=1)
@@ -116,11 +115,11 @@ def test_buffers_wider_than_their_tensors():
 
 
 def dropout_mask(B, T, H, D, p, seed, **options):
-    """keep [B, H, T, T] as the forward kernel draws it: q = k = 0, and v = 1 at one dim a key."""
+    """Return the forward kernel's keep [B, H, T, T]: q = k = 0 and v one-hot, one dim per key."""
     qkv = torch.zeros(B, T, 3, H, D, device=DEVICE)
     qkv[:, torch.arange(T), 2, :, torch.arange(T) % D] = 1.0
     outs = []
-    for first in range(0, T, D):  # D keys at a time
+    for first in range(0, T, D):
         x = qkv.clone()
         x[:, :first, 2], x[:, first + D :, 2] = 0.0, 0.0
         y = attend(x.view(B, T, -1), H, p=p, seed=seed, **options)
@@ -136,13 +135,13 @@ def test_dropout_statistics():
     n = seen.sum().item()
     sigma = (p * (1 - p) / n) ** 0.5
     assert abs(keep[seen].float().mean().item() - (1 - p)) < 4 * sigma
-    # no two heads, sequences, rows, neighbouring keys or seeds agree more than chance
+    # only chance agreement: heads, sequences, seeds, neighbours, one Philox call (8, 16, 24 apart)
     chance, both = p * p + (1 - p) ** 2, seen[0, 0].sum().item()
     pairs = [(keep[0, 0], keep[0, 1]), (keep[0, 0], keep[1, 0])]
     pairs += [(keep[0, 0], dropout_mask(B, T, H, D, p, 12)[0, 0])]
     for a, b in pairs:
         assert abs((a == b)[seen[0, 0]].float().mean().item() - chance) < 5 / both**0.5
-    for i, j in (0, 1), (1, 0), (1, 1), (0, 8), (8, 0), (8, 8), (0, 16), (0, 24):  # one call's too
+    for i, j in (0, 1), (1, 0), (1, 1), (0, 8), (8, 0), (8, 8), (0, 16), (0, 24):
         a, b = keep[0, 0, i:, j:], keep[0, 0, : T - i, : T - j]
         both = seen[0, 0, i:, j:] & seen[0, 0, : T - i, : T - j]
         assert abs((a == b)[both].float().mean().item() - chance) < 5 / both.sum().item() ** 0.5
@@ -150,7 +149,7 @@ def test_dropout_statistics():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_gradients_and_replay(dtype, monkeypatch):
-    """The mask does not depend on the tiles, and backward drops what forward dropped."""
+    """The mask is independent of tiling, and backward redraws forward's."""
     B, T, H, D, p = 1, 70, 1, 32, 0.2
     keep = dropout_mask(B, T, H, D, p, 5)
     tiles(monkeypatch, (32, 32), (16, 32))
@@ -176,7 +175,6 @@ def run_twice(qkv, dout, H, rope, change):
 
 @interpreted
 def test_any_order_of_programs_gives_the_same_bits(monkeypatch):
-    """What a GPU does as it likes: here the grid runs forward, then backward."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     tiles(monkeypatch, (16, 16), (16, 16))
@@ -194,7 +192,7 @@ def test_any_order_of_programs_gives_the_same_bits(monkeypatch):
 
 @interpreted
 def test_descriptors_give_the_same(monkeypatch):
-    """The TMA path, with the one operation that the interpreter lacks."""
+    """Compare TMA and pointer paths, with descriptor atomics added to the interpreter."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _ir
 
     def create_descriptor_reduce(self, kind, desc, value, indices):
@@ -204,7 +202,7 @@ def test_descriptors_give_the_same(monkeypatch):
 
     name = "create_descriptor_reduce"
     monkeypatch.setattr(InterpreterBuilder, name, create_descriptor_reduce, raising=False)
-    for B, T, H, D in (1, 75, 2, 32), (1, 40, 1, 80):  # 80 is padded: no descriptors
+    for B, T, H, D in (1, 75, 2, 32), (1, 40, 1, 80):  # D = 80 is padded: no TMA
         tiles(monkeypatch, (32, 16), (16, 32))
         first, second = run_twice(
             *(rand(B, T, 3 * H * D), rand(B, T, H * D, seed=1), H, table(T, 32)),
@@ -213,7 +211,7 @@ def test_descriptors_give_the_same(monkeypatch):
         (out, grad), (out2, grad2) = first, second
         assert torch.equal(out, out2)
         assert torch.equal(grad[..., H * D :], grad2[..., H * D :])
-        # pointers add dq by pairs of columns; a carry between them is one step of fixed point
+        # the pointer path adds column pairs: a carry between them is one fixed-point step
         torch.testing.assert_close(grad, grad2, rtol=0, atol=1e-6)
 
 
@@ -223,12 +221,12 @@ def test_descriptors_give_the_same(monkeypatch):
      ((128, 64), (16, 32), [0, 30, 64, 100]), ((32, 32), (32, 64), [0, 33, 64])],
 )  # fmt: skip
 def test_fixed_point_reaches_its_bound_and_no_further(fwd, bwd, starts, monkeypatch):
-    """Near each document's start two keys and values of opposite sign and of a size of its own take
-    half of every query's attention each, in step with dout: dq is as large as it can be."""
+    """Drive dq to its bound: two opposite keys and values at each document's start, scaled per
+    document, get half of every query's attention each, aligned with dout."""
     tiles(monkeypatch, fwd, bwd)
     T, D = 140, 32
     x = torch.zeros(1, T, 3, D)
-    x[:, :, 0, 0], x[:, :, 1, 0] = 7.0, -7.0  # next to nobody attends to another key
+    x[:, :, 0, 0], x[:, :, 1, 0] = 7.0, -7.0  # other keys get almost no attention
     doc_start, size = torch.zeros(1, T, dtype=torch.int32), [1.0, 0.1, 10.0, 3.0]
     for start, scale in zip(starts, size):
         doc_start[:, start:] = start
@@ -252,7 +250,7 @@ def outlier_token(qkv):
 
 
 def sink_key(qkv):
-    """Every query attends to the first key, large in one dim, whose value is nearly zero."""
+    """Attention sink: all queries attend to the first key, large in one dim, value near zero."""
     qkv[:, 0, 1], qkv[:, 0, 1, :, 7] = 0.0, 50.0
     qkv[:, :, 0, :, 7] = qkv[:, :, 0, :, 7].abs() + 0.5
     qkv[:, 0, 2] *= 0.01
@@ -265,7 +263,7 @@ def sink_key(qkv):
      (outlier_token, 32, 0)],
 )  # fmt: skip
 def test_fixed_point_is_as_good_as_fp32_adds(outlier, first, document, dtype, monkeypatch):
-    """dq from row `first` on; `document` is where the second document begins, if not 0."""
+    """Compare dq from row `first` on; a second document begins at row `document`, if not 0."""
     tiles(monkeypatch, (32, 32), (32, 32))
     T, D, grads = 128, 32, {}
     qkv = rand(1, T, 3 * D, seed=2).contiguous()
@@ -282,7 +280,7 @@ def test_fixed_point_is_as_good_as_fp32_adds(outlier, first, document, dtype, mo
         (grad,) = torch.autograd.grad(out, x, dout)
         grads[fixed] = grad[:, first:, :D].double()
     ours_err, adds_err = ((grads[fixed] - exact).norm() for fixed in (True, False))
-    # in fp32, which no GPU trains in, 30 bits of fixed point are fewer than a float's range
+    # fp32 (interpreter only): 30 fixed-point bits cover less than a float's range
     floor = 16 * torch.finfo(dtype).eps * exact.norm() if dtype is torch.float32 else 0
     assert ours_err <= 2 * adds_err + floor
     slopes = [(g * exact).sum() / exact.square().sum() for g in grads.values()]
@@ -304,7 +302,7 @@ def test_small_gradients(scale):
      ("dout", torch.nan), ("dout", torch.inf)],
 )  # fmt: skip
 def test_nan_and_inf_show_in_every_gradient(place, bad, monkeypatch):
-    """In those of all that they reach, and not in dq of earlier tiles."""
+    """Every gradient they reach is non-finite; dq of earlier tiles stays finite."""
     tiles(monkeypatch, (32, 32), (32, 32))
     T, D, at = 96, 32, 40
     qkv = rand(1, T, 3 * D, dtype=torch.float16).contiguous()
@@ -318,7 +316,7 @@ def test_nan_and_inf_show_in_every_gradient(place, bad, monkeypatch):
     reached = slice(at, at + 1) if place in ("q", "dout") else slice(at, T)
     assert not dq[reached].any()
     assert dq[:32].all()
-    assert not (dk[0].any() and dv[0].any())  # of the first key, which all queries see
+    assert not (dk[0].any() and dv[0].any())  # the first key: all queries see it
 
 
 @pytest.mark.gpu
@@ -329,7 +327,6 @@ def test_nan_and_inf_show_in_every_gradient(place, bad, monkeypatch):
      (1, 515, 2, 96, 48), (2, 1024, 2, 128, 128)],
 )  # fmt: skip
 def test_on_gpu(B, T, H, D, R, dtype):
-    """Three-way in bf16 too, with and without documents, and twice: the bits are the same."""
     rope, docs = table(T, R), {"doc_start": documents(B, T, 0.01)}
     qkv, dout = rand(B, T, 3 * H * D, dtype=dtype), rand(B, T, H * D, dtype=dtype, seed=1)
     for options in {}, docs:

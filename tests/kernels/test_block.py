@@ -1,4 +1,4 @@
-"""The block's autograd node against model.py's torch path, which is the reference."""
+"""The block's autograd node against the reference, model.py's torch path."""
 
 import dataclasses
 import math
@@ -11,13 +11,13 @@ from common.config import UserError
 from kernels.block import block
 from model import ModelConfig, Phi, select_kernels
 
-# No tile is full anywhere; widths are multiples of 8, as asked.
+# No tile is full; widths are multiples of 8, as `unsupported` demands.
 SHAPE = ModelConfig(vocab_size=61, seq_len=37, n_layer=1, n_head=2, width=64, mlp_width=136,
                     rotary_dim=12)  # fmt: skip
 
 
 def models(dtype=torch.float32, **changes) -> tuple[Phi, Phi]:
-    """Two models of the same random weights, biases and LayerNorms too: triton's and torch's."""
+    """Return a Triton and a torch model with the same random parameters, incl. biases and LN."""
     torch.manual_seed(0)
     shape = dataclasses.replace(SHAPE, **changes)
     ours, reference = (Phi(shape, triton).to(DEVICE, dtype) for triton in (True, False))
@@ -57,7 +57,7 @@ def test_same_loss_and_gradients_as_the_torch_path(dtype, changes):
     exact.double()
     batch, scale = tokens(), 64.0 if dtype is torch.float16 else 1.0
     a, b, c = (gradients(m, *batch, scale) for m in (ours, same, exact))
-    for name in c:  # a whole model's gradients: every GEMM's tiles round in their own way
+    for name in c:  # 16 ulps: each GEMM's tiling rounds differently
         mean = 0.5 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps * (name == "loss")
         check(name, a[name], b[name], c[name], ulps=16 + mean)
 
@@ -93,7 +93,6 @@ def test_autocast_keeps_the_stream_in_half_precision_and_gradients_in_fp32():
 
 
 def test_gradients_accumulate_in_place():
-    """A second backward adds to the first, into the same memory for the projections."""
     ours, _ = models()
     batches = tokens((1, 12), seed=1), tokens((1, 12), seed=2)
     second, first = (gradients(ours, *batch) for batch in batches[::-1])
@@ -106,7 +105,7 @@ def test_gradients_accumulate_in_place():
 
 
 def test_dropout_is_replayed_and_drawn_from_the_seed():
-    """Central differences of the loss along the gradient: they agree if masks are replayed."""
+    """Central differences of the loss match the gradient only if backward replays the masks."""
     ours, _ = models(dropout=0.2, seq_len=16)
     batch = tokens((1, 16))
 
@@ -183,7 +182,7 @@ def arguments() -> dict:
         ("w_out", torch.zeros(64, 136, dtype=torch.float16, device=DEVICE), "w_out is .*float16"),
         ("n_head", 4, "head dim 16"),
         ("rope", (torch.ones(4, 4, device=DEVICE),) * 2, "rope is .* .4, 4."),
-        ("rope", (torch.ones(8, 20, device=DEVICE),) * 2, "rope turns 40 dims"),
+        ("rope", (torch.ones(8, 20, device=DEVICE),) * 2, "rope rotates 40 dims"),
         ("dropout_p", 1.0, "dropout_p"),
         ("doc_start", torch.zeros(2, 8, dtype=torch.int64, device=DEVICE), "doc_start"),
     ],
@@ -194,7 +193,7 @@ def test_wrong_arguments(name, value, says):
 
 
 def test_these_arguments_are_right():
-    """Or the test above proves nothing. A block of zeros is the identity."""
+    """Control for the test above: these pass, and a block of zeros is the identity."""
     x = torch.randn(1, 8, 64, device=DEVICE)
     doc_start = torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)
     out = block(**arguments() | {"x": x, "doc_start": doc_start, "dropout_p": 0.5})
@@ -204,7 +203,7 @@ def test_these_arguments_are_right():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1024.0)])
 def test_training_step_at_phi1_width_on_a_gpu(dtype, scale):
-    """Loss and gradients near the torch path's, at a real width, both against fp32."""
+    """Loss and gradients at phi-1's width are as near fp32 as the torch path's."""
     changes = {"width": 2048, "n_head": 32, "mlp_width": 8192, "seq_len": 512, "vocab_size": 1000}
     shape = dataclasses.replace(SHAPE, rotary_dim=32, **changes)
     torch.manual_seed(0)

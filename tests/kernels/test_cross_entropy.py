@@ -1,4 +1,4 @@
-"""Cross-entropy: three-way numerics, the in-place gradient, the head by chunks, bad input."""
+"""Cross-entropy: three-way numerics, in-place gradient, chunked head, bad input."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from kernels.cross_entropy import (
 )
 from kernels.launch import TUNING
 
-G = torch.tensor(256.0, device=DEVICE)  # upstream gradient, as loss scaling makes it
+G = torch.tensor(256.0, device=DEVICE)  # upstream gradient, as with loss scaling
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of 128 classes, so that a row of a few hundred is several blocks."""
+    """Use blocks of 128 classes: a row of a few hundred spans several."""
     for sm in ("sm_80", "sm_90"):
         config = TUNING[sm]["cross_entropy"][0] | {"BLOCK_V": 128, "num_warps": 1}
         monkeypatch.setitem(TUNING[sm], "cross_entropy", [config])
@@ -29,7 +29,7 @@ def targets(rows: int, classes: int, ignored: tuple = ()) -> torch.Tensor:
 
 
 def alone(logits, t, g=G) -> list:
-    """[loss, gradient of g * loss] of a copy of the logits, from one launch."""
+    """Return [loss, d(g loss)/dlogits] from one launch on a copy of the logits."""
     x, n = logits.clone(), (t != -1).sum().clamp(min=1)
     losses = cross_entropy_(x, t, g / n, -1, grad=True)
     return [losses.sum() / n, x]
@@ -42,7 +42,7 @@ def three_way(logits, t) -> None:
     same = gradients(reference, [logits], [G])
     exact = gradients(reference, [logits.double()], [G])
     for name, a, b, c in zip(("loss", "gradient"), alone(logits, t), same, exact):
-        check(name, a.to(logits.dtype), b, c)  # our loss is fp32, torch's has the dtype
+        check(name, a.to(logits.dtype), b, c)  # ours is fp32, torch's has the logits' dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,7 +62,7 @@ def test_without_a_gradient_the_logits_stay():
 
 def test_extreme_logits():
     x = rand(3, 300, scale=1e4)
-    x[0, :150] = -float("inf")  # a whole block of classes that are masked out
+    x[0, :150] = -float("inf")  # a whole block of masked classes
     three_way(x, torch.tensor([299, 0, 7], device=DEVICE))
 
 
@@ -90,7 +90,6 @@ def test_row_offsets_are_64_bit():
 
 
 def head(rows=10, classes=150, width=24, dtype=torch.float32) -> list:
-    """x, weight and bias of a head."""
     return [
         rand(rows, width, dtype=dtype),
         rand(classes, width, dtype=dtype, seed=1).contiguous(),
@@ -101,7 +100,7 @@ def head(rows=10, classes=150, width=24, dtype=torch.float32) -> list:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
 def test_with_the_head(chunk_rows, dtype):
-    """10 rows, so that 4 leaves a rest and 100 is one chunk."""
+    """10 rows: chunks of 4 leave a remainder, 100 is one chunk."""
     t, args = targets(10, 150, ignored=(1, 8)), head(dtype=dtype)
 
     def ours(x, w, b):
@@ -119,7 +118,7 @@ def test_with_the_head(chunk_rows, dtype):
 
 
 def test_expected_grad_changes_rounding_only():
-    """Right or wrong, the hint changes no result; right, it saves small ones from underflow."""
+    """Any hint gives the same results; the right one keeps small gradients from underflow."""
     t, args = targets(10, 150), head()
     first, *others = (
         gradients(lambda *a, h=h: linear_cross_entropy(*a, t, expected_grad=h), args, [G])
@@ -164,6 +163,6 @@ def test_bad_input(args, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_real_sizes_on_a_gpu(dtype, monkeypatch):
-    monkeypatch.undo()  # of small_blocks
+    monkeypatch.undo()  # undo small_blocks
     t = targets(515, 51200, ignored=range(0, 515, 7))
     three_way(rand(515, 51200, dtype=dtype, scale=4), t)

@@ -1,4 +1,4 @@
-"""The decode kernels against torch and float64, and that no row's bits depend on the others."""
+"""Decode kernels: three-way numerics, and batch invariance bit for bit."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from kernels import decode
 
 
 def linear_reference(x, w, b, norm, act_cols, residual):
-    """(out, act) in the dtype of x."""
+    """Return (out, act) in x's dtype."""
     if norm is not None:
         x = F.layer_norm(x, x.shape[1:], *norm)
     y = F.linear(x, w, b)
@@ -24,7 +24,7 @@ def linear_reference(x, w, b, norm, act_cols, residual):
 @pytest.mark.parametrize(
     ("kind", "rows", "K", "cols", "act_cols"),
     [
-        ("in", 1, 40, 50, 23),  # gelu begins inside a tile; K is no multiple of BLOCK_K
+        ("in", 1, 40, 50, 23),  # gelu starts inside a tile; K % BLOCK_K != 0
         ("in", 18, 144, 64, 32),
         ("out", 3, 300, 21, 0),
         ("out", 17, 64, 48, 0),
@@ -54,7 +54,7 @@ def test_linear(kind, rows, K, cols, act_cols, dtype):
 
     same, exact = reference(dtype), reference(torch.float64)
     check("out", inner, same[0], exact[0])
-    assert (out[:, cols - act_cols :] == 7).all(), "wrote behind its columns"
+    assert (out[:, cols - act_cols :] == 7).all(), "wrote past its columns"
     if act_cols:
         check("act", act, same[1], exact[1])
         assert (buffer[:, :8] == 7).all()
@@ -62,7 +62,7 @@ def test_linear(kind, rows, K, cols, act_cols, dtype):
 
 
 def attention_reference(qkv, cache, position, cos, sin):
-    """Rows one by one, in the dtype of qkv; the cache is given whole, new entries and all."""
+    """Attend row by row in qkv's dtype; `cache` already holds the new entries."""
     N, H, D = len(qkv), cache.shape[2], cache.shape[4]
     rows = []
     for n in range(N):
@@ -74,7 +74,7 @@ def attention_reference(qkv, cache, position, cos, sin):
 
 
 def attention_case(positions, H, D, R, dtype, S=400):
-    """Everything that a launch takes, and the cache as it must be afterwards."""
+    """Return a launch's inputs and the expected cache afterwards."""
     N = len(positions)
     qkv, cache = rand(N, 3 * H * D, dtype=dtype), rand(2, N, H, S, D, dtype=dtype, seed=1)
     cache = cache.contiguous()
@@ -98,8 +98,8 @@ def launch(qkv, cache, position, cos, sin, scratch):
 @pytest.mark.parametrize(
     ("positions", "H", "D", "R"),
     [
-        ([0, 5, 127, 128, 399], 2, 32, 16),  # one piece of the cache to four
-        ([300, 1], 1, 80, 32),  # a head dim that is padded
+        ([0, 5, 127, 128, 399], 2, 32, 16),  # one to four pieces
+        ([300, 1], 1, 80, 32),  # padded head dim
         ([7], 1, 16, 0),
     ],
 )
@@ -108,20 +108,18 @@ def test_attention(positions, H, D, R, dtype):
     qkv, cache, position, cos, sin = case
     scratch = decode.scratch(len(qkv), H, cache.shape[3], D, DEVICE)
     ours = launch(*case, scratch)
-    assert not scratch[1].any(), "counters are left at zero"
+    assert not scratch[1].any(), "counters must return to zero"
     exact = attention_reference(*(t.double() if t.is_floating_point() else t for t in (
         qkv, after, position, cos, sin)))  # fmt: skip
     check("out", ours, attention_reference(qkv, after, position, cos, sin), exact)
     check("cache", cache, after, after.double())
-    assert torch.equal(launch(*case, scratch), ours), "a second launch gives the same"
+    assert torch.equal(launch(*case, scratch), ours), "a second launch must match"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_see_each_other(dtype, monkeypatch):
-    """Bit by bit: each row alone, and among others that differ.
-
-    The interpreter's dot is BLAS, whose sums depend on where a row lies: here K is summed in order.
-    """
+    """Each row alone equals that row in a batch, bit for bit. The interpreter's dot is BLAS, which
+    sums by row position; `in_order` replaces it."""
 
     def in_order(a, b, dtype):
         return (a[:, :, None] * b.astype(dtype)).sum(1)

@@ -1,4 +1,4 @@
-"""Products in 8 bits: what is rounded, how much that costs, and that a model trains with it."""
+"""FP8 products: what is rounded, the error it costs, and training with it."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from model import Phi
 if why := fp8.unsupported(torch.device(DEVICE)):
     pytest.skip(why, allow_module_level=True)
 
-UNIT = {fp8.E4M3: 2**-4, fp8.E5M2: 2**-3}  # most that rounding changes a normal number, relatively
+UNIT = {fp8.E4M3: 2**-4, fp8.E5M2: 2**-3}  # largest relative rounding error of a normal number
 ROUND = {"vocab_size": 61, "seq_len": 32, "width": 64, "mlp_width": 144}
 
 
@@ -38,7 +38,7 @@ def test_the_kernel_rounds_as_torch_does(dtype, shape):
     want = (x / 0.01).to(dtype)
     q = pointwise.quantise(x, torch.tensor(0.01, device=DEVICE), dtype)
     same = q.float() == want.float()
-    if DEVICE == "cpu":  # the interpreter loses a carry into the exponent
+    if DEVICE == "cpu":  # the interpreter drops a carry into the exponent
         same |= (want.float().frexp().mantissa.abs() == 0.5) & (2 * q.float() == want.float())
     assert same.all()
 
@@ -68,7 +68,7 @@ def test_linear_is_the_product_of_what_was_rounded():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_scaled_mm_multiplies_as_the_emulation_does(dtype, monkeypatch):
-    """With tensor cores on a GPU, and on a CPU, for which torch has a version of it as well."""
+    """_scaled_mm runs on tensor cores, and torch has a CPU version too."""
     x, w, b, dy = (rand(*shape, dtype=dtype, seed=i)
                    for i, shape in enumerate(((48, 64), (80, 64), (80,), (48, 80))))  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_a_gradient_that_is_not_finite_stays_so():
 
 
 def models(**changes) -> list[Phi]:
-    """Two models in 8 bits, triton's and torch's, and one that is not."""
+    """Return fp8 models, Triton and torch, and a plain torch one, with equal weights."""
     shape = SHAPE.__class__(**vars(SHAPE) | ROUND | changes)
     torch.manual_seed(0)
     made = [Phi(shape, triton, fp8=in_fp8).to(DEVICE) for triton, in_fp8 in
@@ -115,11 +115,11 @@ def test_both_paths_round_alike():
     assert a["loss"] != c["loss"]
     again = gradients(ours, *tokens((2, 32)))
     assert all(torch.equal(a[name], again[name]) for name in a)
-    ours(*tokens((2, 32))).backward()  # which adds to the gradients there are
+    ours(*tokens((2, 32))).backward()  # accumulates into existing gradients
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, 2 * a[name], msg=name)
     for model in (ours, reference):
-        logits = model.eval()(tokens((2, 32))[0])  # eval mode is not rounded
+        logits = model.eval()(tokens((2, 32))[0])  # eval does not quantise
         torch.testing.assert_close(logits, plain.eval()(tokens((2, 32))[0]), rtol=1e-3, atol=1e-3)
 
 
@@ -137,8 +137,8 @@ def test_a_model_trains():
 def test_what_cannot_be_in_8_bits(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert fp8.unsupported(cpu, a=64, b=144) == ""
-    assert fp8.unsupported(cpu, a=64, b=72) == "b 72 is no multiple of 16"
+    assert fp8.unsupported(cpu, a=64, b=72) == "b 72 is not a multiple of 16"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
-    for capability, why in (((8, 0), "A100 is older than sm_90"), ((9, 0), "")):
+    for capability, why in (((8, 0), "A100 is older than sm_90, which fp8 needs"), ((9, 0), "")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)  # noqa: B023
         assert fp8.unsupported(gpu, a=64) == why

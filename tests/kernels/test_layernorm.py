@@ -1,4 +1,4 @@
-"""LayerNorm: three-way numerics, the fused residual gradient, bitwise repeat, bad input."""
+"""LayerNorm: three-way numerics, fused residual gradient, bitwise repeat, bad input."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_three_dimensions_and_strided_rows():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_residual_gradient_and_rebuilt_output(dtype, monkeypatch):
-    """With three programs each sums several rows; `dresidual` is added before rounding."""
+    """Three programs, so each sums several rows; `dresidual` adds before rounding."""
     for sm in ("sm_80", "sm_90"):
         config = TUNING[sm]["layernorm_bwd"][0] | {"PROGRAMS": 3}
         monkeypatch.setitem(TUNING[sm], "layernorm_bwd", [config])
@@ -64,7 +64,7 @@ def test_bitwise_repeat():
 
 
 def test_row_offsets_are_64_bit():
-    """Row 3 starts at element 3 * 2^30. The memory between the rows is never touched."""
+    """Row 3 starts at element 3 * 2^30; memory between rows is never touched."""
     wide = torch.empty(3 * 2**30 + 16, dtype=torch.float16, device=DEVICE)
     x = wide.as_strided((4, 16), (2**30, 1)).copy_(rand(4, 16))
     near, w, b = x.clone(), torch.ones_like(x[0]), torch.zeros_like(x[0])

@@ -1,4 +1,4 @@
-"""The block's projections: three-way numerics of both choices, dropout, bias sums."""
+"""Projections of the block: three-way numerics of every choice, dropout, bias sums."""
 
 import math
 
@@ -15,7 +15,7 @@ CHOICES = ["triton", "triton tma", "cublas"]
 
 
 def project(x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p=0.0, seed=0) -> tuple:
-    """(qkv, out) of `projections_reference`, as the block calls mlp.py, differentiable."""
+    """Call mlp.py as the block does; return differentiable (qkv, out)."""
 
     def run(x, h, y, w_in, b_in, w_out, b_attn, b_mlp):
         qkvu, a = mlp.in_proj_fwd(h, w_in, b_in)
@@ -41,7 +41,7 @@ def project(x, h, y, w_in, b_in, w_out, b_attn, b_mlp, p=0.0, seed=0) -> tuple:
 
 @pytest.fixture
 def choose(monkeypatch):
-    """choose(choice): use it for every op, with small tiles and few programs."""
+    """Return choose(choice): use `choice` for every op, with small tiles and few programs."""
 
     def use(choice: str) -> None:
         ops = dict.fromkeys(mlp.GEMM[80], choice[:6])
@@ -59,7 +59,7 @@ def choose(monkeypatch):
 
 
 def inputs(rows: int, width: int, hidden: int, dtype) -> list:
-    """x, h, y with strided rows, weights of the scale that keeps products near 1, biases."""
+    """Return x, h, y with strided rows, weights scaled to keep products near 1, and biases."""
     shapes = [(3 * width + hidden, width), (3 * width + hidden,), (width, width + hidden)]
     matrices = [rand(rows, width, dtype=dtype, seed=i) for i in range(3)]
     weights = [rand(*s, dtype=dtype, seed=3 + i, scale=width**-0.5) for i, s in enumerate(shapes)]
@@ -71,7 +71,7 @@ def upstream(rows: int, width: int, dtype) -> list:
 
 
 def masks(rows: int, width: int, p: float, seed: int) -> tuple:
-    """The two masks, as the backward pass draws them."""
+    """Return the two masks that backward draws."""
     ones = torch.ones(rows, width, device=DEVICE)
     return tuple(d != 0 for d in pointwise.residual_bwd(ones, p, seed)[:2])
 
@@ -80,7 +80,7 @@ def masks(rows: int, width: int, p: float, seed: int) -> tuple:
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(("rows", "width", "hidden"), [(1, 8, 16), (123, 40, 72), (65, 33, 47)])
 def test_outputs_and_gradients(rows, width, hidden, choice, dtype, choose):
-    """Widths that tiles straddle; at (65, 33, 47) no row is aligned, so that TMA gives way."""
+    """Tiles straddle these widths; at (65, 33, 47) rows are unaligned and TMA falls back."""
     choose(choice)
     args = inputs(rows, width, hidden, dtype)
     three_way(project, projections_reference, args, upstream(rows, width, dtype))
@@ -89,7 +89,6 @@ def test_outputs_and_gradients(rows, width, hidden, choice, dtype, choose):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_dropout_is_replayed(choice, dtype, choose):
-    """Forward and backward drop what the masks say, whichever kernels draw them."""
     choose(choice)
     p, seed, (rows, width) = 0.3, 2**40 + 7, (75, 40)
     keep = masks(rows, width, p, seed)
@@ -103,7 +102,7 @@ def test_dropout_is_replayed(choice, dtype, choose):
 
 
 def test_dropout_statistics():
-    """A mask keeps 1 - p of all, of each row and each column; masks and seeds are independent."""
+    """Masks keep 1 - p overall, per row and per column; masks and seeds are independent."""
     p, (rows, width) = 0.1, (250, 256)
     a, b = (m.double() for m in masks(rows, width, p, 1))
     other = masks(rows, width, p, 2)[0].double()
@@ -116,7 +115,7 @@ def test_dropout_statistics():
     for pair in (b, other, *shifted):
         correlation = ((a - a.mean()) * (pair - pair.mean())).mean() / sigma**2
         assert abs(correlation) < 4 / math.sqrt(rows * width)
-    assert torch.equal(a[:123, :40], masks(123, 40, p, 1)[0].double()), "a mask depends on shape"
+    assert torch.equal(a[:123, :40], masks(123, 40, p, 1)[0].double()), "mask depends on shape"
 
 
 def test_dropped_elements_are_zero_and_kept_ones_scaled():
@@ -124,7 +123,7 @@ def test_dropped_elements_are_zero_and_kept_ones_scaled():
     assert set(d1.unique().tolist()) == set(d2.unique().tolist()) == {0.0, 2.0}
     torch.testing.assert_close(db1, d1.sum(0))
     torch.testing.assert_close(db2, d2.sum(0))
-    # Without dropout they are equal; sharing memory, each would accumulate the other's too.
+    # equal without dropout, but shared memory would accumulate both parameters' gradients
     *_, db1, db2 = pointwise.residual_bwd(torch.ones(5, 8, device=DEVICE), 0.0, 0)
     assert torch.equal(db1, db2)
     assert db1.data_ptr() != db2.data_ptr()
@@ -141,7 +140,7 @@ def test_bitwise_repeat(choice, choose):
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # sigmoid(-300) = 0 = 1 / inf
 @pytest.mark.parametrize("choice", CHOICES)
 def test_activation_is_rebuilt_bitwise_at_any_size(choice, choose, monkeypatch):
-    """Huge inputs give u or 0, no NaN; the backward pass makes the a of the forward pass."""
+    """Huge inputs give u or 0, never NaN; backward recomputes forward's a."""
     choose(choice)
     u = torch.tensor([-300.0, -20.0, -5.0, -0.0, 0.5, 5.0, 20.0, 300.0], device=DEVICE).half()
     h, w_out = torch.ones(3, 8, device=DEVICE).half(), torch.ones(8, 16, device=DEVICE).half()
@@ -165,7 +164,7 @@ def test_column_sum(shape):
 
 @pytest.mark.slow
 def test_row_offsets_are_64_bit():
-    """520 rows, 2^22 elements apart. The memory between them is never touched."""
+    """520 rows, 2^22 elements apart; memory between them is never touched."""
     wide = torch.empty(520 * 2**22, dtype=torch.float16, device=DEVICE)
     near = rand(520, 16, dtype=torch.float16)
     far = wide.as_strided((520, 16), (2**22, 1)).copy_(near)
