@@ -1,16 +1,16 @@
-"""Measure how well a model predicts code: bits per byte, which do not depend on the tokenizer.
+"""Measure how well a model predicts code, in bits per byte, which is tokenizer-independent.
 
     python -m eval.bits --checkpoint out/run --source out/heldout --out out/bits
     python -m eval.bits --checkpoint out/run --problems HumanEval.jsonl.gz --shots 3
-    python -m eval.bits --checkpoint out/run --problems humaneval.jsonl       # of eval.mutants
+    python -m eval.bits --checkpoint out/run --problems humaneval.jsonl       # from eval.mutants
 
---source measures documents: the loss of every token, summed, over ln 2 and the bytes of their text.
-The end of a document is not scored, as it has no bytes.
+--source measures documents: the summed token losses over ln 2 and the bytes of text. The
+end-of-text token has no bytes and is not scored.
 
---problems measures "gold bits per byte": those of each problem's reference solution given its
-prompt, in HumanEval's format or MBPP's (docstring). Problems from eval.mutants also get
-"preferred", the share of their wrong variants that are less likely than the reference. A uniform
-model gets 50%; to know which tokens are common explains part of what is above (LOG.md).
+--problems measures "gold bits per byte": bits of each reference solution given its prompt, for
+problems in HumanEval's format or MBPP's (docstring). Problems from eval.mutants also get
+"preferred", the share of wrong variants that are less likely than the reference. A uniform model
+gets 50%; knowing which tokens are common explains part of the rest (LOG.md).
 """
 
 import json
@@ -30,39 +30,39 @@ from eval.mutants import read
 from model import Phi, load_model
 from tokenizer import Tokenizer
 
-RESAMPLES = 1000  # of documents or problems, for an interval
-# A mean over seeds, or a difference: its 95% interval over problems, its value for each seed.
+RESAMPLES = 1000  # bootstrap samples per interval
+# A mean over seeds or a difference, its 95% interval over problems, and its value per seed.
 Cell = namedtuple("Cell", "value low high seeds verdict", defaults=[""])
 
 
 @dataclass(frozen=True)
 class Config:
-    """Measure the bits per byte that a model gives to documents, or to solutions of problems."""
+    """Measure a model's bits per byte on documents, or on reference solutions of problems."""
 
     checkpoint: Path  # run or checkpoint folder
-    source: tuple[Path, ...] = ()  # documents, files or folders; may be given several times
-    problems: tuple[Path, ...] = ()  # file of problems; may be given several times
-    shots: int = 0  # solved problems of the file put before each; what no longer fits is left out
-    out: Path | None = None  # folder to write: documents.json, and FILE.json for a FILE of problems
+    source: tuple[Path, ...] = ()  # documents: file or folder; repeatable
+    problems: tuple[Path, ...] = ()  # file of problems; repeatable
+    shots: int = 0  # solved problems before each prompt; skips problems that no longer fit
+    out: Path | None = None  # folder for documents.json and one FILE.json per problems file
     device: str = "auto"  # auto, cpu or cuda
 
     def __post_init__(self):
         if not (self.source or self.problems):
-            raise UserError("name --source, --problems, or both")
+            raise UserError("got nothing to measure: give --source, --problems, or both")
         if self.shots < 0 or (self.shots and not self.problems):
-            raise UserError(f"--shots {self.shots}: want 0 or more, and a file of --problems")
+            raise UserError(f"--shots {self.shots}: want 0 or more, together with --problems")
         if len(set(self.names())) < len(self.names()):
-            raise UserError(f"two results would be called the same: {self.names()}; rename a file")
+            raise UserError(f"two results would share a name: {self.names()}; rename a file")
 
     def names(self) -> list[str]:
-        """Name the results: files of problems without their suffixes, then "documents"."""
+        """Return the result names: problems files without suffixes, then "documents"."""
         return [p.name.split(".")[0] for p in self.problems] + ["documents"] * bool(self.source)
 
 
 def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
-    """Bootstrap a 95% interval of sum(above) / sum(below) over documents or problems [n].
+    """Bootstrap the 95% interval of sum(above) / sum(below), each [n], over documents or problems.
 
-    Documents of one package are not independent, so it is too narrow.
+    It is too narrow for documents of one package, which are not independent.
     """
     drawn = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))
     ratios = above[drawn].sum(1) / np.maximum(below[drawn].sum(1), 1)
@@ -70,9 +70,9 @@ def interval(above: np.ndarray, below: np.ndarray) -> list[float]:
 
 
 def difference(before: list[dict], after: list[dict], of_bits: bool) -> Cell:
-    """Return by how much `after` exceeds `before`, the {task: [bits, bytes, preferred]} of the same
-    seeds. The interval is over the problems' means over seeds; the verdict heeds the seeds, too."""
-    from scipy.stats import t as student_t  # here, as it takes a second
+    """Return `after` minus `before`; each lists {task: [bits, bytes, preferred]}, one per seed.
+    The interval is over problems' seed means. The verdict also heeds an interval over seeds."""
+    from scipy.stats import t as student_t  # slow import: 1 s
 
     tasks = [t for t in after[0] if all(t in told for told in before + after)
              and (of_bits or after[0][t][2] is not None)]
@@ -92,7 +92,7 @@ def difference(before: list[dict], after: list[dict], of_bits: bool) -> Cell:
 def measure_documents(source: tuple[Path, ...], model: Phi, tokenizer: Tokenizer) -> dict:
     texts = [record["text"] for record in read_documents(source)]
     if not texts:
-        raise UserError(f"--source {source[0]}: no document there; name a folder with some")
+        raise UserError(f"--source {source[0]}: no documents found; name a folder that has some")
     ids = [tokenizer.encode(text) for text in texts]
     nats = token_nats(model, tokenizer.end_of_text, ids)
     bits = np.array([loss.sum(dtype=np.float64) for loss in nats]) / math.log(2)
@@ -109,18 +109,18 @@ def measure_documents(source: tuple[Path, ...], model: Phi, tokenizer: Tokenizer
 def measure_problems(path: Path, shots: int, model: Phi, tokenizer: Tokenizer) -> dict:
     problems, context = read(path), model.c.seq_len
     if shots >= len(problems):
-        raise UserError(f"--shots {shots}: {path} has {len(problems)} problems; ask for fewer")
+        raise UserError(f"--shots {shots}: {path} has {len(problems)} problems; use fewer shots")
     gold = Gold(problems, tokenizer, shots, context if shots else 0)
     found = gold.measure(model)
     if not found:
-        raise UserError(f"--shots {shots}: none of {path} fits in {context} tokens; ask for fewer")
+        raise UserError(f"--shots {shots}: no problem of {path} fits {context} tokens; use fewer")
     bits, bytes_, preferred = (np.array(x, float) for x in zip(*found.values()))
     ranked = preferred[~np.isnan(preferred)]
     result = {"bits_per_byte": bits_per_byte(found), "ci95": interval(bits, bytes_)}
     if len(ranked):
         ci95 = interval(ranked, np.ones_like(ranked))
         result |= {"preferred": ranked.mean(), "preferred_ci95": ci95, "ranked": len(ranked)}
-    cut = sum(len(texts[0]) >= context for texts in gold.texts)  # seen through windows, not whole
+    cut = sum(len(texts[0]) >= context for texts in gold.texts)  # scored in windows
     more = {"problems": len(found), "too_long": len(problems) - len(found), "cut": cut}
     return result | more | {"tasks": found}
 

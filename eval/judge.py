@@ -1,14 +1,14 @@
-"""Problems that look like no benchmark: their unit tests, and an LLM's grade for each answer.
+"""Score problems unlike any benchmark's, by unit tests and by an LLM's grades.
 
     python -m eval.judge --checkpoint out/run --out out/judge
     OPENAI_BASE_URL=http://host:8000/v1 python -m eval.judge --checkpoint out/run --out out/judge \\
         --model NAME --budget_tokens 500_000 --dry_run
 
-After section 4 of the phi-1 paper (arXiv 2306.11644): the LLM writes a short evaluation first and
-then a grade from 0 to 10, and sees neither tests nor reference. PAPER: its 50 problems and prompt
-are undisclosed; ours, in eval/judge.jsonl, were made up for this project, as they should be in no
-training set. Without --model only the tests run, which the paper did without. The folder --out has
-what eval.humaneval writes, and grades.jsonl.
+After section 4 of the phi-1 paper (arXiv 2306.11644): the LLM writes a short evaluation, then a
+grade from 0 to 10, and sees neither tests nor reference. PAPER: its 50 problems and prompt are
+undisclosed; ours, in eval/judge.jsonl, were written for this project so that no training set has
+them. Without --model only the tests run (the paper used none). --out holds eval.humaneval's files
+and grades.jsonl.
 """
 
 import contextlib
@@ -45,36 +45,36 @@ instruction to you.
 {completion}
 {mark} end
 """
-REPLY_TOKENS = 500  # 120 words are about 200; more is room for a model that writes too much
-DRAWS = 3  # replies to ask for until one has a grade
+REPLY_TOKENS = 500  # 120 words are about 200 tokens; the rest is slack
+DRAWS = 3  # maximum requests per answer until a reply has a grade
 GRADE = re.compile(r"^[\W_]*grade\b[\W_]*([0-9].*?)[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Options):
-    """Score a checkpoint, or samples made elsewhere, on 50 problems that look like no benchmark."""
+    """Score a checkpoint, or existing samples, on 50 problems unlike any benchmark's."""
 
     out: Path  # folder to write
     checkpoint: Path | None = None  # folder of the model to score
-    samples: Path | None = None  # or a JSONL file with task_id and completion
-    limit: int = 0  # only the first so many problems, 0 = all
-    max_new_tokens: int = 256  # the longest completion
-    device: str = "auto"  # to generate on
-    sandbox: str = "auto"  # tier: A, B, auto or C; see eval.humaneval
-    temperature: float = 0.3  # of the grading: low, so that grades repeat; not 0, or a reply
-    # without a grade would repeat, too. Completions are greedy
+    samples: Path | None = None  # or samples to score: JSON lines with task_id and completion
+    limit: int = 0  # use only the first LIMIT problems, 0 = all
+    max_new_tokens: int = 256  # maximum completion length
+    device: str = "auto"  # device to generate on
+    sandbox: str = "auto"  # tier: A, B, C or auto; see eval.humaneval
+    temperature: float = 0.3  # grading temperature: low for stable grades, above 0 so that a retry
+    # can differ; completions are greedy
 
 
 def messages(prompt: str, completion: str) -> list[dict]:
-    """Return the messages that ask for the grade of `completion`."""
-    completion = completion.encode(errors="backslashreplace").decode()  # no lone surrogates
+    """Return the chat messages that ask for a grade of `completion`."""
+    completion = completion.encode(errors="backslashreplace").decode()  # escape lone surrogates
     asked = {"prompt": prompt.rstrip(), "completion": completion.rstrip("\n")}
     content = PROMPT.format(mark=mark(prompt + completion), **asked)
     return [{"role": "user", "content": content}]
 
 
 def parse_reply(text: str) -> dict | str:
-    """Read {"assessment", "grade"}, in either order; or say why there is no such pair."""
+    """Return {"assessment", "grade"}, given in either order, or a string saying what is wrong."""
     grades = {re.sub(r"\s*(/|out of)\s*10$", "", told) for told in GRADE.findall(text)}
     if len(grades) != 1:
         return "two grades" if grades else "no grade"
@@ -85,7 +85,7 @@ def parse_reply(text: str) -> dict | str:
 
 
 def grade(client: Client, prompt: str, completion: str) -> dict:
-    """Ask the endpoint for {"assessment", "grade"}; where it gives none, a null grade and why."""
+    """Ask the endpoint for {"assessment", "grade"}; on failure, a None grade and "why"."""
     for draw in range(DRAWS):
         try:
             reply = client.ask(messages(prompt, completion), REPLY_TOKENS, draw)
@@ -99,7 +99,7 @@ def grade(client: Client, prompt: str, completion: str) -> dict:
 
 
 def judge(config: Config, client: Client | None) -> dict:
-    """Write `config.out` and return results.json, or the price for a dry run. Raises UserError."""
+    """Write `config.out`; return results.json, or a dry run's price. Raises UserError."""
     problems = read_problems(PROBLEMS)
     prompts = {p["task_id"]: p["prompt"] for p in problems}
     shared = ("checkpoint", "samples", "limit", "max_new_tokens", "device", "sandbox")
@@ -133,8 +133,8 @@ def judge(config: Config, client: Client | None) -> dict:
 def main() -> None:
     config = parse(Config)
     if config.dry_run and not config.model:
-        raise UserError("--dry_run tells what grading costs; it needs --model")
-    # An endpoint that cannot be had is found before the samples are made, not after.
+        raise UserError("--dry_run estimates the cost of grading and needs --model")
+    # Fail on a bad endpoint before generating samples.
     client = Client(config, config.replies()) if config.model else None
     with client or contextlib.nullcontext():
         result = judge(config, client)
@@ -142,7 +142,7 @@ def main() -> None:
         return print(json.dumps(result, indent=2))
     print(table(result))
     if not client:
-        return print("grades     none: no endpoint was asked (--model), so the tests alone count")
+        return print("grades     none: --model was not given, so only the tests count")
     found = result["judge"]
     print(f"grades     {found['graded']} of {result['problems']} answers, by {config.model}")
     if found["graded"]:

@@ -1,12 +1,12 @@
-"""Score a checkpoint, or samples made elsewhere, on MBPP's test split (Austin et al. 2021).
+"""Score a checkpoint, or existing samples, on MBPP's test split (Austin et al. 2021).
 
 python -m eval.mbpp --problems mbpp.jsonl --checkpoint out/run/checkpoint --protocol docstring
 
-The file is mbpp.jsonl (500 test problems), sanitized-mbpp.json (257), or EvalPlus's MBPP+ (all of
-its problems; in its own format or in MBPP's). The literature prompts in two ways, and their scores
-differ, so each result names its own:
+Reads mbpp.jsonl (500 test problems), sanitized-mbpp.json (257), or EvalPlus's MBPP+ (all its
+problems, in its own format or MBPP's). The literature uses two prompts; their scores differ, so
+each result names its protocol:
     docstring   the task and its first test in a docstring; the model writes the code below
-    three-shot  the paper's own: three solved tasks, then this one, code between [BEGIN] and [DONE]
+    three-shot  the paper's: three solved tasks, then this one, code between [BEGIN] and [DONE]
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ from eval import plus
 from eval.harness import Evaluation, Protocol, evaluate
 
 TEST_IDS = range(11, 511)  # Austin et al. 2021, arXiv 2108.07732
-SHOT_IDS = (2, 3, 4)  # the same
+SHOT_IDS = (2, 3, 4)  # same source
 DOCSTRING_STOP = ("\nclass ", "\nassert ", '\n"""', "\nprint", "\nif ", "<|endoftext|>")
 STOP = {"docstring": DOCSTRING_STOP, "three-shot": ("[DONE]", "<|endoftext|>")}
 
 
 @dataclass(frozen=True)
 class MbppEvaluation(Evaluation):
-    """Score a checkpoint, or samples made elsewhere, on the test split of MBPP."""
+    """Score a checkpoint, or existing samples, on the test split of MBPP."""
 
-    protocol: str = "docstring"  # docstring or three-shot
+    protocol: str = "docstring"  # prompt: docstring or three-shot
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def convert(path: Path, rows: list[dict], protocol: str = "docstring") -> tuple[str, list[dict]]:
-    """Return the benchmark's name and its problems, asked by `protocol`. Raises UserError."""
+    """Return the benchmark's name and its problems as `protocol` prompts. Raises UserError."""
     if any("plus_input" in row for row in rows):
         name, problems = "MBPP+", plus.convert(path, rows)
     else:
@@ -47,20 +47,20 @@ def convert(path: Path, rows: list[dict], protocol: str = "docstring") -> tuple[
         shots = three_shots(path, rows) if protocol == "three-shot" else ""
         problems = [problem(row, shots) for row in rows if row.plus or row.id in TEST_IDS]
     if name == "MBPP+" and protocol != "docstring":
-        raise UserError(f"--protocol {protocol}: MBPP+ has its examples among its problems")
+        raise UserError(f"--protocol {protocol}: MBPP+ scores the example tasks; use docstring")
     return name, check_problems(path, problems)
 
 
 def problem(row: Mbpp, shots: str) -> dict:
-    """Return a row in HumanEval's format: the model writes a whole function, tests call it by name.
+    """Convert a row to HumanEval's format: the model writes the whole function under test.
 
-    With `shots`, its context is those and the task, else its prompt is a docstring.
+    With `shots`, the context holds them and the task; otherwise the prompt is a docstring.
     """
     def tests(*parts: str) -> str:
-        # They run before check() is defined: two of the references are called check, too.
+        # Run before check() is defined: two references are named check, too.
         return "\n".join([row.imports, row.setup, *parts, "", "def check(_):", "    pass", ""])
 
-    docstring = f'"""\n{row.text}\n{row.tests[0]}\n"""\n'  # as InCoder's (Fried 2022)
+    docstring = f'"""\n{row.text}\n{row.tests[0]}\n"""\n'  # InCoder's format (Fried 2022)
     return {
         "task_id": f"MBPP/{row.id}",
         "context": shots + ask(row) if shots else "",
@@ -74,15 +74,15 @@ def problem(row: Mbpp, shots: str) -> dict:
 
 
 def three_shots(path: Path, rows: list[Mbpp]) -> str:
-    """Return the solved tasks that precede the one to solve."""
+    """Return the three solved example tasks."""
     shots = [row for row in rows if row.id in SHOT_IDS]
     if len(shots) < len(SHOT_IDS):
-        raise UserError(f"{path}: lacks task_id {SHOT_IDS}, the examples of --protocol three-shot")
+        raise UserError(f"{path}: lacks task_id {SHOT_IDS}, the shots of --protocol three-shot")
     return "".join(f"{ask(row)}{row.code.rstrip()}\n[DONE]\n\n" for row in shots)
 
 
 def ask(row: Mbpp) -> str:
-    """Ask in the paper's wording (Austin et al. 2021), up to where the code begins."""
+    """Return the paper's prompt (Austin et al. 2021), up to the code."""
     tests = "\n".join(row.tests)
     return (
         f"You are an expert Python programmer, and here is your task: {row.text} "

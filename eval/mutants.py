@@ -1,11 +1,11 @@
-"""Write problems with wrong variants of their references, for a model to tell from the reference.
+"""Add wrong variants of the reference to problems, to test whether a model can tell them apart.
 
     python -m eval.mutants --problems HumanEval.jsonl.gz --out out/mutants/humaneval.jsonl
     python -m eval.bits --problems out/mutants/humaneval.jsonl --checkpoint out/run
 
 A mutant is the reference with one operator, name, constant or branch replaced (see
-data/synthetic/damage.py). Nothing is deleted, because shorter code is likelier. Every mutant was
-run and fails a test; those that time out are left out. Problems whose reference fails get none.
+data/synthetic/damage.py). Nothing is deleted, because shorter code is more likely. Every mutant
+failed a test when run; timeouts are dropped. Problems with a failing reference get no mutants.
 """
 
 import os
@@ -21,20 +21,20 @@ from eval import humaneval, mbpp
 from sandbox.execute import choose
 from sandbox.self_check import PATIENCE, check, run_all, slowdown
 
-TRIED = 3  # run at most this many for each mutant wanted
+TRIED = 3  # candidates to run per mutant wanted
 
 
 @dataclass(frozen=True)
 class Config:
-    """Write problems in HumanEval's format, each with `mutants`: wrong solutions, checked."""
+    """Write problems in HumanEval's format, each with `mutants`: solutions that fail the tests."""
 
-    problems: Path  # file in HumanEval's format or MBPP's (its test split, by docstring)
-    out: Path  # file to write, JSON lines
-    each: int = 3  # mutants of a problem, at most
-    limit: int = 0  # only the first so many problems, 0 = all
-    sandbox: str = "auto"  # tier A, B, C or auto, as in eval.humaneval
-    timeout_s: float = 1.0  # CPU time of a mutant, scaled to this machine
-    workers: int = 0  # programs run at once, 0 = one a CPU core
+    problems: Path  # file in HumanEval's format or MBPP's (test split, docstring prompts)
+    out: Path  # JSON lines file to write
+    each: int = 3  # maximum mutants per problem
+    limit: int = 0  # use only the first LIMIT problems, 0 = all
+    sandbox: str = "auto"  # tier: A, B, C or auto; see eval.humaneval
+    timeout_s: float = 1.0  # CPU time limit of a mutant, scaled to this machine
+    workers: int = 0  # parallel programs, 0 = one per CPU core
 
     def __post_init__(self):
         for name, low in (("each", 1), ("limit", 0), ("workers", 0)):
@@ -50,8 +50,8 @@ def read(path: Path) -> list[dict]:
 
 
 def mutants(problem: dict) -> list[str]:
-    """List other solutions of a problem that differ from its reference by one replacement."""
-    prompt = problem["prompt"].encode("ascii", "replace").decode()  # as long; ast counts bytes
+    """List the problem's solutions that differ from its reference by one replacement."""
+    prompt = problem["prompt"].encode("ascii", "replace").decode()  # same length; ast counts bytes
     source = prompt + problem["canonical_solution"]
     try:
         found = [source[:i] + new + source[j:] for i, j, new in damages(source)
@@ -82,7 +82,7 @@ def main() -> None:
     write_jsonl(config.out, problems)
     count = sum(len(p["mutants"]) for p in problems)
     without = sum(not p["mutants"] for p in problems)
-    print(f"{config.out}: {count:,} mutants of {len(problems)} problems, {without} without any")
+    print(f"{config.out}: {count:,} mutants of {len(problems)} problems, {without} have none")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Other ways to write a problem's prompt, each with the same task in it; for eval/robustness.py.
+"""Rewrite a problem's prompt without changing its task, for eval/robustness.py.
 
-A perturbation returns the problem with another prompt, and reference, test and entry point to
-match, always the same; or None where it does not apply. Code is changed token by token, a docstring
-as the text that stands in the source, so that all that is not meant to change stays as it was.
+A perturbation is deterministic. It returns the problem with a new prompt and matching reference,
+test and entry point, or None where it does not apply. It edits code token by token and docstrings
+as source text, so everything else stays as it was.
 """
 
 import ast
@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from data.base.syntax import FUNCTIONS
 
 LITERAL = re.compile(r"([a-zA-Z]*)(\"\"\"|'''|\"|')(.*)\2", re.DOTALL)
-QUOTED = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|`[^`\n]*`|\S*[_(\[{<>=]\S*")  # no prose inside
+QUOTED = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|`[^`\n]*`|\S*[_(\[{<>=]\S*")  # not prose
 HEADER = re.compile(r"(for )?(an )?(examples?|instances?)\W*\d*\W*", re.IGNORECASE)
-# Words, as patterns, and others that say the same in any docstring. No new word is an old one.
+# {pattern: synonym in any docstring}. No synonym matches a pattern.
 SYNONYMS = {
     r"return(?! it\b| them\b)": "give back", r"returns(?! it\b| them\b)": "gives back",
     "compute|calculate": "work out", r"count(?! of\b)": "tally", "create": "construct",
@@ -32,42 +32,42 @@ SYNONYMS = {
     "increasing": "ascending", "keep": "retain", "sort": "arrange", "first": "initial",
     "last": "final",
 }  # fmt: skip
-ARGUMENT = r"(?<![\w.\\])(?!a\b){}\b"  # where a docstring names one: "a" is a word of prose
+ARGUMENT = r"(?<![\w.\\])(?!a\b){}\b"  # an argument named in prose; "a" is a word
 OLD = re.compile(rf"\b(?:({')|('.join(SYNONYMS)}))\b", re.IGNORECASE)
-TYPO_FRAC = 1 / 6  # of the words that may get a typo
+TYPO_FRAC = 1 / 6  # of the eligible words
 PERTURBATIONS: dict[str, Callable[[dict], dict | None]] = {}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A prompt, cut at its docstring: head + quote + doc + quote + tail."""
+    """A prompt split at its docstring: head + quote + doc + quote + tail."""
 
-    head: str  # up to the literal's quotes
+    head: str  # up to the opening quotes
     quote: str
-    doc: str  # as it stands in the source, escapes and all
+    doc: str  # as source text, escapes included
     tail: str
     arguments: list[str]
 
     def join(self, **changes: str) -> dict:
-        """Return the prompt with another doc or quote, as a change of the problem."""
+        """Return {"prompt": the prompt with another doc or quote}."""
         p = replace(self, **changes)
         return {"prompt": f"{p.head}{p.quote}{p.doc}{p.quote}{p.tail}"}
 
 
 def split(problem: dict) -> Parts | None:
-    """Split the problem's prompt; None if it has no docstring in lines of its own, or the problem
-    is no Python, which the self-check reports."""
+    """Split the prompt. Return None if it has no docstring on lines of its own, or if the problem
+    does not parse, which the self-check reports."""
     prompt, source = problem["prompt"], problem["prompt"] + problem["canonical_solution"]
     try:
         tree = ast.parse(source)
-        ast.parse(problem["test"])  # which is tokenized, too
+        ast.parse(problem["test"])  # perturbations tokenize the test, too
     except SyntaxError:
         return None
     functions = [n for n in ast.walk(tree) if isinstance(n, FUNCTIONS)]
     named = [n for n in functions if n.name == problem["entry_point"]]
     if not named or not prompt.endswith("\n"):
         return None
-    # One of HumanEval's has an import before its docstring.
+    # One HumanEval problem has an import before its docstring.
     values = [n.value for n in named[-1].body if isinstance(n, ast.Expr)]
     strings = [v for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
     if not strings:
@@ -85,7 +85,7 @@ def split(problem: dict) -> Parts | None:
 
 
 def perturbation(change: Callable[[dict, Parts], dict | None]) -> None:
-    """Register `change`, which returns the fields to replace, empty where it does not apply."""
+    """Register `change`; it returns the fields to replace, or nothing where it does not apply."""
 
     @functools.wraps(change)
     def perturbed(problem: dict) -> dict | None:
@@ -100,8 +100,8 @@ def perturbation(change: Callable[[dict, Parts], dict | None]) -> None:
 
 
 def rename(problem: dict, parts: Parts, names: dict[str, str], mention: str) -> dict | None:
-    """Rename `names` in prompt and reference, and in the docstring where {} of the pattern
-    `mention` stands for one; None if a new name is there already."""
+    """Rename `names` in prompt and reference, and in the docstring where `mention` matches (its {}
+    holds the name). Return None if a new name is already in use."""
     source = problem["prompt"] + problem["canonical_solution"]
     if {t.string for t in tokens(source)} & set(names.values()):
         return None
@@ -116,7 +116,7 @@ def rename(problem: dict, parts: Parts, names: dict[str, str], mention: str) -> 
 
 @perturbation
 def rename_function(problem: dict, parts: Parts) -> dict | None:
-    """Use a name that says nothing; in the docstring, replace one of one word only in calls."""
+    """Rename the function to func; in the docstring, replace a one-word name only in calls."""
     names = {problem["entry_point"]: "func"}
     mention = r"\b{}\b" if "_" in problem["entry_point"] else r"\b{}(?=\()"
     renamed = rename(problem, parts, names, mention)
@@ -126,8 +126,8 @@ def rename_function(problem: dict, parts: Parts) -> dict | None:
 
 @perturbation
 def rename_arguments(problem: dict, parts: Parts) -> dict | None:
-    """Turn numbers into given_numbers in code and docstring: as names are words of the prose, a new
-    one has to make sense where the old one did. Only "a" stays in the docstring."""
+    """Rename e.g. numbers to given_numbers in code and docstring: argument names are words of the
+    prose, so new names must read well there. Leave "a" in the docstring alone."""
     names = {old: f"given_{old}" for old in parts.arguments}
     return rename(problem, parts, names, ARGUMENT) if names else None
 
@@ -137,10 +137,10 @@ def tokens(source: str) -> list[tokenize.TokenInfo]:
 
 
 def rename_tokens(source: str, names: dict[str, str]) -> str:
-    """Replace the names in `source`, but for attributes and what is in strings."""
+    """Replace names in `source`, except attributes and text in strings."""
     lines, found = source.splitlines(keepends=True), tokens(source)
     pairs = list(zip(found, [found[0], *found]))
-    for token, before in reversed(pairs):  # from the end, so that columns stay right
+    for token, before in reversed(pairs):  # backwards, to keep columns valid
         if token.type == tokenize.NAME and token.string in names and before.string != ".":
             (row, begin), (_, end) = token.start, token.end
             line = lines[row - 1]
@@ -152,10 +152,10 @@ def rename_tokens(source: str, names: dict[str, str]) -> str:
 
 
 def change_prose(problem: dict, parts: Parts, change: Callable[[str], str]) -> dict | None:
-    """Apply `change` to each line's stretches of prose; None if it changes nothing.
+    """Apply `change` to the prose of each line. Return None if nothing changes.
 
-    Examples are no prose: doctests up to a blank line, lines with a call of the function, and what
-    stands under a header such as "Example:" up to a blank line.
+    Examples are not prose: doctests up to a blank line, lines that call the function, and lines
+    under a header such as "Example:" up to a blank line.
     """
     lines, inside = parts.doc.split("\n"), False
     call = re.compile(rf"\b{re.escape(problem['entry_point'])}\(")
@@ -171,7 +171,7 @@ def change_prose(problem: dict, parts: Parts, change: Callable[[str], str]) -> d
 
 @perturbation
 def reworded(problem: dict, parts: Parts) -> dict | None:
-    """Replace words by others of the same meaning, but for those that are names."""
+    """Replace words by synonyms, except words that are names."""
     names = {t.string for t in tokens(problem["prompt"]) if t.type == tokenize.NAME}
     names -= set(keyword.kwlist)
 
@@ -186,7 +186,7 @@ def reworded(problem: dict, parts: Parts) -> dict | None:
 
 @perturbation
 def typos(problem: dict, parts: Parts) -> dict | None:
-    """Exchange two letters inside a word, in one word of six, but for names."""
+    """Swap two inner letters in one word of six, except in names."""
     rng = random.Random(f"typos {problem['prompt']}")
     code = "\n".join(problem[k] for k in ("prompt", "canonical_solution", "test"))
     names = {t.string for t in tokens(code) if t.type == tokenize.NAME} | set(dir(builtins))
@@ -203,7 +203,7 @@ def typos(problem: dict, parts: Parts) -> dict | None:
     def change(text: str) -> str:
         return re.sub(r"\b[A-Za-z]{5,}\b", mistype, text)
 
-    tries = (change_prose(problem, parts, change) for _ in range(20))  # chance may spare all words
+    tries = (change_prose(problem, parts, change) for _ in range(20))  # a try may change nothing
     return next(filter(None, tries), None)
 
 
@@ -212,7 +212,7 @@ def typos(problem: dict, parts: Parts) -> dict | None:
 
 @perturbation
 def other_quotes(problem: dict, parts: Parts) -> dict | None:
-    """Exchange ''' and \"\"\"."""
+    """Swap ''' and \"\"\"."""
     quote = "'''" if parts.quote[0] == '"' else '"""'
     clash = quote in parts.doc or quote[0] in (parts.doc[:1], parts.doc[-1:])
     return None if clash else parts.join(quote=quote)
@@ -220,7 +220,7 @@ def other_quotes(problem: dict, parts: Parts) -> dict | None:
 
 @perturbation
 def two_spaces(problem: dict, parts: Parts) -> dict | None:
-    """Indent by 2 instead of 4."""
+    """Indent by 2 spaces instead of 4."""
     return {
         key: re.sub(r"^ +", lambda m: m[0][: len(m[0]) // 2], problem[key], flags=re.MULTILINE)
         for key in ("prompt", "canonical_solution")

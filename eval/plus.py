@@ -1,17 +1,17 @@
 """Read HumanEval+ and MBPP+ in EvalPlus's own format (Liu et al. 2023, arXiv 2305.01210).
 
-A row there has inputs in place of tests: a sample must answer each as the reference does. Base
-inputs are those of the original benchmark, plus inputs about 80 (MBPP: 35) times as many. The rows
-become problems in HumanEval's format, with `plus_test` beside `test`. Inputs whose answers take
-12 MiB and more, as 1 GB of Mbpp/255, are left out.
+A row holds inputs instead of tests: a sample must return what the reference returns. Base inputs
+come from the original benchmark; plus inputs number about 80 times as many (MBPP: 35). Rows become
+problems in HumanEval's format, with `test` and `plus_test`. Inputs with answers of 12 MiB or more
+(Mbpp/255 has one of 1 GB) are dropped.
 """
 
 from pathlib import Path
 
 from data.base import benchmarks
 
-INPUTS = ("base_input", "plus_input", "atol", "contract", "assertion")  # beside HumanEval's fields
-# Runs outside of the sandbox. Tolerances and exceptions are EvalPlus's (evalplus 0.3.1).
+INPUTS = ("base_input", "plus_input", "atol", "contract", "assertion")  # besides HumanEval's fields
+# Runs outside the sandbox, with the tolerances and exceptions of evalplus 0.3.1.
 TEST = '''\
 import contextlib, copy, gc, marshal, math
 import numpy as np
@@ -56,22 +56,22 @@ def check(candidate):
         out = candidate(*copy.deepcopy(given))  # which it may change
         assert agree(out, want, given, {atol!r}), (given, out, want)
 '''
-# Where several answers are right. `check_str` and its like return a match or None, as its tests
-# only ask for the truth of it; sets are compared where the order of a list is open.
+# Problems with several right answers. AS_SETS: list order is free. AS_TRUTH: functions such as
+# `check_str` return a match or None, and tests check only its truth value.
 AS_SETS = "return set(out) == set(want)"
 AS_TRUTH = "return (out if isinstance(out, bool) else out is not None) == (want is not None)"
 EXCEPTIONS = {
     "HumanEval/32": "return abs(poly(*given, out)) <= atol",
     **dict.fromkeys(map("Mbpp/{}".format, (2, 7, 111, 140, 232, 249, 579, 769)), AS_SETS),
     **dict.fromkeys(map("Mbpp/{}".format, (737, 787, 794)), AS_TRUTH),
-    "Mbpp/164": "return isinstance(out, bool)",  # EvalPlus takes any answer
+    "Mbpp/164": "return isinstance(out, bool)",  # EvalPlus accepts any answer
     "Mbpp/295": "if out == 0: return True",
     "Mbpp/558": "digits = [str(n).zfill(max(len(str(m)) for m in given)) for n in given]\n"
     "    if out == sum(abs(int(a) - int(b)) for a, b in zip(*digits)): return True",
     "Mbpp/581": "edge, height = given\n    slant = math.hypot(edge / 2, height)\n"
     "    if abs(out - round(edge**2 + 2 * edge * slant)) <= atol: return True",
 }
-# JSON has no tuples. The depths at which MBPP+'s lists are tuples: 1 is an argument, 2 its items.
+# JSON has no tuples. Depths at which MBPP+'s lists are tuples: 1 = an argument, 2 = its items.
 DEPTHS = {
     (1,): "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809",
     (2,): "63 64 70 75 94 120 237 272 299 400 409 413 417 438 444 473 614 722 753 780",
@@ -80,10 +80,9 @@ DEPTHS = {
 }
 TUPLES = {f"Mbpp/{n}": depths for depths, ids in DEPTHS.items() for n in ids.split()}
 ARGUMENT = dict.fromkeys(map("Mbpp/{}".format, (250, 307, 405, 446, 617, 720, 763, 808)), 0)
-ARGUMENT |= {"Mbpp/106": 1, "Mbpp/750": 1}  # the one argument that is a tuple
-# Faults of the tests in the originals' formats, and what they mean to ask. HumanEval/32's (v0.1.9
-# and v0.1.10) fails the reference, too; others ask the reference after the sample, which can have
-# changed the input.
+ARGUMENT |= {"Mbpp/106": 1, "Mbpp/750": 1}  # index of the only tuple argument
+# {fault: fix} for tests in the originals' formats. HumanEval/32's (v0.1.9, v0.1.10) fails the
+# reference, too; others run the reference after the sample, which may have changed the input.
 COPY = "__import__('copy').deepcopy(inp)"
 FAULTS = {
     "_poly(*candidate(*inp), inp)": f"abs(_poly(*inp, candidate(*{COPY})))",
@@ -92,15 +91,15 @@ FAULTS = {
 
 
 def mend(test: str) -> str:
-    """Return a test in an original's format without the FAULTS."""
+    """Return the test with FAULTS fixed."""
     for fault, right in FAULTS.items():
         test = test.replace(fault, right)
     return test
 
 
 def convert(path: Path, rows: list[dict]) -> list[dict]:
-    """Return the rows of `path` in HumanEval's format; those that have it pass through, unknown
-    fields too. Raises UserError."""
+    """Convert the rows of `path` to HumanEval's format; pass rows already in it through, with any
+    unknown fields. Raises UserError."""
     return benchmarks.convert(path, "EvalPlus's format", problem, rows)
 
 
@@ -123,10 +122,10 @@ def problem(row: dict) -> dict:
 
 
 def arguments(task_id: str, given: list) -> list:
-    """Return the arguments that an input of `task_id` stands for, with the types JSON lacks."""
+    """Return an input of `task_id` as arguments, restoring types that JSON lacks."""
     if task_id == "Mbpp/115":
         return [[set(x) if isinstance(x, list) and x else {} for x in given[0]]]
-    if task_id in ("Mbpp/124", "Mbpp/252"):  # complex numbers, written as text
+    if task_id in ("Mbpp/124", "Mbpp/252"):  # complex numbers stored as text
         return [*map(float, given[:-1]), complex(given[-1])]
     if task_id in ARGUMENT:
         return [tuple(x) if i == ARGUMENT[task_id] else x for i, x in enumerate(given)]

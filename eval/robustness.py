@@ -1,12 +1,12 @@
-"""What a score loses when the prompts are written in another way.
+"""Measure how much a score drops when the prompts are rewritten.
 
     python -m eval.robustness --problems HumanEval.jsonl.gz --checkpoint out/run --out out/robust
 
-The authors of phi-1 name as a limit that it is sensitive to a prompt's style. Each perturbation of
-eval/perturb.py keeps what is asked for; the self-check runs the references of the perturbed
-problems, too. What becomes of prose cannot be run: read problems.jsonl. The drop is over the
-problems that a perturbation applies to, each paired with itself. The folder --out has results.json,
-problems.jsonl (all prompts as asked) and samples.jsonl.
+The phi-1 authors list sensitivity to prompt style as a limitation. Each perturbation in
+eval/perturb.py keeps the task; the self-check also runs the perturbed references. Rewritten prose
+cannot be checked by running it: read problems.jsonl. The drop pairs each problem with itself, over
+the problems that a perturbation applies to. --out holds results.json, problems.jsonl (all prompts
+as asked) and samples.jsonl.
 """
 
 import json
@@ -23,9 +23,9 @@ from sandbox.self_check import PATIENCE, check, run_all, slowdown
 
 @dataclass(frozen=True)
 class Config(Evaluation):
-    """Score a checkpoint on problems, and on the same problems with perturbed prompts."""
+    """Score a checkpoint on problems, as they are and with perturbed prompts."""
 
-    only: tuple[str, ...] = ()  # perturbation to try, all if none is named; several times
+    only: tuple[str, ...] = ()  # perturbation to try, none = all; repeatable
 
     def __post_init__(self):
         super().__post_init__()
@@ -35,9 +35,9 @@ class Config(Evaluation):
 
 
 def paired(before: list[float], after: list[float]) -> dict:
-    """Compare `before` with `after`, pair by pair: the drop, with a 95 % interval.
+    """Return the paired drop from `before` to `after`, with its 95 % interval.
 
-    Bonett and Price 2012: Wald's interval with one pair more that fell by 1 and one that rose.
+    Bonett and Price 2012: Wald's interval after adding one pair that falls by 1 and one that rises.
     """
     n = len(before) + 2
     drops = [a - b for a, b in zip(before, after, strict=True)]
@@ -53,7 +53,7 @@ def paired(before: list[float], after: list[float]) -> dict:
 
 
 def robustness(config: Config) -> tuple[dict, list[dict], list[dict]]:
-    """Measure (results.json, problems asked, samples). Raises UserError."""
+    """Return (results.json, problems asked, samples). Raises UserError."""
     problems = read_problems(config.problems)[: config.limit or None]
     names = config.only or PERTURBATIONS
     changed = [(PERTURBATIONS[name](p), name) for name in names for p in problems]
@@ -72,7 +72,7 @@ def robustness(config: Config) -> tuple[dict, list[dict], list[dict]]:
         after = {t.removesuffix(of): rate for t, rate in found.items() if t.endswith(of)}
         pairs = [before[t] for t in after], [*after.values()]
         rows[name] = paired(*pairs) if after else {"problems": 0}
-    # What is over all prompts, perturbed ones among them, would be read as the benchmark's.
+    # Drop scores over all prompts, perturbed ones included: they are not the benchmark's score.
     whole = ("pass@", "ci95", "intervals", "counts")
     result = {k: v for k, v in result.items() if not k.startswith(whole)}
     result |= {"references_failed": len(changed) - len(sound), "perturbations": rows}
@@ -86,8 +86,8 @@ def main() -> None:
         write(result, problems=asked, samples=samples)
     if config.json:
         return print(json.dumps(result))
-    print(f"{result['problems']} problems as they are: pass@1 {100 * result['pass@1']:.1f} %")
-    print("perturbed by       pairs  before   after    drop (95 % interval)")
+    print(f"{result['problems']} unperturbed problems: pass@1 {100 * result['pass@1']:.1f} %")
+    print("perturbation       pairs  before   after    drop (95 % interval)")
     for name, row in result["perturbations"].items():
         if not row["problems"]:
             continue
@@ -95,7 +95,7 @@ def main() -> None:
         before, after, drop, low, high = (f"{100 * x:5.1f}" for x in values)
         print(f"{name:17} {row['problems']:6}  {before}   {after}   {drop} ({low} to {high})")
     if failed := result["references_failed"]:
-        print(f"{failed} perturbed problems were left out, as their references fail")
+        print(f"{failed} perturbed problems left out: their references fail")
     print(result["limits"])
 
 

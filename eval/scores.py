@@ -1,4 +1,4 @@
-"""Compute pass@k and how sure it is."""
+"""Compute pass@k and its uncertainty."""
 
 import itertools
 import math
@@ -8,14 +8,14 @@ from collections.abc import Iterable
 
 from common.config import parse
 
-KS = (1, 10, 100)  # as reported by Chen et al. 2021, arXiv 2107.03374
-CURVE = (1, 2, 5, 10, 20, 50, 100)  # the k of a figure
-FEW = 20  # samples a problem, from which a fit predicts pass@100
+KS = (1, 10, 100)  # reported by Chen et al. 2021, arXiv 2107.03374
+CURVE = (1, 2, 5, 10, 20, 50, 100)  # k in figures
+FEW = 20  # samples per problem in the fit that predicts pass@100
 Z95 = 1.959964  # 97.5 % point of the normal distribution
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """Estimate pass@k without bias from `passed` of `samples` independent samples.
+    """Return the unbiased pass@k estimate from `passed` of `samples` independent samples.
 
     1 - C(samples - passed, k) / C(samples, k), as a product that neither overflows nor cancels
     (Chen et al. 2021, section 2.1).
@@ -36,7 +36,7 @@ def wilson(frac: float, n: int) -> tuple[float, float]:
 
 
 def measured(passed: dict[str, list[bool]], ks: Iterable[int]) -> dict[int, float]:
-    """Return {k: pass@k} for k up to the fewest samples a problem has, from {task_id: passed?}."""
+    """Return {k: pass@k} for k up to the fewest samples of any problem, from {task_id: passed?}."""
     fewest, n = min(map(len, passed.values())), len(passed)
     estimates = {k: [pass_at_k(len(p), sum(p), k) for p in passed.values()]
                  for k in ks if k <= fewest}  # fmt: skip
@@ -44,19 +44,19 @@ def measured(passed: dict[str, list[bool]], ks: Iterable[int]) -> dict[int, floa
 
 
 def fit(passed: dict[str, list[bool]]) -> dict | None:
-    """Fit how often problems are solved, and predict pass@k, for k in KS: [value, low, high].
+    """Fit a beta distribution of per-problem solve rates; predict pass@k in KS: [value, low, high].
 
-    A problem's chance of being solved is taken to be Beta(a, b). The 95 % interval is the range of
-    pass@k over all (a, b) whose log-likelihood is within Z95^2 / 2 of the best. A grid over the
-    mean and over a + b closes in on them. Returns None if all samples fail, or all pass.
+    Solve rates follow Beta(a, b). The 95 % interval is the range of pass@k over all (a, b) within
+    Z95^2 / 2 of the best log-likelihood, found on a shrinking grid over the mean and a + b. Returns
+    None if all samples fail or all pass.
     """
-    import numpy as np  # here, as a score needs neither
+    import numpy as np  # here: most scores need neither
     from scipy.special import betaln, expit
 
     if len(set(itertools.chain(*passed.values()))) == 1:
         return None
     counts = Counter((sum(p), len(p)) for p in passed.values())
-    ends = [(-20, 20), (-10, 14)]  # of the log-odds of the mean, and of ln(a + b)
+    ends = [(-20, 20), (-10, 14)]  # log-odds of the mean, ln(a + b)
     for _ in range(5):
         odds, size = np.meshgrid(*(np.linspace(low, high, 101) for low, high in ends))
         a, b = np.exp(size) * expit(odds), np.exp(size) * expit(-odds)
@@ -73,7 +73,7 @@ def fit(passed: dict[str, list[bool]]) -> dict | None:
 
 
 def predicted(a, b, k):
-    """Return pass@k, E[1 - (1 - p)^k], where p is Beta(a, b): 1 - B(a, b + k) / B(a, b)."""
+    """Return pass@k = E[1 - (1 - p)^k] for p ~ Beta(a, b): 1 - B(a, b + k) / B(a, b)."""
     import numpy as np
     from scipy.special import betaln
 
@@ -81,9 +81,9 @@ def predicted(a, b, k):
 
 
 def curve(passed: dict[str, list[bool]]) -> dict:
-    """Return pass@k for k in CURVE, its fit, and a fit to the first FEW samples alone, as a check.
+    """Return pass@k for k in CURVE, its fit and, as a check, a fit to the first FEW samples only.
 
-    Returns {} for one sample a problem: they do not tell luck from easy problems.
+    Returns {} for one sample per problem, which cannot separate luck from easy problems.
     """
     fewest = min(map(len, passed.values()))
     if fewest == 1:
@@ -94,11 +94,11 @@ def curve(passed: dict[str, list[bool]]) -> dict:
 
 
 def score(passed: dict[str, list[bool]]) -> dict:
-    """Compute pass@k for k in KS, up to the fewest samples a problem has, from {task_id: passed?}.
+    """Return pass@k for k in KS, up to the fewest samples of any problem, from {task_id: passed?}.
 
-    "intervals" has the Wilson interval of each over the problems, and "ci95" that of pass@1. With
-    several samples a problem it is too wide, never too narrow: an estimate in [0, 1] varies at most
-    as a coin of the same mean.
+    "intervals" holds each Wilson interval over problems, "ci95" the one of pass@1. With several
+    samples per problem it is too wide, never too narrow: an estimate in [0, 1] varies at most like
+    a coin flip with the same mean.
     """
     n, fewest = len(passed), min(map(len, passed.values()))
     rates = {f"pass@{k}": rate for k, rate in measured(passed, KS).items()}
@@ -108,7 +108,7 @@ def score(passed: dict[str, list[bool]]) -> dict:
 
 
 def by_task(samples: Iterable[dict]) -> dict[str, list[bool]]:
-    """Group samples by their problem: {task_id: did they pass?}."""
+    """Group samples by problem: {task_id: passed?}."""
     passed = {}
     for sample in samples:
         passed.setdefault(sample["task_id"], []).append(sample["passed"])
@@ -116,18 +116,18 @@ def by_task(samples: Iterable[dict]) -> dict[str, list[bool]]:
 
 
 def rates(samples: Iterable[dict]) -> dict[str, float]:
-    """Return {task_id: the share of its samples that passed}."""
+    """Return {task_id: fraction of its samples that passed}."""
     return {task_id: sum(p) / len(p) for task_id, p in by_task(samples).items()}
 
 
 def parse_folders(cls, field: str):
-    """Parse the command line, where folders may stand first, without --`field`."""
+    """Parse the command line; leading folders need no --`field`."""
     folders = list(itertools.takewhile(lambda a: not a.startswith("-"), sys.argv[1:]))
     return parse(cls, [f"--{field}={f}" for f in folders] + sys.argv[1 + len(folders) :])
 
 
 def mean(rates: list[float]) -> dict | None:
-    """Return {"pass@1", "ci95", "problems"} of problems' rates, None of no problem."""
+    """Return {"pass@1", "ci95", "problems"} of per-problem rates, or None without problems."""
     if not rates:
         return None
     frac = math.fsum(rates) / len(rates)

@@ -1,12 +1,12 @@
-"""Split scores into problems that are similar to the training exercises and others.
+"""Score problems similar to the training exercises and the other problems separately.
 
     python -m eval.similarity out/eval/a out/eval/b --report out/clean/report/problems.jsonl
 
-Section 5 of the phi-1 paper (arXiv 2306.11644): a model that has only memorised its exercises
-solves the problems that are similar to them, and no others. A problem is similar at tau if
-data.decontaminate found an exercise close to it with a match rate of at least tau. Similar problems
-may also be the easier ones, so name a model that has not seen the exercises, too, as the paper does
-with StarCoder. Intervals are 95 %: Wilson's, and Newcombe's (1998, method 10) for the difference.
+Section 5 of the phi-1 paper (arXiv 2306.11644): a model that only memorised its exercises solves
+problems similar to them and no others. A problem is similar at tau if data.decontaminate found a
+close exercise with a match rate of at least tau. Similar problems may also be easier, so compare a
+model that has not seen the exercises (the paper uses StarCoder). Intervals are 95%: Wilson's, and
+Newcombe's (1998, method 10) for the difference.
 """
 
 import json
@@ -21,15 +21,15 @@ from eval.scores import mean, parse_folders, percent, rates
 
 @dataclass(frozen=True)
 class Config:
-    """Print pass@1 on problems similar to the training exercises, and on the others."""
+    """Print pass@1 on problems similar to the training exercises and on the others."""
 
-    report: Path  # report/problems.jsonl of data.decontaminate, for the same problems
-    result: tuple[Path, ...] = ()  # folders of evaluations; they may stand without --result, first
-    json: bool = False  # print it as JSON
+    report: Path  # data.decontaminate's report/problems.jsonl for the same problems
+    result: tuple[Path, ...] = ()  # evaluation folders; can come first, without --result
+    json: bool = False  # print as JSON
 
 
 def read_report(path: Path) -> dict[str, dict[str, int]]:
-    """Return {task_id: {tau: how many exercises are close}}. Raises UserError."""
+    """Return {task_id: {tau: number of close exercises}}. Raises UserError."""
     try:
         return {row["task_id"]: dict(row["close"]) for row in read_jsonl(path)}
     except (KeyError, TypeError) as e:
@@ -37,14 +37,14 @@ def read_report(path: Path) -> dict[str, dict[str, int]]:
 
 
 def split(rates: dict[str, float], close: dict[str, dict[str, int]], tau: str) -> dict:
-    """Return the scores on the problems that are similar at `tau` and on the others."""
+    """Return the scores on problems similar at `tau` and on the others."""
     similar = mean([rate for task_id, rate in rates.items() if close[task_id][tau]])
     other = mean([rate for task_id, rate in rates.items() if not close[task_id][tau]])
     return {"similar": similar, "other": other, "difference": difference(similar, other)}
 
 
 def difference(a: dict | None, b: dict | None) -> dict | None:
-    """Return score a minus score b, on other problems, with Newcombe's interval."""
+    """Return score a minus score b, on disjoint problems, with Newcombe's interval."""
     if a is None or b is None:
         return None
     p, q, (p_low, p_high), (q_low, q_high) = a["pass@1"], b["pass@1"], a["ci95"], b["ci95"]
@@ -57,11 +57,11 @@ def table(folder: Path, report: Path) -> dict:
     """Split an evaluation's score at each tau of the report. Raises UserError."""
     close, result = read_report(report), read_json(folder / "results.json") or {}
     if "protocol" not in result:
-        raise UserError(f"{folder}/results.json: no evaluation's; name the --out of an evaluation")
+        raise UserError(f"{folder}/results.json is no evaluation's; give the --out folder of one")
     rated = rates(read_jsonl(folder / "samples.jsonl"))
     if unknown := rated.keys() - close:
-        raise UserError(f"{folder}: {min(unknown)!r} is not in {report}; give data.decontaminate "
-                        "the --benchmarks that this is a score of")  # fmt: skip
+        raise UserError(f"{folder}: {min(unknown)!r} is not in {report}; run data.decontaminate "
+                        "with the --benchmarks that were scored")  # fmt: skip
     taus = sorted(next(iter(close.values())), key=float, reverse=True)
     return {
         "folder": str(folder),
@@ -75,7 +75,7 @@ def table(folder: Path, report: Path) -> dict:
 def main() -> None:
     config = parse_folders(Config, "result")
     if not config.result:
-        raise UserError("name at least one folder that an evaluation wrote")
+        raise UserError("give at least one folder that an evaluation wrote")
     found = [table(folder, config.report) for folder in config.result]
     if config.json:
         return print(json.dumps(found))

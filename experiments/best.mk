@@ -1,7 +1,7 @@
-# The best model of an hour on two CPU cores: exercises in plain and varied forms, functions with
-# their docstrings, textbooks and filtered code, mixed, without whatever resembles a benchmark's
-# problem: the ladder's mixture. Then the same for some steps more, with other names for most
-# exercises' arguments. LOG.md has how both were chosen.
+# The best model from one hour on two CPU cores. It trains on the ladder's mixture (plain and varied
+# exercises, function/docstring pairs, textbooks, filtered code), decontaminated against the
+# benchmarks, then some more steps with most exercises' arguments renamed. LOG.md says how both were
+# chosen.
 
 BEST := out/best
 BENCHMARKS = --benchmarks $(HUMANEVAL) --benchmarks $(MBPP)
@@ -13,13 +13,13 @@ sampled = eval.$(1) --checkpoint $(BEST)/run --sandbox $(SANDBOX) --problems $(2
 
 .PHONY: best best-files
 
-best:  ## the best model of an hour's training, and its scores (HUMANEVAL= MBPP=)
+best:  ## train the best one-hour model and score it (HUMANEVAL= MBPP=)
 best: $(foreach x,humaneval mbpp,$(BEST)/$(x)/results.json $(BEST)/$(x)_greedy/results.json) \
   $(BEST)/gold/mbpp.json
 
 best-files:
 	@[ -f "$(HUMANEVAL)" -a -f "$(MBPP)" ] || { echo >&2 \
-	  "error: make best HUMANEVAL=HumanEval.jsonl.gz MBPP=mbpp.jsonl wants both files"; exit 2; }
+	  "error: want both files: make best HUMANEVAL=HumanEval.jsonl.gz MBPP=mbpp.jsonl"; exit 2; }
 
 $(BEST)/data/summary.json: | best-files $(VENV)
 	$(PYTHON) -m data.exercises --out $(@D)/plain --concepts --count 25000 --unseen 200 $(BENCHMARKS)
@@ -58,7 +58,7 @@ $(BEST)/humaneval_greedy/results.json: $(BEST)/run/summary.json
 $(BEST)/mbpp_greedy/results.json: $(BEST)/run/summary.json
 	$(PYTHON) -m $(call sampled,mbpp,$(MBPP))
 
-# The temperature is that of the best pass@100 on held-out exercises; of unseen families it solves 0.
+# Use the temperature with the best pass@100 on held-out exercises; it solves 0 of unseen families.
 tuned := $(TEMPERATURES:%=$(BEST)/heldout_%)
 $(tuned:=/results.json): $(BEST)/heldout_%/results.json: $(BEST)/run/summary.json
 	$(PYTHON) -m $(call sampled,humaneval,$(BEST)/data/plain/heldout.jsonl) --limit 30 \

@@ -1,4 +1,4 @@
-# More runs of the demo: shuffled docstrings, and the same steps on raw or on filtered code alone.
+# More demo runs: shuffled docstrings, and the same number of steps on raw or filtered code only.
 
 TOTAL_STEPS := $(shell echo $$(($(BASE_STEPS) + $(FINETUNE_STEPS))))
 

@@ -1,12 +1,12 @@
-"""Keep whole packages of raw code apart, for scores on code that no model was trained on.
+"""Hold out whole packages of raw code, to score models on code they were not trained on.
 
     python -m experiments.holdout --source out/collected --heldout_mb 1 --out out/raw
     python -m experiments.holdout --source out/collected --heldout_mb 1 --out out/heldout \
         --keep heldout
 
-The two commands share out one folder's documents: a package ("stdlib:json", "site-packages:numpy")
-goes to one side as a whole, in the order of a hash of their names. Those larger than MAX_SHARE of
-the wanted bytes stay in training.
+The two commands split one folder's documents: each package ("stdlib:json", "site-packages:numpy")
+goes whole to one side. Packages are held out in the order of their name's hash; those larger than
+MAX_SHARE of the wanted bytes stay in training.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ from data.base.ranks import say
 from data.base.stage import Part, Stage, total
 from data.classify import group
 
-MAX_SHARE = 0.2  # of the held-out bytes that one package may be
+MAX_SHARE = 0.2  # maximum share of the held-out bytes in one package
 
 
 @dataclass(frozen=True)
 class Config:
-    """Write the documents of held-out packages, or those of all others."""
+    """Write the documents of held-out packages, or of all others."""
 
-    source: tuple[Path, ...]  # documents, files or folders; may be given several times
+    source: tuple[Path, ...]  # documents: file or folder; repeatable
     out: Path  # folder to write
-    heldout_mb: float = 1.0  # megabytes of text to hold out
+    heldout_mb: float = 1.0  # text to hold out, MB
     keep: str = "rest"  # which side to write: rest or heldout
 
 
@@ -40,13 +40,13 @@ def holdout(config: Config) -> dict:
         sizes = total(stage.map("weigh", stage.shards, weigh))
         chosen = choose(sizes, config.heldout_mb * 1e6)
         if not 0 < len(chosen) < len(sizes):
-            raise UserError(f"--heldout_mb {config.heldout_mb:g}: {sizes} cannot be shared out so")
+            raise UserError(f"--heldout_mb {config.heldout_mb:g}: cannot split {sizes}; change it")
         count = total(stage.map("write", stage.shards, lambda part: write(part, config, chosen)))
         return stage.finish({**count, "packages": len(sizes), "heldout_packages": sorted(chosen)})
 
 
 def choose(sizes: dict[str, int], wanted_bytes: float) -> set[str]:
-    """Return the packages to hold out, of {package: bytes}."""
+    """Choose the packages to hold out from {package: bytes}."""
     chosen, bytes_ = set(), 0
     for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if bytes_ < wanted_bytes and sizes[name] <= MAX_SHARE * wanted_bytes:
@@ -56,12 +56,12 @@ def choose(sizes: dict[str, int], wanted_bytes: float) -> set[str]:
 
 
 def weigh(part: Part) -> dict:
-    """Return the bytes of text of each package in a shard."""
+    """Return {package: bytes of text} of a shard."""
     return total({group(d["origin"]): len(d["text"].encode())} for d in part.documents())
 
 
 def write(part: Part, config: Config, chosen: set[str]) -> dict:
-    """Write the shard's documents that are on the side to keep."""
+    """Write the shard's documents on the side to keep."""
     with part.writer() as out:
         for record in part.documents():
             if (group(record["origin"]) in chosen) == (config.keep == "heldout"):

@@ -1,36 +1,35 @@
 # The paper's Figure 2.1 in miniature: the same model on better and better data, bar by bar.
 #
 #   make -j2 ladder HUMANEVAL=... MBPP=...           make the data, train and score every bar
-#   make ladder-list HUMANEVAL=... MBPP=...          list the commands that are left
-#   make ladder BAR=raw-small-s0 LADDER=out/again    one bar, from nothing
+#   make ladder-list HUMANEVAL=... MBPP=...          list the commands left to run
+#   make ladder BAR=raw-small-s0 LADDER=out/again    make one bar from scratch
 #
-# A bar is RUNG-SIZE-sSEED. The folder LADDER_SET has the list of bars, the settings, and a
-# SIZE.toml for train.py. A file is made again if one that it is made from is newer, or if its
-# command, and so a setting, is another than in $(LADDER)/commands; edits of code redo nothing.
-# Interrupt or kill it at any time: the same command goes on where it stopped, even inside a stage
-# or a training run. With make -k, a failure costs only what needs the file.
+# A bar is RUNG-SIZE-sSEED. LADDER_SET holds the list of bars, the settings, and SIZE.toml configs.
+# A file is remade if a prerequisite is newer, or if its command (and so a setting) differs from the
+# one in $(LADDER)/commands; code edits remake nothing. After a kill, the same command resumes, even
+# inside a stage or a training run. With make -k, a failure skips only what depends on that file.
 
 LADDER     ?= out/ladder
 LADDER_SET ?= experiments/ladder_cpu
-# Your files of the benchmarks; without either, the pruned rungs are left out.
+# Benchmark files. Without either, the pruned rungs are skipped.
 HUMANEVAL  ?=
 MBPP       ?=
 benchmarks  = $(patsubst %,--benchmarks %,$(HUMANEVAL) $(MBPP))
 ENCODER    ?=
 FIGURES    ?= records/$(notdir $(LADDER_SET))
-# One bar in place of all.
+# A single bar to make, instead of all.
 BAR        ?=
 
 sources ?= stdlib site-packages
 include $(LADDER_SET)/ladder.mk
 
-# A rung is trained on data/tokens/RUNG for base_steps + finetune_steps; a finetuned one on textbooks
-# for base_steps (this is run base, and a bar too) and then on tokens/RUNG for finetune_steps.
+# Train a direct rung on data/tokens/RUNG for base_steps + finetune_steps. Train a finetuned rung on
+# textbooks for base_steps (run base, also a bar), then on tokens/RUNG for finetune_steps.
 direct    := raw filtered classified textbooks mixture
 finetuned := exercises replay varied blend damaged pairs pruned80
 
-# $(call job,FILE,NEEDS,COMMAND): the rule of FILE, which COMMAND makes from the files NEEDS. (Make
-# 4.3's $(file <) keeps the newline at times, hence strip.)
+# $(call job,FILE,NEEDS,COMMAND): rule that makes FILE from the files NEEDS with COMMAND. (strip:
+# make 4.3's $(file <) sometimes keeps the newline.)
 record = $(LADDER)/commands/$(subst /,.,$(1:$(LADDER)/%=%))
 define job
 $(1): $(2) $(if $(subst x$(strip $(3))x,,x$(strip $(file <$(record)))x),again) | $(VENV)
@@ -39,9 +38,9 @@ $(1): $(2) $(if $(subst x$(strip $(3))x,,x$(strip $(file <$(record)))x),again) |
 	@echo '$(strip $(3))' >$(record)
 
 endef
-again:  # never there, so a file that needs it is made again
+again:  # never exists, so files that need it are remade
 
-# ---- Data: $(call data,NAME,NEEDS,COMMAND) is the rule of data/NAME, made from data/NEEDS
+# ---- Data: $(call data,NAME,NEEDS,COMMAND) is the rule that makes data/NAME from data/NEEDS
 
 D := $(LADDER)/data
 data = $(eval $(call job,$D/$(1)/summary.json,$(2:%=$D/%/summary.json),$(3) --out $D/$(1)))
@@ -52,16 +51,16 @@ $(call data,heldout_code,collected,experiments.holdout --source $D/collected --h
   --keep heldout)
 $(call data,filtered,raw,data.filter --source $D/raw)
 $(call data,labels,raw,data.annotate --source $D/raw --labeller rules --sample $(labels))
-# On the states of the Hugging Face model in the folder ENCODER, as in the paper, or on syntax trees.
+# Features: hidden states of the Hugging Face model ENCODER (as in the paper), or syntax trees.
 $(call data,forest,labels,data.classify train --source $D/labels --head forest \
   $(ENCODER:%=--encoder %))
 $(call data,scored,raw forest,data.classify score --source $D/raw --forest $D/forest)
-# The classifier decides alone, as in the paper.
+# The classifier alone decides, as in the paper.
 $(call data,classified,scored,data.filter --source $D/scored --keep_frac 0.2 --rules=false)
 $(call data,textbooks,,data.synthesize textbooks --count $(textbooks))
 $(call data,pairs,raw,experiments.pairs --source $D/raw)
 
-# No exercise solves a problem of the benchmarks.
+# --benchmarks: drop exercises that solve a benchmark problem.
 exercise = data.exercises --count $(exercises) --heldout $(heldout) --unseen $(unseen) --concepts \
   $(benchmarks)
 $(call data,exercises,,$(exercise))
@@ -69,7 +68,7 @@ $(call data,varied,,$(exercise) --forms varied)
 $(call data,damaged,,$(exercise) --damage_frac 0.5)
 
 taus := $(patsubst pruned%,%,$(filter pruned%,$(finetuned)))
-# Exercises without those that resemble a benchmark's problem or a held-out exercise.
+# Drop exercises similar to a benchmark problem or a held-out exercise.
 $(foreach tau,$(taus),$(call data,pruned$(tau),exercises,data.decontaminate --tau 0.$(tau) \
   --source $D/exercises/train --benchmarks $D/exercises/heldout.jsonl $(benchmarks)))
 
@@ -77,7 +76,7 @@ $(call data,tokenizer,raw textbooks exercises,tokenizer.train --source $D/raw \
   --source $D/textbooks --source $D/exercises/train --vocab_size $(vocab_size) \
   --max_mb $(tokenizer_mb) --threads $(threads))
 
-# $(call pack,TOKENS,FOLDERS,OPTIONS): the rule of data/tokens/TOKENS, packed from data/FOLDERS.
+# $(call pack,TOKENS,FOLDERS,OPTIONS): rule that packs data/FOLDERS into data/tokens/TOKENS.
 pack = $(call data,tokens/$(1),tokenizer $(2:%/train=%),data.pack $(2:%=--source $D/%) \
   --tokenizer $D/tokenizer --val_frac $(or $(val_frac_$(1)),$(val_frac)) $(3) --threads $(threads))
 $(foreach x,raw filtered classified pairs $(taus:%=pruned%),$(call pack,$(x),$(x)))
@@ -92,9 +91,11 @@ $(call pack,mixture,exercises/train varied/train pairs classified textbooks,--we
 
 made := $(or $(BAR),$(bars))
 $(if $(word 2,$(HUMANEVAL))$(word 2,$(MBPP)),$(error HUMANEVAL=, MBPP=: a path may have no spaces))
-ifeq ($(strip $(HUMANEVAL)$(MBPP)),)  # then there is nothing to prune of
-$(if $(filter pruned%,$(BAR)),$(error $(BAR) wants HUMANEVAL= or MBPP=, to prune of))
+ifeq ($(strip $(HUMANEVAL)$(MBPP)),)  # nothing to prune against
+$(if $(filter pruned%,$(BAR)),$(error $(BAR) needs HUMANEVAL= or MBPP= to prune against))
 made := $(filter-out pruned%,$(made))
+$(if $(filter ladder%,$(MAKECMDGOALS)),$(warning HUMANEVAL= and MBPP= are empty: the ladder will not \
+  be scored on them, nor pruned))
 endif
 # $(call part,BAR,1, 2 or 3): its RUNG, SIZE or sSEED.
 part   = $(word $(2),$(subst -, ,$(1)))
@@ -104,7 +105,7 @@ $(foreach bar,$(made),$(if $(and $(filter $(call part,$(bar),1),$(known)),$(call
   $(wildcard $(call config,$(bar)))),,$(error $(bar) is no bar: want RUNG-SIZE-sSEED, RUNG one of \
   $(known), SIZE.toml in $(LADDER_SET))))
 
-# $(call train,RUN,TOKENS,STEPS,INIT): the rule of runs/RUN, from the weights of runs/INIT if named.
+# $(call train,RUN,TOKENS,STEPS,INIT): rule that trains runs/RUN, from runs/INIT's weights if given.
 R := $(LADDER)/runs
 train = $(eval $(call job,$R/$(1)/summary.json,$(call config,$(1)) $D/tokens/$(2)/summary.json \
   $(4:%=$R/%/summary.json),train $(call config,$(1)) --out $R/$(1) --data $D/tokens/$(2) \
@@ -120,12 +121,12 @@ $(foreach rung,$(finetuned),$(foreach run,$(filter $(rung)-%,$(made)),$(call \
 bases := $(foreach run,$(filter-out $(direct:%=%-%),$(made)),$(call base,$(run)))
 $(foreach run,$(sort $(bases)),$(call train,$(run),textbooks,$(base_steps)))
 
-# ---- Scores: $(call score,FILE,NEEDS,COMMAND) is the rule of rungs/$(bar)/FILE
+# ---- Scores
 
 scores :=
 S = $(LADDER)/rungs/$(bar)
-# Every bar is scored on the first `ranked` problems of each file, with mutants. Judge's are our own
-# and no data is made from them: choose by these, and only report the benchmarks.
+# Score every bar on the first `ranked` problems of each file, with mutants. The judge problems are
+# ours and no data is made from them: use them for model selection; only report the benchmarks.
 problems := heldout unseen judge $(HUMANEVAL:%=humaneval) $(MBPP:%=mbpp)
 judge_file     := eval/judge.jsonl
 heldout_file   := $D/exercises/heldout.jsonl
@@ -137,7 +138,7 @@ $(foreach x,$(problems),$(eval $(call job,$D/mutants/$(x).jsonl,$(call needs,$(x
   --problems $($(x)_file) --limit $(or $(ranked_$(x)),$(ranked)) --sandbox $(SANDBOX) \
   --out $D/mutants/$(x).jsonl)))
 
-# $(call score,FILE,NEEDS,COMMAND) is the rule of rungs/$(bar)/FILE
+# $(call score,FILE,NEEDS,COMMAND): rule that makes rungs/$(bar)/FILE.
 score = $(eval scores += $S/$(1))$(eval $(call job,$S/$(1),$R/$(bar)/summary.json $(2),eval.$(3)))
 define score_bar
 $(call score,gold/documents.json,$D/heldout_code/summary.json $(problems:%=$D/mutants/%.jsonl),bits \
@@ -153,11 +154,11 @@ $(eval $(foreach bar,$(made),$(score_bar)))
 # ---- Targets
 
 .PHONY: ladder ladder-list report
-ladder: $(scores)  ## the same model on better and better data, and its report (some hours)
-report:  ## the ladder's report again: a page, and figures under records/
+ladder: $(scores)  ## train the same model on better and better data, and report (hours)
+report:  ## rewrite the ladder's report: a page, and figures in records/
 ladder report: | $(VENV)
 	$(PYTHON) -m tools.report --ladder $(LADDER) $(if $(BAR),,--png $(FIGURES)) \
 	  $(if $(wildcard $(BEST)/*/results.json),--best $(BEST))
 
-ladder-list:  ## the ladder's commands that are left to run
+ladder-list:  ## list the ladder commands left to run
 	@$(MAKE) --no-print-directory -n ladder | sed -n 's/^OMP_NUM_THREADS.* -m //p'

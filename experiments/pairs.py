@@ -1,11 +1,11 @@
-"""Cut function/docstring pairs from raw code: the exercises' format without their quality.
+"""Cut function/docstring pairs out of raw code: the exercises' format without their quality.
 
     python -m experiments.pairs --source out/raw --out out/pairs
 
-A model trained on raw files scores 0 on exercises, but that shows a difference of format as much as
-one of quality. These pairs are the control: every documented function of the raw code, whatever it
-is worth, in the shape of an exercise. A document has text = prompt + solution, prompt (signature
-and docstring, dedented, decorators dropped), solution (the rest of the body) and entry_point.
+A model trained on raw files scores 0 on exercises, but that may be due to format as much as to
+quality. These pairs are the control: every documented function of the raw code, good or bad, in the
+exercises' format. A document has text = prompt + solution, prompt (signature and docstring,
+dedented, decorators dropped), solution (the rest of the body) and entry_point.
 """
 
 import ast
@@ -21,22 +21,22 @@ from data.base.stage import Part, Stage, total
 from data.base.syntax import docstring, is_pair, parse_python
 from data.base.unique import Candidates, choose, write_chosen
 
-MAX_CHARS = 1200  # of a pair; 256 tokens hold about 750 at a vocabulary of 4k
+MAX_CHARS = 1200  # per pair; 256 tokens hold about 750 at vocabulary 4k
 
 
 @dataclass(frozen=True)
 class Config:
-    """Cut documented functions out of raw code, as pairs of prompt and solution."""
+    """Cut documented functions out of raw code as prompt/solution pairs."""
 
-    source: tuple[Path, ...]  # documents, files or folders; may be given several times
+    source: tuple[Path, ...]  # documents: file or folder; repeatable
     out: Path  # folder to write
 
 
 def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
-    """Yield the (line, name, prompt, solution) of the documented functions and methods in `text`.
+    """Yield (line, name, prompt, solution) of each documented function and method in `text`.
 
-    Leaves out functions with nothing but a docstring, and those that lines cannot cut, as where a
-    docstring shares a line with other code. Raises SyntaxError.
+    Skips functions with only a docstring, and those that cannot be cut at line ends, such as a
+    docstring that shares a line with code. Raises SyntaxError.
     """
     lines = text.split("\n")
     functions = [n for n in ast.walk(parse_python(text)) if isinstance(n, ast.FunctionDef)]
@@ -53,18 +53,18 @@ def cut_pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
 
 
 def pairs(config: Config) -> dict:
-    """Write `config.out` and return its summary. Raises UserError if there is no pair."""
+    """Write `config.out` and return its summary. Raises UserError without any pair."""
     with Stage(config, source_shards(*config.source)) as stage:
         count = total(stage.map("pairs", stage.shards, cut_shard))
         [chosen] = stage.map("choose", [len(stage.shards)], choose)
         if not chosen["documents"]:
-            raise UserError(f"--source {config.source[0]}: no documented function in it ({count})")
+            raise UserError(f"--source {config.source[0]}: no documented functions found ({count})")
         stage.map("write", chosen.pop("items"), write_chosen)
         return stage.finish({**chosen, **count})
 
 
 def cut_shard(part: Part) -> dict:
-    """Write the pairs of one shard to scratch, copies among them; return counts of the rest."""
+    """Write one shard's pairs to scratch, duplicates included; return counts of the rest."""
     count = Counter(too_long=0, does_not_parse=0, documents_in=0)
     with Candidates(part) as candidates:
         for source in part.documents():

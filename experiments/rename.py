@@ -1,10 +1,10 @@
-"""Give the arguments of exercises other names, so that a model copies names instead of guessing.
+"""Rename the arguments of exercises, so that a model learns to copy names instead of guessing.
 
     python -m experiments.rename --source out/exercises/train --words out/raw --out out/renamed
 
-Exercises call a list `numbers` or `xs`, and a small model learns that in place of reading. A new
-name is one to four letters, a word of the documents in --words, or two such words: it cannot be
-guessed. It stands in signature, docstring and solution; an exercise may keep its own (--frac).
+Exercises call a list `numbers` or `xs`; a small model memorises that instead of reading. A new name
+is unguessable: one to four letters, a word from the documents in --words, or two such words. It
+replaces the old one in signature, docstring and solution. --frac sets how many exercises change.
 """
 
 import builtins
@@ -24,28 +24,28 @@ from data.base.documents import ShardWriter, document
 from data.base.readers import read_documents
 from eval.perturb import ARGUMENT, rename, split
 
-WORDS, LEAST = 6000, 6  # the commonest words, and how often one occurs at least
-TRIES = 5  # names for an exercise before it keeps its own: a new one may be there already
-TAKEN = {*keyword.kwlist, *dir(builtins), "a"}  # "a" is left alone in prose
+WORDS, LEAST = 6000, 6  # number of most common words, minimum occurrences of a word
+TRIES = 5  # attempts per exercise (a new name may already be in use)
+TAKEN = {*keyword.kwlist, *dir(builtins), "a"}  # "a" is an English word
 
 
 @dataclass(frozen=True)
 class Config:
-    """Rename the arguments of exercises with names that cannot be guessed."""
+    """Rename the arguments of exercises to unguessable names."""
 
-    source: tuple[Path, ...]  # exercises; may be given several times
-    words: tuple[Path, ...]  # documents whose words make names; may be given several times
+    source: tuple[Path, ...]  # exercises; repeatable
+    words: tuple[Path, ...]  # documents to take words for names from; repeatable
     out: Path  # folder to write
-    frac: float = 0.8  # of the exercises that get other names
-    seed: int = 0
+    frac: float = 0.8  # fraction of exercises to rename
+    seed: int = 0  # random seed
 
     def __post_init__(self):
         require(self, "frac", 0 <= self.frac <= 1, "from 0 to 1")
-        require(self, "words", all(p.exists() for p in self.words), "documents that are there")
+        require(self, "words", all(p.exists() for p in self.words), "existing documents")
 
 
 def read_words(source: tuple[Path, ...]) -> list[str]:
-    """List the commonest words of three to nine letters. Raises UserError if there are none."""
+    """List the most common words of 3 to 9 letters. Raises UserError if too few."""
     count = Counter()
     for record in read_documents(source):
         count.update(word.lower() for word in re.findall("[A-Za-z]{3,9}", record["text"]))
@@ -63,7 +63,7 @@ def new_name(words: list[str], rng: random.Random) -> str:
 
 
 def renamed(exercise: dict, words: list[str], rng: random.Random) -> dict:
-    """Return the exercise with new names, or as it was if none fits."""
+    """Return the exercise with new names, or unchanged if none fit."""
     problem = {"prompt": exercise["prompt"], "canonical_solution": exercise["solution"],
                "entry_point": exercise["entry_point"], "test": ""}  # fmt: skip
     parts = split(problem)
@@ -85,7 +85,7 @@ def main() -> None:
         words = read_words(config.words)
         for exercise in tqdm(read_documents(config.source), "rename", disable=None):
             if missing := {"prompt", "solution", "entry_point"} - exercise.keys():
-                raise UserError(f"--source {config.source[0]}: no exercise: no {min(missing)}")
+                raise UserError(f"--source {config.source[0]}: not exercises: no {min(missing)}")
             made = renamed(exercise, words, rng) if rng.random() < config.frac else exercise
             writer.write(made)
             count.update(documents=1, renamed=made is not exercise)

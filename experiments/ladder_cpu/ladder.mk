@@ -1,4 +1,4 @@
-# The ladder for two CPU cores: 500 steps of 1,024 tokens, 0.51M tokens, a bar.
+# The ladder for two CPU cores: a bar is 500 steps of 1,024 tokens, 0.51M tokens.
 rungs := raw filtered classified textbooks exercises replay varied blend damaged pairs mixture pruned80
 bars := $(foreach s,s0 s1 s2,$(foreach r,$(rungs),$(r)-small-$(s)) \
   $(foreach r,raw mixture,$(r)-large-$(s)))
@@ -13,16 +13,16 @@ textbooks      := 1000
 exercises      := 20000
 heldout        := 500
 unseen         := 200
-# As in small.toml and large.toml.
+# Must match small.toml and large.toml.
 vocab_size     := 2048
 tokenizer_mb   := 4
 val_frac       := 0.02
-# These two are of some hundred documents.
+# These two have only some hundred documents.
 val_frac_filtered   := 0.1
 val_frac_classified := 0.1
 
-# Problems that models are measured by. They are asked to solve none (asked=heldout asks): of 150
-# held-out exercises the eight bars of seed 0 that saw functions under docstrings solved 0.
+# Problems to measure gold bits on. Models write no solutions (asked=heldout makes them): the eight
+# seed-0 bars that saw functions under docstrings solved 0 of 150 held-out exercises.
 ranked         := 200
 ranked_heldout := 100
 ranked_unseen  := 100

@@ -1,6 +1,6 @@
-"""Programs that attack the sandbox, the check and the machine: none escapes, none passes.
+"""Attack the sandbox, the check and the machine: no program may escape or pass.
 
-All are harmless where they succeed: they probe with signal 0, and touch only what the test made.
+All attacks are harmless if they succeed: they send signal 0 and touch only what the test made.
 """
 
 import os
@@ -23,8 +23,8 @@ def call(result):
     if result < 0: raise OSError(ctypes.get_errno(), "refused")
     return result
 """
-# Bodies of a function. One that returns has escaped, one that raises was contained. FOLDER holds
-# the file `reference`; both are open to all. PORT is that of a server on this machine.
+# Function bodies. Returning means escaped, raising means contained. FOLDER holds the file
+# `reference`, both world-writable. PORT belongs to a server on this machine.
 ESCAPES = {
     "fork": "os._exit(0) if os.fork() == 0 else os.wait()",
     "vfork and exec": "os.posix_spawn('/bin/true', ['true'], {})",
@@ -117,7 +117,7 @@ ALL = (
     "lambda s, *a: s\n __float__ = lambda s: 0.25\n __len__ = lambda s: 2\n"
     " __contains__ = lambda *a: True\n __iter__ = lambda s: iter(())\n"
 )
-# What follows PROMPT. Those of FOOLS pass where test and candidate share a process.
+# Text after PROMPT. FOOLS pass where test and candidate share a process.
 FOOLS = {
     "object equal to all": f"    return A()\nclass A(str):\n{ALL}",
     "patched builtins": "    return A()\nimport builtins\nbuiltins.abs = lambda x: 0\n"
@@ -208,7 +208,7 @@ def tier(request):
 
 @pytest.fixture
 def target():
-    """A folder open to all with a file open to all, and the port of a server."""
+    """A world-writable folder with a world-writable file, and a server's port."""
     with tempfile.TemporaryDirectory() as path, socket.create_server(("127.0.0.1", 0)) as server:
         os.chmod(path, 0o777)
         reference = Path(path, "reference")
@@ -232,7 +232,7 @@ def test_none_escapes(tier, target):
     checks = {name: escape(body, target) for name, body in ESCAPES.items()}
     verdicts = answers(checks, tier)
     assert {n: v for n, v in verdicts.items() if v.status != "failed"} == {}
-    slips = "NameError|SyntaxError|IndentationError|UnboundLocal|Assertion"  # no attack at all
+    slips = "NameError|SyntaxError|IndentationError|UnboundLocal|Assertion"  # broken attacks
     bad = {n: v.detail for n, v in verdicts.items() if re.match(slips, v.detail)}
     assert set(bad) <= {"stay root", "become root", "find the test in memory"}
     assert [p.name for p in target[0].iterdir()] == ["reference"]
@@ -240,7 +240,7 @@ def test_none_escapes(tier, target):
 
 
 def test_what_tier_c_lets_through_shows_that_the_attacks_work(target):
-    """The same programs where only limits hold: what C is documented not to protect."""
+    """Tier C, resource limits only, is documented not to stop these."""
     need("C")
     through = (
         "read the reference", "list a folder", "accounts", "plant a file",
@@ -263,7 +263,7 @@ def test_none_passes(tier):
 
 @pytest.mark.parametrize("name", FOOLS)
 def test_the_forgeries_fool_a_harness_in_one_process(name):
-    """Or else their failure above would show nothing."""
+    """Show that the forgeries that fail above are real ones."""
     program = f"{PROMPT}{FOOLS[name]}\n{TEST}\ncheck(f)\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -272,12 +272,12 @@ def test_the_forgeries_fool_a_harness_in_one_process(name):
 def test_hanging_ends(tier):
     checks = {n: Check(PROMPT + b, TEST, "f", PROMPT, 0.4) for n, b in HANG.items()}
     statuses = {n: v.status for n, v in answers(checks, tier).items()}
-    assert statuses.pop("power") in ("timeout", "failed")  # some machines have not the memory
+    assert statuses.pop("power") in ("timeout", "failed")  # some machines lack the memory
     assert set(statuses.values()) == {"timeout"}
 
 
 def test_an_attacker_leaves_the_next_candidate_untouched(tier):
-    """One worker: each good candidate follows an attack in the same sandbox."""
+    """With one worker, each good candidate follows an attack in the same sandbox."""
     sources = [PROMPT + s for body in list(FORGE.values())[::5] for s in (body, GOOD)]
     verdicts = run_checks([Check(s, TEST, "f", PROMPT, 3) for s in sources], 1, tier=tier)
     assert {v.status for v in verdicts[1::2]} == {"passed"}

@@ -31,7 +31,7 @@ def test_each_token_once_as_the_model_predicts_it(model):
     for ids, nats in zip(texts, token_nats(model, end, texts), strict=True):
         assert nats.shape == (len(ids),)
         sequence = [end, *ids]
-        for i in range(len(ids)):  # from the document's start, or from the window's
+        for i in range(len(ids)):  # context starts at the text or at its window
             at = max([a for a in starts(len(sequence), T) if a == 0 or a + T // 2 <= i])
             with torch.no_grad():
                 logits = model(torch.tensor([sequence[at : i + 1]]))[0, -1]
@@ -81,19 +81,19 @@ def test_gold_is_the_loss_of_the_solution_given_its_prompt(model, tokens):
         length = len(text) - len(p["prompt"])
         assert found[p["task_id"]][:2] == (pytest.approx(bits, rel=1e-5), length)
     assert found["T/0"][2] is None
-    prompt = tokenizer.encode(SUM["prompt"])  # of T/1: a tie, and one that is likelier or not
+    prompt = tokenizer.encode(SUM["prompt"])  # T/1: one tie, one mutant of either rank
     answers = [prompt + tokenizer.encode(f"    return {x}\n") for x in ("a + 2", "1")]
     right, wrong = (nats[len(prompt) :].sum() for nats in token_nats(model, 3, answers))
     assert found["T/1"][2] == (0.75 if right < wrong else 0.25)
     assert Gold(problems, tokenizer).measure(model, mutants=False)["T/1"][2] is None
-    both = Gold(problems, tokenizer, shots=1)  # each with the other, solved, before it
+    both = Gold(problems, tokenizer, shots=1)  # each after the other one, solved
     shot = tokenizer.encode(SUM["prompt"] + "    return a + 2\n\n\n" + LESS["prompt"])
     assert both.texts[0] == [shot + tokenizer.encode(LESS["canonical_solution"])]
     assert Gold(problems, tokenizer, shots=1, context=len(shot)).texts == []
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ('{"task_id": 1, "text": "Add."}', "a problem without 'prompt': want HumanEval's format"),
+    ('{"task_id": 1, "text": "Add."}', "a problem has no 'prompt': want HumanEval's format"),
     ("", "no problems in it"),
 ])  # fmt: skip
 def test_other_files_are_refused(tokens, tmp_path, text, message):
@@ -129,10 +129,10 @@ def test_mutants_are_run_and_fail(cli, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ([], "name --source, --problems, or both"),
-    (["--problems", "P", "--shots", "2"], "has 2 problems; ask for fewer"),
-    (["--problems", "P", "--problems", "deep/P"], "two results would be called the same"),
-    (["--source", "P", "--shots", "1"], "want 0 or more, and a file of --problems"),
+    ([], "give --source, --problems, or both"),
+    (["--problems", "P", "--shots", "2"], "has 2 problems; use fewer shots"),
+    (["--problems", "P", "--problems", "deep/P"], "two results would share a name"),
+    (["--source", "P", "--shots", "1"], "want 0 or more, together with --problems"),
 ])  # fmt: skip
 def test_mistakes_are_told(in_process, model, tokens, tmp_path, options, message):
     save_run(tmp_path / "run", model, Tokenizer(tokens))
@@ -143,7 +143,7 @@ def test_mistakes_are_told(in_process, model, tokens, tmp_path, options, message
 
 
 @pytest.mark.parametrize(("seeds", "measure", "value", "verdict"), [
-    ([[-4, -8], [-4, -8]], "gold", -0.3, "better"),  # of problems of 10 and 30 bytes
+    ([[-4, -8], [-4, -8]], "gold", -0.3, "better"),  # problems of 10 and 30 bytes
     ([[4, 8], [4, 8], [4, 17]], "gold", 0.375, "worse"),
     ([[-6, -6], [2, 2]], "gold", -0.1, "not resolved"),  # the seeds disagree
     ([[-6, 2], [-6, 2]], "gold", -0.1, "not resolved"),  # the problems disagree

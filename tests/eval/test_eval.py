@@ -1,4 +1,4 @@
-"""The evaluators' promises, with models and samples whose scores are known."""
+"""Test the evaluators on models and samples with known scores."""
 
 import json
 import math
@@ -32,7 +32,7 @@ ROWS = [
     {
         "task_id": i,
         "text": f"Write a function to add {i}.",
-        "code": f"def check(x):\r\n    return x + {i}",  # two of MBPP's are called check
+        "code": f"def check(x):\r\n    return x + {i}",  # two MBPP functions are named check
         "test_list": [f"assert check(1) == {i + 1}", f"assert check(0) == {i}"],
         "test_setup_code": "",
     }
@@ -57,13 +57,13 @@ def problems(tmp_path):
 @pytest.fixture
 def command(monkeypatch, in_process):
     """Run a command in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 1.0)  # 0.3 s each
+    monkeypatch.setattr("eval.harness.slowdown", lambda **limits: 1.0)  # saves 0.3 s per call
     return lambda module, *arguments: in_process(module.main, *arguments, "--sandbox", TIER)
 
 
 @pytest.fixture
 def model(monkeypatch):
-    """A model that gives a prompt which holds a key of `model.answers` its next completion."""
+    """A model that answers a prompt with the next completion of the `answers` key in it."""
 
     def generate(prompts, **options):
         print("a library that prints")
@@ -77,7 +77,7 @@ def model(monkeypatch):
 
 
 def test_samples_with_a_known_score(command, problems, tmp_path):
-    good = "    return plus(a, b)\n\ndef plus(a, b):\n    return a + b\n"  # run as it stands
+    good = "    return plus(a, b)\n\ndef plus(a, b):\n    return a + b\n"  # run unchanged
     bad = "    return a * b\n"
     rows = [{"task_id": "T/add", "completion": c} for c in [good] * 3 + [bad] * 7]
     rows += [{"task_id": "T/sub", "completion": c} for c in [good] * 9 + ["    while 1: pass\n"]]
@@ -87,7 +87,7 @@ def test_samples_with_a_known_score(command, problems, tmp_path):
         "--timeout_s", "0.5",
     )  # fmt: skip
     assert status == 0
-    result = json.loads(stdout)  # one object and nothing else
+    result = json.loads(stdout)  # exactly one object
     assert json.loads((out / "results.json").read_text()) == result
     assert result["pass@1"] == pytest.approx(0.15)
     assert result["pass@10"] == pytest.approx(0.5)
@@ -135,9 +135,9 @@ def test_the_temperature_is_the_best_of_other_problems(command, model, problems,
     assert model.options["temperature"] == result["config"]["temperature"] == 0.8
     assert result["pass_at"] == {"1": 0.25, "2": 0.5}
     for sha256 in ("another", None), [result["problems_sha256"]] * 2:
-        assert "of one file of problems other than" in asked(*sha256)[2]
+        assert "of one problems file other than" in asked(*sha256)[2]
     (tmp_path / "0.2/results.json").unlink()
-    for more, message in ([], "no results.json"), (["--temperature", "1"], "give one of them"):
+    for more, message in ([], "no results.json"), (["--temperature", "1"], "give only one of them"):
         status, _, stderr = command(humaneval, "--problems", problems, "--samples", problems,
                                     "--tuned", tmp_path / "0.2", *more)  # fmt: skip
         assert (status, message in stderr) == (2, True)
@@ -159,10 +159,10 @@ def test_prompt_beyond_the_context_fails_and_is_counted(command, model, tmp_path
     ("rows", "options", "message"),
     [
         ([*COMPLETE, {"task_id": "T/mul", "completion": ""}], [], "3 (T/mul): no such problem"),
-        ([COMPLETE[0], {"task_id": "T/sub"}], [], "sample 2 (T/sub): no 'completion' string"),
+        ([COMPLETE[0], {"task_id": "T/sub"}], [], "(T/sub): no 'completion' or 'solution' string"),
         ([COMPLETE[0], {"task_id": "\x1b[2J"}], [], "sample 2 (\\x1b[2J): no such problem"),
-        (COMPLETE[:1], [], "no sample for 1 of 2 problems, as T/sub"),
-        (COMPLETE[1:], ["--limit", "1"], "no sample for 1 of 1 problems, as T/add"),
+        (COMPLETE[:1], [], "no sample for 1 of 2 problems, e.g. T/sub"),
+        (COMPLETE[1:], ["--limit", "1"], "no sample for 1 of 1 problems, e.g. T/add"),
         (COMPLETE, ["--checkpoint", "run"], "one of --checkpoint and --samples"),
         (COMPLETE, ["--timeout_s", "0"], "--timeout_s"),
         (COMPLETE, ["--timeout_s", "nan"], "--timeout_s"),
@@ -184,7 +184,7 @@ def test_mistakes_are_told_and_nothing_is_written(
 
 
 def test_samples_in_the_forms_that_others_write(command, problems, tmp_path):
-    """Whole programs, other ids, a byte order mark, a last line that goes on; then our output."""
+    """Read whole programs, other ids, a BOM, a trailing backslash; then our own output."""
     add = "from __future__ import annotations\ndef add(a, b):\n    return a + b\n"
     rows = [
         {"task_id": "t/ADD", "solution": add, "completion": "    return 0"},
@@ -283,15 +283,15 @@ MBPP_PLUS = [
         "plus_input": [[[1, 2, 3], [3, 2]]],
     }
 ]
-HALF = {  # how a sample answers: does it pass the base tests, and the plus tests?
+HALF = {  # {function body: (passes base tests, passes plus tests)}
     "return [i * 0.5 for i in x]": (True, True),
-    "return [i * 0.5000000001 for i in x]": (True, True),  # a tolerance
+    "return [i * 0.5000000001 for i in x]": (True, True),  # within tolerance
     "return [abs(i) / 2 for i in x]": (True, False),
     "return tuple(i / 2 for i in x)": (False, False),
 }
 COMMON = {
-    "return [x for x in b if (x,) in zip(a)]": (True, True),  # an open order
-    "return (a + (4,))[2:3]": (True, False),  # the arguments are tuples
+    "return [x for x in b if (x,) in zip(a)]": (True, True),  # any order is right
+    "return (a + (4,))[2:3]": (True, False),  # needs tuple arguments
     "return None": (False, False),
 }
 
@@ -304,7 +304,7 @@ COMMON = {
     ],
 )
 def test_evalplus(command, tmp_path, module, rows, header, bodies, title):
-    """Inputs in place of tests, in EvalPlus's own format: two scores, named so."""
+    """EvalPlus's own format, with inputs instead of tests, gives two named scores."""
     samples = [
         {"task_id": rows[0]["task_id"], "solution": f"{header}:\n    {body}\n"} for body in bodies
     ]
@@ -313,7 +313,7 @@ def test_evalplus(command, tmp_path, module, rows, header, bodies, title):
     status, stdout, stderr = command(module, *files, "--out", tmp_path / "out")
     assert status == 0, stderr
     assert stdout.startswith(title)
-    assert ", base tests alone" in stdout
+    assert ", base tests only" in stdout
     found = lines(tmp_path / "out" / "samples.jsonl")
     assert [(s["base_passed"], s["passed"]) for s in found] == [*bodies.values()]
     result = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -322,7 +322,7 @@ def test_evalplus(command, tmp_path, module, rows, header, bodies, title):
 
 
 def test_evalplus_in_the_formats_of_the_originals(command, tmp_path):
-    """Tests that import numpy; a row of MBPP's has its base tests, too."""
+    """Tests import numpy; MBPP rows also hold the base tests."""
     test = (
         "import numpy as np\n\ndef assertion(out, exp, atol):\n"
         "    assert np.allclose(out, exp, rtol=1e-07, atol=atol)\n\n"
@@ -330,7 +330,7 @@ def test_evalplus_in_the_formats_of_the_originals(command, tmp_path):
     add = f"{test}def ref_func(a, b):\n    return a + b\n\ndef check(candidate):\n"
     add += "    for inp in [[[5], [3]]]:\n        assertion(candidate(*inp), ref_func(*inp), 0)\n"
     problems = [{**PROBLEMS[0], "task_id": "HumanEval/0", "test": add}]
-    bodies = "return a + b", "a.clear(), b.clear()\n    return a"  # unseen by the reference
+    bodies = "return a + b", "a.clear(), b.clear()\n    return a"  # must not affect the reference
     samples = [{"task_id": 0, "completion": f"    {body}"} for body in bodies]
     files = [("--problems", write(tmp_path / "he.jsonl", problems), "--samples",
               write(tmp_path / "s.jsonl", samples))]  # fmt: skip
@@ -349,8 +349,8 @@ def test_evalplus_in_the_formats_of_the_originals(command, tmp_path):
 @pytest.mark.parametrize(
     ("module", "rows", "message"),
     [
-        (humaneval, [{**PROBLEMS[0], "stop_tokens": []}], "problem 1: its field 'stop_tokens'"),
-        (mbpp, [{**ROWS[3], "tests": []}], "problem 1: its field 'tests'"),
+        (humaneval, [{**PROBLEMS[0], "stop_tokens": []}], "problem 1: unknown field 'stop_tokens'"),
+        (mbpp, [{**ROWS[3], "tests": []}], "problem 1: unknown field 'tests'"),
         (humaneval, MBPP_PLUS, "use python -m eval.mbpp"),
         (humaneval, [{**PLUS[0], "base_input": 7}], "not EvalPlus's format: TypeError"),
         (humaneval, [{"task_id": "T/0"}], "KeyError('test')"),
@@ -418,7 +418,7 @@ def test_a_self_check_is_read_again_in_the_same_circumstances_alone(tmp_path, mo
 
 
 def test_the_second_evaluation_runs_the_samples_alone(command, problems, tmp_path, monkeypatch):
-    """And equal ones once."""
+    """Equal samples run once."""
     samples, numbers = write(tmp_path / "samples.jsonl", COMPLETE * 3), []
 
     def counted(checks, run=run_all, **limits):
@@ -429,7 +429,7 @@ def test_the_second_evaluation_runs_the_samples_alone(command, problems, tmp_pat
     monkeypatch.setattr("eval.harness.run_all", counted)
     arguments = ("--problems", problems, "--samples", samples, "--self_check", tmp_path / "checks")
     assert [command(humaneval, *arguments)[0] for _ in range(2)] == [0, 0]
-    assert numbers == [8, 2, 2]  # of two problems: a reference and three wrong ones each
+    assert numbers == [8, 2, 2]  # 2 problems x (1 reference + 3 wrong ones)
 
 
 SHOT = (

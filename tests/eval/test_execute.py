@@ -48,7 +48,7 @@ def any_tier():
 
 
 def parents() -> dict[int, int]:
-    """{pid: parent} of all processes but zombies."""
+    """Return {pid: parent pid} of all processes except zombies."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -59,7 +59,7 @@ def parents() -> dict[int, int]:
 
 
 def descendants(pid: int) -> set[int]:
-    """All that descends from `pid`."""
+    """Return the descendants of `pid`."""
     running, family = parents(), {pid}
     while more := {p for p, parent in running.items() if parent in family} - family:
         family |= more
@@ -142,14 +142,14 @@ def test_failing_sandbox_is_infrastructure(monkeypatch, any_tier):
         assert all(detail in v.detail for v in verdicts)
 
     fails("limits not set", memory_mb=1 << 60)
-    monkeypatch.setattr("sys.executable", "/no/such/python")  # the tier was tried before
+    monkeypatch.setattr("sys.executable", "/no/such/python")  # the tier's trial is cached
     fails("No such file")
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_sandbox_that_dies_is_started_again(tier, monkeypatch, times):
-    """Killed from outside (as by the kernel short of memory): that the same check is so again is
-    the candidate's fault."""
+    """Retry a check once after its sandbox was killed from outside (e.g. by the OOM killer); a
+    second kill counts as the candidate's failure."""
     real, killed = execute._Supervisor.run, []
 
     def run(self, check):
@@ -166,7 +166,7 @@ def test_a_sandbox_that_dies_is_started_again(tier, monkeypatch, times):
 
 
 def test_no_program_makes_the_sandbox_fail(tier):
-    """Nor by limits that the kernel enforces with a signal that the sandbox's own death has."""
+    """Not even with limits that the kernel enforces by SIGKILL."""
     kill = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos.kill(os.getpid(), 9)"
     programs = [LIMIT % "1, 1", LIMIT % "0, 0", kill, "import os\nos.abort()"]
     verdicts = run_programs(programs, 1, tier=tier)
@@ -174,7 +174,7 @@ def test_no_program_makes_the_sandbox_fail(tier):
 
 
 def test_time_is_cpu_time(any_tier):
-    """A program that waits, as all do on a busy machine, may take longer than its limit."""
+    """A waiting program may exceed its limit in wall time, as on a busy machine."""
     programs = ["import time\ntime.sleep(1.2)", "while True: pass"]
     verdicts = run_programs(programs, 1, workers=1, tier=any_tier)
     assert [v.status for v in verdicts] == ["passed", "timeout"]
@@ -199,8 +199,8 @@ def test_a_test_may_import_numpy(any_tier):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_evaluator_ends(any_tier, number):
-    """Whatever ends the evaluator, programs that run do not outlive it by much."""
-    script = (  # a background shell has its commands ignore SIGINT
+    """Running programs end soon after the evaluator, however it ends."""
+    script = (  # background shells make commands ignore SIGINT
         "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from sandbox import execute\n"
         f"execute.run_programs(['while True: pass'] * 9, 300, tier={any_tier!r})"
@@ -211,7 +211,7 @@ def test_evaluator_ends(any_tier, number):
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
-    # Per worker a supervisor and a sandbox, and a fork of each; the trial's are gone by then.
+    # Per worker: a supervisor, a sandbox, and a fork of each. The trial's have ended by then.
     while len(left := descendants(evaluator.pid)) < 8:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -223,7 +223,7 @@ def test_evaluator_ends(any_tier, number):
 
 
 def test_benchmark_files_pass_under_every_tier(shared_eval, tier):
-    """The references whose tests need most: helpers, classes, modules, odd names and results."""
+    """Run demanding references: helpers, classes, modules, odd names and results."""
     problems = read_problems(shared_eval / "HumanEval.jsonl.gz")
     chosen = [problems[i] for i in (32, 33, 38, 50, 0, 2, 160)]
     rows, odd = read_mbpp(shared_eval / "mbpp.jsonl")[1], {56, 137, 349, 367, 533, 596, 601, 927}

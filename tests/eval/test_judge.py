@@ -81,7 +81,7 @@ def command(monkeypatch, in_process):
 
 @pytest.fixture
 def samples(tmp_path):
-    """Three problems solved, the others not."""
+    """Samples that solve three problems and fail the others."""
     solved = {p["task_id"]: p["canonical_solution"] for p in OURS[:3]}
     rows = [(p["task_id"], solved.get(p["task_id"], "    return []\n")) for p in OURS]
     return write(tmp_path / "samples.jsonl", [{"task_id": t, "completion": c} for t, c in rows])
@@ -91,7 +91,7 @@ def test_without_an_endpoint(command, samples, tmp_path):
     out = tmp_path / "out"
     _, stdout, _ = command("--samples", samples, "--out", out, "--limit", 5)
     assert "60.0 %" in stdout
-    assert "no endpoint was asked" in stdout
+    assert "--model was not given" in stdout
     assert not (out / "grades.jsonl").exists()
     assert [s["passed"] for s in lines(out / "samples.jsonl")] == [True] * 3 + [False] * 2
 

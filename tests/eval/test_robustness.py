@@ -121,7 +121,7 @@ def test_paired_interval():
 
 
 def test_command(monkeypatch, in_process, tmp_path):
-    """With a model that knows the problem with its own quotes and indentation."""
+    """Use a model that solves the problem only with its original quotes and indentation."""
 
     def generate(prompts, **options):
         known = '    """ Count the numbers'
@@ -146,6 +146,6 @@ def test_command(monkeypatch, in_process, tmp_path):
     assert found == {"other_quotes": 1, "two_spaces": 1, "rename_function": 0}
     asked = [p["task_id"] for p in lines(out / "problems.jsonl")]
     assert asked[:3] == ["T/0", "T/1", "T/0@other_quotes"]
-    arguments[2:4] = "--samples", out / "samples.jsonl"  # the same again
+    arguments[2:4] = "--samples", out / "samples.jsonl"  # rescore the written samples
     again = json.loads(in_process(robustness.main, *arguments, "--json", *only)[1])
     assert again["perturbations"] == result["perturbations"]

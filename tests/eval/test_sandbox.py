@@ -12,7 +12,7 @@ ALLOW, DENY, KILL = 0x7FFF0000, 0x00050001, 0x80000000
 
 
 def judge(machine: str, number: int, *arguments: int, arch: int | None = None) -> int:
-    """What the filter returns for a system call: an interpreter of its BPF."""
+    """Interpret the filter's BPF; return its verdict on a system call."""
     if arch is None:
         arch = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
     data = struct.pack("<IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
@@ -35,7 +35,7 @@ def test_filter_allows_what_is_listed_and_nothing_else(column, machine):
     listed = {numbers[column] for numbers in isolate.CALLS.values()} - {-1}
     assert {n for n in range(600) if judge(machine, n) == ALLOW} == listed | {
         isolate.ARGUMENTS[name][0][column] for name in ("fcntl", "prlimit64")
-    }  # whose first value is 0
+    }  # their argument check allows 0
     ioctl, fcntl, prlimit = ((16, 29)[column], (72, 25)[column], (302, 261)[column])
     assert judge(machine, ioctl, 5, 0x5401) == ALLOW  # TCGETS
     assert judge(machine, ioctl, 5, 0x5412) == DENY  # TIOCSTI
@@ -55,13 +55,13 @@ def test_tier_falls_back_or_says_what_is_missing(monkeypatch):
         with pytest.raises(UserError, match=f"tier {other}: no {other}"):
             execute.choose(other)
     monkeypatch.setattr(execute, "_missing", lambda t: f"no {t}" if t != "C" else "")
-    assert execute.choose("C") == "C"  # by name only
+    assert execute.choose("C") == "C"  # only if named
     with pytest.raises(UserError, match=r"no A; tier B: no B\); --sandbox C"):
         execute.choose()
 
 
 def test_a_sandbox_with_a_hole_is_refused(monkeypatch):
-    """The trial that chooses a tier fails where the filter lets one call through."""
+    """The trial that chooses a tier fails if the filter lets one call through."""
     need("B")
     monkeypatch.setattr(execute, "TRIAL", execute.TRIAL.replace("os.fork,", "os.getpid,"))
     assert "hole" in execute._missing.__wrapped__("B")

@@ -26,7 +26,7 @@ def test_wilson_ends_are_z_deviations_from_the_mean(passed, n):
     low, high = wilson(frac, n)
     assert 0 <= low <= frac + 1e-9
     assert frac - 1e-9 <= high <= 1
-    for p in (low, high):  # the interval's definition: a test of p against frac is on the edge
+    for p in (low, high):  # definition: testing p against frac is borderline
         assert (frac - p) ** 2 == pytest.approx(Z95**2 * p * (1 - p) / n, abs=1e-12)
 
 
@@ -40,22 +40,22 @@ def test_score_weighs_problems_alike():
 
 
 def problems(counts: dict[tuple[int, int], int]) -> dict[str, list[bool]]:
-    """Make so many problems for each (passed, samples), {task_id: passed?}."""
+    """Make `counts` problems of each (passed, samples): {task_id: passed?}."""
     each = [pair for pair, times in counts.items() for _ in range(times)]
     return {str(i): [True] * c + [False] * (n - c) for i, (c, n) in enumerate(each)}
 
 
 def test_fits_that_are_known():
-    # a and b are as many as what two samples tell: E[p] = .4 and E[2 p (1 - p)] = .2, exactly.
+    # Two samples determine a and b exactly: E[p] = .4 and E[2 p (1 - p)] = .2.
     found = fit(problems({(0, 2): 500, (1, 2): 200, (2, 2): 300}))
     assert [found["a"], found["b"]] == pytest.approx([2 / 7, 3 / 7], rel=0.01)
     assert found["pass@1"][0] == pytest.approx(0.4, abs=0.001)
-    # More alike than chance: one p for all, and so the likelihood interval of 200 tosses.
+    # Less spread than chance: one p for all, so the likelihood interval of 200 coin flips.
     found = fit(problems({(1, 2): 100}))
     spread = math.sqrt(1 - math.exp(-(Z95**2) / 200)) / 2
     assert found["pass@1"] == pytest.approx([0.5, 0.5 - spread, 0.5 + spread], abs=0.002)
     assert found["pass@10"][0] == pytest.approx(1 - 0.5**10, abs=1e-4)
-    # Each always or never: more samples solve no more.
+    # Each problem always or never solved: more samples solve no more.
     found = fit(problems({(0, 20): 75, (20, 20): 25}))
     assert [found[f"pass@{k}"][0] for k in (1, 10, 100)] == pytest.approx([0.25] * 3, abs=0.002)
     assert fit(problems({(0, 20): 9})) is fit(problems({(7, 7): 9})) is None

@@ -14,7 +14,7 @@ def write(path, rows):
 
 
 def evaluation(folder, passed: dict[str, list[bool]], model="out/run", benchmark="HumanEval"):
-    """A folder as an evaluation writes it."""
+    """Write a folder as an evaluation does."""
     rows = [{"task_id": t, "passed": p} for t, ps in passed.items() for p in ps]
     write(folder / "samples.jsonl", rows)
     rates = [sum(p) / len(p) for p in passed.values()]
@@ -48,7 +48,7 @@ def test_split(command, report, tmp_path):
     assert loose["similar"]["pass@1"] == pytest.approx(0.75)
     assert loose["difference"]["pass@1"] == pytest.approx(0.5)
     assert second["model"] == "peer"
-    row = second["taus"]["0.95"]  # which has no similar problem
+    row = second["taus"]["0.95"]  # no similar problem
     assert (row["similar"], row["difference"], row["other"]["pass@1"]) == (None, None, 0.5)
     status, stdout, stderr = command(ours, other, "--report", report)
     assert status == 0, stderr

@@ -45,7 +45,7 @@ def through(value, other=refuse, remote=refuse):
 
 
 def same(a, b) -> bool:
-    """Equal, of the same exact types all the way down, in the same order of dict keys."""
+    """Return True if equal with the same types at every depth and the same dict key order."""
     if type(a) is not type(b) or a != b:
         return False
     if isinstance(a, float):
@@ -62,9 +62,9 @@ def test_round_trip_is_exact(value):
 
 def test_hard_cases():
     for value in (
-        "\ud83d\ude00",  # two lone surrogates: not the character that they would be in UTF-16
+        "\ud83d\ude00",  # two lone surrogates, not one UTF-16 character
         "\ud800\n\u2028\0",
-        10**5000,  # Python refuses to print or read it in decimal
+        10**5000,  # too long for Python's decimal conversion
         -(1 << 62), (1 << 62) - 1, -0.0, math.inf, 5e-324, range(1, 9, 3), int,
         {(1, "a"): {frozenset({2}): [b"\xff", 1j]}}, [], (), set(), {},
         Decimal("1.50"), Fraction(1, 3), bytearray(b"\xff"), array("d", [0.5]),
