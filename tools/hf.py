@@ -3,10 +3,10 @@
     python -m tools.hf export --checkpoint out/demo/runs/exercises --out out/demo/hf
     python -m tools.hf import --source phi-1 --out out/phi-1
 
-`AutoModelForCausalLM` and `AutoTokenizer` load an export without code of ours. An import is a
+`AutoModelForCausalLM` and `AutoTokenizer` load an export without our code. An import is a
 checkpoint folder without training state, for sample.py, the evaluators and `train.py --init_from`.
-Weights are copied number by number: there and back, a model is the same to the last bit. It is an
-error if one side has what the other cannot hold.
+Weights are copied exactly: a round trip is bitwise identical. Anything that the other format cannot
+represent is an error.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from tokenizer import END_OF_TEXT, JSON_FILE, MODEL_FILE, Tokenizer
 from tokenizer.to_json import to_json
 
 WEIGHTS_FILE = "model.safetensors"
-QK_NORMS = "self_attn.q_layernorm", "self_attn.k_layernorm"  # trained there, constant here
-# ModelConfig's fields by their names in config.json; the two have the same defaults, phi-1's.
+QK_NORMS = "self_attn.q_layernorm", "self_attn.k_layernorm"  # trainable there, constant here
+# {config.json key: ModelConfig field}; both default to phi-1's values.
 NAMES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "seq_len",
@@ -40,10 +40,10 @@ NAMES = {
     "intermediate_size": "mlp_width",
     "qk_layernorm": "qk_norm",
 }
-# What model.py does in one way only; an absent key means the first value, as in PhiConfig.
+# {key: values model.py supports}; a missing key means the first one, as in PhiConfig.
 FIXED = {
     "model_type": ("phi",),
-    "hidden_act": ("gelu_new", "gelu_pytorch_tanh"),  # two names of tanh-GELU
+    "hidden_act": ("gelu_new", "gelu_pytorch_tanh"),  # both are tanh-GELU
     "layer_norm_eps": (1e-5,),
     "tie_word_embeddings": (False,),
     "rope_scaling": (None,),
@@ -53,17 +53,17 @@ FIXED = {
 
 @dataclass(frozen=True)
 class Export:
-    """Write a checkpoint as a Hugging Face folder."""
+    """Export a checkpoint to a Hugging Face folder."""
 
-    checkpoint: Path  # run folder (its best checkpoint is used) or checkpoint folder
+    checkpoint: Path  # checkpoint folder, or run folder (uses its best checkpoint)
     out: Path  # folder to write
 
 
 @dataclass(frozen=True)
 class Import:
-    """Read a Hugging Face folder of PhiForCausalLM weights, such as phi-1's, as a checkpoint."""
+    """Import a Hugging Face folder of PhiForCausalLM weights, such as phi-1's, as a checkpoint."""
 
-    source: Path  # folder with config.json, model.safetensors (or its shards) and tokenizer.json
+    source: Path  # folder with config.json, model.safetensors (or shards) and tokenizer.json
     out: Path  # checkpoint folder to write
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     commands = {"export": (Export, export), "import": (Import, import_)}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in commands:
-        raise UserError(f"say what to do: {' or '.join(commands)}, then the options or --help")
+        raise UserError(f"first argument must be {' or '.join(commands)}, then options or --help")
     cls, command = commands[name]
     command(parse(cls, sys.argv[2:]))
 
@@ -82,24 +82,24 @@ def export(config: Export) -> None:
     marks = ("bos_token", "eos_token", "pad_token")
     ids = {f"{mark}_id": tokenizer.end_of_text for mark in marks}
     tokens = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the one that takes tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json unchanged
         **dict.fromkeys(marks, END_OF_TEXT),
         "padding_side": "left",
         "model_max_length": model.c.seq_len,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # as in training, the text <|endoftext|> ends nothing
+        "split_special_tokens": True,  # the text <|endoftext|> is plain text, as in training
     }
     with new_folder(config.out, [source]) as folder:
         weights = {name: part.detach().contiguous() for name, part in parts(model).items()}
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / WEIGHTS_FILE).chmod(0o644)  # the server may be another user
+        (folder / WEIGHTS_FILE).chmod(0o644)  # a server may run as another user
         write_json(folder / "config.json", phi_config(model.c, tokenizer))
         write_json(folder / "generation_config.json", {"do_sample": False, **ids})
         (folder / JSON_FILE).write_text(to_json(tokenizer), encoding="utf-8")
         write_json(folder / "tokenizer_config.json", tokens)
         if tokenizer.path.name == MODEL_FILE:
-            shutil.copyfile(tokenizer.path, folder / MODEL_FILE)  # for the way back
+            shutil.copyfile(tokenizer.path, folder / MODEL_FILE)  # for importing it back
         (folder / "README.md").write_text(model_card(source, model.c, tokenizer), encoding="utf-8")
     print(f"exported {source} ({parameter_count(model.c):,} parameters) -> {config.out}")
 
@@ -109,8 +109,8 @@ def import_(config: Import) -> None:
     c = model_config(config.source / "config.json")
     if not any((config.source / name).exists() for name in (MODEL_FILE, JSON_FILE)):
         raise UserError(
-            f"{config.source} has no {JSON_FILE}; from vocab.json and merges.txt, transformers "
-            "makes it: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            f"{config.source} has no {JSON_FILE}; to make it from vocab.json and merges.txt, run "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     tokenizer = Tokenizer(config.source)
     if (n := tokenizer.vocab_size) > c.vocab_size:
@@ -124,7 +124,7 @@ def import_(config: Import) -> None:
 
 
 def write_checkpoint(folder: Path, model: Phi, tokenizer: Tokenizer, meta: dict) -> None:
-    """Fill `folder` with what inference reads of a checkpoint: weights, tokenizer, meta.json."""
+    """Write the parts of a checkpoint that inference reads: weights, tokenizer, meta.json."""
     save_file(model.state_dict(), folder / WEIGHTS_FILE)
     tokenizer.save(folder)
     shape = dataclasses.asdict(model.c)
@@ -132,7 +132,7 @@ def write_checkpoint(folder: Path, model: Phi, tokenizer: Tokenizer, meta: dict)
 
 
 def parts(model: Phi) -> dict[str, torch.Tensor]:
-    """Return views of the model's parameters under the names and shapes of PhiForCausalLM."""
+    """Return views of the model's parameters with PhiForCausalLM's names and shapes."""
     C, M = model.c.width, model.c.mlp_width
     named = {
         "model.embed_tokens.weight": model.embed.weight,
@@ -165,11 +165,11 @@ def parts(model: Phi) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load(model: Phi, folder: Path) -> None:
-    """Copy the safetensors weights in `folder`, whole or in shards, into `model`.
+    """Copy the safetensors weights in `folder`, in one file or shards, into `model`.
 
-    Raises UserError if a tensor is missing or unknown, its shape does not fit, or it is not finite.
+    Raises UserError if a tensor is missing, unknown, misshapen or not finite.
     """
-    mine, where = parts(model), {}  # {name: the open file that has it}
+    mine, where = parts(model), {}  # {tensor name: open file}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             file = safe_open(path, framework="pt")
@@ -177,28 +177,28 @@ def load(model: Phi, folder: Path) -> None:
             raise UserError(f"{path} cannot be read: {e}") from None
         where |= dict.fromkeys(file.keys(), file)
     for name in sorted(mine.keys() ^ where.keys()):
-        problem = "is missing" if name in mine else "has no place in this model"
+        problem = "is missing" if name in mine else "is not in this model"
         raise UserError(
-            f"{folder}: the tensor {name} {problem}; want exactly PhiForCausalLM's in .safetensors "
-            "files; load and save other weights with transformers first"
+            f"{folder}: tensor {name} {problem}; want exactly PhiForCausalLM's tensors in "
+            ".safetensors files; convert other weights with transformers first"
         )
     for name, part in mine.items():
         tensor = where[name].get_tensor(name)
         got, want = list(tensor.shape), list(part.shape)
         if got != want:
-            raise UserError(f"{folder}: {name} is {got}, and config.json makes it {want}")
+            raise UserError(f"{folder}: {name} has shape {got}, but config.json wants {want}")
         if not tensor.isfinite().all():
-            raise UserError(f"{folder}: {name} has NaN or inf; import weights that do not")
+            raise UserError(f"{folder}: {name} has NaN or inf; want finite weights")
         if any(norm in name for norm in QK_NORMS) and not tensor.equal(part):
             raise UserError(
-                f"{folder}: {name} is not {part[0]:g} throughout, as this model's always is; "
-                "weights whose QK-norm was trained cannot be imported"
+                f"{folder}: {name} is not {part[0]:g} everywhere, which this model fixes; "
+                "weights with trained QK-norm cannot be imported"
             )
         part.copy_(tensor)
 
 
 def phi_config(c: ModelConfig, tokenizer: Tokenizer) -> dict:
-    """Return the config.json of PhiForCausalLM for the shape `c`."""
+    """Return PhiForCausalLM's config.json for the shape `c`."""
     rope = {"rope_theta": c.rope_theta, "partial_rotary_factor": rotary_factor(c)}
     return {
         "architectures": ["PhiForCausalLM"],
@@ -208,33 +208,33 @@ def phi_config(c: ModelConfig, tokenizer: Tokenizer) -> dict:
         "attention_dropout": c.dropout,
         "resid_pdrop": c.dropout,
         "embd_pdrop": 0.0,
-        "rope_parameters": {"rope_type": "default", **rope},  # where transformers 5 looks
-        **rope,  # where transformers 4 and others do
+        "rope_parameters": {"rope_type": "default", **rope},  # read by transformers 5
+        **rope,  # read by transformers 4 and others
         "dtype": "float32",
         "use_cache": True,
         "bos_token_id": tokenizer.end_of_text,
-        "eos_token_id": tokenizer.end_of_text,  # and no pad_token_id, which is never trained
+        "eos_token_id": tokenizer.end_of_text,  # no pad_token_id: it is never trained
     }
 
 
 def rotary_factor(c: ModelConfig) -> float:
-    """Return the factor from which transformers' int(head_dim * factor) is rotary_dim."""
+    """Return a factor for which transformers' int(head_dim * factor) is rotary_dim."""
     factor = c.rotary_dim / c.head_dim
-    if int(c.head_dim * factor) < c.rotary_dim:  # the quotient was rounded down
+    if int(c.head_dim * factor) < c.rotary_dim:  # the division rounded down
         factor = math.nextafter(factor, 1.0)
     return factor
 
 
 def model_config(path: Path) -> ModelConfig:
-    """Return the shape in a config.json of PhiForCausalLM. Raises UserError if Phi cannot have it:
-    other activations, fewer key heads, scaled rotary embedding, tied or quantised weights, ..."""
+    """Return the shape in a PhiForCausalLM config.json. Raises UserError for what Phi lacks: other
+    activations, fewer key heads, scaled rotary embedding, tied or quantised weights, ..."""
     if not isinstance(h := read_json(path), dict):
-        raise UserError(f"{path} is missing or holds no JSON object")
+        raise UserError(f"{path} is missing or is not a JSON object")
 
     def check(key: str, got, *allowed) -> None:
         if got not in allowed:
             want = " or ".join(map(repr, allowed))
-            raise UserError(f"{path}: {key} is {got!r}, and this model can only have {want}")
+            raise UserError(f"{path}: {key} is {got!r}, but this model supports only {want}")
 
     for key, values in FIXED.items():
         check(key, h.get(key, values[0]), *values)
@@ -246,7 +246,7 @@ def model_config(path: Path) -> ModelConfig:
     dropout = drops[0]
     if drops != [dropout, dropout, 0]:
         dropout = 0.0
-        print(f"{path}: dropout becomes 0, as this model has one for attention and residual")
+        print(f"{path}: dropout becomes 0: this model has one rate for attention and residual")
     rope = h.get("rope_parameters") or {}
     check("rope_type", rope.get("rope_type", "default"), "default")
     theta = rope.get("rope_theta", h.get("rope_theta", ModelConfig.rope_theta))
@@ -256,7 +256,7 @@ def model_config(path: Path) -> ModelConfig:
 
 
 def model_card(source: Path, model: ModelConfig, tokenizer: Tokenizer) -> str:
-    """Return README.md of an export: what the model is, and where it comes from."""
+    """Return an export's README.md: what the model is and where it comes from."""
     lineage = {**checkpoint.read_meta(source), "weights_crc32": checkpoint.checksum(source)}
     return f"""---
 library_name: transformers

@@ -1,11 +1,11 @@
 """Write one self-contained HTML page about training runs, the demo or the ladder.
 
-    python -m tools.report out/a out/b           runs beside each other: how they went and differ
+    python -m tools.report out/a out/b           compare runs: curves, events, settings
     python -m tools.report --demo out/demo       does better data make a better model?
     python -m tools.report --ladder out/ladder --png records/ladder_cpu      the same, rung by rung
 
---png FOLDER also writes the figures as PNG there, and all numbers as ladder.json; --best FOLDER
-adds pass@k of the model of make best. Figures are inline SVG: the page needs no network.
+--png FOLDER also writes the figures as PNG and all numbers as ladder.json. --best FOLDER adds
+pass@k of the model from make best. Figures are inline SVG: the page needs no network.
 """
 
 import html
@@ -26,7 +26,7 @@ from common.files import read_json, read_jsonl
 from eval.bits import Cell, difference
 from eval.scores import parse_folders, predicted
 
-LABELS = {  # of what a model is trained on, in the order of the figures
+LABELS = {  # row names by training data, in figure order
     "raw": "raw code", "filtered": "filtered by rules", "classified": "classified, best fifth",
     "textbooks": "textbooks and code", "mixture": "mixture of all", "base": "base: not finetuned",
     "exercises": "exercises", "replay": "replay: a fifth is code", "varied": "varied in form",
@@ -40,7 +40,7 @@ STEPS = ["raw → filtered", "filtered → classified", "classified → textbook
 SETS = {"humaneval": "HumanEval", "mbpp": "MBPP", "heldout": "held-out exercises",
         "unseen": "unseen families"}
 BITS, RIGHT, PASS = "bits per byte\n← better", "preferred, %\nbetter →", "pass@1, %\nbetter →"
-# A model's scores: file, keys of a score and its interval, title, unit.
+# {measure: (file, key of the score, key of its interval, title, unit)}
 MEASURES = {"bits": ("gold/documents.json", "bits_per_byte", "ci95", "other real code", BITS)}
 for x, title in (SETS | {"judge": "our 50 problems"}).items():
     MEASURES[f"gold_{x}"] = (f"gold/{x}.json", "bits_per_byte", "ci95", title, BITS)
@@ -48,26 +48,29 @@ for x, title in (SETS | {"judge": "our 50 problems"}).items():
     MEASURES[x] = (f"{x}/results.json", "pass@1", "ci95", title, PASS)
 COMPARED = [f"{x}_{of}" for x in ("gold", "preferred") for of in ("judge", "humaneval", "mbpp")]
 COLUMNS = [*COMPARED, *SETS, "bits"]
-FIGURES = {  # measures, where to draw a line, caption
+HEADLINE = ["raw", "filtered", "classified", "textbooks", "mixture"]
+FIGURES = {  # measures, x of the dashed line, caption
+    "headline": (["gold_humaneval", "gold_mbpp"], None, """The same model trained on better and
+        better data: bits per byte of the reference solutions."""),
     "gold": ([*(f"gold_{x}" for x in SETS), "bits"], None, """Bits per byte of the reference
-        solution, given the problem; on the right, of other code. Blank: not run."""),
-    "steps": (COMPARED[:3], 0, """What changes from one rung to the next, paired by seed and
-        problem. A step is better or worse if two 95% intervals exclude 0: the one over problems,
-        which is drawn, and the one over seeds (Student's t)."""),
-    "mutants": ([f"preferred_{x}" for x in SETS], 50, """How often a model finds the reference
-        solution likelier than a copy with one small mistake. Dashed: a model that knows nothing;
-        to know which tokens are common is already better (LOG.md)."""),
-    "exercises": (["heldout", "unseen"], None, """Problems solved. They are by the program that
-        made the exercises: held out of families that training showed, and of other families.""")}
-PASS_AT_K = """The model of make best: problems that one of k samples solves. Dots: measured. Lines:
-    by a beta distribution of the problems' rates, fitted."""
+        solution, given the problem. Rightmost: bits per byte of other code. Blank: not run."""),
+    "steps": (COMPARED[:3], 0, """Change from one rung to the next, paired by seed and problem. A
+        step counts as better or worse only if two 95% intervals exclude 0: over problems (drawn)
+        and over seeds (Student's t)."""),
+    "mutants": ([f"preferred_{x}" for x in SETS], 50, """How often a model rates the reference
+        solution more likely than a copy with one small mistake. Dashed: chance. Knowing which
+        tokens are common is enough to beat chance (LOG.md)."""),
+    "exercises": (["heldout", "unseen"], None, """Problems solved. The program that made the
+        training exercises made these, too. Held-out exercises come from the families in training,
+        the others from families that training never shows.""")}
+PASS_AT_K = """Problems that the model from make best solves with at least one of k samples. Dots:
+    measured. Lines: a fit that assumes beta-distributed solve rates per problem."""
 CAVEATS = """<p>What this does <b>not</b> show:</p><ul>
-<li>To predict a solution, or to prefer it to a wrong one, is not to write it.</li>
-<li>One program made the exercises and the problems that are like them: to solve these is to compose
-what training showed. The benchmarks are by others; the paper's exercises by an LLM.</li>
-<li>Black lines are over problems, dots are the few seeds; no interval covers both.</li>
-<li>Pairs look like exercises but cover other subjects, so format and subject are not told
-apart.</li></ul>"""
+<li>Predicting a solution, or preferring it to a wrong one, is not the same as writing it.</li>
+<li>One program made the exercises for training and for scoring: solving them means recombining what
+training showed. Others wrote the benchmarks; an LLM wrote the paper's exercises.</li>
+<li>Black lines are intervals over problems, dots are the few seeds; no interval covers both.</li>
+<li>Pairs share the exercises' format, not their subjects: the two effects are mixed.</li></ul>"""
 
 COLORS = ["#1f6feb", "#d9730d", "#2da44e", "#8250df", "#bf3989", "#6e7781"]
 DASHES = ["-", "--", ":", "-."]
@@ -77,7 +80,7 @@ WHITE = {"marker": "o", "ls": "", "ms": 3.2, "mfc": "white", "mec": "#1f2328", "
 VERDICTS = {"better": "#1a7f37", "worse": "#cf222e", "not resolved": "#8c959f"}
 CURVES = {"loss": "loss, nats (dots: validation)", "lr": "learning rate",
           "grad_norm": "gradient norm", "tokens_per_s": "tokens/s", "mfu": "MFU",
-          "loader_wait_frac": "waiting for data, share", "memory_gib": "peak memory, GiB"}
+          "loader_wait_frac": "fraction of time waiting for data", "memory_gib": "peak memory, GiB"}
 MARKS = {"skipped": "#d9730d", "start": GREY}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
@@ -96,14 +99,14 @@ escape = html.escape
 
 @dataclass(frozen=True)
 class Config:
-    """Write the page about a demo or a ladder and print its scores; or, with RUN..., about runs."""
+    """Write the report on a demo or a ladder and print its scores; given RUN..., compare runs."""
 
-    run: tuple[Path, ...] = ()  # folders of runs to draw; they may stand without --run, first
-    demo: Path = Path("out/demo")  # folder of the demo
-    ladder: Path | None = None  # folder of a ladder, instead of a demo
-    best: Path | None = None  # folder of make best, to draw its pass@k beside the ladder
-    png: Path | None = None  # folder for the figures as PNG, and for the numbers
-    out: Path | None = None  # file to write, default DEMO or LADDER/report.html, RUN/curves.html
+    run: tuple[Path, ...] = ()  # run folders to compare; can come first, without --run
+    demo: Path = Path("out/demo")  # demo folder
+    ladder: Path | None = None  # ladder folder, instead of a demo
+    best: Path | None = None  # folder of make best: add a figure of its pass@k
+    png: Path | None = None  # folder for the figures as PNG and the numbers as ladder.json
+    out: Path | None = None  # HTML file; default: report.html in DEMO or LADDER, RUN/curves.html
 
 
 def main() -> None:
@@ -130,7 +133,7 @@ def page(title: str, body: str) -> str:
 
 
 def table(lines: list[list], words: int = 1) -> str:
-    """Return an HTML table, its head first; columns after the first `words` are of numbers."""
+    """Return an HTML table. Row 0 is the header; columns from `words` on hold numbers."""
     text = ""
     for i, cells in enumerate(lines):
         tag = "td" if i else "th"
@@ -141,7 +144,7 @@ def table(lines: list[list], words: int = 1) -> str:
 
 
 def figure(draw: Callable, panels: list, *args, says: str, size, png=None, beside=False) -> str:
-    """Return what draw(axes, panels, *args) draws as inline SVG with a caption; write `png` too."""
+    """Return inline SVG with a caption, drawn by draw(axes, panels, *args); also write `png`."""
     style = {"svg.fonttype": "none", "font.size": 11, "svg.hashsalt": "nanophi",
              "axes.spines.top": False, "axes.spines.right": False}
     if not panels:
@@ -153,7 +156,7 @@ def figure(draw: Callable, panels: list, *args, says: str, size, png=None, besid
         draw(axes.ravel(), panels, *args)
         svg, raw = io.StringIO(), io.BytesIO()
         fig.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
-        if png:  # with a palette, a third of the bytes
+        if png:  # a palette takes a third of the bytes
             fig.savefig(raw, dpi=130, bbox_inches="tight")
             Image.open(raw).convert("RGB").quantize(48).save(png, optimize=True)
     text = svg.getvalue()
@@ -161,8 +164,8 @@ def figure(draw: Callable, panels: list, *args, says: str, size, png=None, besid
 
 
 def draw_rows(axes, panels: list, rows: list[str], sizes: dict, line: float | None) -> None:
-    """Draw in each panel (title, unit, {(row, size): Cell}) a mark for each row and size: the mean,
-    its interval in black, the seeds in white. Shares of solved problems are bars."""
+    """Mark each row and size in each panel (title, unit, {(row, size): Cell}): mean, interval in
+    black, seeds in white. Draw pass@1 as bars."""
     for ax, (title, unit, cells) in zip(axes, panels):
         for (i, row), (j, size) in itertools.product(enumerate(rows), enumerate(sizes)):
             if j == 0 and i % 2:
@@ -200,14 +203,14 @@ def draw_rows(axes, panels: list, rows: list[str], sizes: dict, line: float | No
 
 
 def draw_passk(axes, panels: list) -> None:
-    """Draw of the results {name: {"pass_at", "fit"}} of the one panel a line each."""
+    """Draw one line per result {name: {"pass_at", "fit"}} in the only panel."""
     for color, (name, told) in zip(COLORS, panels[0].items()):
         ks = [int(k) for k in told["pass_at"]]
         axes[0].plot(ks, [100 * x for x in told["pass_at"].values()], "o", color=color, label=name)
         if fit := told.get("fit"):
             k = np.geomspace(1, max(ks))
             axes[0].plot(k, 100 * predicted(fit["a"], fit["b"], k), color=color)
-    axes[0].set(xscale="log", xlabel="k, samples a problem", ylabel="solved by one of k, %", ylim=0)
+    axes[0].set(xscale="log", xlabel="k, samples per problem", ylabel="solved by any, %", ylim=0)
     axes[0].xaxis.set_major_formatter("{x:,.0f}")
     axes[0].legend(frameon=False)
 
@@ -216,14 +219,14 @@ def draw_passk(axes, panels: list) -> None:
 
 
 def read_run(folder: Path) -> dict:
-    """Read a run's files. Raises UserError if `folder` holds no run."""
+    """Read a run's files. Raises UserError if `folder` is not a run folder."""
     if (config := read_json(folder / "config.json")) is None:
-        raise UserError(f"{folder} is no run: it has no config.json")
+        raise UserError(f"{folder} is not a run folder: it has no config.json")
     data = ", ".join(Path(d).name for d in config.get("data", "").split(", "))
     found = {"name": str(folder), "data": data, "config": config}
     for name in ("summary", "status"):
         found[name] = read_json(folder / f"{name}.json") or {}
-    for name in ("events", "metrics"):  # their last line may be cut short
+    for name in ("events", "metrics"):  # a kill can cut the last line short
         path = folder / f"{name}.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         found[name] = [json.loads(line) for line in lines if line.endswith("}")]
@@ -250,16 +253,16 @@ def runs_page(folders: tuple[Path, ...]) -> str:
     differ = [row for row in settings if len(set(row[1:])) > 1]
     panels = [(title, {r["name"]: [(x["step"], x[key]) for x in r["metrics"] if key in x]
                       for r in runs}) for key, title in CURVES.items()]
-    says = "Vertical lines: orange skipped steps, grey a start."
+    says = "Vertical lines: skipped steps in orange, starts in grey."
     drawn = figure(draw_curves, panels, runs, says=says, size=(9, 2 * len(panels)))
     return page("nanophi: training runs", f"""{table(rows, 2)}{drawn}
-<h2>What happened</h2><pre>{escape(chr(10).join(said))}</pre>
+<h2>Events</h2><pre>{escape(chr(10).join(said))}</pre>
 <h2>Settings that differ</h2>
 {table([["setting", *(r["name"] for r in runs)], *differ], 1 + len(runs))}""")
 
 
 def draw_curves(axes, panels: list, runs: list[dict]) -> None:
-    """Draw in each panel (title, {label: [(x, y), ...]}) a line for each label."""
+    """Draw one line per label in each panel (title, {label: [(x, y), ...]})."""
     for ax, (title, lines) in zip(axes, panels):
         for i, (name, points) in enumerate(lines.items()):
             ax.plot(*zip(*points), color=COLORS[i % 6], ls=DASHES[i % 4], lw=1.2, label=name)
@@ -277,10 +280,10 @@ def draw_curves(axes, panels: list, runs: list[dict]) -> None:
         axes[2].set_yscale("log")
 
 
-# ---- Models: the arms of the demo, the bars of the ladder
+# ---- Models: demo arms, ladder bars
 
 def said(cell: Cell | None) -> str:
-    """Format with the interval of a difference or a lone seed, else the lowest and highest seed."""
+    """Format value and range: the interval for a step or a single seed, else over seeds."""
     if cell and cell.verdict:
         digits = 1 if cell.high - cell.low > 0.5 else 3
         return "{:+.{n}f} ({:+.{n}f} to {:+.{n}f}) {}".format(*cell[:3], cell.verdict, n=digits)
@@ -296,16 +299,16 @@ class Model:
         self.rung, self.size, seed = (*self.name.split("-"), "", "s0")[:3]
         self.seed, self.runs = int(seed[1:]), [read_run(top / "runs" / self.name)]
         while (init := self.runs[0]["config"]["init_from"]) and (
-                before := top / "runs" / Path(init).name).exists():  # else it came from elsewhere
+                before := top / "runs" / Path(init).name).exists():  # else it is not of this folder
             self.runs.insert(0, read_run(before))
         self.config = self.runs[-1]["config"]
-        self.heldout = folder / "heldout" if self.size else folder  # a demo has no other problems
+        self.heldout = folder / "heldout" if self.size else folder  # a demo has only these
         self.tokens = [(r["data"], r["summary"]["tokens"]) for r in self.runs]
         data, n = self.tokens[-1]
         packed = read_json(top / f"data/tokens/{data}/summary.json") or {}
         parts = packed.get("mixture") or [{"share": 1, "tokens": packed.get("train_tokens", 0)}]
         self.epochs = [round(x["share"] * n / x["tokens"], 2) for x in parts if x["tokens"]]
-        self.scores, self.tasks = {}, {}  # {name: (value, low, high)}; what difference wants
+        self.scores, self.tasks = {}, {}  # {measure: (value, low, high)}; inputs of difference
         for name, (file, key, ci95, _, unit) in MEASURES.items():
             path = self.heldout / "results.json" if name == "heldout" else folder / file
             if (told := read_json(path) or {}).get(key) is not None:
@@ -314,7 +317,7 @@ class Model:
                 self.tasks[name] = told.get("tasks")
 
     def numbers(self) -> dict:
-        """Return a row of ladder.json."""
+        """Return one row of ladder.json."""
         keys = ("name", "rung", "size", "seed", "tokens", "epochs", "scores")
         return {key: getattr(self, key) for key in keys} | {
             "train_s": sum(r["summary"]["trained_s"] for r in self.runs),
@@ -327,14 +330,14 @@ def short(x: float) -> str:
 
 
 class Scores:
-    """The page about a demo or a ladder; what was not run is left out."""
+    """The report on a demo or a ladder, without what was not run."""
 
     def __init__(self, folder: Path, png: Path | None, best: Path | None = None):
         self.folder, self.png, self.best = folder, png, best
         paths = [*folder.glob("eval/*"), *folder.glob("rungs/*-*-s*")]
         found = [Model(x) for x in paths if (folder / "runs" / x.name / "summary.json").exists()]
         if not any(m.scores for m in found):
-            raise UserError(f"{folder}: no finished run with a score; see make train, make ladder")
+            raise UserError(f"{folder}: no finished run with a score; run make train or ladder")
         rungs, small = [*LABELS, *(m.rung for m in found)], lambda m: m.config["parameters"]
         self.models = sorted(found, key=lambda m: (rungs.index(m.rung), small(m), m.seed))
         self.sizes = {m.size: f"{m.size} {small(m) / 1e6:.2g}M parameters".strip()
@@ -353,7 +356,7 @@ class Scores:
                 self.cells[name][step, size] = difference(*sides, MEASURES[name][-1] == BITS)
 
     def numbers(self) -> dict:
-        """Return ladder.json."""
+        """Return the contents of ladder.json."""
         steps = [{"step": step, "size": size, "measure": name, **cell._asdict()}
                  for name in COMPARED for (step, size), cell in self.cells[name].items()
                  if step in STEPS]
@@ -365,7 +368,8 @@ class Scores:
         panels = [(MEASURES[x][3], "change in " * steps + MEASURES[x][4], self.cells[x])
                   for x in measures if self.cells[x]]
         rows = [row for row in (STEPS if steps else dict.fromkeys(m.rung for m in self.models))
-                if any((row, size) in cells for size in sizes for *_, cells in panels)]
+                if any((row, size) in cells for size in sizes for *_, cells in panels)
+                and (name != "headline" or row in HEADLINE)]
         size = min(11, 5 + 3 * len(panels)), 0.4 + 0.16 * (1 + len(sizes)) * len(rows)
         return figure(draw_rows, rows and panels, rows, sizes, line, says=says, size=size,
                       beside=True, png=self.png and self.png / f"{name}.png")
@@ -375,13 +379,13 @@ class Scores:
         told = {SETS[path.parent.name]: x for path in paths
                 if path.parent.name in SETS and "pass_at" in (x := read_json(path))}
         if self.best and not told:
-            raise UserError(f"--best {self.best}: no humaneval/results.json of several samples")
+            raise UserError(f"--best {self.best}: no humaneval/results.json with several samples")
         return figure(draw_passk, [told] if told else [], says=PASS_AT_K, size=(7, 4),
                       png=self.png and self.png / "passk.png")
 
     def tables(self) -> list[list[list[str]]]:
-        """Return the tables, one a size and one of steps, each with its head first."""
-        found = {}  # {first of the head: {(rung or step, size): first of its row}}
+        """Return one table per model size and one of steps, each with its header first."""
+        found = {}  # {header's first cells: {(rung or step, size): row's first cells}}
         for bar, (m, *_) in self.bars.items():
             trained = " + ".join(f"{n / 1e6:.2f}M {data}" for data, n in m.tokens)
             epochs = " + ".join(map(short, m.epochs))
@@ -397,7 +401,7 @@ class Scores:
         return [rows for rows in found.values() if len(rows) > 1]
 
     def samples(self, each: int = 3) -> str:
-        """Return some held-out problems, solved and not, as the best model answered them."""
+        """Return some held-out problems with the best model's answers, solved and not."""
         best = max(self.models, key=lambda m: m.scores.get("heldout", [-1]))
         exercises = self.folder / ("data/exercises" if best.size else "exercises")
         if not (exercises / "heldout.jsonl").exists() or "heldout" not in best.scores:
@@ -416,18 +420,18 @@ class Scores:
     def page(self) -> str:
         c, sizes = self.models[0].config, "; ".join(self.sizes.values())
         tables = "".join(table(rows, 2) for rows in self.tables())
-        writes = """ It also writes functions itself, greedily, once each; one is solved if all its
-tests pass.""" * any(self.cells[x] for x in SETS)
+        writes = """ It also writes each function once, greedily; a function is solved if it passes
+all its tests.""" * any(self.cells[x] for x in SETS)
         return page("nanophi: phi-1 in miniature", f"""<p class=note>{sizes}; vocabulary
 {c["vocab_size"]:,}, context {c["seq_len"]}; commit {escape(c["commit"])}, torch
 {escape(c["torch"])}, {escape(c["device"])}</p>
 <h2>Does better data make a better model?</h2>
-<p>The same model is trained from nothing on different data for nearly the same number of tokens.
-We measure how well it predicts the reference solutions of problems that it never saw, and how often
-it finds them likelier than copies with one small mistake.{writes}</p>
+<p>We train the same model from scratch on different data, for nearly the same number of tokens.
+We measure how well it predicts the reference solutions of problems it never saw (bits per byte),
+and how often it rates them more likely than copies with one small mistake (preferred).{writes}</p>
 {"".join(map(self.figure, FIGURES))}{self.passk()}<h2>The numbers</h2>
-<p>Means of the seeds and, in parentheses, the lowest and the highest; of one seed, and of a step,
-the 95% interval over problems. One bar of a ladder again: <code>make ladder BAR=RUNG-SIZE-sSEED
+<p>Mean over seeds, with the lowest and highest seed in parentheses; for a single seed or a step,
+the 95% interval over problems. Rerun one bar of a ladder: <code>make ladder BAR=RUNG-SIZE-sSEED
 LADDER=out/again</code>.</p>{tables}{CAVEATS}{self.samples()}""")
 
     def text(self) -> str:

@@ -22,7 +22,7 @@ from tools import hf
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-# no two sizes are equal, and 6 / 14 is no exact share of the head dim
+# all sizes differ, and 6 / 14 is inexact in floating point
 SHAPE = ModelConfig(vocab_size=512, seq_len=64, n_layer=2, n_head=3, width=42, mlp_width=50,
                     rotary_dim=6, rope_theta=5000.0, dropout=0.25, qk_norm=True)  # fmt: skip
 PROMPTS = ["def append_0(", "", "    return y * append + 9\n", f"# {END_OF_TEXT}\u2581 é\n\tif a"]
@@ -31,14 +31,14 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 @pytest.fixture(scope="module")
 def ours(tokens, tmp_path_factory) -> Path:
-    """A checkpoint of large random weights, so that the greedy choices are clear and varied."""
+    """A checkpoint with large random weights, for clear and varied greedy choices."""
     tokenizer = Tokenizer(tokens)
     torch.manual_seed(0)
     model = Phi(SHAPE)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0.1, 0.3)
-        # Broken UTF-8 is where the two decoders differ; a trained model hardly writes any.
+        # The decoders differ only on broken UTF-8, which trained models rarely write.
         names = [tokenizer.backend.model.id_to_piece(i) for i in range(tokenizer.vocab_size)]
         model.head.bias[[i for i, name in enumerate(names) if name.startswith("<0x")]] = -1e4
     folder = tmp_path_factory.mktemp("hf") / "checkpoints" / "step-00000007"
@@ -157,7 +157,7 @@ def released(tmp_path_factory) -> Path:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) / 10)  # biases and LayerNorms too
-        model.lm_head.bias[bpe.get_vocab_size() :] = -1e4  # what has no token is not written
+        model.lm_head.bias[bpe.get_vocab_size() :] = -1e4  # never pick an id without a token
     model.half().save_pretrained(folder, max_shard_size="60KB")
     bpe.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "CodeGenTokenizer", "add_prefix_space": False,
@@ -199,10 +199,10 @@ def test_released_format_has_the_same_tokens(released, imported):
     texts += ["".join(r.choices(AWKWARD, k=10)).replace(END_OF_TEXT, "") for _ in range(100)]
     for text in texts:
         ids = mine.tokenizer.encode(text)
-        assert theirs(text)["input_ids"] == ids == mine.encode(text)  # and nothing before them
+        assert theirs(text)["input_ids"] == ids == mine.encode(text)  # no start tokens
         assert mine.tokenizer.decode(ids) == text
     assert mine.tokenizer.end_of_text not in mine.tokenizer.encode(END_OF_TEXT)
-    assert mine.encode("") == [mine.tokenizer.end_of_text]  # a model needs a token to go on from
+    assert mine.encode("") == [mine.tokenizer.end_of_text]  # a model needs one input token
 
 
 def config(**settings):
@@ -216,7 +216,7 @@ def config(**settings):
 
 
 def weight(name, value):
-    """Return a function that changes a number of a folder's tensor `name`."""
+    """Return a function that changes one number of a folder's tensor `name`."""
 
     def change(folder):
         weights = load_file(folder / "model.safetensors")
@@ -233,14 +233,14 @@ def leave_merges(folder):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (config(num_key_value_heads=1), "num_key_value_heads is 1, .* only have None or 3"),
+    (config(num_key_value_heads=1), "num_key_value_heads is 1, .* supports only None or 3"),
     (config(partial_rotary_factor=0.5, rope_parameters={}), "rotary_dim is 7"),
     (config(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn'"),
     (config(hidden_act="gelu"), "hidden_act is 'gelu', .* 'gelu_new' or 'gelu_pytorch_tanh'"),
     (config(vocab_size=400), "512 tokens, more than the vocab_size 400"),
-    (config(vocab_size=600), r"embed_tokens.weight is \[512, 42\], .* makes it \[600, 42\]"),
+    (config(vocab_size=600), r"embed_tokens.weight has shape \[512, 42\], .* wants \[600, 42\]"),
     (config(num_hidden_layers=3), "model.layers.2.input_layernorm.bias is missing"),
-    (config(num_hidden_layers=1), "model.layers.1.input_layernorm.bias has no place"),
+    (config(num_hidden_layers=1), "model.layers.1.input_layernorm.bias is not in"),
     (lambda f: (f / "model.safetensors").write_bytes(b"x"), "cannot be read"),
     (weight("model.layers.1.self_attn.k_layernorm.weight", 1.3), "k_layernorm.weight is not 1.5"),
     (weight("lm_head.bias", float("nan")), "lm_head.bias has NaN or inf"),
@@ -268,5 +268,5 @@ def test_dropouts_that_differ_become_0(exported, tmp_path, change, capsys):
 def test_a_tokenizer_that_loses_text(released, tmp_path):
     value = json.loads((released / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(value | {"normalizer": {"type": "NFC"}}))
-    with pytest.raises(UserError, match="does not give back the text it encodes"):
+    with pytest.raises(UserError, match="does not round-trip text"):
         Tokenizer(tmp_path)

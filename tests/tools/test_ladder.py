@@ -1,4 +1,4 @@
-"""A ladder in miniature, through make: killed, gone on with, and reported."""
+"""Make a tiny ladder: kill it, resume it and report it."""
 
 import json
 import os
@@ -25,7 +25,7 @@ ranked=3 ranked_heldout=2 asked=heldout asked_limit=3 SANDBOX=C"""
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """make(target, setting, ...): the process of make in a ladder of its own, at make.out."""
+    """make(target, setting, ...) starts make on a private ladder at make.out."""
     folder = tmp_path_factory.mktemp("ladder")
     (folder / "tiny.toml").write_text("\n".join(MODEL.split()))
     (folder / "code").mkdir()
@@ -46,7 +46,7 @@ def make(tmp_path_factory):
 
 
 def left(make, *words: str) -> set[str]:
-    """Return MODULE FOLDER of the commands that make would run."""
+    """Return "MODULE FOLDER" of each command that make would run."""
     said, _ = make("-n", "ladder", *words).communicate(timeout=300)
     found = re.findall(r"-m (\S+) .*--out (\S+)", said)
     return {f"{module} {Path(out).relative_to(make.out)}" for module, out in found}
@@ -54,7 +54,7 @@ def left(make, *words: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def made(make) -> Path:
-    """The folder of a ladder that was killed while it trained, and then went on."""
+    """The folder of a ladder that was killed in training and resumed."""
     process = make("-j2", "ladder")
     run = make.out / "runs" / "raw-tiny-s0"
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
@@ -64,7 +64,7 @@ def made(make) -> Path:
     process.communicate(timeout=300)
     assert process.returncode
     assert not (run / "summary.json").exists()
-    assert list((run / "checkpoints").glob("step-*"))  # it saved
+    assert list((run / "checkpoints").glob("step-*"))  # it saved a checkpoint
     process = make("-j2", "ladder")
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
@@ -126,7 +126,7 @@ def test_a_bar_that_cannot_be_is_named(make, bar):
 
 @pytest.mark.parametrize("name", ["ladder_cpu", "ladder_gpu"])
 def test_the_ladders_that_come_with_it_are_sound(name, tmp_path):
-    """Every rung has a bar and a label, and without a benchmark the pruned ones are left out."""
+    """Every rung has a bar and a label; without a benchmark the pruned rungs are skipped."""
     (tmp_path / "mbpp.jsonl").touch()
     words = ["make", "ladder-list", f"LADDER_SET=experiments/{name}", f"LADDER={tmp_path}"]
     rungs = []

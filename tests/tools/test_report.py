@@ -1,4 +1,4 @@
-"""The pages: of runs, of a demo, of a ladder whose results are made up here."""
+"""Test the report pages of runs, a demo and a ladder, on made-up results."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def write(path, *rows) -> None:
 
 
 def write_run(folder, data: str, steps: int, init="", width=32, **config) -> None:
-    """Write the files of a finished run, whose loss is 5 / step."""
+    """Write the files of a finished run with loss 5 / step."""
     c = dataclasses.asdict(TrainConfig(
         out="out", data=f"elsewhere/tokens/{data}", init_from=init and f"elsewhere/runs/{init}",
         vocab_size=64, seq_len=16, n_layer=1, n_head=2, width=width, mlp_width=64,
@@ -33,7 +33,7 @@ def write_run(folder, data: str, steps: int, init="", width=32, **config) -> Non
          "tokens_per_s": 1000.0, "loader_wait_frac": 0.01, "memory_gib": 2.0, "seconds": 3.0}
         for s in range(10, steps + 1, 10)
     ]  # fmt: skip
-    del lines[1]["loss"]  # every step of that line was skipped
+    del lines[1]["loss"]  # every step of this interval was skipped
     write(folder / "metrics.jsonl", *lines, {"step": steps, "val_loss": 0.3125})
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"step": 40, "lo')  # cut short by a kill
@@ -42,7 +42,7 @@ def write_run(folder, data: str, steps: int, init="", width=32, **config) -> Non
 
 
 def write_scores(folder, solved: int, of: int) -> None:
-    """Write an evaluation of `of` problems, of which the first `solved` are."""
+    """Write an evaluation of `of` problems; the first `solved` pass."""
     passed = {f"<{folder.name}>/{i}": [i < solved] for i in range(of)}
     write(folder / "results.json", score(passed))
     said = {"completion": "    return <x>\n", "detail": "E & F"}
@@ -99,7 +99,7 @@ def test_page_of_a_ladder(command, tmp_path):
     assert stands_alone(page)
     assert str(ladder) not in page
     figures = {p.stem for p in png.glob("*.png")}
-    assert figures == {"gold", "steps", "mutants", "exercises", "passk"}
+    assert figures == {"headline", "gold", "steps", "mutants", "exercises", "passk"}
     assert page.count("<svg") == len(figures)
     assert sum(p.stat().st_size for p in png.iterdir()) < 300_000
     for word in ("0.00M textbooks + 0.01M exercises", "70.0 (54.6 - 81.9)", "37.5 (25.0 - 50.0)",
@@ -134,12 +134,12 @@ def test_page_of_a_demo(command, tmp_path, capsys):
 
 def test_nothing_to_report(command, tmp_path):
     for flag in ("--ladder", "--demo"):
-        with pytest.raises(UserError, match="no finished run with a score; see make train"):
+        with pytest.raises(UserError, match="no finished run with a score; run make train"):
             command(flag, tmp_path)
     write_bar(tmp_path, "raw", "small", 0, 0)
-    with pytest.raises(UserError, match=r"no humaneval/results\.json of several"):
+    with pytest.raises(UserError, match=r"no humaneval/results\.json with several"):
         command("--ladder", tmp_path, "--best", tmp_path)
-    with pytest.raises(UserError, match="is no run: it has no config"):
+    with pytest.raises(UserError, match="is not a run folder: it has no config"):
         command(tmp_path)
 
 
@@ -154,9 +154,9 @@ def test_page_of_two_runs(command, tmp_path):
     assert page.count("done, step 30") == 2
     assert "0.3125" in page
     assert "<td>lr</td><td>0.1</td><td>0.2</td>" in page
-    assert "<td>width</td>" not in page  # it is the same
+    assert "<td>width</td>" not in page  # same in both
     assert "step 20 skipped 1 step &amp; more" in page
     assert "fast <&>" not in page
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text("{}")
-    command(tmp_path / "begun")  # it has not logged a step
+    command(tmp_path / "begun")  # a run that has logged no step
