@@ -1,7 +1,7 @@
-"""What bench.ops runs: for each op its inputs, ours, the peers and an fp32 reference.
+"""Benchmark cases for bench.ops: inputs, our kernel, peers and an fp32 reference for each op.
 
-With dropout each implementation draws masks of its own: the reference is then ours, in fp32, whose
-masks are the same, and the peers are timed only.
+With dropout every implementation draws its own masks. The reference is then ours in fp32, with the
+same masks, and peers are only timed.
 """
 
 import functools
@@ -26,12 +26,12 @@ from kernels.cross_entropy import cross_entropy_
 from kernels.layernorm import layernorm, layernorm_reference
 from model import ModelConfig
 
-SEED = 7  # of dropout's masks
-DOCUMENT = 512  # tokens of each document, in attention_docs
+SEED = 7  # for dropout masks
+DOCUMENT = 512  # tokens a document, in attention_docs
 
 
 class Op(torch.autograd.Function):
-    """Make `fn` differentiable: it returns outputs, and a function from gradients to gradients."""
+    """Autograd wrapper: `fn` returns (outputs, backward), backward maps gradients to gradients."""
 
     @staticmethod
     def forward(ctx, fn: Callable, *inputs: Tensor):
@@ -47,7 +47,7 @@ class Op(torch.autograd.Function):
 def attend(
     qkv: Tensor, n_head: int, rope=None, p=0.0, seed=0, doc_start=None, fixed_point=True
 ) -> Tensor:
-    """Return attention [B, T, C] of qkv [B, T, 3C], differentiable; rotate q and k in place."""
+    """Return differentiable attention [B, T, C] of qkv [B, T, 3C]. Rotate q and k in place."""
     seed = torch.full((1,), seed, device=qkv.device) if p else None
     options = n_head, rope, p, seed, doc_start
 
@@ -72,15 +72,15 @@ class Case:
     inputs: list[Tensor]
     providers: dict[str, Callable]
     reference: Callable
-    phases: dict[str, list[str]]  # phase that is timed -> its ops in cost.py, at `batch` sequences
+    phases: dict[str, list[str]]  # timed phase -> its ops in cost.py, at `batch` sequences
     batch: int
     backward: bool = True
     dropout: float = 0.0
-    flops_frac: float = 1.0  # of cost.py's FLOPs: documents leave some out
+    flops_frac: float = 1.0  # share of cost.py's FLOPs: documents mask some out
 
 
 def compiled(fn: Callable) -> Callable:
-    """Return torch.compile's version on a GPU; on a CPU, where that takes minutes, fn itself."""
+    """Compile `fn` on a GPU; return it as is on a CPU, where compiling takes minutes."""
     return torch.compile(fn, dynamic=False) if torch.cuda.is_available() else fn
 
 
@@ -151,7 +151,7 @@ def layernorm_case(c: ModelConfig, batch: int, dtype: torch.dtype) -> Case:
 
 
 def cross_entropy_case(c: ModelConfig, batch: int, dtype: torch.dtype) -> Case:
-    """Ours computes the loss and its gradient in one pass, so that only the sum compares."""
+    """Time loss plus gradient: ours computes both in one pass."""
     logits = torch.randn(batch * c.seq_len, c.vocab_size, dtype=dtype) * 2
     targets = torch.randint(c.vocab_size, logits.shape[:1])
 
@@ -176,7 +176,7 @@ def cross_entropy_case(c: ModelConfig, batch: int, dtype: torch.dtype) -> Case:
 
 
 def block_case(c: ModelConfig, batch: int, dtype: torch.dtype) -> Case:
-    """Return a whole block as model.py calls it: ours against its own torch path."""
+    """Return the case of a whole block as model.py calls it: ours against its torch path."""
     batch, p, rope = max(1, batch // 4), c.dropout, rope_of(c)
     net, x = model.Block(c), torch.randn(batch, c.seq_len, c.width, dtype=dtype)
     for name, w in net.named_parameters():

@@ -1,13 +1,13 @@
-"""The cost of a training step: FLOPs and bytes of each op, its floor on a GPU, and the tokens/s.
+"""Cost model of a training step: FLOPs, bytes and floor of each op on a GPU, and tokens/s.
 
     python -m bench.cost configs/phi1.toml --gpu h100
 
-An op's floor is the longer of FLOPs / FLOP rate and bytes / bandwidth: every operand read once,
-every result written once, activations and weights in 2 bytes, weight gradients and optimiser states
-in fp32. GELU, biases, dropout and residuals ride in GEMM epilogues; rotary embedding and
-elementwise FLOPs are free; launches, gaps and communication are not counted. Of the five matmuls
-that attention's backward executes, MFU counts four, over the data sheet's dense peak. The
-prediction is a range, at the rates that published kernels reach.
+An op's floor is the larger of FLOPs / FLOP rate and bytes / bandwidth. Each operand is read once,
+each result written once. Activations and weights take 2 bytes; weight gradients and optimiser
+states are fp32. GELU, biases, dropout and residuals count as fused into GEMMs. Rotary embedding
+and elementwise FLOPs are free. Launches, gaps and communication are not counted. Attention's
+backward runs five matmuls; MFU counts four, over the data sheet's dense peak. The prediction is a
+range, at the slow and fast rates of published kernels.
 """
 
 import math
@@ -23,39 +23,39 @@ from train import TrainConfig
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """Print the floors of a step of CONFIG.toml on one GPU, and the tokens/s that they allow."""
+    """Print each op's floor for a step of CONFIG.toml on one GPU, and the resulting tokens/s."""
 
     gpu: str = "h100"  # a100-40, a100-80, h100 or h200
 
 
 @dataclass(frozen=True)
 class Op:
-    """One kernel's worth of work; `calls` in each of its phase's micro-steps, or steps."""
+    """Work of one kernel, launched `calls` times per micro-step, or per step in the optimiser."""
 
     name: str
-    phase: str  # forward, backward (of a micro-step) or optimiser (once a step)
-    kind: str  # whose rate bounds it: gemm, attention_fwd, attention_bwd or memory
+    phase: str  # forward, backward (per micro-step) or optimiser (per step)
+    kind: str  # field of Rates that bounds it: gemm, attention_fwd, attention_bwd or memory
     calls: int
-    flops: int  # on the tensor cores, in one call
+    flops: int  # tensor-core FLOPs of one call
     bytes: int
 
 
 @dataclass(frozen=True)
 class Rates:
-    gemm: float  # FLOP/s by kind of op
+    gemm: float  # this and attention: FLOP/s
     attention_fwd: float
     attention_bwd: float
     memory: float  # bytes/s
 
     def floor_us(self, op: Op) -> tuple[float, str]:
-        """Return the microseconds of one call, and what bounds it."""
+        """Return (microseconds of one call, "compute" or "memory" bound)."""
         compute_s = op.flops / getattr(self, op.kind) if op.flops else 0.0
         memory_s = op.bytes / self.memory
         return max(compute_s, memory_s) * 1e6, "compute" if compute_s > memory_s else "memory"
 
 
 def training_ops(c: ModelConfig, micro_batch: int, optimizer: str = "adamw") -> list[Op]:
-    """Return the ops of a micro-step of `micro_batch` sequences, and the optimiser's, in order."""
+    """Return the ops of a micro-step of `micro_batch` sequences and of the optimiser, in order."""
     T, C, M, V, L = c.seq_len, c.width, c.mlp_width, c.vocab_size, c.n_layer
     N, qkvu, lse = micro_batch * T, 3 * C + M, 4 * micro_batch * T * c.n_head
     parameters = parameter_count(c)
@@ -98,14 +98,14 @@ def training_ops(c: ModelConfig, micro_batch: int, optimizer: str = "adamw") -> 
 
     phase = "optimiser"
     memory("gradient_norm", 1, 0, fp32=parameters)
-    # Reads gradient, weight and both moments; writes the latter three and bf16 weights; clears.
+    # Reads gradient, weight, both moments; writes weight, moments, bf16 weight; clears gradient.
     matrices = L * (C * qkvu + C * (C + M)) if optimizer == "muon" else 0
     memory("adamw", 1, parameters - matrices, fp32=8 * (parameters - matrices))
     if matrices:
         # Reads gradient and momentum, writes momentum and update; then weights, in fp32 and bf16.
         memory("momentum", 1, 3 * matrices, fp32=5 * matrices)
-        # q, k, v and attention; up and down. Gram matrix, 4 matmuls of its size an iteration,
-        # product; at TF32's rate, half of bf16's.
+        # q, k, v and attention; up and down. Gram matrix, 4 matmuls of its size per iteration,
+        # final product. TF32 runs at half of bf16's rate: FLOPs count twice.
         for name, n, rows, cols in (("muon_attention", 4, C, C),
                                     ("muon_mlp", 2, max(C, M), min(C, M))):  # fmt: skip
             matmuls = 4 * rows * cols**2 + len(COEFFICIENTS) * 8 * cols**3
@@ -115,34 +115,34 @@ def training_ops(c: ModelConfig, micro_batch: int, optimizer: str = "adamw") -> 
 
 
 def step_us(ops: list[Op], rates: Rates, micro_steps: int) -> float:
-    """Return the microseconds of a step of `micro_steps` micro-steps and one of the optimiser."""
+    """Return the microseconds of a step: `micro_steps` micro-steps and one optimiser update."""
     times = {"forward": micro_steps, "backward": micro_steps, "optimiser": 1}
     return sum(rates.floor_us(op)[0] * op.calls * times[op.phase] for op in ops)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    family: str  # whose rates and records are below
-    memory: float  # what torch can see, bytes
-    bandwidth: float  # of it, bytes/s
-    nvlink: float  # bytes/s that a collective moves through each GPU of a node ("bus bandwidth")
-    network: float  # the same between nodes
+    family: str  # key of REACHED and RECORDS
+    memory: float  # bytes torch sees
+    bandwidth: float  # bytes/s of device memory
+    nvlink: float  # bytes/s of a collective per GPU within a node ("bus bandwidth")
+    network: float  # the same, between nodes
 
     @property
     def peak(self) -> float:
         return PEAK_FLOPS[self.family.upper()]  # dense bf16 FLOP/s
 
     def roof(self) -> Rates:
-        """Return the data sheet's rates."""
+        """Return the data sheet rates."""
         return Rates(self.peak, self.peak, self.peak, self.bandwidth)
 
     def reached(self) -> tuple[Rates, Rates]:
-        """Return what published kernels reach, slow and fast."""
+        """Return the slow and fast rates of published kernels."""
         slow, fast = ([x * 1e12 for x in tflops] for tflops in REACHED[self.family])
         return Rates(*slow, 0.80 * self.bandwidth), Rates(*fast, 0.90 * self.bandwidth)
 
 
-# memory     "total capacity" in torch's out-of-memory messages (the H200's: of one that we used)
+# memory     "total capacity" in torch's out-of-memory messages (H200: one we used)
 # bandwidth  data sheets: A100 SXM 40 and 80 GB, H100 SXM, H200 SXM
 # nvlink     nccl-tests on 8 GPUs: 232 GB/s (github.com/NVIDIA/nccl-tests issue 175); 370 (212)
 # network    192 GB/s a DGX A100 of 8 x 200 Gb/s InfiniBand (github.com/NVIDIA/nccl issue 812); 46
@@ -153,30 +153,30 @@ GPUS = {
     "h100": Gpu("h100", 79.11 * 2**30, 3.35e12, 370e9, 46e9),
     "h200": Gpu("h200", 139.0 * 2**30, 4.80e12, 370e9, 46e9),
 }
-NODE = 8  # GPUs in a node, all on NVLink, each with a network card of its own
-# TFLOP/s of large GEMMs, attention's forward and backward that published kernels reach: slow, fast
+NODE = 8  # GPUs a node, all on NVLink, one network card each
+# TFLOP/s of published kernels, slow and fast: large GEMMs, attention forward, attention backward
 #   a100  cuBLAS 235 and 250 in large bf16 GEMMs; FlashAttention-2 at head dim 64 and sequence 2048,
 #         causal, forward and backward together: 126 and 140 (arXiv 2307.08691, figures 4 to 6)
 #   h100  cuBLAS 720 and 798; causal forward 342 (Triton) and 371 (FlashAttention-3, arXiv
-#         2407.08608); backward 250, and 345: an assumption, 0.82 of its 422 without a mask
-#   h200  the same chip; 715 published, 788 measured in an 8192^3 matmul (2026-10)
-# Bandwidth: large copies ran at 0.90 of the data sheet on an H100 and an H200 (2026-10, -11); the
-# A100's 0.90, and 0.80 as what a kernel with more streams reaches, are assumptions.
+#         2407.08608); backward 250, and 345: assumed, 0.82 of its 422 without a mask
+#   h200  the same chip; 715 published, 788 and 782 measured in an 8192^3 matmul (2026-10, -11)
+# Bandwidth: large copies reach 0.90 of the data sheet on an H100 and an H200 (2026-10, -11).
+# Assumed: the A100's 0.90, and 0.80 for kernels with more streams.
 REACHED = {
     "a100": ((235, 126, 126), (250, 140, 140)),
     "h100": ((720, 342, 250), (798, 371, 345)),
     "h200": ((715, 342, 250), (788, 371, 345)),
 }
-# MFU of published runs of 1B models on eight GPUs (one, where it says so): phi-1's paper, 770 h for
+# MFU of published runs of 1B models on eight GPUs unless named: phi-1's paper, 770 h for
 # 50.3B tokens; LLM Foundry's tables; FlashAttention-2 (arXiv 2307.08691, table 1); nanochat; LLMQ.
 RECORDS = {
     "a100": {"phi-1": 0.494, "LLM Foundry 1B": 0.557, "FlashAttention-2 1.3B": 0.586},
     "h100": {"LLM Foundry 1B": 0.389, "nanochat d24": 0.480, "LLMQ 1.5B, one GPU": 0.566},
 }
-# The H200 is the same chip with more bandwidth; ours is bench.step at 8 x 2048 (LOG.md).
+# The H200 is an H100 with more bandwidth; ours: bench.step at 8 x 2048 (LOG.md).
 RECORDS["h200"] = RECORDS["h100"] | {"nanophi, one GPU": 0.465}
-# NCCL 2.30's own model (src/graph/tuning.cc, "simple" protocol): start of a collective, a hop over
-# NVLink, a hop over the network, seconds; and what a tree reaches of a ring's bandwidth.
+# NCCL 2.30's cost model (src/graph/tuning.cc, "simple" protocol), seconds: start of a collective,
+# NVLink hop, network hop; then a tree's share of a ring's bandwidth.
 START_S, NVLINK_HOP_S, NETWORK_HOP_S, TREE_FRAC = 8.4e-6, 3.4e-6, 14e-6, 0.92
 
 
@@ -187,7 +187,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def fractions(family: str) -> dict[str, float]:
-    """Return published run -> its MFU over that of the kernels alone at phi-1's shape."""
+    """Return {published run: its MFU / roofline MFU of fast kernels at phi-1's shape}."""
     c, gpu = ModelConfig(), GPUS.get(family, GPUS["a100-80"])
     us = step_us(training_ops(c, 16), gpu.reached()[1], 8) / (8 * 16 * c.seq_len)
     roofline_mfu = flops_per_token(c) / us * 1e6 / gpu.peak

@@ -1,11 +1,11 @@
-"""Time generation beside transformers' generate, in turns, and against the memory's roof.
+"""Time generation against transformers' generate and against the memory roof.
 
     python -m bench.decode configs/demo.toml [--batch=1 --batch=32]
 
-Random weights, random prompts of one length, greedy, no end of text: each call gives batch x
-new_tokens tokens, prefill included. The peer is PhiForCausalLM of the same weights with sdpa
-attention; they take turns. same_frac is the share of tokens that are ours; roof_frac is what a
-token must read, weights and keys and values, over its time and the rate of a large copy.
+Random weights, random prompts of equal length, greedy, no end of text: each call generates batch x
+new_tokens tokens, prefill included. The peer is PhiForCausalLM with the same weights and sdpa
+attention; calls alternate. same_frac is the share of tokens equal to ours. roof_frac is the bytes a
+token must read (weights, keys, values), over its time and the bandwidth of a large copy.
 """
 
 from collections.abc import Iterator
@@ -24,20 +24,20 @@ from sample import Generator
 from tools.hf import parts
 from train import TrainConfig
 
-PROMPT_TOKENS, ROUNDS = 32, 3  # timed calls of each, after one that is not
+PROMPT_TOKENS, ROUNDS = 32, 3  # timed calls each, after one warm-up
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """Time generation: ours and transformers'. The model is that of CONFIG.toml."""
+    """Time generation of CONFIG.toml's model: ours and transformers'."""
 
-    batch: tuple[int, ...] = (1, 16, 32)  # prompts generated for at once; may be repeated
-    new_tokens: int = 128  # generated for each
-    json: bool = False  # print lines of JSON too
+    batch: tuple[int, ...] = (1, 16, 32)  # prompts per call; may be repeated
+    new_tokens: int = 128  # tokens generated per prompt
+    json: bool = False  # also print JSON lines
 
 
 class Numbers:
-    """A tokenizer whose text is its token ids."""
+    """Tokenizer whose text is the token ids, space separated."""
 
     end_of_text, start = 0, ()
 
@@ -50,9 +50,9 @@ class Numbers:
 
 @torch.inference_mode()
 def measure(c: TrainConfig, batch: int, new_tokens: int) -> Iterator[dict]:
-    """Time all for one batch size; yield a row for each."""
+    """Time every implementation at one batch size; yield a row each."""
     if PROMPT_TOKENS + new_tokens > c.seq_len:
-        raise UserError(f"{PROMPT_TOKENS} + {new_tokens} tokens are more than seq_len {c.seq_len}")
+        raise UserError(f"{PROMPT_TOKENS} + {new_tokens} tokens exceed seq_len {c.seq_len}")
     device = device_of(c.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(c.seed)
@@ -61,7 +61,7 @@ def measure(c: TrainConfig, batch: int, new_tokens: int) -> Iterator[dict]:
     peer.load_state_dict(parts(model))
     peer.config.use_cache = True
     generator, fast = Generator(model, Numbers()), Generator(model, Numbers(), fast=True)
-    generator.end_of_text = fast.end_of_text = -1  # no token is
+    generator.end_of_text = fast.end_of_text = -1  # never stop early
     idx = torch.randint(1, c.vocab_size, (batch, PROMPT_TOKENS))
     prompts = [" ".join(map(str, row)) for row in idx.tolist()]
     on_device = {"input_ids": idx.to(device), "attention_mask": torch.ones_like(idx, device=device)}

@@ -1,13 +1,13 @@
-"""A GPU's half hour as three commands, each of use alone, with the seconds that it may take:
+"""Run all GPU work in three commands, each useful alone; limits in seconds:
 
-    make gpu-check GPU_OUT=DIR   170   is each op right in bf16 and fp16; does train.py run, resume?
-    make gpu-bench               595   training steps, ops and decoding, each beside its peers
-    make gpu-tune                420   the fastest configurations, and a step with them
+    make gpu-check GPU_OUT=DIR   170   check each op in bf16 and fp16, train.py and resume
+    make gpu-bench               595   time training steps, ops and decoding against peers
+    make gpu-tune                420   find the fastest configurations, time a step with them
 
-Without make: python3 -m bench.gpu --do=check --out=DIR. Parts of a group run side by side, each a
-process group of its own, so that one that fails or hangs costs no other its turn; a group may take
-its own seconds and those that earlier ones left. As a part ends, a few lines of it are shown, its
-lines of JSON go to `out`/gpu.json, and all that it said to `out`/logs-check.tar.gz or the like.
+Without make: python3 -m bench.gpu --do=check --out=DIR. Parts of a group run concurrently, each in
+its own process group: one that fails or hangs does not cost the others their turn. A group may use
+its own seconds plus what earlier groups left over. When a part ends, a summary is printed, its JSON
+lines go to `out`/gpu.json, its full output to `out`/logs-check.tar.gz (logs-bench, logs-tune).
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from common.runlog import environment
 from kernels.launch import TUNING_FILE
 
 ROOT = Path(__file__).parents[1]
-# What has tests for a GPU: files of which all count, and single tests.
+# GPU tests: whole files and single tests
 TESTED = ["kernels/test_layernorm.py", "kernels/test_attention.py", "kernels/test_cross_entropy.py",
           "kernels/test_mlp.py", "kernels/test_block.py", "kernels/test_decode.py",
           "kernels/test_fp8.py", "core/test_train.py::test_resume_is_bitwise",
@@ -47,12 +47,12 @@ SMI = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.draw,power.limi
 
 @dataclass(frozen=True)
 class Config:
-    """Check, measure or tune the kernels on this GPU."""
+    """Check, time or tune the kernels on this GPU."""
 
     do: str  # check, bench or tune
     out: Path = Path("out/gpu")  # folder for gpu.json, logs and tuning.json
-    only: str = ""  # regular expression: run only the parts whose names it is found in
-    toy: bool = False  # run all of it on a CPU at toy size: does it work? The times mean nothing
+    only: str = ""  # regular expression: run only parts with a matching name
+    toy: bool = False  # rehearse on a CPU at toy size; times mean nothing
 
     def __post_init__(self):
         if self.do not in PLANS:
@@ -63,19 +63,19 @@ class Config:
 
 @dataclass
 class Part:
-    """A command, and what became of it."""
+    """One command and its outcome."""
 
     name: str
     command: list[str]  # after the interpreter
-    exit: int | None = None  # None until it has ended, and if it was ended by force
+    exit: int | None = None  # None while running, and if it was killed
     seconds: float = 0.0
-    gpu: str = ""  # what nvidia-smi said while it ran
-    said: str = ""  # its last line that is no JSON
-    rows: list[dict] = field(default_factory=list)  # its lines of JSON
+    gpu: str = ""  # last nvidia-smi reading
+    said: str = ""  # its last non-JSON line
+    rows: list[dict] = field(default_factory=list)  # its JSON lines
 
     def start(self, logs: Path) -> None:
         self.log, self.began = logs / f"{self.name.replace(' ', '_')}.log", time.monotonic()
-        # pytest's workers, which this may run in, tell their children that they are workers too
+        # Under pytest-xdist children would inherit the worker flag
         env = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
@@ -84,11 +84,11 @@ class Part:
             )  # fmt: skip
 
     def finish(self, end: float) -> None:
-        """Wait for it until `end`, then kill it and all that it started; read what it said."""
+        """Wait until `end`, then kill its process group; collect its output."""
         while self.process.poll() is None and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(min(left, 4))
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # none, or it hangs
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # missing or hangs
                 said = subprocess.run(SMI, capture_output=True, text=True, timeout=5).stdout
                 self.gpu = said.strip() or self.gpu
         self.exit, self.seconds = self.process.poll(), round(time.monotonic() - self.began, 1)
@@ -100,8 +100,8 @@ class Part:
                 shown += [self.rows[-1]["summary"]] if "summary" in self.rows[-1] else []
             else:
                 self.said = line.strip() or self.said
-                shown += [line[:200]] * line.startswith(("FAILED ", "ERROR "))  # of pytest's
-        ended = "ended by force" if self.exit is None else f"exit {self.exit}"
+                shown += [line[:200]] * line.startswith(("FAILED ", "ERROR "))  # pytest's
+        ended = "killed" if self.exit is None else f"exit {self.exit}"
         last = f": {self.said[:80]}" if self.exit != 0 or not shown else ""
         for line in [*shown, f"{ended} after {self.seconds:.0f} s{last}"]:
             print(f"{self.name:<24}{line}", flush=True)
@@ -125,7 +125,7 @@ def ops(name: str, toy: bool, *flags: str) -> Part:
 
 
 def check(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
-    """Run the tests, a file a part. Compiling is most of it: many processes share the GPU."""
+    """Run the tests, one part per file. Compiling dominates, so many processes share the GPU."""
     command = ["-m", "pytest", "-v", "--override-ini=addopts=", "--tb=short", "-pbench.gpu"]
     if importlib.util.find_spec("xdist") and not toy:
         command += ["-n3", "--dist=worksteal"]
@@ -138,7 +138,7 @@ def check(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
 
 
 def bench(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
-    """First what Triton and torch.compile take longest for, side by side and at the same shapes."""
+    """Warm the slowest Triton and torch.compile builds concurrently, then time each part alone."""
     phi1, small = (
         [step(model, impl, toy) for impl in ("ours", "torch", "transformers")]
         for model in ("phi1", "phi1_small")
@@ -165,9 +165,9 @@ def bench(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
 
 
 def tune(out: Path, logs: Path, toy: bool) -> list[tuple[int, list[Part]]]:
-    """First every candidate is compiled, side by side; then kernels by kind; the step last.
+    """Compile every candidate concurrently, tune kernels by kind, then time a step.
 
-    With dropout comes last: where a table or a choice serves both, it is phi-1's that counts.
+    Dropout comes last: where one table or choice serves both, phi-1's setting wins.
     """
     command = ["-m", "bench.tune", f"--out={out / 'tuning.json'}"]
     command += [*TOY, "--batch=1", "--seq_len=16"] * toy
@@ -185,7 +185,7 @@ PLANS = {"check": check, "bench": bench, "tune": tune}
 
 
 def run_plan(plan: list[tuple[int, list[Part]]], logs: Path, save) -> None:
-    """Run the groups in turn, and `save` each part that has ended; leave nothing running."""
+    """Run the groups in turn and `save` each finished part; leave nothing running."""
     end = time.monotonic()
     for seconds, group in plan:
         end, begun = end + seconds, []
@@ -202,7 +202,7 @@ def run_plan(plan: list[tuple[int, list[Part]]], logs: Path, save) -> None:
 
 
 def pytest_runtest_logreport(report):
-    """End a worker of pytest-xdist whose CUDA context is lost: the tests to come get a new one."""
+    """Exit a pytest-xdist worker whose CUDA context is lost: later tests get a new one."""
     dead = report.failed and re.search(r"CUDA error|Error \[CUDA\]", report.longreprtext)
     if dead and "PYTEST_XDIST_WORKER" in os.environ:
         os._exit(1)
@@ -210,7 +210,7 @@ def pytest_runtest_logreport(report):
 
 def main() -> None:
     c = parse(Config)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no part outlives it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run_plan then kills its parts
     os.environ |= {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if c.toy else {}
     if not c.toy:
@@ -233,11 +233,11 @@ def main() -> None:
             tar.add(logs, f"logs-{c.do}")
 
     plan = PLANS[c.do](out, logs, c.toy)
-    slower = 10 if c.toy else 1  # in the interpreter, beside others' work
+    slower = 10 if c.toy else 1  # interpreter on a busy machine
     plan = [(slower * s, [p for p in g if re.search(c.only, p.name)]) for s, g in plan]
     run_plan(plan, logs, save)
     shutil.rmtree(logs)
-    # what only warms caches may run out of time
+    # warming caches may time out
     sys.exit(any(p["exit"] != 0 for n, p in record["parts"].items() if not n.startswith("warm")))
 
 

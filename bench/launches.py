@@ -1,7 +1,7 @@
-"""Record each kernel's launch at phi-1's shape, on meta tensors: what bench.resources compiles.
+"""Record each kernel's launch at phi-1's shape on meta tensors, for bench.resources to compile.
 
-The recorded arguments carry types, constexprs and TMA blocks, so that an op's file need not repeat
-them. A new kernel needs an entry in KERNELS here, and one in kernels/tuning.json.
+The recorded arguments carry types, constexprs and TMA blocks, so op files do not repeat them. A new
+kernel needs an entry in KERNELS here and one in kernels/tuning.json.
 """
 
 from collections.abc import Callable
@@ -22,19 +22,19 @@ from model import ModelConfig
 PHI1 = ModelConfig()
 B, T, C, M, V, R = 16, PHI1.seq_len, PHI1.width, PHI1.mlp_width, PHI1.vocab_size, PHI1.rotary_dim
 N, H, EPS = B * T, PHI1.n_head, 1e-5
-SEED = 2**62  # of dropout
+SEED = 2**62  # for dropout
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
          torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A @triton.jit function and a call that launches it."""
+    """A @triton.jit function and the call that launches it."""
 
     fn: Any  # the triton.JITFunction
-    call: Callable  # call(**variant) launches it among others
-    variant: str = ""  # of call's: a configuration must fit with it False and True
-    sms: tuple[int, ...] = (80, 90)  # where it runs
+    call: Callable  # call(**variant) launches it, possibly among others
+    variant: str = ""  # bool argument of call: configurations must fit with False and True
+    sms: tuple[int, ...] = (80, 90)  # architectures
 
     @property
     def variants(self) -> list[dict]:
@@ -124,13 +124,13 @@ KERNELS = {
 
 
 def record(name: str, sm: int, config: dict, variant: dict) -> dict:
-    """Return the arguments of kernel `name`, options too, as launched on `sm` with `config`."""
+    """Return the arguments and options of kernel `name` as launched on `sm` with `config`."""
     kernel, launches = KERNELS[name], []
 
     def run(fn, *args, grid, warmup, **kwargs) -> None:
         launches.append((fn, dict(zip(fn.arg_names, args)) | kwargs))
 
-    table = TUNING[f"sm_{sm}"] | ({name: [config]} if config else {})  # {}: takes none
+    table = TUNING[f"sm_{sm}"] | ({name: [config]} if config else {})  # {}: no configuration
     with (
         patch.object(triton.JITFunction, "run", run),
         patch.object(launch, "capability", lambda x: sm),
@@ -141,7 +141,7 @@ def record(name: str, sm: int, config: dict, variant: dict) -> dict:
 
 
 def type_of(value) -> str:
-    """Return Triton's name for the type of an argument that is not a constexpr."""
+    """Return Triton's type name of a non-constexpr argument."""
     if isinstance(value, Tensor):
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, TensorDescriptor):

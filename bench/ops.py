@@ -1,14 +1,14 @@
-"""Time the kernels against torch and others on this GPU, checking every result on the way.
+"""Time the kernels against torch and other peers on this GPU, and check every result.
 
     python -m bench.ops [--op=NAME] [--dropout=0.1] [--dtype=float16] [--json]
 
-An op is timed at phi-1's shape, forward and backward, with L2 flushed before each call; then the
-profiler says what each of our kernels takes. The roof is a copy and a matmul timed in the same run;
-roof_frac is an op's floor (cost.py) at those rates over its p50.
+Each op is timed at phi-1's shape, forward and backward, with L2 flushed before each call; the
+profiler then times each of our kernels. The roof is a copy and a matmul timed in the same run.
+roof_frac is the op's floor (cost.py) at those rates over its p50.
 
-First each implementation runs on random inputs, ours with every new tensor filled with NaN. Against
-fp32, its largest relative error (2-norm) may be twice that of torch in the same dtype plus 4 ulps.
-With dropout only ours can be compared, with itself in fp32.
+Each implementation first runs on random inputs, ours with every new tensor filled with NaN. Its
+largest relative error (2-norm) against fp32 may be twice torch's in the same dtype plus 4 ulps.
+With dropout only ours is checked, against itself in fp32.
 """
 
 import contextlib
@@ -28,28 +28,28 @@ from bench.timing import make_timer, measured_roof, profile
 from common.config import UserError, parse, run
 from model import ModelConfig
 
-SPLIT = 8  # kernels of ours, the longest first, whose share of an op is shown
+SPLIT = 8  # longest kernels of ours shown per op
 
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    """Time the kernels of one layer, at phi-1's shape unless told otherwise, on this GPU."""
+    """Time the kernels of one layer on this GPU, by default at phi-1's shape."""
 
-    op: tuple[str, ...] = ()  # which ops: attention, layernorm, ...; all of them if not given
-    batch: int = 16  # sequences; attention takes a quarter, for its fp32 check holds T x T
+    op: tuple[str, ...] = ()  # attention, layernorm, ...; empty = all
+    batch: int = 16  # sequences; attention uses a quarter: its fp32 check holds T x T
     dtype: str = "bfloat16"  # bfloat16 or float16
-    device: str = "cuda"  # or cpu, in Triton's interpreter: it runs, and its times mean nothing
-    warm: bool = False  # compile and check only, so that the next run finds all compiled
-    json: bool = False  # print lines of JSON too
+    device: str = "cuda"  # or cpu: Triton's interpreter, times mean nothing
+    warm: bool = False  # only compile and check, to fill caches for the next run
+    json: bool = False  # also print JSON lines
 
     def __post_init__(self):
         super().__post_init__()
         if unknown := set(self.op) - CASES.keys():
-            raise UserError(f"op {unknown.pop()}: no such op; want one of {', '.join(CASES)}")
+            raise UserError(f"op is {unknown.pop()}, want one of {', '.join(CASES)}")
         if self.dtype not in ("bfloat16", "float16"):
             raise UserError(f"dtype is {self.dtype}, want bfloat16 or float16")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("there is no CUDA device here; --device=cpu rehearses a small shape")
+            raise UserError("no CUDA device here; --device=cpu rehearses a small shape")
 
     def case(self, op: str) -> Case:
         return make_case(op, self, self.batch, getattr(torch, self.dtype), self.device)
@@ -57,7 +57,7 @@ class Config(ModelConfig):
 
 @contextlib.contextmanager
 def poisoned(on: bool):
-    """Fill memory that torch hands out: with NaN, or the largest integer."""
+    """Fill new torch memory with NaN, or the largest integer."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(on, warn_only=True)
     try:
@@ -67,7 +67,7 @@ def poisoned(on: bool):
 
 
 def copies(case: Case, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Copy the inputs, for some implementations write over theirs."""
+    """Copy the inputs: some implementations overwrite them."""
     return [
         t.detach().to(dtype or t.dtype, copy=True).requires_grad_(case.backward)
         if t.is_floating_point()
@@ -87,14 +87,14 @@ def backward(outputs: tuple[Tensor, ...], inputs: list[Tensor], upstream: list[T
 
 
 def whole(case: Case, fn: Callable, inputs: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
-    """Return the outputs, and the gradients of the inputs if the case has a backward."""
+    """Return the outputs, plus the inputs' gradients if the case has a backward."""
     outputs = forward(fn, inputs)
     gradients = backward(outputs, inputs, upstream) if case.backward else []
     return [t.detach() for t in (*outputs, *gradients)]
 
 
 class Judge:
-    """Compare an implementation's results with the reference's in fp32, as said above."""
+    """Checker of an implementation against the fp32 reference, as the module docstring says."""
 
     def __init__(self, case: Case):
         self.case = case
@@ -107,7 +107,7 @@ class Judge:
             self.bound += 2 * self.error(case.providers["eager"])
 
     def error(self, fn: Callable, poison: bool = False) -> float:
-        """Return the largest, over the results, of |ours - exact| / |exact|; NaN if anything is."""
+        """Return max over results of |ours - exact| / |exact|; NaN if any value is NaN."""
         with poisoned(poison):
             ours = whole(self.case, fn, copies(self.case), self.upstream)
         pairs = zip(ours, self.exact)
@@ -116,9 +116,9 @@ class Judge:
 
 
 def run_case(case: Case, roof: Rates, c: ModelConfig, timer: Callable) -> Iterator[dict]:
-    """Check and time every implementation of one op; one that fails leaves a row that says why.
+    """Check and time every implementation of one op; a failing one yields a row with the reason.
 
-    Then come the kernels that ours launches, by time.
+    Then yield the kernels that ours launches, longest first.
     """
     judge = Judge(case)
     work = {
@@ -130,7 +130,7 @@ def run_case(case: Case, roof: Rates, c: ModelConfig, timer: Callable) -> Iterat
         mine = name.startswith("ours")
         try:
             error, inputs = judge.error(fn, poison=mine), copies(case)
-            right = error <= judge.bound or (case.dropout and not mine)  # not if NaN
+            right = error <= judge.bound or (case.dropout and not mine)  # False for NaN
             run_forward = partial(forward, fn, inputs)
             run_backward = partial(backward, inputs=inputs, upstream=judge.upstream)
             for phase, ops in case.phases.items():
@@ -146,7 +146,7 @@ def run_case(case: Case, roof: Rates, c: ModelConfig, timer: Callable) -> Iterat
                 run_all = partial(whole, case, fn, inputs, judge.upstream)
                 for kernel, _, us in profile(run_all, inputs[0].device)[:SPLIT]:
                     kernels.append({"op": case.name, "provider": name, "us": us, "kernel": kernel})
-        except Exception as e:  # a backend that does not take the shape, or is not there
+        except Exception as e:  # backend missing or shape unsupported
             if name == "eager":
                 raise
             why = f"{type(e).__name__}: {(str(e) or 'no message').splitlines()[0][:80]}"
@@ -155,7 +155,7 @@ def run_case(case: Case, roof: Rates, c: ModelConfig, timer: Callable) -> Iterat
 
 
 def ratios(rows: list[dict]) -> list[str]:
-    """Compare our fastest with the fastest correct peer, by op and phase, and with fp32 adds."""
+    """Compare ours with the fastest correct peer and with fp32 adds, by op and phase."""
     lines, timed = [], [r for r in rows if "roof_frac" in r and not r["fails"]]
     for op, phase in dict.fromkeys((r["op"], r["phase"]) for r in timed):
         same = [r for r in timed if (r["op"], r["phase"]) == (op, phase)]
@@ -177,7 +177,7 @@ def failed(rows: list[dict]) -> list[dict]:
 def main() -> None:
     c, rows = parse(Config), []
     table, timer = Table(c.json), make_timer(c.device, *(0, 1) if c.warm else ())
-    torch.manual_seed(time.time_ns())  # fresh inputs
+    torch.manual_seed(time.time_ns())  # new inputs each run
     roof = measured_roof(timer, c.device, getattr(torch, c.dtype))
     table(matmul_tflops=roof.gemm / 1e12, copy_gb_per_s=roof.memory / 1e9, dropout=c.dropout)
     for op in c.op or CASES:

@@ -1,19 +1,19 @@
-"""What a run will take, before it starts; afterwards, how far off that was.
+"""Predict what a run takes, or score the prediction after the run.
 
     python -m bench.plan configs/phi1.toml --gpu a100-80 --gpus 8 --price 1.8
     python -m bench.plan --score out/demo/runs/base
 
-The run is sharded by torch's FSDP2, a copy of masters and states in each node, every block and the
-rest a unit: weights are gathered in half precision once a step and stay, gradients add up in fp32
-and are reduced unit by unit in the backward of the step's last micro-step.
+FSDP2 shards the run with one copy of masters and states per node. Each block is a unit, the rest
+is one more. Weights are gathered in half precision once a step and stay. Gradients accumulate in
+fp32 and are reduced unit by unit in the backward of the last micro-step.
 
-memory  is common/memory.py's, which tests/bench/test_plan.py compares with what torch and FSDP2
-        allocate; before a run on a GPU, `train.py CONFIG --check` does
-speed   is cost.py's floors at the rates of published kernels, times the fraction of it that
-        published runs reach, and ours on one H200. On other GPUs this code has not run:
-        `--fraction` takes what `--score` prints after a run of yours
-step    is compute, and what the collectives beside it leave exposed. Left out: stragglers,
-        congestion, what NCCL's kernels take from compute, launches, and Muon's exchanges
+memory  from common/memory.py, which tests/bench/test_plan.py compares with torch's and FSDP2's
+        allocations; `train.py CONFIG --check` does so before a run on a GPU
+speed   cost.py's floors at published kernel rates, times the fraction that published runs, and
+        ours on one H200, reach. This code has not run on other GPUs: pass `--fraction` the share
+        that `--score` prints after your run
+step    compute plus exposed collectives. Not modelled: stragglers, congestion, SM time that NCCL
+        takes from compute, launches, Muon's exchanges
 """
 
 import dataclasses
@@ -31,19 +31,19 @@ from common.memory import RESERVE_BYTES, largest, predict
 from model import ModelConfig, flops_per_token, parameter_count
 from train import TrainConfig
 
-GPU_COUNTS = [NODE << i for i in range(7)]  # 8 to 512, of the scaling table
-CPU_FRACTION = 0.345  # of a measured matmul, training the demo: 32 to 37% (LOG.md, 2026-11-22)
+GPU_COUNTS = [NODE << i for i in range(7)]  # 8 to 512, for the scaling table
+CPU_FRACTION = 0.345  # of a measured matmul; the demo: 32 to 37% (LOG.md, 2026-11-22)
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """Plan the run of CONFIG.toml: memory, speed, hours, cost, scaling. Or --score one you made."""
+    """Plan the run of CONFIG.toml: memory, speed, hours, cost, scaling. Or --score a past run."""
 
     gpu: str = "a100-80"  # a100-40, a100-80, h100 or h200
-    gpus: int = 8  # how many; beyond 8 in whole nodes of 8
-    fraction: float = 0.0  # of the kernels' roofline that the run reaches, 0 = as published runs
-    price: float = 0.0  # of a GPU for an hour, for the cost
-    score: Path | None = None  # a run folder to compare with what would have been predicted
+    gpus: int = 8  # GPUs; above 8, whole nodes of 8
+    fraction: float = 0.0  # share of the kernels' roofline reached, 0 = as published runs
+    price: float = 0.0  # per GPU hour
+    score: Path | None = None  # run folder to compare with its prediction
 
     def __post_init__(self):
         super().__post_init__()
@@ -51,7 +51,7 @@ class Config(TrainConfig):
         for name, n, whole in (("gpus", self.gpus, self.seqs_per_step),
                                ("shard", self.shards, self.gpus)):  # fmt: skip
             if n < 1 or whole % n or (n > NODE and n % NODE):
-                raise UserError(f"{name} is {n}, want a divisor of {whole}, and whole nodes")
+                raise UserError(f"{name} is {n}, want a divisor of {whole} and whole nodes")
 
     @property
     def shards(self) -> int:
@@ -67,28 +67,28 @@ class Config(TrainConfig):
 
 
 def parameters_by_unit(c: ModelConfig) -> tuple[int, int]:
-    """Return the parameters of a block, and of all that is in no block."""
+    """Return (parameters of a block, parameters outside the blocks)."""
     one, two = (parameter_count(dataclasses.replace(c, n_layer=n)) for n in (1, 2))
     return two - one, 2 * one - two
 
 
 def memory(c: Config, micro_batch: int) -> dict[str, int]:
-    """Return the bytes on a GPU at the fullest moment of a step, by kind."""
+    """Return the bytes on a GPU at a step's peak, by kind."""
     return predict(c, parameters_by_unit(c.model), micro_batch, c.gpus, c.shards, c.compute_bytes)
 
 
 def micro_batches(c: Config) -> tuple[int, int]:
-    """Return the one to plan with, the configured one if that fits; and the largest that fits."""
+    """Return (micro-batch to plan with: the configured one if it fits; largest that fits)."""
     share, room = c.seqs_per_step // c.gpus, GPUS[c.gpu].memory - RESERVE_BYTES
     fits = largest(share, room, lambda n: sum(memory(c, n).values()))
     return largest(share, max(1, min(c.micro_batch, fits))), fits
 
 
 def step_time(c: Config, micro_batch: int, fraction: float, gpu: Gpu) -> tuple[float, float]:
-    """Return the seconds of a step, and how many of them wait for communication.
+    """Return (seconds of a step, seconds of it that wait for communication).
 
-    Of the blocks' collectives only the first is waited for, and what takes longer than a block's
-    compute. The root, embedding and head, is fetched first and reduced last.
+    Block collectives overlap compute: exposed are the first one and any excess over a block's
+    compute. The root (embedding and head) is fetched first and reduced last.
     """
     S, L, units = c.shards, c.n_layer, parameters_by_unit(c.model)
     R, micro_steps = c.gpus // S, c.seqs_per_step // (micro_batch * c.gpus)
@@ -111,12 +111,12 @@ def step_time(c: Config, micro_batch: int, fraction: float, gpu: Gpu) -> tuple[f
     exposed_s = micro_steps * (fetch + fetch_again) if c.regather else fetch
     exposed_s += scatter + (L - 1) * max(0.0, max(scatter, reduce) - backward_s)
     exposed_s += max(reduce, root_scatter) + root_reduce
-    exposed_s += collective_s(4, *shard, 2, gpu)  # the gradients' norm
+    exposed_s += collective_s(4, *shard, 2, gpu)  # gradient norm
     return micro_steps * micro_step_s + compute_s(("optimiser",)) / S + exposed_s, exposed_s
 
 
 def speeds(c: Config, micro_batch: int) -> dict[str, tuple[float, float]]:
-    """Return published run -> (its fraction of the roofline, our tokens/s at that)."""
+    """Return {published run: (its fraction of the roofline, our tokens/s at that fraction)}."""
     gpu, tokens = GPUS[c.gpu], c.seqs_per_step * c.seq_len
     given = {"--fraction": c.fraction} if c.fraction else cost.fractions(gpu.family)
     given = {"kernels alone": 1.0} | given
@@ -131,15 +131,15 @@ def report(c: Config) -> None:
 
     micro_batch, fits = micro_batches(c)
     used = memory(c, micro_batch)
-    used |= {"total": sum(used.values()), "there is": int(gpu.memory)}
+    used |= {"total": sum(used.values()), "available": int(gpu.memory)}
     for kind, n_bytes in used.items():
-        table(on_each_gpu=kind, GB=n_bytes / 1e9)
+        table(per_gpu=kind, GB=n_bytes / 1e9)
     print(f"{c.gpus} x {c.gpu}, micro-batch {micro_batch}, states over {c.shards}; "
-          f"{RESERVE_BYTES / 1e9:.0f} GB are left for CUDA, NCCL and gaps")  # fmt: skip
+          f"{RESERVE_BYTES / 1e9:.0f} GB reserved for CUDA, NCCL and fragmentation")  # fmt: skip
     print(f"largest micro-batch that fits: {fits}" if fits else "DOES NOT FIT: shard over "
-          "more GPUs, or take larger ones")  # fmt: skip
+          "more GPUs or use larger ones")  # fmt: skip
 
-    print("\nIf this code reaches as much of its kernels' roofline as these runs did")
+    print("\nSpeed if this code reaches these runs' share of the kernels' roofline")
     reached = speeds(c, micro_batch)
     for like, (share, rate) in reached.items():
         hours = c.tokens / rate / 3600
@@ -152,7 +152,7 @@ def report(c: Config) -> None:
     kept = (4 * P + c.shards * used["optimizer's states"]) / 1e9
     print(f"\ncheckpoint {kept:.2f} GB, {c.keep + 1} kept: {(c.keep + 1) * kept:,.0f} GB")
     like = list(reached)[len(reached) // 2]
-    print(f"\nThe same steps on more GPUs, like {like}; exposed: waiting for communication")
+    print(f"\nSame steps on more GPUs, at {like}'s share; exposed: waiting for communication")
     eighth = 0.0
     for gpus in (g for g in GPU_COUNTS if c.seqs_per_step % g == 0):
         share, on = c.seqs_per_step // gpus, dataclasses.replace(c, gpus=gpus, shard=0)
@@ -167,10 +167,10 @@ def report(c: Config) -> None:
 
 
 def score(folder: Path) -> tuple[dict[str, tuple[float, float]], float, str]:
-    """Return {quantity: (predicted, happened)} of a run, the share of the roof it reached, which.
+    """Return ({quantity: (predicted, actual)}, share of the roof reached, the roof's name).
 
-    On a GPU the roof is the kernels' roofline, elsewhere the matmul that the run timed as it began.
-    Raises UserError for a folder that holds no run, or one that has not logged a step.
+    The roof is the kernels' roofline on a GPU, elsewhere the matmul timed at the start of the run.
+    Raises UserError if the folder holds no run or no logged step.
     """
     try:
         ran, lines = (folder / name for name in ("config.json", "metrics.jsonl"))
@@ -188,7 +188,7 @@ def score(folder: Path) -> tuple[dict[str, tuple[float, float]], float, str]:
     if kind:
         micro_batch = micro_batches(c)[0]
         (_, roof), *reached = speeds(c, micro_batch).values()
-        expected = reached[(len(reached) - 1) // 2][1]  # like the published run in the middle
+        expected = reached[(len(reached) - 1) // 2][1]  # the median published run
         roof_name, peak = "the kernels' roofline", max(x.get("memory_gib", 0) for x in lines)
         rows["memory, GB"] = sum(memory(c, micro_batch).values()) / 1e9, peak * 2**30 / 1e9
     else:
@@ -209,8 +209,8 @@ def main() -> None:
         return report(c)
     rows, fraction, roof = score(c.score)
     table = Table()
-    for name, (predicted, happened) in rows.items():
-        table(quantity=name, predicted=predicted, happened=happened, ratio=happened / predicted)
+    for name, (predicted, actual) in rows.items():
+        table(quantity=name, predicted=predicted, actual=actual, ratio=actual / predicted)
     print(f"reached {fraction:.1%} of {roof}")
 
 

@@ -1,14 +1,14 @@
-"""What each kernel configuration needs on an A100 and an H100: compiled ahead of time, no GPU.
+"""Compile each kernel configuration for A100 and H100 without a GPU; report what it needs.
 
     python -m bench.resources [--sm=80] [--kernel=in_proj] [--defaults] [--record]
 
 Compiles each configuration in kernels/tuning.json (bf16, phi-1's shapes) and prints registers,
 spills, shared memory, theoretical occupancy, and the tensor-core and asynchronous copy instructions
-in the PTX; then, for each inner loop with tensor-core instructions, the cycles that each pipe of an
-SM is busy and the TFLOP/s that the slowest allows (sass.py), per 64 x 64 block of scores or
-128 x 128 x 64 block of a GEMM. Exits with status 1 if a default, the configuration that a launch
-takes, spills in a loop, needs more shared memory than a block may have, lacks tensor-core
-instructions, or has a lower bound than bench/bounds.json holds for this version of Triton.
+in the PTX. For each inner loop with tensor-core instructions it also prints the busy cycles of each
+SM pipe and the TFLOP/s that the slowest allows (sass.py), per 64 x 64 block of scores or per
+128 x 128 x 64 block of a GEMM. Exits with status 1 if a default (the configuration a launch takes)
+spills in a loop, exceeds a block's shared memory, lacks tensor-core instructions, or has a bound
+below the one in bench/bounds.json for this version of Triton.
 """
 
 import json
@@ -39,23 +39,23 @@ SHARED_PER_SM_BYTES = {80: 167_936, 90: 233_472}
 SHARED_RESERVED_BYTES = 1024  # per block
 REGISTERS_PER_SM, REGISTER_UNIT, WARPS_PER_SM, BLOCKS_PER_SM = 65_536, 256, 64, 32
 PEAK = {80: PEAK_FLOPS["A100"], 90: PEAK_FLOPS["H100"]}
-# {triton's version: {case: bound_frac}}; a bound may fall by the slack, of the peak
+# {triton version: {case: bound_frac}}; a bound may fall by the slack, as a share of peak
 BOUNDS_FILE, BOUND_SLACK = Path(__file__).with_name("bounds.json"), 0.01
 
 
 @dataclass(frozen=True)
 class Config:
-    """Compile the kernels' configurations ahead of time and report what they need."""
+    """Compile kernel configurations ahead of time and report what they need."""
 
     sm: int = 0  # 80 or 90, 0 = both
-    kernel: str = ""  # only kernels whose name contains this
-    defaults: bool = False  # only the configurations that launches take
+    kernel: str = ""  # only kernels with this in their name
+    defaults: bool = False  # only the configurations used by launches
     record: bool = False  # write the defaults' bounds to bench/bounds.json
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled configuration. `problems` is empty if it may be launched."""
+    """A compiled configuration; launchable if `problems` is empty."""
 
     kernel: str
     sm: int
@@ -63,12 +63,12 @@ class Row:
     variant: dict
     problems: tuple[str, ...]
     registers: int = 0
-    spill_bytes: int = 0  # a thread, stores and loads, the whole kernel
+    spill_bytes: int = 0  # per thread, stores and loads, whole kernel
     shared_bytes: int = 0
     occupancy_frac: float = 0.0
     mma: int = 0  # mma.sync or wgmma instructions
     async_copies: int = 0  # cp.async or TMA instructions
-    loops: tuple[dict[str, float], ...] = ()  # cycles by pipe of a turn of each matmul loop
+    loops: tuple[dict[str, float], ...] = ()  # cycles per iteration by pipe, each matmul loop
 
     @property
     def default(self) -> bool:
@@ -76,25 +76,25 @@ class Row:
 
     @property
     def case(self) -> str:
-        """Return its name in bounds.json."""
+        """Return the key in bounds.json."""
         variant = (f"{k}={v}" for k, v in self.variant.items())
         return " ".join([f"sm_{self.sm}", self.kernel, *variant])
 
     @property
     def bound_frac(self) -> float:
-        """Return that of the fastest loop: attention's second one masks, a GEMM's are alike."""
+        """Return the fastest loop's: attention's second loop masks; a GEMM's are alike."""
         return max(map(sass.bound_frac, self.loops), default=0.0)
 
 
 def candidates(name: str, sm: int) -> list[dict]:
-    """Return the configurations of a kernel, the default first; {}: its launch takes no other."""
+    """Return a kernel's configurations, default first; [{}] if its launch takes none."""
     return TUNING[f"sm_{sm}"].get(name, [{}])
 
 
 def compile_launch(name: str, sm: int, config: dict, variant: dict):
-    """Return (compiled kernel, warps): bf16, no GPU, but no TRITON_INTERPRET either.
+    """Return (compiled kernel, warps) for bf16. Needs no GPU, but TRITON_INTERPRET must be unset.
 
-    Pointers and integers are compiled as multiples of 16, which they are at phi-1's shape.
+    Pointers and integers are compiled as multiples of 16, as they are at phi-1's shape.
     """
     fn, args = KERNELS[name].fn, record(name, sm, config, variant)
     constants = {p.name: args[p.name] for p in fn.params if p.is_constexpr or args[p.name] is None}
@@ -106,17 +106,17 @@ def compile_launch(name: str, sm: int, config: dict, variant: dict):
 
 
 def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
-    """Compile one configuration and read its needs from ptxas and the PTX."""
+    """Compile one configuration; read its needs from ptxas and the PTX."""
     try:
         compiled, warps = compile_launch(name, sm, config, variant)
-    except Exception as e:  # Triton's passes and ptxas fail in many ways; each means "does not fit"
+    except Exception as e:  # any failure of Triton or ptxas means "does not fit"
         return Row(name, sm, config, variant, (f"{type(e).__name__}: {e}".splitlines()[0],))
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spills = ptxas(ptx)
     multiplies = "tt.dot" in compiled.asm["ttir"]
     code = sass.disassemble(compiled.asm["cubin"]) if multiplies or spills else []
     inner = sass.inner_loops(code)
-    loop_spills = sum(map(sass.spill_bytes, inner or [code]))  # all of it, where nothing multiplies
+    loop_spills = sum(map(sass.spill_bytes, inner or [code]))  # no matmul: whole code
     moved = sass.tma_bytes(compiled.asm["ttgir"])
     mma = len(re.findall(r"\bmma\.sync|\bwgmma\.mma_async", ptx))
     problems = []
@@ -135,7 +135,7 @@ def measure(name: str, sm: int, config: dict, variant: dict) -> Row:
 
 
 def ptxas(ptx: str) -> tuple[int, int]:
-    """Return (registers a thread, bytes of spill stores and loads), from Triton's ptxas."""
+    """Return (registers a thread, bytes of spill stores and loads) from Triton's ptxas."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
@@ -148,7 +148,7 @@ def ptxas(ptx: str) -> tuple[int, int]:
 
 
 def occupancy_frac(sm: int, registers: int, shared_bytes: int, warps: int) -> float:
-    """Return the warps that can be resident on an SM, over 64."""
+    """Return the share of an SM's 64 warps that can be resident."""
     per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
     blocks = min(
         BLOCKS_PER_SM,
@@ -160,7 +160,7 @@ def occupancy_frac(sm: int, registers: int, shared_bytes: int, warps: int) -> fl
 
 
 def show(row: Row) -> str:
-    """Return lines: kernel, configuration, needs, problems; then a line a loop."""
+    """Return a line with kernel, configuration, needs, problems, then a line per loop."""
     config = " ".join(f"{k}={v}" for k, v in (row.config | row.variant).items())
     for long, short in (("BLOCK_", ""), ("num_warps", "warps"), ("num_stages", "stages")):
         config = config.replace(long, short)
@@ -177,7 +177,7 @@ def show(row: Row) -> str:
 
 
 def blocks(config: dict) -> float:
-    """Return how many 64 x 64 scores, or 128 x 128 x 64 of a GEMM, a turn does; else 1."""
+    """Return the 64 x 64 score blocks, or 128 x 128 x 64 GEMM blocks, per iteration; else 1."""
     if "BM" in config:
         return config["BM"] * config["BN"] / 64**2
     sizes = (config.get(f"BLOCK_{axis}", 0) for axis in "MNK")
@@ -185,7 +185,7 @@ def blocks(config: dict) -> float:
 
 
 def hold_bounds(rows: list[Row], record: bool) -> list[Row]:
-    """Return `rows`, with a problem where a default is below bounds.json; `record` updates that."""
+    """Flag defaults below bounds.json as problems; `record` updates the file first."""
     table = json.loads(BOUNDS_FILE.read_text())
     floors, held = table.setdefault(triton.__version__, {}), []
     if record:
@@ -194,7 +194,7 @@ def hold_bounds(rows: list[Row], record: bool) -> list[Row]:
     for r in rows:
         floor = floors.get(r.case, 0) if r.default else 0
         if r.bound_frac < floor - BOUND_SLACK:
-            low = f"bound {r.bound_frac:.3f} of peak, was {floor}: if that is meant, --record it"
+            low = f"bound {r.bound_frac:.3f} of peak, was {floor}; if intended, run with --record"
             r = replace(r, problems=(*r.problems, low))
         held.append(r)
     return held
@@ -203,9 +203,9 @@ def hold_bounds(rows: list[Row], record: bool) -> list[Row]:
 def main() -> None:
     c = parse(Config)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise UserError("TRITON_INTERPRET is set: nothing is compiled then; unset it")
+        raise UserError("TRITON_INTERPRET is set, so nothing would compile; unset it")
     if c.sm not in (0, 80, 90):
-        raise UserError(f"--sm={c.sm}: want 80 or 90")
+        raise UserError(f"--sm is {c.sm}, want 80 or 90")
     jobs = [
         (name, sm, config, variant)
         for name, kernel in KERNELS.items() if c.kernel in name
@@ -214,7 +214,7 @@ def main() -> None:
         for variant in kernel.variants
     ]  # fmt: skip
     if not jobs:
-        raise UserError(f"--kernel={c.kernel}: no kernel has that in its name")
+        raise UserError(f"--kernel is {c.kernel}: no kernel name contains it")
     with ProcessPoolExecutor(2) as pool:
         results = pool.map(measure, *zip(*jobs))
         rows = list(tqdm(results, total=len(jobs), disable=None, unit="configuration"))

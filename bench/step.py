@@ -1,12 +1,12 @@
-"""Time a training step of ours beside torch.compile and transformers, and say where ours goes.
+"""Time our training step against torch.compile and transformers, and profile it.
 
-    python -m bench.step configs/phi1.toml               all three, and ours in fp8
+    python -m bench.step configs/phi1.toml               all three, plus ours in fp8
     python -m bench.step configs/phi1.toml --impl=ours   one of them
 
-A step is forward, backward, clipping and AdamW, on random tokens, under autocast for all three:
-fp32 weights and optimiser states, matrices in half precision. The micro-batch is the
-configuration's, halved until it fits. On a GPU the peers' blocks are compiled. MFU is over the data
-sheet's bf16 peak, in fp8 too, causal FLOPs. The profile is of ours, or else of the first that ran.
+A step is forward, backward, clipping and AdamW on random tokens, under autocast for all: fp32
+weights and optimiser states, half-precision matmuls. The micro-batch is the configuration's, halved
+until it fits. On a GPU the peers' blocks are compiled. MFU counts causal FLOPs over the data
+sheet's bf16 peak, for fp8 too. The profile is of ours, or of the first that ran.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ from common.runlog import peak_flops
 from model import ModelConfig, Phi, flops_per_token, mfu, select_kernels
 from train import DTYPES, TrainConfig, make_optimizer
 
-SHOWN = 30  # kernels of the profile, the longest first
+SHOWN = 30  # longest kernels shown in the profile
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """Time training steps of CONFIG.toml: ours, torch's and transformers' (sdpa), both compiled."""
+    """Time training steps of CONFIG.toml: ours, and compiled torch and transformers (sdpa)."""
 
-    impl: str = ""  # ours, ours fp8, torch or transformers; all if not given
-    steps: int = 10  # timed steps, after two that are not
-    json: bool = False  # print lines of JSON too
+    impl: str = ""  # ours, ours fp8, torch or transformers; empty = all
+    steps: int = 10  # timed steps, after two warm-up steps
+    json: bool = False  # also print JSON lines
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,12 +47,12 @@ class Config(TrainConfig):
 
 def phi(c: TrainConfig, kernels: str) -> Phi:
     shape = dataclasses.replace(c.model, kernels=kernels)
-    select_kernels(shape, device_of(c.device), c.matmul)  # or a UserError that says why not
+    select_kernels(shape, device_of(c.device), c.matmul)  # UserError if unsupported
     return Phi(shape, kernels == "triton", fp8=c.matmul == "fp8")
 
 
 class HuggingFace(torch.nn.Module):
-    """transformers' Phi, called as ours is."""
+    """transformers' Phi with our call signature."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -74,7 +74,7 @@ class HuggingFace(torch.nn.Module):
 
 
 def compile_blocks(model: torch.nn.Module, blocks: str, c: TrainConfig) -> torch.nn.Module:
-    """Compile the blocks in place on a GPU; on a CPU that takes longer than the steps do."""
+    """Compile the blocks in place on a GPU; on a CPU compiling takes longer than the steps."""
     for block in model.get_submodule(blocks) if device_of(c.device).type == "cuda" else ():
         block.compile(dynamic=False)
     return model
@@ -89,10 +89,10 @@ MODELS: dict[str, Callable] = {
 
 
 def make_step(c: TrainConfig, impl: str, micro_batch: int) -> Callable[[], Tensor]:
-    """Return a function that does a training step and returns its loss, without waiting for it."""
+    """Return a function that runs a training step and returns its loss, without syncing."""
     device = device_of(c.device)
     if impl == "transformers":
-        c = dataclasses.replace(c, optimizer="adamw")  # Muon is for blocks of ours
+        c = dataclasses.replace(c, optimizer="adamw")  # Muon needs our blocks
     default = "bfloat16" if device.type == "cuda" else "float32"
     dtype = DTYPES[default if c.dtype == "auto" else c.dtype]
     torch.manual_seed(c.seed)
@@ -116,22 +116,22 @@ def make_step(c: TrainConfig, impl: str, micro_batch: int) -> Callable[[], Tenso
 def measure(
     c: TrainConfig, impl: str, steps: int, peak: float
 ) -> Iterator[tuple[dict, Callable | None]]:
-    """Time `impl` at the largest of micro_batch, micro_batch / 2, ... that fits; also its step."""
+    """Yield (row, step) of `impl` at the largest micro_batch / 2^k that fits; OOM rows first."""
     device, micro_batch = device_of(c.device), 2 * c.micro_batch
     while micro_batch := micro_batch // 2:
         free()
         try:
             step = make_step(c, impl, micro_batch)
-            loss = step().item()  # near ln(V), and alike for all
+            loss = step().item()  # near ln(V) for every impl
             step()
             turns = tqdm(range(steps), desc=impl, leave=False, disable=None)
             times = percentiles([wall_ms(step, device)[0] for _ in turns])
         except torch.OutOfMemoryError:
-            step = None  # or its memory is not freed
+            step = None  # free its memory
             note = f"out of memory at micro-batch {micro_batch}"
             yield {"impl": impl, "micro_batch": micro_batch, "note": note}, None
             continue
-        except (ValueError, ImportError) as e:  # transformers is missing, or the shape is not taken
+        except (ValueError, ImportError) as e:  # transformers missing or shape unsupported
             yield {"impl": impl, "note": str(e)}, None
             return
         rate = micro_batch * c.seq_len / times["p50_ms"] * 1e3
@@ -161,7 +161,7 @@ def main() -> None:
     for impl in [c.impl] if c.impl else MODELS:
         for row, step in measure(c, impl, c.steps, peak):
             table(summary=True, **row)
-            if step and not profiled:  # ours, or the first there is
+            if step and not profiled:  # ours, or the first that ran
                 profiled, kernels = impl, profile(step, device)
             del step
     total = sum(us for *_, us in kernels)

@@ -1,4 +1,4 @@
-"""Tables that the commands of this folder print."""
+"""Tables printed by the bench commands."""
 
 import json
 import math
@@ -6,13 +6,13 @@ import sys
 
 
 class Table:
-    """Print rows below the names of their columns; `as_json`, to stderr, and JSON to stdout."""
+    """Row printer with column headers; with `as_json` the table goes to stderr, JSON to stdout."""
 
     def __init__(self, as_json: bool = False):
         self.as_json, self.columns = as_json, None
 
     def __call__(self, summary: bool = False, **row) -> None:
-        """Print a row; a share is named ..._frac. bench.gpu shows it at its end, if `summary`."""
+        """Print a row; ..._frac values show as percent. bench.gpu repeats rows with `summary`."""
         if list(row) != self.columns:
             self.columns = list(row)
             self.say("".join(cell(name, name, value) for name, value in row.items()))

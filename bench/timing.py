@@ -1,4 +1,4 @@
-"""What the commands that time something share: timers, a measured roof, a profile."""
+"""Timers, measured roof and profiler shared by the timing commands."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from common.config import UserError
 def device_of(asked: str) -> torch.device:
     cuda = torch.cuda.is_available()
     if asked == "cuda" and not cuda:
-        raise UserError("device is cuda, and there is no CUDA device here; try --device=cpu")
+        raise UserError("device is cuda, but there is no CUDA device here; try --device=cpu")
     return torch.device("cuda" if cuda and asked != "cpu" else "cpu")
 
 
@@ -25,9 +25,9 @@ def percentiles(times_ms: list[float]) -> dict[str, float]:
 
 
 def make_timer(device: str, warmup: int = 5, reps: int = 25) -> Callable:
-    """Return timer(run, prepare=None): percentiles of milliseconds of run(), or run(prepare()).
+    """Return timer(run, prepare=None) -> percentiles in ms of run(), or of run(prepare()).
 
-    Events time it on a GPU, with L2 flushed before each; on a CPU it runs once, by the clock.
+    On a GPU it uses events and flushes L2 before each call; on a CPU it times one call by clock.
     """
     flush = torch.empty(2**30 if device == "cuda" else 0, dtype=torch.int8, device=device)
 
@@ -37,7 +37,7 @@ def make_timer(device: str, warmup: int = 5, reps: int = 25) -> Callable:
             call = partial(run, prepare()) if prepare else run
             if device == "cpu":
                 return percentiles([wall_ms(call, torch.device(device))[0]])
-            # Empties L2, and lasts some 0.4 ms, in which the host queues what is timed.
+            # Flushes L2; takes about 0.4 ms, so the host queues the timed call meanwhile.
             flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in "12")
             begin.record()
@@ -51,7 +51,7 @@ def make_timer(device: str, warmup: int = 5, reps: int = 25) -> Callable:
 
 
 def wall_ms(run: Callable, device: torch.device) -> tuple[float, object]:
-    """Return (milliseconds of run() by the clock, its result)."""
+    """Return (wall-clock milliseconds of run(), its result)."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     began = time.perf_counter()
@@ -61,7 +61,7 @@ def wall_ms(run: Callable, device: torch.device) -> tuple[float, object]:
 
 
 def measured_roof(timer: Callable, device: str, dtype: torch.dtype) -> Rates:
-    """Return FLOP/s of a large matmul, bytes/s (read and written) of a large copy; small on CPU."""
+    """Measure FLOP/s of a large matmul, bytes/s (read + written) of a copy; small on a CPU."""
     n, copy_bytes = (8192, 2**30) if device == "cuda" else (256, 2**20)
     a = torch.randn(n, n, device=device, dtype=dtype)
     src = torch.zeros(copy_bytes, dtype=torch.int8, device=device)
@@ -72,7 +72,7 @@ def measured_roof(timer: Callable, device: str, dtype: torch.dtype) -> Rates:
 
 
 def profile(step: Callable[[], Tensor], device: torch.device) -> list[tuple[str, int, float]]:
-    """Return (kernel, calls, microseconds) of a step, the longest first; on a CPU, torch's ops."""
+    """Return (kernel, calls, microseconds) of a step, longest first; torch ops on a CPU."""
     cuda, kinds = device.type == "cuda", torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * cuda) as trace:
         wall_ms(step, device)

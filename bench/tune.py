@@ -1,14 +1,13 @@
-"""Find the fastest configuration of every kernel on this GPU, and write them to `out`.
+"""Find the fastest configuration of every kernel on this GPU and write them to `out`.
 
     python -m bench.tune [--kernel=attention] [--dropout=0.1] [--out=out/tuning.json]
-    NANOPHI_TUNING=out/tuning.json python -m bench.step configs/phi1.toml      a step with them
-    cp out/tuning.json kernels/tuning.json                                to keep them
+    NANOPHI_TUNING=out/tuning.json python -m bench.step configs/phi1.toml      time a step with them
+    cp out/tuning.json kernels/tuning.json                                keep them
 
-A block of the model, and the loss, run forward and backward to see which kernels they launch. Every
-candidate of a kernel's table is timed there by the profiler, the others held fixed, and the fastest
-right one goes first. Last, each GEMM that has two versions is timed as part of the block: mlp.py
-takes the faster one on devices of this capability. `out` is read if it is there, and written after
-each kernel.
+A model block and the loss run forward and backward to record which kernels they launch. There the
+profiler times every candidate of a kernel's table, other kernels held fixed; the fastest correct
+one goes first. Then each GEMM with two versions is timed inside the block: mlp.py takes the faster
+one on devices of this capability. `out` is read if it exists and written after each kernel.
 """
 
 import json
@@ -40,21 +39,21 @@ VERSIONS = ("triton", "cublas")
 
 @dataclass(frozen=True)
 class Config(ops.Config):
-    """Time every configuration at phi-1's shape, unless told otherwise, on this GPU."""
+    """Time every configuration on this GPU, by default at phi-1's shape."""
 
-    op: tuple[str, ...] = OPS  # where kernels are timed: block, cross_entropy
-    kernel: str = ""  # regular expression: only kernels and GEMMs whose names it is found in
-    out: Path = Path("out/tuning.json")  # the tables, each with the fastest first
-    warm: bool = False  # compile every candidate, in many processes at once, and time nothing
+    op: tuple[str, ...] = OPS  # ops to time kernels in: block, cross_entropy
+    kernel: str = ""  # regular expression: only kernels and GEMMs with a matching name
+    out: Path = Path("out/tuning.json")  # tables, fastest configuration first
+    warm: bool = False  # only compile every candidate, in parallel processes; time nothing
 
 
 def forced(version: str, gemm: str = ""):
-    """Take one version of `gemm`, and cuBLAS for the others; or of all."""
+    """Force `version` for `gemm` and cuBLAS for the others; for all GEMMs if `gemm` is empty."""
     return patch.object(mlp, "choice", lambda op, x: version if gemm in ("", op) else "cublas")
 
 
 def kernel_ms(kernel: str, run_all, device: torch.device) -> float:
-    """Return the least of three times that a kernel takes in run_all(); on a CPU, those of all."""
+    """Return the kernel's best of three times in run_all(); on a CPU, one time of run_all()."""
     if device.type == "cpu":
         return wall_ms(run_all, device)[0]
     name = KERNELS[kernel].fn.__name__
@@ -63,7 +62,7 @@ def kernel_ms(kernel: str, run_all, device: torch.device) -> float:
 
 
 def tune_kernel(kernel: str, judge: Judge, run_all, table: dict) -> dict:
-    """Put the fastest of the right candidates first; return what was found."""
+    """Move the fastest correct candidate to the front; return a result row."""
     tried, times = table[kernel], []
     for candidate in tried:
         table[kernel] = [candidate]
@@ -72,7 +71,7 @@ def tune_kernel(kernel: str, judge: Judge, run_all, table: dict) -> dict:
             device = judge.exact[0].device
             times.append(kernel_ms(kernel, run_all, device) if right else math.inf)
             problem = "" if right else "WRONG"
-        except Exception as e:  # too large for the device, or a fault of the compiler's
+        except Exception as e:  # too large for the device, or a compiler bug
             times.append(math.inf)
             problem = type(e).__name__
         if problem:
@@ -84,7 +83,7 @@ def tune_kernel(kernel: str, judge: Judge, run_all, table: dict) -> dict:
 
 
 def tune(c: Config, device: str, sm: int) -> bool:
-    """Tune what `c` asks for; return whether each kernel has a right configuration."""
+    """Tune as `c` asks; return True if every kernel has a correct configuration."""
     launch.TUNING_FILE = c.out
     c.out.parent.mkdir(parents=True, exist_ok=True)
     if c.out.exists():
@@ -120,7 +119,7 @@ def tune(c: Config, device: str, sm: int) -> bool:
 
 
 def compile_all(c: Config, sm: int, op: str, n: int) -> str:
-    """Launch the n-th candidates of an op's kernels, on one sequence; return what failed."""
+    """Launch the n-th candidate of each kernel of an op, on one sequence; return the error."""
     tables = TUNING[f"sm_{sm}"]
     before = dict(tables)
     for name, table in before.items():
@@ -139,10 +138,9 @@ def compile_all(c: Config, sm: int, op: str, n: int) -> str:
 
 
 def warm(c: Config, sm: int) -> None:
-    """Compile every candidate into Triton's cache on disk, on all cores at once, by launching it:
-    only a launch knows what Triton specialises a kernel on."""
+    """Fill Triton's disk cache on all cores; only a launch shows what it specialises on."""
     most = max(map(len, TUNING[f"sm_{sm}"].values()))
-    rates = {"block": (0.0, 0.1)}  # of dropout
+    rates = {"block": (0.0, 0.1)}  # dropout
     jobs = [(op, p, n) for op in c.op for p in rates.get(op, (0.0,)) for n in range(most)]
     spawn = get_context("spawn")
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() + 4), spawn) as pool:

@@ -1,4 +1,4 @@
-"""The benchmarks' flow, on a CPU in Triton's interpreter at tiny shapes; the times mean nothing."""
+"""Benchmark flow on a CPU in Triton's interpreter at tiny shapes; times mean nothing."""
 
 import dataclasses
 import json
@@ -20,17 +20,17 @@ from train import TrainConfig
 TINY = ModelConfig(
     vocab_size=96, seq_len=32, n_layer=1, n_head=2, width=64, mlp_width=128, rotary_dim=16
 )
-ROOF = Rates(1e12, 1e12, 1e12, 1e9)  # everything is memory bound, by 1 GB/s
+ROOF = Rates(1e12, 1e12, 1e12, 1e9)  # everything is memory bound at 1 GB/s
 
 
 def timer(run, prepare=None):
-    """One call, said to take 2 ms."""
+    """Run once and report 2 ms."""
     run(*[prepare()] if prepare else [])
     return {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 4.0}
 
 
 def run_case(case) -> list[dict]:
-    """The rows with times, and of those that failed."""
+    """Return the timed and failed rows."""
     return [r for r in ops.run_case(case, ROOF, TINY, timer) if "kernel" not in r]
 
 
@@ -50,14 +50,14 @@ def test_every_op_runs_and_ours_is_right(op, dropout):
 
 
 def case_of(**providers):
-    """y = 2x at TINY's size, timed as a LayerNorm."""
+    """Return a case y = 2x at TINY's size, timed as a LayerNorm."""
     x = torch.randn(32, 64)
     providers = {"eager": lambda x: 2 * x, **providers}
     return Case("double", [x], providers, lambda x: 2 * x, {"fwd": ["ln_f_fwd"]}, 1)
 
 
 def unwritten(x):
-    """2x but for a column, which stays as torch.empty made it."""
+    """Return 2x with column 0 left uninitialized."""
     out = torch.empty_like(x)
     out[:, 1:] = 2 * x.detach()[:, 1:]
     return out + 0 * x
@@ -95,7 +95,7 @@ def test_peers_get_fresh_inputs():
 
 def test_rates_and_share_of_the_roof():
     row = run_case(case_of())[0]
-    moved = 2 * 2 * 32 * 64  # a LayerNorm's: each element in and out, 2 bytes
+    moved = 2 * 2 * 32 * 64  # LayerNorm: each element in and out, 2 bytes
     assert row["gb_per_s"] == pytest.approx(moved / 2e-3 / 1e9)
     assert row["roof_frac"] == pytest.approx(moved / 1e9 / 2e-3)
 
@@ -166,5 +166,5 @@ def test_decode():
     for row in rows:
         assert row["same_frac"] == 1
         assert row["tokens_per_s"] == pytest.approx(2 * 6 / row["p50_ms"] * 1e3)
-    with pytest.raises(UserError, match="32 \\+ 60 tokens are more than seq_len 48"):
+    with pytest.raises(UserError, match="32 \\+ 60 tokens exceed seq_len 48"):
         next(decode.measure(c, 2, 60))

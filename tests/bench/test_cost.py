@@ -1,4 +1,4 @@
-"""The cost of a step: ops by hand, their sum against the model's count, predictions by hand."""
+"""Step cost: ops by hand, their sum against the model's count, predictions by hand."""
 
 import re
 
@@ -75,9 +75,9 @@ def test_floor_and_its_bound():
     ],
 )
 def test_predictions_by_hand(rates, gemm_us, attention_us, tokens_per_s):
-    """GEMM, attention and all of a token, as worked out by hand for phi-1 from published rates.
+    """Check GEMM, attention and total ns per token of phi-1 against hand calculation.
 
-    By hand, more passes are not fused, which take up to 5%.
+    The hand calculation leaves more passes unfused: up to 5% of the time.
     """
     ops = training_ops(PHI1, 16)
 

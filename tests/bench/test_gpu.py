@@ -1,4 +1,4 @@
-"""make gpu-check, gpu-bench and gpu-tune at toy size on a CPU, in processes as on a GPU."""
+"""make gpu-check, gpu-bench and gpu-tune at toy size on a CPU, with the same processes."""
 
 import json
 import re
@@ -11,14 +11,14 @@ import pytest
 from bench import gpu
 from bench.gpu import Part
 
-# Of each kind of part one; the rest differs in its flags.
+# One part of each kind; the others differ only in flags.
 TOYS = {"check": "layernorm|train", "bench": "^(phi1 torch|layernorm|decode)$",
         "tune": "cross_entropy"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def toys(cli, tmp_path_factory) -> dict:
-    """(what it printed, its record, its folder) for each of the three commands."""
+    """Return {command: (stdout, record, folder)} of the three commands."""
     outs, command = {do: tmp_path_factory.mktemp(do) for do in TOYS}, ["-m", "bench.gpu", "--toy"]
     with ThreadPoolExecutor(3) as pool:
         runs = {
@@ -85,13 +85,13 @@ def test_one_that_hangs_or_fails_costs_no_other_its_turn(tmp_path, capsys):
     assert not running(hangs.said)
     assert (fails.rows, fails.said) == ([{"a": 1}], "a reason")
     said = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"hangs ended by force after \d+ s", said)
+    assert re.search(r"hangs killed after \d+ s", said)
     assert re.search(r"fails exit 1 after \d+ s: a reason", said)
     assert (tmp_path / "works.log").read_text() == "x\n"
 
 
 def test_a_dead_context_fails_one_test(tmp_path, capsys):
-    """The next test begins in a new process."""
+    """The next test starts in a new process."""
     pytest.importorskip("xdist")
     (tmp_path / "test_x.py").write_text(
         "held = []\n"

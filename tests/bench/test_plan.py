@@ -1,4 +1,4 @@
-"""The plan: its memory against what torch and FSDP2 allocate, its step and its speeds by hand."""
+"""Plan: memory against torch's and FSDP2's allocations, step and speeds by hand."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from model import Phi
 from train import make_optimizer
 
 ROOT = Path(__file__).parents[2]
-# Each where another kind of memory is the largest: activations, logits, weights.
+# Each shape has another largest kind of memory: activations, logits, weights.
 SHAPES = {
     "deep": {"vocab_size": 96, "seq_len": 64, "n_layer": 5, "n_head": 2, "width": 64},
     "wide vocabulary": {"vocab_size": 4096, "seq_len": 32, "n_layer": 2, "n_head": 2, "width": 64},
@@ -75,7 +75,7 @@ def test_memory_of_one_process(shape, values, at_most):
 
 
 class Collectives(Allocated):
-    """Note the names of collectives, too."""
+    """Memory tracker that also records collective names."""
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         if "c10d" in str(f):
@@ -94,7 +94,7 @@ class Collectives(Allocated):
     ],
 )
 def test_memory_and_collectives_of_fsdp(request, shape, values, at_most):
-    """This process is rank 0 of many, whose collectives return at once."""
+    """Run as rank 0 of a fake process group: collectives return at once."""
     c = {"gpus": 8, "dtype": "bfloat16", "micro_batch": 3, "seqs_per_step": 96} | values
     c = configured(shape, **c)
     S, R, steps = c.shards, c.gpus // c.shards, 2
@@ -114,7 +114,7 @@ def test_memory_and_collectives_of_fsdp(request, shape, values, at_most):
     times = {k: n / steps for k, n in Counter(allocated.called).items()}
     micro_steps, L = c.seqs_per_step // (c.micro_batch * c.gpus), c.n_layer
     gathers = micro_steps * (2 * L + 1) if c.regather else L + 1
-    assert times["allgather_base"] == gathers  # as step_time() takes it
+    assert times["allgather_base"] == gathers  # as step_time() assumes
     assert times["reduce_scatter_base"] == L + 1
 
 
@@ -132,7 +132,7 @@ def test_memory_on_a_gpu(kernels):
 
 
 def test_memory_of_phi1():
-    """Against docs of the project's own: 18 bytes a parameter alone, 29 GB of activations."""
+    """Check the documented 18 bytes a parameter on one GPU and 29 GB of activations."""
     alone = plan.memory(job("phi1", gpus=1), 16)
     kinds = ("weights", "masters", "optimizer's states", "gradients")
     assert sum(alone[kind] for kind in kinds) == 18 * 1_418_270_720
@@ -148,10 +148,10 @@ def test_collectives_by_hand():
     assert collective_s(GB, 1, 1, 1, gpu) == 0
     in_a_node = START_S + 7 * NVLINK_HOP_S + 7 / 8 / 100
     assert collective_s(GB, 8, 1, 1, gpu) == pytest.approx(in_a_node)
-    # Sixteen on two nodes: each node sends over eight cards, 80 of NVLink's 100 GB/s.
+    # Sixteen on two nodes: eight network cards a node, 80 of NVLink's 100 GB/s.
     ring = START_S + 14 * NVLINK_HOP_S + NETWORK_HOP_S + 15 / 16 / 80
     assert collective_s(GB, 16, 2, 1, gpu) == pytest.approx(ring)
-    # One GPU of each of 64 nodes: a ring for much, a tree for little.
+    # One GPU on each of 64 nodes: ring for large messages, tree for small.
     ring = START_S + 126 * NETWORK_HOP_S + 2 * 63 / 64 / 10
     assert collective_s(GB, 64, 64, 2, gpu) == pytest.approx(ring)
     assert collective_s(4, 64, 64, 2, gpu) == pytest.approx(START_S + 12 * NETWORK_HOP_S, rel=1e-3)
@@ -160,13 +160,13 @@ def test_collectives_by_hand():
 def test_the_step():
     c, gpu, replace = job("phi1_base", gpus=64), GPUS["a100-80"], dataclasses.replace
     fast = replace(gpu, nvlink=1e15, network=1e15)
-    assert plan.step_time(c, 16, 0.8, fast)[1] < 2e-3  # the hops of the first and last
-    # Between nodes so slow that nothing else counts: the backward has begun when reductions do.
+    assert plan.step_time(c, 16, 0.8, fast)[1] < 2e-3  # hops of the first and last collective
+    # Network so slow that only reductions count: they start during the backward.
     _, exposed_s = plan.step_time(c, 16, 0.8, replace(gpu, network=1e6))
-    sent_s = 8 * 1_418_270_720 / 8 * 7 / 8 / 1e6  # an eighth of the gradients, among eight nodes
+    sent_s = 8 * 1_418_270_720 / 8 * 7 / 8 / 1e6  # an eighth of the gradients, over eight nodes
     assert exposed_s == pytest.approx(sent_s, rel=0.01)
-    # On one node a step has eight micro-steps. Gathering for each use waits for the root and a
-    # block in each; computing blocks again costs a third of their time.
+    # On one node a step has eight micro-steps. Regathering waits for the root and a block in each;
+    # recomputing blocks costs a third of their time.
     c, units = replace(c, gpus=8), plan.parameters_by_unit(c.model)
     now, regather, recompute = (
         plan.step_time(replace(c, **option), 16, 0.8, gpu)[0]
@@ -218,7 +218,7 @@ def write_run(folder, c, **ran):
 
 
 def test_a_score_is_the_next_plan(tmp_path):
-    """The fraction that a run on GPUs reached predicts that run."""
+    """A GPU run's measured fraction predicts that run."""
     c = job("phi1_base", "a100-40")
     write_run(tmp_path, c, device="NVIDIA A100-SXM4-40GB", world_size=8, roof="")
     rows, fraction, _ = plan.score(tmp_path)

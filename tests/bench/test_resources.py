@@ -1,4 +1,4 @@
-"""The resource report: a few defaults compile and fit, and the gate sees what does not."""
+"""Resource report: some defaults compile and fit; the gate catches what does not."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_defaults_fit(cli):
 
 
 def test_spills_and_shared_memory_are_seen(cli):
-    """4 stages of 128 x 128 x 128 are too much memory; dropout in 4 warps spills in the loops."""
+    """4 stages of 128 x 128 x 128 exceed shared memory; dropout in 4 warps spills in loops."""
     code = (
         "from bench.resources import measure\n"
         "tile = {'BLOCK_M': 128, 'BLOCK_N': 128, 'BLOCK_K': 128, 'GROUP_M': 8, 'TMA': False}\n"
@@ -78,7 +78,7 @@ def test_bounds_are_held_for_defaults_with_little_slack(
 
 
 def test_occupancy():
-    """By hand: 128 registers x 256 threads are half an SM; 100 KiB of shared memory fit once."""
+    """Check by hand: 128 registers x 256 threads fill half an SM; 100 KiB shared fits once."""
     assert occupancy_frac(80, 128, 0, 8) == 2 * 8 / 64
     assert occupancy_frac(80, 129, 0, 8) == 1 * 8 / 64  # registers come in units of 8 a thread
     assert occupancy_frac(80, 32, 100 * 1024, 4) == 1 * 4 / 64
@@ -90,7 +90,7 @@ def test_every_kernel_is_reported_and_has_configurations():
     modules = (import_module(f"kernels.{m.name}") for m in iter_modules(kernels.__path__))
     functions = {f for m in modules for name, f in vars(m).items() if name.endswith("_kernel")}
     assert functions == {kernel.fn for kernel in resources.KERNELS.values()}
-    fixed = {"attention_rotate_k", "attention_delta", "attention_dq"}  # launched in one way only
+    fixed = {"attention_rotate_k", "attention_delta", "attention_dq"}  # one launch configuration
     for sm in (80, 90):
         table = json.loads(launch.TUNING_FILE.read_text())[f"sm_{sm}"]
         assert table.keys() == resources.KERNELS.keys() - fixed

@@ -1,11 +1,11 @@
-"""The count of SASS: loops, pipes, bytes and spills of a small program, by hand."""
+"""SASS counts: loops, pipes, bytes and spills of a small program, by hand."""
 
 import pytest
 
 from bench import sass
 
-# An outer loop .L_1 over an inner one, .L_2, in which a branch to .L_3 skips a mask. Out of line
-# are a part that a turn may take, .L_7, and past the end a wait, .L_5.
+# Outer loop .L_1, inner loop .L_2, where a branch to .L_3 skips a mask. Out of line: an optional
+# part, .L_7, and a wait past the end, .L_5.
 PROGRAM = """
 IADD3 R1, R1, 0x1, RZ
 .L_1:
@@ -53,7 +53,7 @@ def test_inner_loop_without_what_it_skips():
     ("instruction", "flop", "shared"),
     [
         ("HMMA.16816.F32.BF16 R12, R4, R6, R12", 2 * 16 * 8 * 16, 0),
-        # a quarter of 64 x 128 x 16; A [64, 16] and B [16, 128] of two bytes, or B alone
+        # a quarter of 64 x 128 x 16; A [64, 16] and B [16, 128] in 2 bytes, or B alone
         ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24", 2 * 16 * 128 * 16, (64 + 128) * 8),
         ("HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR8].tnspB, R24", 2 * 16 * 128 * 16, 128 * 8),
         ("LDSM.16.MT88.4 R4, [R8]", 0, 512),
@@ -70,7 +70,7 @@ def test_flop_and_shared_bytes_of_a_warp(instruction, flop, shared):
 
 @pytest.mark.parametrize(("sm", "tensor", "fma"), [(80, 8, 16), (90, 4, 12)])
 def test_cycles_by_pipe(sm, tensor, fma):
-    """Four warps; IMAD.HI takes two slots, of which sm_90 has half as many as for floats."""
+    """Four warps; IMAD.HI takes two slots, and sm_90 has half as many IMAD as float lanes."""
     loop = ["HMMA.16816.F32.BF16 R12, R4, R6, R12", "FFMA R1, R2, R3, R4", "MUFU.EX2 R1, R1"]
     loop += ["IMAD.HI.U32 R1, R2, R3, RZ"] * 3 + ["FADD R1, R2, R3", "LOP3.LUT R1, R2, R3"]
     busy = sass.cycles(loop, sm, 4, tma_bytes=1280)
@@ -80,7 +80,7 @@ def test_cycles_by_pipe(sm, tensor, fma):
 
 
 def test_tma_bytes_of_the_inner_loop():
-    """Of two tiles that arrive and one that leaves, not those before the loop."""
+    """Count two loads and one reduction in the loop, not loads before it."""
     load = "ttng.async_tma_copy_global_to_local %q[%1] %s : !tt.tensordesc<tensor<{}, #s>>, x"
     ttgir = "\n".join([
         "  " + load.format("128x64xbf16"),

@@ -1,4 +1,4 @@
-"""bench.tune on a CPU in the interpreter: what it times is faked, what it runs is not."""
+"""bench.tune on a CPU in the interpreter: real runs, fake times."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ SM = capability(torch.empty(0, device=DEVICE))
 
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
-    """tuned(op, kernel): the tables after tuning, by a clock that finds each call faster."""
+    """Return tuned(op, kernel): tables after tuning with a clock where each call is faster."""
     before, was, ms = json.loads(json.dumps(TUNING)), launch.TUNING_FILE, [1.0]
 
     def faster(kernel, run_all, device) -> float:
@@ -72,7 +72,7 @@ def test_the_faster_version_is_taken_from_then_on(tuned, monkeypatch, faster):
 
 
 def test_every_kernel_of_training_is_tuned():
-    """In a block, with dropout or without, or the loss; decoding has tables of its own."""
+    """Tuned in a block, with or without dropout, or in the loss; decode tables are separate."""
     launch.LAUNCHED.clear()
     for op, dropout in (("block", 0.0), ("block", 0.1), ("cross_entropy", 0.0)):
         case = tune.Config(**SHAPE, dropout=dropout).case(op)
@@ -85,7 +85,7 @@ def test_every_kernel_of_training_is_tuned():
 
 
 def test_another_file_is_read(cli, tmp_path):
-    """What bench.tune wrote is used by naming it."""
+    """NANOPHI_TUNING selects the file that bench.tune wrote."""
     tables = TUNING | {f"sm_{SM}": {"layernorm_fwd": [{"num_warps": 16}]}}
     (tmp_path / "mine.json").write_text(json.dumps(tables))
     code = f"from kernels.launch import TUNING; print(TUNING['sm_{SM}']['layernorm_fwd'])"
