@@ -1,7 +1,7 @@
-# nanophi. `make train` is the whole job in miniature, `make test` the tests, `make help` the rest.
+# nanophi: `make train` runs the whole pipeline in miniature, `make help` lists all targets.
 #
-# Every stage writes a folder of its own under $(OUT), and summary.json last; that file is its target
-# here. A stage runs again only if its data, a setting, or a file that its program imports changed.
+# Every stage writes its own folder under $(OUT), with summary.json, its make target, last. A stage
+# reruns only if its data, a setting, or a file that its program imports has changed.
 
 SHELL  := /bin/bash
 OUT    ?= out/demo
@@ -9,18 +9,18 @@ OUT    ?= out/demo
 PYTHON ?= .venv/bin/python
 VENV   := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 
-# Waiting threads sleep after about 10 us instead of spinning: a tenth slower on an idle machine, but
-# next to another busy program two spinning threads were 3 to 20 times slower (LOG.md, 2026-11-22).
+# Put waiting threads to sleep after about 10 us of spinning: a tenth slower on an idle machine, but
+# next to a busy program, two spinning threads were 3 to 20 times slower (LOG.md, 2026-11-22).
 export GOMP_SPINCOUNT ?= 2000
 
-# The demo's sizes. A step is 1,024 tokens: first of filtered code, then of exercises or a control.
+# Sizes of the demo. A step is 1,024 tokens of filtered code, then of exercises or a control.
 RAW_MB         ?= 20
 EXERCISES      ?= 15000
 HELDOUT        ?= 500
 BASE_STEPS     ?= 100
 FINETUNE_STEPS ?= 700
-# Where the model's programs run: the best sandbox there is. SANDBOX=C runs them with limits alone,
-# where there is neither bubblewrap nor Landlock; they come from a model trained on your own data.
+# Sandbox for the model's programs: the best one available. SANDBOX=C uses resource limits only, for
+# machines without bubblewrap and Landlock; the programs come from a model trained on your own data.
 SANDBOX        ?= auto
 GPU_OUT        ?= out/gpu
 
@@ -32,33 +32,33 @@ GPU_OUT        ?= out/gpu
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
-	@echo; echo "Settings, as in make train BASE_STEPS=100:"
+	@echo; echo "Settings, e.g. make train BASE_STEPS=100:"
 	@$(foreach v,OUT PYTHON RAW_MB EXERCISES HELDOUT BASE_STEPS FINETUNE_STEPS SANDBOX,echo "  $v=$($v)";)
 
-train: $(OUT)/report.html  ## raw code -> evaluated model and report; start here
+train: $(OUT)/report.html  ## run everything, raw code to evaluated model and report; start here
 
 PYTEST = $(PYTHON) -m pytest \
   $$($(PYTHON) -c 'import xdist' 2>&- && echo --numprocesses=2 --dist=loadfile)
 
-test: $(VENV)  ## test the core, the kernels, and one pass of every stage: 3 minutes
+test: $(VENV)  ## test the core, the kernels and one pass of every stage: 3 minutes
 	$(PYTEST) -m 'not slow' tests/core tests/kernels tests/test_stages.py
 
-check: $(VENV)  ## run every test, and every command of README.md: 10 minutes
+check: $(VENV)  ## run every test and every command of README.md and docs/: 10 minutes
 	$(PYTEST)
 
-lint: $(VENV)  ## check the style
+lint: $(VENV)  ## run ruff
 	$(PYTHON) -m ruff check .
 
-resources: $(VENV)  ## compile every default kernel for sm_80 and sm_90; fails if one spills or gets slower
+resources: $(VENV)  ## compile the default kernels for sm_80 and sm_90; fail on spills or slowdowns
 	$(PYTHON) -m bench.resources --defaults
 
-gpu-check:  ## on a GPU, with your own python3, 3 minutes: is each kernel right, does train.py run
-gpu-bench:  ## likewise, 10 minutes: training steps, ops and decoding beside their peers
-gpu-tune:  ## likewise, 7 minutes: the fastest configurations, to GPU_OUT (out/gpu) like all of it
+gpu-check:  ## test the kernels and train.py on a GPU: 3 minutes; all gpu-* use your own python3
+gpu-bench:  ## benchmark training steps, ops and decoding against peers on a GPU: 10 minutes
+gpu-tune:  ## tune the kernels on a GPU: 7 minutes; all three write to GPU_OUT (out/gpu)
 gpu-check gpu-bench gpu-tune:
 	python3 -m bench.gpu --do=$(@:gpu-%=%) --out=$(GPU_OUT)
 
-clean:  ## delete what the stages wrote (out/), not .venv
+clean:  ## delete all outputs (out/), but not .venv
 	rm -rf out
 
 .venv/installed: requirements.txt
@@ -68,21 +68,21 @@ clean:  ## delete what the stages wrote (out/), not .venv
 	.venv/bin/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
 	@touch $@
 
-# $(call set,X Y): a file for the value of each of these settings, made when the value changes.
+# $(call set,X Y): one file per setting, named after its value: a new value makes a new file.
 set = $(foreach x,$(1),$(OUT)/.settings/$(x)@$($(x)))
 $(OUT)/.settings/%:
 	@mkdir -p $(@D) && rm -f $(firstword $(subst @, ,$@))@* && touch $@
 
-# $(call code,X): program X and the files that it imports, directly or through others.
+# $(call code,X): program X and all files it imports, directly or indirectly.
 CODE := $(shell $(if $(shell command -v $(PYTHON)),$(PYTHON),python3) -m common.code data.collect data.filter data.exercises \
           experiments.pairs tokenizer.train data.pack train eval.humaneval tools.report)
-$(if $(CODE),,$(warning common.code failed: edits of code will not be seen))
+$(if $(CODE),,$(warning common.code failed: code changes will not trigger a rebuild))
 code = $(patsubst $(1):%,%,$(filter $(1):%,$(CODE)))
 
 raw:       $(OUT)/raw/summary.json             ## collect real code from this machine
-filtered:  $(OUT)/filtered/summary.json        ## keep what teaches
-pairs:     $(OUT)/pairs/summary.json           ## docstring/function pairs cut from raw code (a control)
-exercises: $(OUT)/exercises/summary.json       ## make exercises with checked solutions
+filtered:  $(OUT)/filtered/summary.json        ## keep the educational code
+pairs:     $(OUT)/pairs/summary.json           ## cut docstring/function pairs from raw code (control)
+exercises: $(OUT)/exercises/summary.json       ## generate exercises with checked solutions
 tokenizer: $(OUT)/tokenizer/summary.json       ## train the tokenizer
 tokens:    $(foreach x,filtered exercises pairs,$(OUT)/tokens/$(x)/summary.json)  ## write token shards
 pretrain:  $(OUT)/runs/base/summary.json       ## train the base model on filtered code
@@ -111,7 +111,7 @@ $(OUT)/tokens/%/summary.json: $(OUT)/%/summary.json $(OUT)/tokenizer/summary.jso
 	$(PYTHON) -m data.pack --source $(OUT)/$*$(if $(filter exercises shuffled,$*),/train) \
 	  --tokenizer $(OUT)/tokenizer --out $(@D) --val_frac 0.05
 
-# $(call run,NAME,TOKENS,STEPS,INIT): train on tokens/TOKENS, from the weights of runs/INIT if named.
+# $(call run,NAME,TOKENS,STEPS,INIT): train on tokens/TOKENS, starting from runs/INIT if given.
 define run
 $(OUT)/runs/$(1)/summary.json: $(OUT)/tokens/$(2)/summary.json \
     $(if $(4),$(OUT)/runs/$(4)/summary.json) configs/demo.toml $(call code,train) $(call set,$(3))

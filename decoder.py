@@ -1,12 +1,12 @@
 """Pick the next token of every row of a batch, over a static KV cache.
 
-`TorchDecoder` does it in plain torch, `TritonDecoder` on a GPU with kernels/decode.py, as a CUDA
-graph. A row has a temperature, a top_p and draws of its own.
+`TorchDecoder` uses plain torch, `TritonDecoder` kernels/decode.py on a GPU, as a CUDA graph. Each
+row has its own temperature, top_p and random draws.
 
-A row's tokens do not depend on the other rows: probabilities are summed as integers; attention is
-by row (in torch, if 4 divides the head dim); products are of as many rows as agree bit by bit
-(torch: `same_rows`), or of tiles of 16 rows (kernels). With `fast`, torch gives that up where it
-costs time: for up to 3 rows at once, and where only few agree.
+A row's tokens do not depend on the other rows. Probabilities are summed as integers. Attention runs
+per row (in torch, if 4 divides the head dim). Matmuls use only row counts with bitwise equal
+results (torch: `same_rows`) or tiles of 16 rows (kernels). `fast` drops this guarantee in torch
+where it costs time: for up to 3 rows at once, and where only few rows agree.
 """
 
 import sys
@@ -20,44 +20,44 @@ from torch import Tensor
 from common.config import UserError
 from model import QK_NORM, Phi
 
-GPU_STEPS = 8  # tokens between two looks at what a GPU has generated
-MOST_ROWS = 64  # of a product in torch
-GREEDY, SAMPLED, SORTED = range(3)  # ways to choose tokens, each able to do what stands before it
-COLD, HOT = 1e-37, 1e38  # what stands for temperature 0 beside other rows; more than fp32 has
+GPU_STEPS = 8  # tokens to generate between two reads from a GPU
+MOST_ROWS = 64  # of one matmul in torch
+GREEDY, SAMPLED, SORTED = range(3)  # ways to choose tokens; each can also do the ones before it
+COLD, HOT = 1e-37, 1e38  # replace temperature 0 in a sampled batch, and one beyond fp32's range
 
 
 class Decoder:
-    """Pick the next token of every row of a batch, over static buffers.
+    """Base class of the decoders: static buffers, prompt queue, sampling.
 
-    Subclasses say how many rows a step of n computes (`padded`), put the keys and values of prompts
-    into the cache (`_prefill`) and compute a step's logits (`_logits`).
+    Subclasses define `padded` (rows computed in a step of n), `_prefill` (write the keys and values
+    of prompts to the cache) and `_logits` (compute a step's logits).
     """
 
-    prefill_tokens: int  # of prompts that go through the model at once
+    prefill_tokens: int  # max prompt tokens per prefill batch
 
     def __init__(self, model: Phi, rows: int, positions: int, dtype: torch.dtype):
-        """Make room for `rows` texts of up to `positions` tokens."""
+        """Allocate `rows` texts of up to `positions` tokens."""
         c, device, rows = model.c, model.embed.weight.device, self.padded(rows)
         self.model = model
-        self.last = min(positions, c.seq_len) - 1  # where no text goes on
+        self.last = min(positions, c.seq_len) - 1  # last position of any text
         shape = (c.n_layer, 2, rows, c.n_head, positions, c.head_dim)
         self.cache = torch.zeros(shape, dtype=dtype, device=device)  # [L, k or v, B, H, S, D]
-        self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # newest of each row
-        self.position = torch.zeros_like(self.token)  # where it stands
+        self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # newest in each row
+        self.position = torch.zeros_like(self.token)  # its position
         self.draws = torch.zeros(rows, positions, dtype=torch.float64, device=device)
         self.temperature = torch.zeros(rows, 1, device=device)
         self.top_p = torch.ones(rows, 1, dtype=torch.float64, device=device)
         self.ways = [GREEDY] * rows
-        self.waiting: dict[int, tuple] = {}  # rows whose prompts have yet to go through the model
+        self.waiting: dict[int, tuple] = {}  # row: prompt tokens still to prefill
         self.graphs: dict = {}
 
     @torch.inference_mode()
     def load(
         self, row: int, ids: list[int], draws: Tensor, temperature: float = 0.0, top_p: float = 1.0
     ) -> None:
-        """Put a prompt into `row`; `draws` in [0, 1) are for its new tokens.
+        """Load a prompt into `row`; `draws` in [0, 1) sample its new tokens.
 
-        All but its last token go through the model before the next step, the last one in it.
+        The next step prefills all but the last token, then computes the last one.
         """
         last = len(ids) - 1
         self.waiting[row] = tuple(ids[:-1])
@@ -68,7 +68,7 @@ class Decoder:
 
     @torch.inference_mode()
     def move(self, source: int, row: int) -> None:
-        """Put what `source` holds into `row`."""
+        """Copy row `source` to `row`."""
         self._prefill_waiting()
         self.cache[:, :, row] = self.cache[:, :, source]
         for x in (self.token, self.position, self.draws, self.temperature, self.top_p, self.ways):
@@ -76,7 +76,7 @@ class Decoder:
 
     @torch.inference_mode()
     def steps(self, rows: int, longest: int) -> list[list[int]]:
-        """Return the next tokens of the first `rows` rows, [rows][steps]; `longest` is a length."""
+        """Return the next tokens of rows [:rows], [rows][steps]; `longest` is their max length."""
         self._prefill_waiting()
         tokens, way = [], max(self.ways[:rows])
         count, step = (GPU_STEPS, self._replay) if self.token.is_cuda else (1, self._step)
@@ -86,7 +86,7 @@ class Decoder:
         return torch.stack(tokens, 1).tolist()
 
     def _prefill_waiting(self) -> None:
-        prompts: dict[tuple, list[int]] = {}  # the rows of each
+        prompts: dict[tuple, list[int]] = {}  # prompt: its rows
         for row, ids in self.waiting.items():
             if ids:
                 prompts.setdefault(ids, []).append(row)
@@ -98,15 +98,15 @@ class Decoder:
             left = left[count:]
 
     def _replay(self, n: int, _longest: int, way: int) -> None:
-        """Run a step over the whole cache as one CUDA graph, captured when first needed."""
+        """Run a step over the whole cache as one CUDA graph, captured at first use."""
         if (n, way) not in self.graphs:
             longest, state = self.last + 1, [(x, x.clone()) for x in (self.token, self.position)]
-            side = torch.cuda.Stream()  # torch wants a warm-up outside the default stream
+            side = torch.cuda.Stream()  # torch requires warm-up on a side stream
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._step(n, longest, way)
             torch.cuda.current_stream().wait_stream(side)
-            for x, old in state:  # what the step wrote to the cache, the next one writes again
+            for x, old in state:  # undo the warm-up; the next step rewrites its cache entries
                 x.copy_(old)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -118,18 +118,18 @@ class Decoder:
         logits, position = self._logits(n, longest), self.position[:n]  # fp32 [n, V]
         draws = self.draws[:n].gather(1, position[:, None])
         self.token[:n] = choose(logits, draws, self.temperature[:n], self.top_p[:n], way)
-        # A row that is full is stepped on until it leaves; it then overwrites its last position.
+        # A full row keeps stepping until it leaves, overwriting its last position.
         position.add_(1).clamp_(max=self.last)
 
 
 class TritonDecoder(Decoder):
-    """Decode with kernels/decode.py in the model's dtype: three launches a block."""
+    """Decoder on kernels/decode.py, in the model's dtype: three launches per block."""
 
-    prefill_tokens = 1  # each prompt goes alone
+    prefill_tokens = 1  # one prompt at a time
 
     @torch.inference_mode()
     def __init__(self, model: Phi, rows: int, positions: int):
-        from kernels import decode  # here, as triton is not everywhere
+        from kernels import decode  # imported here: triton may not be installed
 
         self.kernels = decode
         super().__init__(model, rows, positions, model.embed.weight.dtype)
@@ -164,15 +164,15 @@ class TritonDecoder(Decoder):
 
 
 class TorchDecoder(Decoder):
-    """Decode in plain torch, with fp32 copies of the weights (phi-1's: 5.7 GB).
+    """Decoder in plain torch, on fp32 copies of the weights (5.7 GB for phi-1).
 
-    BLAS chooses the order of a product's sums by its number of rows. With weights [K, J], MKL has
-    one order for 2 to 64 rows (three for the transpose of [J, K]) where there is AVX-512, so that
-    products are of that many. With AVX2 alone it has another for up to 3, and on two threads for
-    the last rows of 5 to 11; oneDNN, which takes 15 us more a call, has one for all.
+    BLAS picks the summation order of a matmul by its number of rows. With weights [K, J] and
+    AVX-512, MKL uses one order for 2 to 64 rows (three orders for a transposed [J, K]), so matmuls
+    take up to 64 rows. With AVX2 only, it uses another order for up to 3 rows, and with two threads
+    for the last rows of 5 to 11. oneDNN uses one order throughout, but costs 15 us more per call.
 
-    The pairs that rotary embedding turns lie side by side here, as complex numbers: one product
-    turns them, with the bits of `model.rotate`, whose many small ones take 15% of a step of 1 row.
+    Rotary pairs are stored side by side, as complex numbers: one multiply rotates them, with the
+    same bits as `model.rotate`, whose many small ops take 15% of a step of 1 row.
     """
 
     prefill_tokens = 512
@@ -185,7 +185,7 @@ class TorchDecoder(Decoder):
         order = torch.arange(3 * c.width + c.mlp_width)
         heads = order[: 2 * c.width].view(2 * c.n_head, c.head_dim)[:, : c.rotary_dim]
         heads.copy_(heads.unflatten(1, (2, -1)).mT.flatten(1).clone())
-        # What each pair of q, k and v is multiplied with: [3, T, 1, D/2].
+        # Rotary factors of the pairs of q, k and v (1 for v): [3, T, 1, D/2].
         self.turn = torch.ones(3, c.seq_len, 1, c.head_dim // 2, dtype=torch.complex64)
         self.turn[:2, :, 0, : c.rotary_dim // 2] = torch.complex(model.cos, model.sin)
         self.turn = self.turn.to(model.cos.device)
@@ -200,7 +200,7 @@ class TorchDecoder(Decoder):
         same = MOST_ROWS if onednn else same
         if fast and (rows < 4 or same < MOST_ROWS):
             onednn, same = False, sys.maxsize
-        # BLAS has routines of its own for one row, and for the attention of one head.
+        # BLAS has separate routines for a single row, and for attention with a single head.
         self.step = 1 if (onednn and c.n_head > 1) or same > MOST_ROWS else 2
         linear = partial(make_linear, onednn=onednn, most=same)
         self.layers = [
@@ -214,10 +214,10 @@ class TorchDecoder(Decoder):
         super().__init__(model, rows, self.span(positions), torch.float32)
 
     def span(self, positions: int) -> int:
-        """Return how much of the cache a step reads for texts of up to `positions` tokens.
+        """Return how many cache positions a step reads for texts of up to `positions` tokens.
 
-        A multiple of 8, and enough for products of 400 multiplications, as torch has another kernel
-        for fewer: or else a row's bits would depend on the longest row.
+        A multiple of 8 and above 400 / head_dim: below 400 multiplications torch switches to
+        another kernel, and a row's bits would depend on the longest row.
         """
         return -(-max(positions, 400 // self.model.c.head_dim + 1) // 8) * 8
 
@@ -225,9 +225,9 @@ class TorchDecoder(Decoder):
         return -(-rows // self.step) * self.step
 
     def _blocks(self, token: Tensor, position: Tensor, attend: Callable) -> Tensor:
-        """Return the residual stream [n, C] of tokens [n], n padded, at `position` [n].
+        """Run the blocks on tokens [n], n padded, at `position` [n]; return x [n, C].
 
-        `attend(layer, qkv, y)` puts the attention of qkv [3, n, H, D] into y [n, H, D].
+        `attend(layer, qkv, y)` writes the attention of qkv [3, n, H, D] to y [n, H, D].
         """
         c, x, turn = self.model.c, F.embedding(token, self.embed), self.turn[:, position]
         n, C, H, D = len(x), c.width, c.n_head, c.head_dim
@@ -235,7 +235,7 @@ class TorchDecoder(Decoder):
         y, a = ya[:, :C].view(n, H, D), ya[:, C:]
         pairs = (3, n, H, D // 2), (C // 2, (3 * C + c.mlp_width) // 2, D // 2, 1)  # sizes, strides
         turned = qkv.view(torch.complex64)
-        # Torch shares out 2^14 numbers or more among threads, and rounds otherwise where it cuts.
+        # From 2^14 elements on torch splits the work over threads, and rounds differently at cuts.
         most = n if self.fast else max(1, (2**14 - 1) // c.mlp_width)
         for i, (gain, bias, w_in, w_out) in enumerate(self.layers):
             h = w_in(torch.layer_norm(x, (C,), gain, bias, self.eps))  # q | k | v | up
@@ -260,7 +260,7 @@ class TorchDecoder(Decoder):
             for prompt, rows in prompts:
                 part = slice(at, at + len(prompt))
                 one = qkv[:, None, part].transpose(2, 3)  # [3, 1, H, T, D]
-                self.cache[layer][:, rows, :, : len(prompt)] = one[1:]  # to each row
+                self.cache[layer][:, rows, :, : len(prompt)] = one[1:]  # broadcast to its rows
                 y[part] = F.scaled_dot_product_attention(*one, is_causal=True)[0].transpose(0, 1)
                 at += len(prompt)
 
@@ -269,7 +269,7 @@ class TorchDecoder(Decoder):
     def _logits(self, n: int, longest: int) -> Tensor:
         position, (L, _, B, H, S, D), seen = self.position[:n], self.cache.shape, self.span(longest)
         slot = torch.arange(2 * B * H, device=position.device).view(2, B, H)[:, :n] * S
-        slot = (slot + position[:, None]).flatten()  # in the cache, of this step's keys and values
+        slot = (slot + position[:, None]).flatten()  # cache rows for this step's keys and values
         later = torch.arange(seen, device=position.device) > position[:, None]
         mask = torch.zeros(later.shape, device=position.device).masked_fill_(later, float("-inf"))
         mask = mask[:, None].expand(n, H, seen).reshape(n * H, 1, seen)
@@ -280,7 +280,7 @@ class TorchDecoder(Decoder):
         def attend(layer: int, qkv: Tensor, y: Tensor) -> None:
             caches[layer].index_copy_(0, slot, qkv[1:].view(-1, D))
             q = qkv[0].view(n * H, 1, D)
-            # Half the time of scaled_dot_product_attention for one query a head.
+            # Takes half the time of scaled_dot_product_attention for one query per head.
             s = torch.baddbmm(mask, q, keys[layer], alpha=D**-0.5)  # [n H, 1, S]
             y.copy_(torch.bmm(s.softmax(-1), values[layer]).view(n, H, D))
 
@@ -290,7 +290,7 @@ class TorchDecoder(Decoder):
 
 
 def make_linear(w: Tensor, b: Tensor, onednn: bool, most: int) -> Callable[[Tensor], Tensor]:
-    """Return x -> x w^T + b for w [J, K], in products of up to `most` rows each."""
+    """Return x -> x w^T + b for w [J, K], computed in chunks of up to `most` rows."""
     if onednn:
         w = torch.ops.mkldnn._reorder_linear_weight(w, MOST_ROWS)
         rest = {"attr": "none", "scalars": [], "algorithm": ""}
@@ -302,10 +302,10 @@ def make_linear(w: Tensor, b: Tensor, onednn: bool, most: int) -> Callable[[Tens
 
 @torch.inference_mode()
 def same_rows(weights: list[Tensor], onednn: bool) -> int:
-    """Return up to how many rows, at most 64, products agree bit by bit, wherever a row lies.
+    """Return the most rows (up to 64) for which matmuls agree bitwise, wherever a row lies.
 
-    Those of 2, 4, .. rows by BLAS; of 1, 2, .. by oneDNN, of which less than 64 says only that it
-    will not do. It takes 1 ms for a number of rows that is new to it: not all are tried.
+    For BLAS, compare 2, 4, .. rows. For oneDNN compare 1, 2, .., but not all, as each new row count
+    costs it 1 ms; there, a result below 64 only means that oneDNN is unusable.
     """
     most, step = MOST_ROWS, 2 - onednn
     tried = (*range(2, 12), 16, 31, 48, 64) if onednn else range(4, 65, 2)
@@ -325,26 +325,26 @@ def same_rows(weights: list[Tensor], onednn: bool) -> int:
 
 @torch.inference_mode()
 def choose(logits: Tensor, draws: Tensor, temperature: Tensor, top_p: Tensor, way: int) -> Tensor:
-    """Return a token [B] for each row of logits [B, V]: its distribution inverted at draws [B, 1].
+    """Choose a token [B] per row of logits [B, V], by inverting its distribution at draws [B, 1].
 
-    `way` is GREEDY if every temperature [B, 1] is 0, SORTED if a top_p [B, 1] is below 1, else
-    SAMPLED: a row's token is the same by every way that can do it. Probabilities are summed as
-    integers: exact, and so the same however a sum is split.
+    `way` is GREEDY if every temperature [B, 1] is 0, SORTED if any top_p [B, 1] is below 1, else
+    SAMPLED; every way that supports a row picks the same token. Probabilities are summed as
+    integers, which is exact in any order.
     """
-    if way == GREEDY:  # in numpy, a fifteenth of torch's time
+    if way == GREEDY:  # numpy takes a fifteenth of torch's time
         cpu = not logits.is_cuda
         return torch.from_numpy(logits.numpy().argmax(-1)) if cpu else logits.argmax(-1)
-    draws = draws * (temperature > 0)  # at COLD and 0 the first of the likeliest tokens is chosen
+    draws = draws * (temperature > 0)  # COLD with draw 0 picks the first of the likeliest tokens
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(min=COLD)
-    mass = (logits.exp() * 2.0**40).long()  # 2^40: sums of 2^22 tokens fit 63 bits
-    if way == SORTED:  # where top_p is 1 the order stays, as the sort is stable
+    mass = (logits.exp() * 2.0**40).long()  # 2^40: sums over 2^22 tokens fit in 63 bits
+    if way == SORTED:  # rows with top_p 1 keep their order, as the sort is stable
         largest, order = mass.where(top_p < 1, 0).sort(dim=-1, descending=True, stable=True)
         mass = largest.where(top_p < 1, mass)
     total = mass.cumsum(-1)  # [B, V]
     kept = total[:, -1:]
-    if way == SORTED:  # the token that crosses top_p is in
+    if way == SORTED:  # include the token that crosses top_p
         inside = (total - mass < (top_p * kept.double()).long()) | (top_p == 1)
         kept = total.where(inside, 0).amax(-1, keepdim=True)
     choice = torch.searchsorted(total, (draws.double() * kept.double()).long(), right=True)
-    choice = choice.clamp(max=logits.shape[1] - 1)  # the logits of a model that diverged are NaN
+    choice = choice.clamp(max=logits.shape[1] - 1)  # for NaN logits of a diverged model
     return (order.gather(-1, choice) if way == SORTED else choice)[:, 0]

@@ -1,16 +1,16 @@
-"""phi-1's transformer in plain torch: a decoder with attention and MLP in parallel.
+"""phi-1's transformer in plain torch: a decoder whose blocks run attention and MLP in parallel.
 
     x -> embed -> n_layer x [ x + attention(ln(x)) + mlp(ln(x)) ] -> ln_f -> head -> logits
 
-Rotary embedding on the first `rotary_dim` of the head dimensions, tanh-GELU, biases on every linear
-layer, no weight tying. Shapes: B batch, T time, C width, H heads, D head dim, R rotary dims,
-M MLP width, V vocabulary, L layers.
+Rotary embedding on the first `rotary_dim` head dims, tanh-GELU, biases on every linear layer, no
+weight tying. Shapes: B batch, T time, C width, H heads, D head dim, R rotary dims, M MLP width,
+V vocabulary, L layers.
 
-The projections into a block (qkv and MLP-up) read the same LayerNorm output, and the two out of it
-add into the same residual, so their weights lie side by side in `w_in` and `w_out`.
+A block's two input projections (qkv and MLP-up) read the same LayerNorm output, so `w_in` holds
+both. Its two output projections add into the same residual, so `w_out` holds both.
 
-This is the reference. `Phi(c, triton=True)` computes the same with kernels/, a block in one call;
-the two agree up to rounding, and `select_kernels` says which one a device should run.
+This is the reference. `Phi(c, triton=True)` runs each block as one call into kernels/ and matches
+it up to rounding. `select_kernels` chooses between them.
 """
 
 import time
@@ -36,7 +36,7 @@ INIT_STD = 0.02  # phi-1's initializer_range
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model; the defaults are phi-1."""
+    """Model shape; the defaults are phi-1."""
 
     vocab_size: int = 51200  # V, tokens in the vocabulary
     seq_len: int = 2048  # T, tokens of context
@@ -44,13 +44,13 @@ class ModelConfig:
     n_head: int = 32  # H, attention heads
     width: int = 2048  # C, width of the residual stream; head dim D = C / H
     mlp_width: int = 8192  # M, hidden width of the MLP
-    rotary_dim: int = 32  # R, dims of each head that rotary embedding turns; even
+    rotary_dim: int = 32  # R, dims per head with rotary embedding; even
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    dropout: float = 0.0  # attention and residual dropout probability; the paper has 0.1
-    qk_norm: bool = False  # normalise each query and key; phi-1 does not, nor can the kernels
-    zero_init: bool = False  # start the blocks' output projections at zero; phi-1's do not
-    kernels: str = "auto"  # auto, triton or torch: what computes the blocks and the loss; auto is
-    # triton on a GPU that can run it
+    dropout: float = 0.0  # attention and residual dropout probability; the paper uses 0.1
+    qk_norm: bool = False  # normalise queries and keys; not in phi-1, not in the Triton kernels
+    zero_init: bool = False  # initialise the blocks' output projections to zero; phi-1 does not
+    kernels: str = "auto"  # auto, triton or torch: the code for the blocks and the loss; auto is
+    # triton on a GPU that can run it, else torch
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "n_layer", "n_head", "width", "mlp_width"):
@@ -69,9 +69,9 @@ class ModelConfig:
 
 
 def select_kernels(c: ModelConfig, device: torch.device, matmul: str = "plain") -> tuple[str, str]:
-    """Return ("triton" or "torch", why) for a model on `device`.
+    """Choose the kernels for `device`: return ("triton" or "torch", reason).
 
-    Raises UserError if c.kernels is "triton", or `matmul` "fp8", and that cannot run there.
+    Raise UserError if c.kernels is "triton" or `matmul` is "fp8" and `device` cannot run it.
     """
     how = ""
     if matmul == "fp8":
@@ -80,16 +80,16 @@ def select_kernels(c: ModelConfig, device: torch.device, matmul: str = "plain") 
             raise UserError(f"matmul is fp8, but {why}")
         how = ", in fp8" if device.type == "cuda" else ", emulating fp8 slowly"
     if c.kernels == "torch":
-        return "torch", f"as asked{how}"
+        return "torch", f"as requested{how}"
     if c.kernels == "auto" and device.type != "cuda":
         return "torch", f"device is {device.type}{how}"
     try:
-        from kernels import block, mlp  # not at the top: triton is not on every machine
+        from kernels import block, mlp  # imported here: triton may not be installed
     except ImportError as e:
         why = f"{e.name} is not installed"
     else:
         why = block.unsupported(c.width, c.n_head, c.mlp_width, c.rotary_dim)
-        why = why or c.qk_norm * "the kernels have no qk_norm"
+        why = why or c.qk_norm * "the kernels do not support qk_norm"
         if not block.runs_on(device):
             why = f"device is {device}, want {block.WANTED_DEVICE}"
     if not why:
@@ -100,17 +100,17 @@ def select_kernels(c: ModelConfig, device: torch.device, matmul: str = "plain") 
 
 
 def select_dtype(c: ModelConfig, dtype: str, device: torch.device, batch: int) -> tuple[str, str]:
-    """Return the name of the dtype to train in, and why: `dtype`, or the fastest if it is "auto".
+    """Choose the training dtype: return (name, reason). "auto" means the fastest.
 
-    Where a CPU multiplies in bfloat16, two blocks trained on `batch` sequences show which it is.
+    On a CPU with bfloat16 matmuls, time two blocks forward and backward on `batch` sequences.
     """
     if dtype != "auto":
-        return dtype, "as asked"
+        return dtype, "as requested"
     if device.type == "cuda":
         return "bfloat16", "auto"
     cpu = torch.cpu.get_capabilities()
     if not (cpu.get("amx_bf16") or cpu.get("avx512_bf16")):
-        return "float32", "this CPU does not multiply in bfloat16"
+        return "float32", "this CPU has no bfloat16 matmul"
     seconds = {}
     for name in ("float32", "bfloat16"):
         model = Phi(replace(c, n_layer=min(2, c.n_layer))).to(getattr(torch, name))
@@ -122,14 +122,14 @@ def select_dtype(c: ModelConfig, dtype: str, device: torch.device, batch: int) -
             seconds[name] = min(took, seconds.get(name, took))
     ratio = seconds["bfloat16"] / seconds["float32"]
     name = "bfloat16" if ratio < 0.9 else "float32"
-    return name, f"bfloat16 takes {ratio:.2f} of float32's time here"
+    return name, f"a bfloat16 step takes {ratio:.2f}x the float32 time here"
 
 
 class Block(nn.Module):
-    """x + attention(ln(x)) + mlp(ln(x)); `fused` is kernels/block.py's version, or None.
+    """x + attention(ln(x)) + mlp(ln(x)); `fused` is the Triton block of kernels/block.py, or None.
 
-    With `recompute`, keep only the block's input and run the block again in backward. With `fp8`,
-    train with products in 8 bits (kernels/fp8.py); eval mode does not quantise.
+    `recompute` saves only the block's input and reruns the block in backward. `fp8` trains with
+    8-bit matmuls (kernels/fp8.py); eval mode does not quantise.
     """
 
     def __init__(self, c: ModelConfig, fused: Callable | None = None, recompute=False, fp8=False):
@@ -150,7 +150,7 @@ class Block(nn.Module):
     def compute(self, x, cos, sin, doc_start=None, keep=None):
         c, p, in_fp8 = self.c, self.c.dropout * self.training, self.fp8 and self.training
         if self.fused and keep is None:
-            # On the CPU, where drawing a number does not wait for the GPU.
+            # Draw on the CPU: reading a seed from the GPU would stall on it.
             seeds = torch.randint(2**62, (2,), device="cpu").tolist() if p else (0, 0)
             weights = self.w_in, self.b_in, self.w_out, self.b_attn, self.b_mlp
             rope = (cos, sin) if c.rotary_dim else None
@@ -172,11 +172,12 @@ class Block(nn.Module):
 def attention(
     qkv, n_head: int, cos, sin, dropout: float = 0.0, doc_start=None, keep=None, qk_norm=False
 ):
-    """Causal rotary attention from the packed projection: [B, T, 3C] -> [B, T, C].
+    """Apply causal rotary attention to the packed projection: [B, T, 3C] -> [B, T, C].
 
-    `cos` and `sin` are fp32 [T, R/2]. With `doc_start` int32 [B, T], where each position's document
-    begins in its row, a query attends from there on only. With `qk_norm`, queries and keys get mean
-    0 and standard deviation QK_NORM first. Append (k, v), [B, H, T, D], to `keep`.
+    cos, sin   fp32 [T, R/2]
+    doc_start  int32 [B, T], where each position's document begins in its row; masks earlier keys
+    keep       list to append the rotated keys and the values to: (k, v), each [B, H, T, D]
+    qk_norm    scale queries and keys to mean 0 and standard deviation QK_NORM, before rotation
     """
     B, T, C3 = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # [B, H, T, D]
@@ -195,28 +196,28 @@ def attention(
 
 
 def rope_tables(T: int, R: int, theta: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin, fp32 [T, R/2]: position t turns pair i by t theta^(-2i/R)."""
-    fp32 = {"dtype": torch.float32, "device": "cpu"}  # on every device the same bits
+    """Return cos and sin, fp32 [T, R/2]: position t rotates pair i by t theta^(-2i/R)."""
+    fp32 = {"dtype": torch.float32, "device": "cpu"}  # same bits for every device
     frequency = 1.0 / theta ** (torch.arange(0, R, 2, **fp32) / max(1, R))
     angle = torch.arange(T, **fp32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x_i, x_{i + R/2}) of the first R dims of x [.., T, D] by their angles."""
+    """Rotate each pair (x_i, x_{i + R/2}) of the first R dims of x [.., T, D] by its angle."""
     half = cos.shape[-1]
     x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).to(x.dtype)
 
 
 class Phi(nn.Module):
-    """The language model; with `triton`, blocks and loss are those of kernels/."""
+    """The language model; `triton` runs the blocks and the loss with kernels/."""
 
     def __init__(self, c: ModelConfig, triton=False, recompute=False, fp8=False):
         super().__init__()
         self.c, self.triton = c, triton
         fused_block = None
-        if triton:  # imported here: triton is not on every machine
+        if triton:
             from kernels.block import block as fused_block
         self.embed = nn.Embedding(c.vocab_size, c.width)
         self.blocks = nn.ModuleList(Block(c, fused_block, recompute, fp8) for _ in range(c.n_layer))
@@ -231,7 +232,7 @@ class Phi(nn.Module):
                 nn.init.zeros_(p)  # biases; LayerNorms start as the identity
 
     def _apply(self, fn, recurse=True):
-        """Let the angles' tables follow .to() and the like, but stay fp32."""
+        """Move the rotary tables with .to() and friends, but keep them fp32."""
         super()._apply(fn, recurse)
         c, device = self.c, self.cos.device
         if not self.cos.is_meta:
@@ -240,13 +241,12 @@ class Phi(nn.Module):
         return self
 
     def forward(self, idx, targets=None, doc_start=None, keep: list | None = None):
-        """Return the mean loss (fp32, or fp64 for an fp64 model), or without targets the logits.
+        """Return the mean loss (fp32, or fp64 for an fp64 model), or the logits without targets.
 
         idx        int64 [B, T]
-        targets    int64 [B, T], the next token at each position; -1 is left out of the mean
-        doc_start  int32 [B, T], where the document of each position begins in its row: attention
-                   then stays within documents; without it, within rows
-        keep       gets each layer's rotated keys and its values, [B, H, T, D], computed by torch
+        targets    int64 [B, T], the next token at each position; -1 is excluded from the mean
+        doc_start  int32 [B, T], where the position's document begins in its row; masks earlier keys
+        keep       list to append each layer's rotated (k, v) to, [B, H, T, D]; forces torch
         """
         T = idx.shape[1]
         assert T <= self.c.seq_len
@@ -266,13 +266,13 @@ class Phi(nn.Module):
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
     def fused_loss(self, x, targets):
-        """Return the loss for the last block's x [B, T, C] without holding all of the logits."""
+        """Return the loss for the last block's x [B, T, C] without materialising all logits."""
         from kernels.cross_entropy import linear_cross_entropy
         from kernels.layernorm import layernorm
 
         ln, head, targets = self.ln_f, self.head, targets.flatten().contiguous()
         x = layernorm(x, ln.weight, ln.bias, ln.eps).flatten(0, 1)
-        # In fp16 gradients of the mean would underflow: take those of the sum, then scale them.
+        # The mean's gradients underflow in fp16: compute the sum's, then scale.
         expected_grad = float(len(x)) if x.dtype == torch.float16 else 1.0
         return linear_cross_entropy(
             x, head.weight, head.bias, targets, chunk_rows=CHUNK_ROWS, expected_grad=expected_grad
@@ -280,16 +280,16 @@ class Phi(nn.Module):
 
 
 def flops_per_token(c: ModelConfig) -> int:
-    """Count FLOPs to train on one token: 6 per matmul parameter, and causal attention 6 L C T.
+    """Count training FLOPs per token: 6 per matmul parameter plus 6 L C T for causal attention.
 
-    That is half of full attention's 12 L C T, which PaLM counts (arXiv 2204.02311, B).
+    PaLM counts 12 L C T, for full attention (arXiv 2204.02311, B).
     """
     matmul = c.n_layer * (4 * c.width**2 + 2 * c.width * c.mlp_width) + c.vocab_size * c.width
     return 6 * matmul + 6 * c.n_layer * c.width * c.seq_len
 
 
 def mfu(c: ModelConfig, tokens_per_s: float, peak: float) -> float:
-    """Return the share of `peak` FLOP/s that training at this rate uses."""
+    """Return model FLOPs utilisation: the fraction of `peak` FLOP/s used at this rate."""
     return tokens_per_s * flops_per_token(c) / peak
 
 
@@ -301,15 +301,15 @@ def parameter_count(c: ModelConfig) -> int:
 
 
 def load_model(path: Path, device: str = "auto") -> tuple[Phi, Tokenizer, Path]:
-    """Load a run's or checkpoint's model in eval mode; also its tokenizer and the folder used.
+    """Load the model of a run or checkpoint in eval mode; return (model, tokenizer, folder used).
 
-    `device` is a torch device, or "auto": a GPU if there is one.
+    `device` is a torch device name, or "auto": a GPU if there is one.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device, folder = torch.device(device), checkpoint.find(path)
     c = ModelConfig(**checkpoint.read_meta(folder)["model"])
-    # A run that asked for triton may be read where there is none.
+    # A run trained with triton may load on a machine without it.
     asked = replace(c, kernels="auto") if c.kernels == "triton" else c
     model = Phi(c, select_kernels(asked, device)[0] == "triton")
     checkpoint.load_weights(model, folder)

@@ -4,12 +4,12 @@
     cat prompt.py | python sample.py --checkpoint out/demo/runs/exercises --temperature 0.8
     python sample.py --checkpoint out/demo/runs/exercises --serve
 
-A `Batch` steps rows, each with a prompt and options of its own, on a `Decoder`. A finished row
-gives its place to the next one that waits; when none does, the last row moves there and the batch
-shrinks. `Generator` completes prompts this way, and with `--serve` common/serve.py requests.
+A `Batch` steps rows on a `Decoder`; each row has its own prompt and options. A finished row's slot
+goes to the next waiting row. If none waits, the last row moves there and the batch shrinks.
+`Generator` feeds the batch with prompts, common/serve.py (`--serve`) with API requests.
 
-A completion depends on its prompt, options, index and seed, never on the batch: draws come from
-Philox keyed by (seed, index), and a decoder computes a row as if it were alone.
+A completion depends on its prompt, options, index and seed, never on the batch (unless --fast):
+draws come from Philox keyed by (seed, index), and a decoder computes rows independently.
 """
 
 import sys
@@ -35,70 +35,70 @@ from tokenizer import Tokenizer
 class Config:
     """Complete a prompt with a trained model."""
 
-    checkpoint: Path  # run folder (its best checkpoint is used) or checkpoint folder
-    prompt: str = ""  # text to complete; without it, all of stdin
-    max_new_tokens: int = 128  # tokens to add at most
-    temperature: float = 0.0  # 0 takes the likeliest token each time
-    top_p: float = 1.0  # sample from the likeliest tokens that hold this probability
-    samples: int = 1  # completions of the prompt
+    checkpoint: Path  # run folder (uses its best checkpoint) or checkpoint folder
+    prompt: str = ""  # text to complete; without it, read all of stdin
+    max_new_tokens: int = 128  # max tokens to generate
+    temperature: float = 0.0  # sampling temperature, 0 = greedy
+    top_p: float = 1.0  # sample from the likeliest tokens with this total probability
+    samples: int = 1  # number of completions
     stop: tuple[str, ...] = ()  # end a completion before this text ("\n" works); may be repeated
-    seed: int = 0  # of the sampling
+    seed: int = 0  # sampling seed
     device: str = "auto"  # auto, cpu or cuda
-    fast: bool = False  # let the last bits of a number depend on how many rows a batch has
-    batch_size: int = 64  # completions at once, each of 8 bytes x n_layer x width x tokens (4 on a
-    # GPU); --serve takes that for whole contexts from the start: phi-1's are 0.8 GB each (0.4)
-    serve: bool = False  # answer OpenAI's completions API on this machine in place of a prompt
-    port: int = 8000  # of --serve; 0 takes any free one
+    fast: bool = False  # decode faster in torch; results may depend on the batch in the last bits
+    batch_size: int = 64  # completions at once; each takes 8 bytes x n_layer x width x tokens (4 on
+    # a GPU); --serve allocates full contexts up front, for phi-1 0.8 GB each (0.4 on a GPU)
+    serve: bool = False  # serve OpenAI's completions API on this machine instead
+    port: int = 8000  # port for --serve; 0 picks a free one
 
 
 @dataclass
 class Row:
-    """A row of a batch: the prompt it completes, how, and the completion."""
+    """One row of a batch: prompt, options and completion."""
 
-    index: int  # of the prompt
-    ids: list[int]  # of the prompt
-    room: int  # new tokens at most
+    index: int  # prompt index
+    ids: list[int]  # prompt tokens
+    room: int  # max new tokens
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
-    owner: object = field(default=None, compare=False)  # whoever asked
+    owner: object = field(default=None, compare=False)  # for the caller's use
     tokens: list[int] = field(default_factory=list)
-    done: str = ""  # why no token follows: "stop", "length", or whatever an owner puts here
-    text: str = ""  # of the tokens, up to a stop string, once done
+    done: str = ""  # why it ended: "stop", "length", or a reason the owner sets; "" while running
+    text: str = ""  # decoded tokens up to a stop string, set once done
 
 
 class Generator:
     """Complete prompts with a model and its tokenizer."""
 
     def __init__(self, model: Phi, tokenizer: Tokenizer, fast: bool = False):
-        """The model's weights must stay as they are."""
+        """Wrap a model; its weights must not change afterwards."""
         device = model.embed.weight.device
         kernels = device.type == "cuda" and select_kernels(model.c, device)[0] == "triton"
         self.new_decoder = TritonDecoder if kernels else partial(TorchDecoder, fast=fast)
         self.model, self.tokenizer = model, tokenizer
         self.context_tokens = model.c.seq_len
         self.end_of_text = tokenizer.end_of_text
-        self._decoder: Decoder | None = None  # of the last call, for the next
+        self._decoder: Decoder | None = None  # reused by the next call
 
     @classmethod
     def load(cls, path: Path, device: str = "auto", fast: bool = False) -> "Generator":
-        """Load a run or checkpoint folder; in bfloat16 on a GPU, float32 on a CPU."""
+        """Load a run or checkpoint folder, in bfloat16 on a GPU and float32 on a CPU."""
         model, tokenizer, _ = load_model(path, device)
         return cls(model.bfloat16() if model.embed.weight.is_cuda else model, tokenizer, fast)
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the tokens of the tokenizer's start and the prompt; at least one in all."""
+        """Return the tokenizer's start tokens plus the prompt's tokens, at least one in total."""
         return [*self.tokenizer.start, *self.tokenizer.encode(prompt)] or [self.end_of_text]
 
     def fits(self, prompt: str) -> bool:
-        """Return whether the context has room for the prompt and a token more."""
+        """Return whether the context has room for the prompt and one new token."""
         return len(self.encode(prompt)) < self.context_tokens
 
     def row(self, index: int, prompt: str | list[int], max_new_tokens: int, **options) -> Row:
-        """Return a row to complete `prompt`, a text or the model's tokens; `options` are Row's.
+        """Return a row that completes `prompt`, a text or token ids; `options` are Row fields.
 
-        Raises UserError for an option out of range, and if the prompt fills the context.
+        Raise UserError if an option is out of range or no room is left for a new token.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         row = Row(index, ids, min(max_new_tokens, self.context_tokens - len(ids)), **options)
@@ -108,13 +108,13 @@ class Generator:
             raise UserError(f"want tokens from 0 to {self.model.c.vocab_size - 1}, one or more")
         if row.room < 1:
             raise UserError(
-                f"the prompt {prompt!r:.50} and the model's context of "
-                f"{self.context_tokens:,} tokens leave no room to answer; shorten it"
+                f"the prompt {prompt!r:.50} fills the model's context of "
+                f"{self.context_tokens:,} tokens; shorten it"
             )
         return row
 
     def generate(self, prompts: list[str], max_new_tokens: int = 256, **options) -> list[str]:
-        """Return the completions of `prompts`; see `stream` for the options."""
+        """Return the completions of `prompts`; `stream` takes the same options."""
         texts = [""] * len(prompts)
         with tqdm(total=len(prompts), unit="prompt", desc="generate", disable=None) as bar:
             for index, row in self.stream(prompts, max_new_tokens, **options):
@@ -126,9 +126,9 @@ class Generator:
     def stream(
         self, prompts: list[str], max_new_tokens: int, batch_size: int = 64, **options
     ) -> Iterator[tuple[int, Row]]:
-        """Yield (index of the prompt, its row) each time that the row has new tokens.
+        """Yield (prompt index, row) whenever the row has new tokens; `options` are Row fields.
 
-        Raises what `row` raises, which takes the options, before anything else.
+        Raise UserError as `row` does, before generating anything.
         """
         rows = [self.row(i, p, max_new_tokens, **options) for i, p in enumerate(prompts)]
         if not rows:
@@ -141,8 +141,8 @@ class Generator:
         self._decoder = batch.decoder
 
     def extend(self, row: Row, tokens: list[int]) -> None:
-        """Add new tokens to a row until it is done."""
-        # A token has a byte or more.
+        """Append new tokens to a row until it is done."""
+        # A token is at least one byte, so these last tokens cover any stop string.
         reach = max((len(s.encode(errors="replace")) for s in row.stop), default=0) + 1
         for token in tokens:
             if token == self.end_of_text:
@@ -161,29 +161,29 @@ class Generator:
                 return
 
     def settled(self, row: Row) -> str:
-        """Return the text of a row that no further token changes."""
+        """Return the part of a row's text that later tokens cannot change."""
         if row.done:
             return row.text
-        held = max(map(len, row.stop), default=1) - 1  # the end may be the start of a stop string
-        text = self.tokenizer.decode(row.tokens).rstrip("\ufffd")  # or a part of a character
+        held = max(map(len, row.stop), default=1) - 1  # the tail may begin a stop string
+        text = self.tokenizer.decode(row.tokens).rstrip("\ufffd")  # or be half a character
         return text[: max(0, len(text) - held)]
 
 
 class Batch:
-    """Rows under way on one decoder, and those that wait for a place."""
+    """Rows running on one decoder, and rows waiting for a slot."""
 
     def __init__(self, generator: Generator, size: int, positions: int):
-        """Make room for `size` rows of up to `positions` tokens, prompt and completion."""
-        decoder, generator._decoder = generator._decoder, None  # ours until we are done
+        """Allocate `size` rows of up to `positions` tokens, prompt plus completion."""
+        decoder, generator._decoder = generator._decoder, None  # `stream` gives it back
         if not decoder or size > len(decoder.token) or positions > decoder.last + 1:
-            decoder = None  # frees its cache before there is another
+            decoder = None  # free the old cache before allocating a new one
             decoder = generator.new_decoder(generator.model, size, positions)
         self.generator, self.decoder, self.size = generator, decoder, size
         self.rows: list[Row] = []
         self.waiting: deque[Row] = deque()
 
     def step(self) -> list[Row]:
-        """Fill the places of rows that are done, then return all rows, each with new tokens."""
+        """Refill finished rows' slots, step all rows, and return them."""
         for at in reversed(range(len(self.rows))):
             if self.rows[at].done and not self._admit(at):
                 if (last := len(self.rows) - 1) != at:
@@ -199,12 +199,12 @@ class Batch:
         return list(self.rows)
 
     def _admit(self, at: int) -> bool:
-        """Put the next waiting row at place `at`; return whether there was one."""
+        """Put the next waiting row into slot `at`; return False if none waits."""
         while self.waiting and self.waiting[0].done:
             self.waiting.popleft()
         if not self.waiting:
             return False
-        row = self.waiting[0]  # here, or in `rows`, whatever fails
+        row = self.waiting[0]  # stays queued if `load` fails
         key = np.array([row.seed % 2**64, row.index], dtype=np.uint64)
         draws = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(row.room))
         self.decoder.load(at, row.ids, draws, row.temperature, row.top_p)
@@ -220,12 +220,12 @@ def main() -> None:
     if config.serve:
         own = {"checkpoint", "device", "fast", "batch_size", "serve", "port"}
         if others := differences(config).keys() - own:
-            raise UserError(f"--serve takes no --{min(others)}: each request brings its own")
+            raise UserError(f"--serve takes no --{min(others)}: set it in each request")
         generator = Generator.load(config.checkpoint, config.device, config.fast)
         batch = Batch(generator, config.batch_size, generator.context_tokens)
         return serve(batch, config.checkpoint.resolve().name, config.port)
     if not config.prompt and sys.stdin.isatty():
-        print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
+        print("reading the prompt from the terminal; finish with Ctrl-D", file=sys.stderr)
     prompt = config.prompt or TextIOWrapper(sys.stdin.buffer, "utf-8", "surrogateescape").read()
     show = printable if sys.stdout.isatty() else str
     generator = Generator.load(config.checkpoint, config.device, config.fast)

@@ -2,16 +2,16 @@
 
     python train.py configs/demo.toml                             one process, CPU or GPU
     torchrun --nproc_per_node=8 train.py configs/phi1_base.toml   eight GPUs
-    python train.py configs/demo.toml --resume                    go on from the newest checkpoint
-    python train.py configs/demo.toml --check                     will it fit? writes nothing
+    python train.py configs/demo.toml --resume                    continue from the last checkpoint
+    python train.py configs/demo.toml --check                     does it fit? writes nothing
     python train.py configs/phi1.toml --init_from=out/phi1_base   finetune another run's weights
 
-README.md has the command for two machines. SIGTERM, SIGUSR1 or Ctrl-C, to any rank, finish the
-step, save a checkpoint and end the run.
+docs/training.md has the command for two machines. On SIGTERM, SIGUSR1 or Ctrl-C to any rank, the
+run finishes the step, saves a checkpoint and exits.
 
-A step is an optimiser step: `seqs_per_step` sequences of `seq_len` tokens, in micro-batches whose
-gradients are accumulated. What it sees depends on (seed, step) alone: data/loader.py. Nothing in a
-step waits for the GPU; numbers are read from it when a log line is due.
+A step is one optimiser step on `seqs_per_step` sequences of `seq_len` tokens, with gradients
+accumulated over micro-batches. Its data depends only on (seed, step): see data/loader.py. A step
+never waits for the GPU; metrics are read back only when a log line is due.
 """
 
 import math
@@ -37,56 +37,56 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig):
-    """Train a model, under plain python or torchrun."""
+    """Train a model on token shards, with plain python or torchrun."""
 
-    out: Path = Path("out/run")  # run folder: configuration, metrics, checkpoints
-    data: tuple[Path, ...] = (Path("out/tokens"),)  # folders of token shards, from data.pack, each
-    # alone or as FOLDER:WEIGHT, its share of the training tokens; may be given several times
-    init_from: Path | None = None  # run or checkpoint folder whose weights to start from
-    resume: bool = False  # go on from the newest checkpoint in out, if there is one
-    restart: bool = False  # if out holds a run of another configuration or data, delete it first
-    check: bool = False  # write nothing: take a few steps, say what they need and what fits
+    out: Path = Path("out/run")  # run folder: config, metrics, checkpoints
+    data: tuple[Path, ...] = (Path("out/tokens"),)  # folder of token shards from data.pack, or
+    # FOLDER:WEIGHT to set its share of the training tokens; may be repeated
+    init_from: Path | None = None  # run or checkpoint folder to load initial weights from
+    resume: bool = False  # continue from the newest checkpoint in out, if there is one
+    restart: bool = False  # delete the run in out first if its config, data or code differ
+    check: bool = False  # run a few steps, report memory use and what fits; write nothing
 
     max_steps: int = 1000  # optimiser steps
-    seqs_per_step: int = 8  # sequences in a step, over all ranks and micro-steps
-    micro_batch: int = 8  # sequences a rank computes at once, at most; lower it if memory runs out
-    optimizer: str = "adamw"  # adamw, or muon for the blocks' matrices and adamw for the rest
+    seqs_per_step: int = 8  # sequences per step, over all ranks and micro-steps
+    micro_batch: int = 8  # max sequences per forward pass on a rank; lower it if memory runs out
+    optimizer: str = "adamw"  # adamw, or muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 1e-3  # peak learning rate
-    schedule: str = "linear"  # linear, cosine, or wsd: stable, then a linear decay
-    decay_frac: float = 0.2  # share of the steps that wsd decays in
+    schedule: str = "linear"  # linear, cosine, or wsd (stable, then linear decay)
+    decay_frac: float = 0.2  # fraction of the steps in which wsd decays
     warmup_steps: int = 50  # steps of linear warmup
-    final_lr_frac: float = 0.0  # share of the peak left at the last step
-    weight_decay: float = 0.1  # on matrices only, not on biases and LayerNorms
-    beta1: float = 0.9  # Adam's first moment
-    beta2: float = 0.95  # Adam's second moment
+    final_lr_frac: float = 0.0  # learning rate at the last step, as a fraction of the peak
+    weight_decay: float = 0.1  # for matrices only, not biases and LayerNorms
+    beta1: float = 0.9  # Adam's first-moment decay
+    beta2: float = 0.95  # Adam's second-moment decay
     adam_eps: float = 1e-8  # Adam's epsilon
-    grad_clip: float = 1.0  # largest global gradient norm, 0 = no clipping
-    doc_mask: bool = False  # attention stays within documents, in rows that hold several
-    best_fit: bool = False  # cut no document that fits into a row; wants doc_mask
+    grad_clip: float = 1.0  # max global gradient norm, 0 = no clipping
+    doc_mask: bool = False  # mask attention between documents in the same row
+    best_fit: bool = False  # pack rows without cutting any document that fits; needs doc_mask
 
-    eval_interval: int = 100  # steps between validation losses, each followed by a checkpoint
-    eval_seqs: int = 32  # sequences of the validation split that are used
-    eval_problems: Path | None = None  # file in HumanEval's format: the bits per byte of its
-    # solutions, given their prompts, are logged as well
-    score_every: int = 0  # evaluations from one pass@1 on eval_problems to the next, 0 = none:
-    # greedy, by eval.humaneval on rank 0; the others wait, so let it take less than timeout_s
-    keep: int = 2  # newest checkpoints kept, beside the best
-    keep_every: int = 0  # and those of every step that this divides, 0 = none
-    log_interval: int = 10  # steps between lines of metrics.jsonl
-    seed: int = 1337  # of the weights, the data order and dropout
+    eval_interval: int = 100  # steps between evaluations; each saves a checkpoint too
+    eval_seqs: int = 32  # validation sequences per evaluation
+    eval_problems: Path | None = None  # problems in HumanEval's format; each evaluation also logs
+    # the bits per byte of their solutions given the prompts
+    score_every: int = 0  # evaluations between greedy pass@1 scores on eval_problems, 0 = none;
+    # eval.humaneval runs on rank 0 while the others wait, and is stopped after timeout_s / 2
+    keep: int = 2  # number of newest checkpoints to keep, besides the best
+    keep_every: int = 0  # also keep checkpoints at multiples of this step, 0 = none
+    log_interval: int = 10  # steps between lines in metrics.jsonl
+    seed: int = 1337  # seeds the weights, the data order and dropout
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32, bfloat16 or float16 (with loss scaling); auto is bfloat16
-    # on a GPU, and on a CPU where a short measurement finds it faster; float32 elsewhere
-    compile: bool = False  # torch.compile the blocks, where they are torch's (see kernels)
-    matmul: str = "plain"  # plain, or fp8: train with 8-bit products in the blocks' projections, on
-    # a GPU of sm_90 or later; a CPU emulates that, slowly
-    recompute: bool = False  # keep only the blocks' inputs, and compute the rest again in backward
-    shard: int = 0  # ranks that share one copy of masters and optimiser states, 0 = a machine's
-    regather: bool = False  # gather a block's weights for each use, rather than once a step: less
+    # on a GPU, or on a CPU if a short benchmark finds it faster, else float32
+    compile: bool = False  # torch.compile the blocks, unless Triton computes them (see kernels)
+    matmul: str = "plain"  # plain, or fp8: 8-bit matmuls in the blocks' projections, on a GPU of
+    # sm_90 or later (a CPU emulates it slowly)
+    recompute: bool = False  # save only each block's input and recompute the rest in backward
+    shard: int = 0  # ranks sharing one copy of masters and optimiser states, 0 = all on a machine
+    regather: bool = False  # gather a block's weights for each use instead of once per step: less
     # memory, more communication
-    timeout_s: int = 600  # seconds until a rank that does not answer is taken for lost
-    threads: int = 0  # CPU threads a rank uses, 0 = cores / ranks on this machine
-    wandb: str = ""  # Weights & Biases project to send the metrics to
+    timeout_s: int = 600  # seconds before an unresponsive rank counts as lost
+    threads: int = 0  # CPU threads per rank, 0 = cores / ranks on this machine
+    wandb: str = ""  # Weights & Biases project to log metrics to
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,9 +103,9 @@ class TrainConfig(ModelConfig):
         require(self, "decay_frac", 0 < self.decay_frac <= 1, "more than 0, at most 1")
         require(self, "matmul", self.matmul in ("plain", "fp8"), "plain or fp8")
         require(self, "compile", self.matmul == "plain" or not self.compile, "false with fp8")
-        require(self, "best_fit", self.doc_mask or not self.best_fit, "doc_mask with it")
+        require(self, "best_fit", self.doc_mask or not self.best_fit, "--doc_mask as well")
         asks = self.eval_problems or not self.score_every
-        require(self, "score_every", asks, "eval_problems with it")
+        require(self, "score_every", asks, "--eval_problems as well")
         require(self, "device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
 
     @property
@@ -114,7 +114,7 @@ class TrainConfig(ModelConfig):
 
 
 def get_lr(step: int, c: TrainConfig) -> float:
-    """Warm up linearly to c.lr over warmup_steps, then decay to final_lr_frac of it."""
+    """Warm up linearly to c.lr over warmup_steps, then decay to final_lr_frac * c.lr."""
     if step < c.warmup_steps:
         return c.lr * (step + 1) / c.warmup_steps
     decay_steps = c.max_steps - c.warmup_steps
@@ -127,7 +127,7 @@ def get_lr(step: int, c: TrainConfig) -> float:
 
 
 def make_optimizer(model: Phi, c: TrainConfig) -> torch.optim.Optimizer:
-    """Make the optimiser. Matrices decay (embedding too), biases and LayerNorms do not."""
+    """Build the optimiser; decay matrices (the embedding too), but not biases and LayerNorms."""
     muon = c.optimizer == "muon"
     rest = [p for n, p in model.named_parameters() if not (muon and n.endswith(("w_in", "w_out")))]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": c.weight_decay},
@@ -137,10 +137,7 @@ def make_optimizer(model: Phi, c: TrainConfig) -> torch.optim.Optimizer:
 
 
 def train_step(c: TrainConfig, model, optimizer, guard, batches, micro_steps: int):
-    """Micro-batches forward and backward, clip, update; return loss, gradient norm, 1.0 if taken.
-
-    All three are scalars on the device.
-    """
+    """Accumulate gradients, clip, update; return on-device loss, gradient norm, 1.0 if taken."""
     step_loss = torch.zeros_like(guard.scale)
     for micro_step in range(micro_steps):
         distributed.begin_micro_step(model, micro_step == micro_steps - 1, c.regather)
@@ -148,23 +145,22 @@ def train_step(c: TrainConfig, model, optimizer, guard, batches, micro_steps: in
         (loss * guard.scale).backward()
         step_loss += loss.detach()
     grad_norm = guard.clip(model, optimizer, c.grad_clip)
-    optimizer.step()  # its kernel scales as clip said, and skips what is not finite
+    optimizer.step()  # its kernel applies the clip scale, and skips a non-finite step
     optimizer.zero_grad(set_to_none=True)
     return step_loss, grad_norm, guard.update(optimizer)
 
 
 @torch.no_grad()
 def evaluate(model, val: Windows, c: TrainConfig, ranks, end_of_text: int | None) -> float:
-    """Return the mean loss over eval_seqs validation windows, shared among the ranks.
+    """Return the mean loss over eval_seqs validation windows, split across the ranks.
 
-    Take the first windows of one folder, evenly spaced ones of several.
-    Every rank makes as many forward passes, as weights are gathered in them; one that has no window
-    left computes one that does not count.
+    Use the first windows of a single folder, evenly spaced windows of several. Every rank runs the
+    same number of forward passes, because they gather weights; spare ones count with weight 0.
     """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum of losses, sequences
     n = min(c.eval_seqs, len(val))
-    everyones = np.arange(n) * (len(val) // n if len(c.data) > 1 else 1)  # of all folders
+    everyones = np.arange(n) * (len(val) // n if len(c.data) > 1 else 1)
     mine = everyones[ranks.rank :: ranks.world_size]
     for i in range(0, len(everyones[:: ranks.world_size]), c.micro_batch):
         rows = mine[i : i + c.micro_batch]
@@ -178,13 +174,13 @@ def evaluate(model, val: Windows, c: TrainConfig, ranks, end_of_text: int | None
 
 
 def open_data(c: TrainConfig) -> tuple[Tokenizer, Windows, Windows]:
-    """Return the tokenizer and both splits of c.data. Raises UserError if they do not fit c."""
+    """Return the tokenizer and both splits of c.data. Raise UserError if they do not fit c."""
     folders, weights = read_weights(c.data)
     tokenizer = Tokenizer(folders[0])
     if tokenizer.vocab_size > c.vocab_size:
         raise UserError(
             f"the tokenizer in {folders[0]} has {tokenizer.vocab_size} pieces, more than the "
-            f"model's vocab_size {c.vocab_size}"
+            f"model's vocab_size {c.vocab_size}; raise --vocab_size"
         )
     train, val = (Windows(folders, s, c.seq_len, tokenizer, c.seed, weights, c.best_fit)
                   for s in ("train", "val"))  # fmt: skip
@@ -192,14 +188,17 @@ def open_data(c: TrainConfig) -> tuple[Tokenizer, Windows, Windows]:
 
 
 def load_init(model: Phi, c: TrainConfig, tokenizer: Tokenizer) -> Path | None:
-    """Load the weights that c.init_from names, if it does; return their folder."""
+    """Load the weights from c.init_from, if set; return the checkpoint folder."""
     if not c.init_from:
         return None
     folder = checkpoint.find(c.init_from)
     meta = checkpoint.read_meta(folder)
     if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"{folder} was trained with another tokenizer than {c.data[0]}")
-    for name in ("n_head", "rotary_dim", "qk_norm"):  # of which no weight's shape tells
+        raise UserError(
+            f"{folder} was trained with another tokenizer than the one in {c.data[0]}; pack the "
+            "data with the checkpoint's tokenizer"
+        )
+    for name in ("n_head", "rotary_dim", "qk_norm"):  # not visible in any weight's shape
         if (was := meta["model"].get(name, getattr(ModelConfig, name))) != getattr(c, name):
             raise UserError(f"{folder} has {name} = {was}; train with --{name}={was}")
     checkpoint.load_weights(model, folder)
@@ -207,7 +206,7 @@ def load_init(model: Phi, c: TrainConfig, tokenizer: Tokenizer) -> Path | None:
 
 
 def banner(c: TrainConfig, resolved: dict, where: str, windows: Windows) -> str:
-    """Say what will be trained: the options that are not defaults, size, place, work."""
+    """Return the run's summary: non-default options, model size, hardware, amount of work."""
     r, tokens_per_step = resolved, c.seqs_per_step * c.seq_len
     shown = {key: r[key] for key in differences(c)}
     packed = f", {windows.padding_frac:.2%} padding" if c.best_fit else ""
@@ -215,7 +214,7 @@ def banner(c: TrainConfig, resolved: dict, where: str, windows: Windows) -> str:
         f"{r['parameters']:,} parameters on {r['world_size']} x {where}; "
         f"{c.max_steps:,} steps x {tokens_per_step:,} tokens = "
         f"{c.max_steps * c.seqs_per_step / len(windows):.2f} epochs of {windows.tokens:,}{packed}\n"
-        f"{flops_per_token(c.model) / 1e6:,.1f} MFLOP a token, causal; MFU is of {r['roof']}"
+        f"{flops_per_token(c.model) / 1e6:,.1f} MFLOP/token, causal; MFU is relative to {r['roof']}"
     )
 
 
@@ -226,6 +225,7 @@ def main() -> None:
     def choose_dtype(device: torch.device) -> tuple[str, str]:
         if before:
             return before, "as before"
+        read_weights(c.data)  # fails on a missing folder before the benchmark runs
         return select_dtype(c.model, c.dtype, device, c.micro_batch)
 
     ranks, dtype, why = distributed.start(c.device, c.threads, c.timeout_s, choose_dtype)
@@ -238,7 +238,6 @@ def main() -> None:
                     end_of_text)  # fmt: skip
     tokens_per_step = c.seqs_per_step * c.seq_len
 
-    # Model and optimizer.
     kernels, why_kernels = select_kernels(c.model, device, c.matmul)
     torch.manual_seed(c.seed)
     model = Phi(c.model, kernels == "triton", c.recompute, c.matmul == "fp8")
@@ -252,7 +251,7 @@ def main() -> None:
     guard = distributed.Guard(device, scaled=dtype == torch.float16)
     take_step = partial(train_step, c, model, optimizer, guard)
 
-    # The run's folder, which is not touched before all that can be wrong with the input was found.
+    # All input is validated above, before anything is written.
     identity = runlog.run_identity(c, tokenizer, windows, init_from)
     roof, roof_name = ranks.from_first(lambda: runlog.peak_flops(device))
     resolved = runlog.plain(c) | identity | {
@@ -274,7 +273,7 @@ def main() -> None:
     signals = distributed.Signals(talking)
     facts = {k: identity[k] for k in ("data_checksum", "code")} | {"run": str(c.out)}
     state = checkpoint.RunState(model, optimizer, guard, ranks, tokenizer, saver, facts)
-    # The generators last, as anything above may draw numbers. Dropout differs between ranks.
+    # Seed last: the code above may draw numbers. Each rank has its own dropout.
     torch.manual_seed(c.seed + 1 + ranks.rank)
     if resume_from:
         log.say(state.restore(resume_from))
@@ -292,7 +291,7 @@ def main() -> None:
                     if problem := saver.finish():
                         raise UserError(f"signal {stop_signal}, and {problem}")
                     log.stopped(step, stop_signal)
-                    # torchrun would start a rank again that ends with another status than 0.
+                    # torchrun restarts a rank that exits with a non-zero status.
                     sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + stop_signal)
                 if evaluate_now:
                     found = {"val_loss": evaluate(model, val, c, ranks, end_of_text)}
@@ -311,7 +310,7 @@ def main() -> None:
             state.step = step = step + 1
             if not log.due(step):
                 continue
-            # The numbers of the steps since the last log line, read from the device here only.
+            # The only sync of a step: read the metrics since the last log line from the device.
             if ranks.world_size > 1:
                 dist.all_reduce(state.losses)
             loss_sum, steps_taken = state.losses.tolist()

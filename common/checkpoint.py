@@ -1,13 +1,13 @@
-"""Checkpoints on disk: folders that are whole or not there, and nothing in them can execute.
+"""Checkpoints on disk: written atomically, and free of pickles, so loading one runs no code.
 
-    RUN/checkpoints/step-00000500/   model.safetensors   weights, fp32, whole: inference reads them
-                                     tokenizer.model     what its tokens mean
+    RUN/checkpoints/step-00000500/   model.safetensors   unsharded fp32 weights, for inference
+                                     tokenizer.model     the tokenizer
                                      meta.json           step, shape, fingerprints, counters
-                                     training/           Adam's moments, RNG states: a file a rank
+                                     training/           Adam's moments, RNG states: a file per rank
                                      manifest.json       size and CRC-32 of every file above
 
-torch.distributed.checkpoint writes and reads `training/` as safetensors (its own format holds
-pickles), so any number of ranks can load what another number saved. A save copies the state to host
+torch.distributed.checkpoint reads and writes `training/` as safetensors (its own format contains
+pickles), so a run can resume on a different number of ranks. A save copies the state to host
 memory; a thread writes it under a temporary name, flushes, hashes, adds the manifest and renames.
 """
 
@@ -34,32 +34,32 @@ from common.config import UserError
 from common.distributed import optimizer_state
 from common.files import write_json
 
-# torch says so each time that a single process saves or loads.
+# torch warns on every save or load of a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk or quota
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk or quota
 
 
 class Saver:
-    """Write a run's checkpoints, one at a time, behind the training."""
+    """Background writer of a run's checkpoints, one at a time."""
 
     def __init__(self, run: Path, rank: int, group, keep: int, keep_every: int = 0):
-        """`group` is a CPU process group of all ranks that nothing else uses, None for one rank."""
+        """Set up; `group` is a dedicated CPU process group of all ranks, None for one rank."""
         self.run, self.rank, self.group = run, rank, group
         self.keep, self.keep_every = keep, keep_every
         self.stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self.thread, self.problem = None, None
 
     def save(self, step: int, model: nn.Module, training: dict, tokenizer, meta: dict) -> None:
-        """Copy the state, and start to write RUN/checkpoints/step-XXXXXXXX.
+        """Copy the state and start writing RUN/checkpoints/step-XXXXXXXX.
 
-        Waits for the save before. `training` holds tensors only. `finish` says what went wrong.
+        Wait for the previous save first. `training` holds only tensors. `finish` returns errors.
         """
         self.wait()
         meta = {"step": step, **meta, "tokenizer": tokenizer.fingerprint,
                 "model": dataclasses.asdict(model.c)}  # fmt: skip
         weights = {}
-        for name, p in model.state_dict().items():  # whole on rank 0, one after the other
+        for name, p in model.state_dict().items():  # gather one tensor at a time, keep on rank 0
             whole = p.full_tensor() if isinstance(p, DTensor) else p
             if self.rank == 0:
                 weights[name] = whole.to("cpu", copy=True)
@@ -68,13 +68,13 @@ class Saver:
         self.thread.start()
 
     def wait(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait for the save in progress, if any."""
         if self.thread:
             self.thread.join()
         self.thread = None
 
     def finish(self) -> str | None:
-        """Wait; return what went wrong since the last call, if anything did."""
+        """Wait for the save in progress; return the error since the last call, or None."""
         self.wait()
         problem, self.problem = self.problem, None
         return problem
@@ -83,7 +83,7 @@ class Saver:
         final = folder_of(self.run, step)
         temporary = final.with_name(f"tmp-{final.name}")
         files, error, first = {}, "", self.rank == 0
-        try:  # the ranks' common part first: what fails on one of them fails on all
+        try:  # the collective save goes first: an error on one rank is raised on all
             writer = dcp.HuggingFaceStorageWriter(temporary / "training", save_distributed=True)
             alone = self.group is None
             dcp.save(training, storage_writer=writer, process_group=self.group, no_dist=alone)
@@ -96,7 +96,7 @@ class Saver:
             for path in mine:
                 _flush(path)
                 files[str(path.relative_to(temporary))] = _size_and_crc(path)
-        except (Exception, dcp.api.CheckpointException) as e:  # the latter is no Exception
+        except (Exception, dcp.api.CheckpointException) as e:  # the latter is a BaseException only
             error = _explain(e)
         try:
             everyones = [(files, error)]
@@ -123,7 +123,7 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _prune(self) -> None:
-        """Delete all checkpoints but the newest, the best, and those of every n-th step."""
+        """Delete all checkpoints except the newest, the best, and multiples of keep_every."""
         best = best_step(self.run)
         for step in steps(self.run)[: -self.keep]:
             if step != best and not (self.keep_every and step % self.keep_every == 0):
@@ -131,21 +131,18 @@ class Saver:
 
 
 class RunState:
-    """All that the next step depends on besides the data: saved in checkpoints and restored.
-
-    `facts` are JSON values for each checkpoint's meta.json.
-    """
+    """All state a step depends on, except the data; `facts` are JSON values for meta.json."""
 
     def __init__(self, model, optimizer, guard, ranks, tokenizer, saver: Saver, facts: dict):
         self.model, self.optimizer, self.guard = model, optimizer, guard
         self.ranks, self.tokenizer, self.saver, self.facts = ranks, tokenizer, saver, facts
         self.step = self.saved_step = 0
         self.trained_s = 0.0  # up to the last log line
-        # Of this rank, since the last log line: sum of the losses, steps taken.
+        # This rank's sum of losses and count of steps taken, since the last log line.
         self.losses = torch.zeros(2, device=ranks.device)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all tensors but the weights; those named rankN. are rank N's own."""
+        """Return all tensors except the weights; a rankN. prefix marks rank N's own."""
         own = {"losses": self.losses, "rng_cpu": torch.get_rng_state()}
         if self.ranks.device.type == "cuda":
             own["rng_cuda"] = torch.cuda.get_rng_state(self.ranks.device)
@@ -153,7 +150,7 @@ class RunState:
         return optimizer_state(self.model, self.optimizer) | self.guard.state() | own
 
     def save(self) -> None:
-        """Begin to write a checkpoint, unless this step has one."""
+        """Start writing a checkpoint, unless this step already has one."""
         if self.step == self.saved_step:
             return
         meta = {"trained_s": self.trained_s, "world_size": self.ranks.world_size} | self.facts
@@ -161,9 +158,9 @@ class RunState:
         self.saved_step = self.step
 
     def restore(self, folder: Path) -> str:
-        """Load everything from a checkpoint of this run; return what to tell the user."""
+        """Restore everything from a checkpoint of this run; return a message for the user."""
         meta, saved, told = read_meta(folder), self.tensors(), ""
-        if meta["world_size"] != self.ranks.world_size:  # what is a rank's own begins anew
+        if meta["world_size"] != self.ranks.world_size:  # drop the per-rank state
             saved = {k: v for k, v in saved.items() if not k.startswith("rank")}
             told = f"saved by {meta['world_size']} ranks: the same batches, but new dropout masks\n"
         load_training(self.model, saved, folder)
@@ -177,7 +174,7 @@ class RunState:
 
 
 def _explain(e: BaseException) -> str:
-    if isinstance(e, dcp.api.CheckpointException):  # it holds every rank's
+    if isinstance(e, dcp.api.CheckpointException):  # carries every rank's error; report one
         e = next(iter(e.failures.values()))[0]
     full = getattr(e, "errno", None) in FULL or any(f"os error {n}" in str(e) for n in FULL)
     where = f" ({e.filename})" if getattr(e, "filename", None) else ""
@@ -186,7 +183,7 @@ def _explain(e: BaseException) -> str:
 
 
 def damage(folder: Path, names: list[str] | None = None) -> str:
-    """Say what is wrong with a checkpoint's files (or with `names` of them), "" if nothing is."""
+    """Check a checkpoint's files (or only `names`); return what is wrong, or ""."""
     try:
         files = json.loads((folder / "manifest.json").read_bytes())["files"]
         for name in names or files:
@@ -203,9 +200,9 @@ def damage(folder: Path, names: list[str] | None = None) -> str:
 
 
 def newest_good(run: Path) -> Path | None:
-    """Return the newest checkpoint whose every file is what was written, or None.
+    """Return the newest undamaged checkpoint, or None.
 
-    Rename newer ones that are damaged to damaged-step-XXXXXXXX, and delete what killed saves left.
+    Rename newer, damaged ones to damaged-step-XXXXXXXX, and delete leftovers of killed saves.
     """
     for path in (run / "checkpoints").glob("tmp-step-*"):
         shutil.rmtree(path)
@@ -225,7 +222,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    """Return the steps of a run's complete checkpoints, ascending."""
+    """Return the steps with a complete checkpoint, ascending."""
     return sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-????????"))
 
 
@@ -235,14 +232,14 @@ def best_step(run: Path) -> int | None:
 
 
 def find(path: Path, newest: bool = False) -> Path:
-    """Return `path` if it is a checkpoint's folder, else the best (or newest) one of that run."""
+    """Return `path` if it is a checkpoint folder, else the run's best (or newest) checkpoint."""
     path = Path(path)
     if (path / "meta.json").exists():
         return path
     done = steps(path)
     if not done:
         raise UserError(f"no checkpoint at {path}; want a run folder or one of its step folders")
-    best = best_step(path)  # its save may have failed
+    best = best_step(path)  # may be missing: its save can fail
     step = best if best in done and not newest else done[-1]
     return folder_of(path, step)
 
@@ -252,29 +249,29 @@ def read_meta(folder: Path) -> dict:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Copy the weights in `folder` into `model`, which is not sharded."""
-    # A folder that tools.hf wrote has no manifest.
+    """Load the weights in `folder` into `model`, which must not be sharded."""
+    # tools.hf writes no manifest.
     if (folder / "manifest.json").exists() and (wrong := damage(folder, ["model.safetensors"])):
-        raise UserError(f"checkpoint {folder} is damaged: {wrong}; name another")
+        raise UserError(f"checkpoint {folder} is damaged: {wrong}; use another one")
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (SafetensorError, OSError) as e:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read: {e}") from None
-    except RuntimeError as e:  # its second line names a tensor, and both shapes
+    except RuntimeError as e:  # its second line names a tensor and both shapes
         shape = read_meta(folder)["model"]
         said = str(e).splitlines()[1].strip()
-        raise UserError(f"{folder} holds another model: {said}; it is {shape}") from None
+        raise UserError(f"{folder} holds another model: {said}; its shape is {shape}") from None
 
 
 def load_training(model: nn.Module, training: dict, folder: Path) -> None:
-    """Fill a (sharded) model's weights and the tensors of `training`: each rank its own parts."""
+    """Load the weights of a (sharded) model and the tensors in `training`, each rank its shards."""
     for state, where in ((model.state_dict(), folder), (training, folder / "training")):
         reader = dcp.HuggingFaceStorageReader(where)
         dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def checksum(folder: Path) -> str:
-    """Return the CRC-32 of the weights' file, 8 hex digits."""
+    """Return the CRC-32 of the weights file, 8 hex digits."""
     return _size_and_crc(folder / "model.safetensors")["crc32"]
 
 

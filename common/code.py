@@ -1,6 +1,6 @@
-"""Find the files of this project that a program depends on, and hash them.
+"""Find the project files a program depends on, and hash them.
 
-    python3 -m common.code data.filter train     print PROGRAM:FILE lines, which the Makefile reads
+    python3 -m common.code data.filter train     print PROGRAM:FILE lines for the Makefile
 
 Standard library only: make runs this before anything is installed.
 """
@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = (".txt", ".json", ".jsonl")  # suffixes of files that modules read from their own folder
+DATA = (".txt", ".json", ".jsonl")  # data files that modules read from their own folder
 
 
 def closure(*programs: str | Path) -> list[Path]:
-    """Return the project's files that `programs` (dotted names or files) depend on, sorted."""
+    """Return the sorted project files that `programs` (dotted names or files) depend on."""
     found, todo = set(), set()
     for program in programs:
         if isinstance(program, str) and not module_file(program):
@@ -31,7 +31,7 @@ def closure(*programs: str | Path) -> list[Path]:
 
 @functools.cache
 def code_hash(*programs: str | Path) -> str:
-    """Hash the names and contents of closure(*programs), as they are when first asked."""
+    """Hash the names and contents of closure(*programs), cached at the first call."""
     digest = hashlib.blake2b(digest_size=16)
     for file in closure(*programs):
         content = file.read_bytes()
@@ -41,11 +41,11 @@ def code_hash(*programs: str | Path) -> str:
 
 @functools.cache
 def dependencies(file: Path) -> set[Path]:
-    """Return the project's files that `file` depends on directly.
+    """Return the project files that `file` depends on directly.
 
-    An import counts wherever it stands; so does a string that is a module's dotted name, as in
-    [sys.executable, "-m", "sandbox.supervise"]. A module that mentions __file__ depends on the data
-    files in and below its folder. A file that does not parse depends on none.
+    Count every import, also inside functions, and every string that is a module's dotted name, as
+    in [sys.executable, "-m", "sandbox.supervise"]. A module that mentions __file__ depends on the
+    data files in and below its folder. A file that does not parse has no dependencies.
     """
     if file.suffix != ".py":
         return set()
@@ -57,10 +57,10 @@ def dependencies(file: Path) -> set[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found = found.union(*(files_of(alias.name) for alias in node.names))
-        elif isinstance(node, ast.ImportFrom):  # what is imported may be a module itself
+        elif isinstance(node, ast.ImportFrom):  # the imported name may itself be a module
             found = found.union(*(files_of(f"{node.module}.{alias.name}") for alias in node.names))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            # Without a dot it is a word: "train" is a split of the data.
+            # Skip names without a dot: "train" is also a data split.
             if re.fullmatch(r"\w+(\.\w+)+", node.value) and module_file(node.value):
                 found |= files_of(node.value)
         elif isinstance(node, ast.Name) and node.id == "__file__" and file.parent != ROOT:
@@ -69,7 +69,7 @@ def dependencies(file: Path) -> set[Path]:
 
 
 def files_of(name: str) -> set[Path]:
-    """Return the files of ours that `import name` runs: a module's, and its packages' __init__."""
+    """Return the project files that `import name` runs: the module and its packages' __init__."""
     parts = name.split(".")
     found = {module_file(".".join(parts[: i + 1])) for i in range(len(parts))}
     return found - {None}
@@ -77,7 +77,7 @@ def files_of(name: str) -> set[Path]:
 
 @functools.cache
 def module_file(name: str) -> Path | None:
-    """Return the file of the module or package `name`, None if it is not of this project."""
+    """Return the file of module or package `name`, or None if it is outside this project."""
     path = ROOT / name.replace(".", "/")
     files = (path.with_suffix(".py"), path / "__init__.py")
     return next((file for file in files if file.is_file()), None)

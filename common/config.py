@@ -1,14 +1,14 @@
 """Parse command lines and TOML files into frozen dataclasses.
 
-A command's options are the fields of one dataclass, and the comment behind a field is its help:
+A command's options are the fields of one dataclass; the comment after a field is its help text:
 
-    out: Path                     # folder to write (a field without a default is required)
-    source: tuple[str, ...] = ()  # a tuple field may be given several times
+    out: Path                     # folder to write (required: no default)
+    source: tuple[str, ...] = ()  # a tuple field may be repeated
     max_mb: float = 0.0           # --max_mb=3, --max_mb 3 and --max-mb 3 are the same
-    verbose: bool = False         # a bool is --verbose or --verbose=false
+    verbose: bool = False         # --verbose or --verbose=false
 
-With `toml=True`, a first argument without dashes names a TOML file whose values replace the
-defaults; flags come last.
+With `toml=True`, a first argument without dashes is a TOML file. It overrides the defaults, and
+flags override it.
 """
 
 import argparse
@@ -27,24 +27,24 @@ from typing import get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
-    """Something the user can mend: printed by `run` as one line (what, where, what to do)."""
+    """An error the user can fix; `run` prints it as one line (what, where, what to do)."""
 
 
 def printable(text: str) -> str:
-    """Escape what is no character to show: control characters, lone surrogates, ..."""
+    """Escape unprintable characters: control characters, lone surrogates, ..."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def require(config, name: str, ok: bool, want: str) -> None:
-    """Raise UserError unless `ok`, which says of the field `name` that it is as wanted."""
+    """Raise UserError "`name` is VALUE, want `want`" unless `ok`."""
     if not ok:
         raise UserError(f"{name} is {getattr(config, name)!r}, want {want}")
 
 
 def run(main) -> None:
-    """Call `main()`; print a UserError or an OSError of a file as one line, exit with status 2.
+    """Call `main()`; print a UserError, or an OSError on a file, as one line and exit with 2.
 
-    What stdout's encoding lacks is escaped.
+    Escape characters that stdout's encoding lacks.
     """
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -55,9 +55,9 @@ def run(main) -> None:
     except BrokenPipeError:
         stdout = select.poll()
         stdout.register(sys.stdout.fileno(), 0)
-        if not stdout.poll(0):  # it was another pipe
+        if not stdout.poll(0):  # another pipe broke
             raise
-        # What reads our output, such as head, has enough. Nothing is left to flush at exit.
+        # The reader of our output, such as head, has exited. Leave nothing to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as e:
@@ -65,7 +65,7 @@ def run(main) -> None:
         if not (e.filename or full):
             raise
         told = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
-        to_do = "free some space, then run the same command again" if full else "name another path"
+        to_do = "free some space, then rerun the command" if full else "use another path"
         print(f"error: {printable(told)}; {to_do}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -74,9 +74,9 @@ def run(main) -> None:
 
 
 def parse(cls, argv: list[str] | None = None, toml: bool = False, hidden: type | None = None):
-    """Return an instance of the dataclass `cls` from the command line (default `sys.argv[1:]`).
+    """Parse the command line (default `sys.argv[1:]`) into an instance of the dataclass `cls`.
 
-    --help leaves out the fields that `cls` inherits from `hidden`.
+    --help omits the fields that `cls` inherits from `hidden`.
     """
     argv = sys.argv[1:] if argv is None else argv
     types_, comments, fields = get_type_hints(cls), _comments(cls), dataclasses.fields(cls)
@@ -142,7 +142,7 @@ def _from_toml(path: Path, types_: dict) -> dict:
 
 
 def _convert(value, want, where: str):
-    """Return `value` (text of a flag, or a TOML value) as `want`; only int widens, to float."""
+    """Convert `value` (a flag's text or a TOML value) to `want`; an int may become a float."""
     if get_origin(want) is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_convert(item, get_args(want)[0], where) for item in items)
@@ -160,16 +160,16 @@ def _convert(value, want, where: str):
     try:
         converted = want(value)
         if want is Path:
-            converted = converted.expanduser()  # a shell leaves the ~ of --out=~/x as it is
-    except (TypeError, ValueError, RuntimeError):  # the last of ~nobody
+            converted = converted.expanduser()  # a shell does not expand --out=~/x
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: ~nobody
         raise error from None
-    if converted != converted:  # not a number, which no comparison would refuse
+    if converted != converted:  # NaN, which range checks would miss
         raise error
     return converted
 
 
 def _comments(cls) -> dict[str, str]:
-    """Return {field: the comment behind it and on the lines that continue it}, from the source."""
+    """Return {field: the comment after it, plus continuation lines}, read from the source."""
     found, name = {}, None
     for klass in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(klass).splitlines():

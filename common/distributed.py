@@ -1,11 +1,11 @@
-"""Train with one process or many: ranks, sharding, and what every rank must decide alike.
+"""Train with one process or many: ranks, sharding, and decisions shared by all ranks.
 
-torch's FSDP2 shards fp32 masters and optimiser states over `shard` ranks, and replicates that group
-over the rest. A forward gathers the weights in the compute dtype for all micro-steps of a step;
-gradients are summed in fp32 and reduced once a step, during the last backward. One process with
-fp32 weights is not wrapped; one process in half precision is a mesh of one.
+torch's FSDP2 shards the fp32 masters and optimiser states over `shard` ranks and replicates that
+group over the rest. The first forward of a step gathers the weights in the compute dtype for all
+its micro-steps; gradients are summed in fp32 and reduced once per step, in the last backward. A
+single process in fp32 is not wrapped; a single process in half precision is a mesh of one.
 
-Nothing here waits for the device: the fused AdamW kernel itself unscales, clips and skips.
+Nothing here waits for the device: the fused AdamW kernel unscales, clips and skips.
 """
 
 import ctypes
@@ -25,22 +25,22 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from common.config import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-GROWTH_STEPS = 2000  # finite steps until fp16's loss scale doubles: torch.amp.GradScaler's default
+GROWTH_STEPS = 2000  # finite steps before fp16's loss scale doubles: torch.amp.GradScaler's default
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among those that train together, from torchrun's environment."""
+    """This process's place among the training processes, from torchrun's environment."""
 
     rank: int
     world_size: int
     local_rank: int  # on this machine
     local_world_size: int
-    restarts: int  # of this job, by torchrun
+    restarts: int  # times torchrun has restarted this job
     device: torch.device
 
     def from_first(self, decide: Callable):
-        """Return on every rank what `decide()` gives on rank 0, or raise its UserError."""
+        """Call `decide()` on rank 0; return its result or raise its UserError on every rank."""
         answer = [None, None]
         if self.rank == 0:
             try:
@@ -57,10 +57,10 @@ class Ranks:
 def start(
     device: str, threads: int, timeout_s: int, choose_dtype: Callable
 ) -> tuple[Ranks, torch.dtype, str]:
-    """Find this process's place, device and compute dtype; join the other ranks if there are any.
+    """Set up rank, device and process group; return (ranks, compute dtype, reason for the dtype).
 
-    `choose_dtype(device)` returns a dtype's name, and why, both of which are returned. A single
-    process in half precision joins a group of its own: see shard_model.
+    `choose_dtype(device)` returns a dtype's name and the reason. A single process in half precision
+    gets a group of its own: see shard_model.
     """
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
                 "TORCHELASTIC_RESTART_COUNT": 0}  # fmt: skip
@@ -86,38 +86,38 @@ def start(
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: the next step asks for it again, and page faults take time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    """Make glibc keep freed memory: the next step reuses it, and page faults are slow."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
     if mallopt:
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping, to be unmapped, for a large tensor
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the top of the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: never mmap large tensors, which munmap would return
 
 
 def cpu_group(timeout_s: int) -> dist.ProcessGroup | None:
-    """Make a group of all ranks for messages between hosts; None for a single process."""
+    """Create a gloo group of all ranks for host messages; return None for a single process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
 def leave() -> None:
-    """Part from the other ranks, when all is done."""
+    """Leave the process group at the end of the run."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def shard_model(model, ranks: Ranks, dtype: torch.dtype, shard: int, regather: bool) -> None:
-    """Make `model`'s parameters shards on `ranks.device` that compute in `dtype`, in place.
+    """Shard `model`'s parameters in place, on `ranks.device`, to compute in `dtype`.
 
-    shard      ranks that share one copy of the masters and states, 0 = those of a machine
-    regather   gather a block's weights each time they are used, and free them after
+    shard      ranks that share one copy of the masters and states, 0 = all on a machine
+    regather   gather a block's weights for each use and free them afterwards
     """
     if not dist.is_initialized():
         model.to(ranks.device)
         return
     shard = shard or ranks.local_world_size
     if ranks.world_size % shard:
-        raise UserError(f"shard is {shard}, and {ranks.world_size} ranks cannot be divided by it")
+        raise UserError(f"shard is {shard}, want a divisor of the {ranks.world_size} ranks")
     shape, names = (ranks.world_size // shard, shard), ("replicate", "shard")
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(
@@ -128,11 +128,11 @@ def shard_model(model, ranks: Ranks, dtype: torch.dtype, shard: int, regather: b
     wrap = partial(fully_shard, mesh=mesh if shape[0] > 1 else mesh["shard"], mp_policy=policy)
     for block in model.blocks:
         wrap(block, reshard_after_forward=regather)
-    wrap(model, reshard_after_forward=False)  # its backward follows its forward
+    wrap(model, reshard_after_forward=False)  # its backward starts right after its forward
 
 
 def begin_micro_step(model: nn.Module, last: bool, regather: bool) -> None:
-    """Reduce gradients, and free the gathered weights, in the last micro-step of a step only."""
+    """Let FSDP2 reduce gradients and free gathered weights only in a step's last micro-step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
@@ -140,29 +140,29 @@ def begin_micro_step(model: nn.Module, last: bool, regather: bool) -> None:
 
 
 class Guard:
-    """Decide, on the device, which steps are taken, and keep fp16's loss scale.
+    """On-device gradient clipping, skipping of non-finite steps, and fp16 loss scaling.
 
-    A step whose gradient norm is inf or NaN anywhere is skipped everywhere: the norm is global. The
-    loss is scaled for fp16 only; the scale halves with each skipped step, and doubles after
-    GROWTH_STEPS without one (Micikevicius et al. 2018, arXiv 1710.03740, 3.2).
+    The gradient norm is global: inf or NaN on one rank skips the step on all. The loss is scaled
+    for fp16 only; the scale halves at each skipped step and doubles after GROWTH_STEPS without a
+    skip (Micikevicius et al. 2018, arXiv 1710.03740, 3.2).
     """
 
     def __init__(self, device: torch.device, scaled: bool):
         self.scaled = scaled
-        # scale of the loss; steps since it changed; steps skipped in all, and since the last taken
+        # loss scale; finite steps since it changed; steps skipped in total, and in a row
         self.scale = torch.tensor(2.0**16 if scaled else 1.0, device=device)
         self.since, self.skipped, self.in_a_row = (torch.zeros((), device=device) for _ in range(3))
-        self.most_in_a_row = torch.zeros((), device=device)  # since the last log line
+        self.most_in_a_row = torch.zeros((), device=device)  # max since the last log line
 
     def state(self) -> dict[str, torch.Tensor]:
         names = ("scale", "since", "skipped", "in_a_row")
         return {f"guard.{name}": getattr(self, name) for name in names}
 
     def clip(self, model: nn.Module, optimizer, max_norm: float) -> torch.Tensor:
-        """Clip the gradients to the global norm `max_norm`, 0 = no clipping; return their norm.
+        """Clip to the global gradient norm `max_norm`, 0 = no clipping; return the unclipped norm.
 
-        The gradients stay as they are: the fused AdamW kernel divides them by `grad_scale`, and
-        does nothing at all where `found_inf` is 1, as torch.amp.GradScaler tells it.
+        Leave the gradients unchanged: like torch.amp.GradScaler, set `grad_scale`, by which the
+        fused AdamW kernel divides them, and `found_inf`, which makes it skip the step if 1.
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         if isinstance(model, FSDPModule):
@@ -174,7 +174,7 @@ class Guard:
         return norm
 
     def update(self, optimizer) -> torch.Tensor:
-        """After optimizer.step(): adjust counts and scale; return 1.0 if it was taken, or 0.0."""
+        """Update counts and loss scale after optimizer.step(); return 1.0, or 0.0 if skipped."""
         skipped = optimizer.found_inf
         taken = 1 - skipped
         self.skipped += skipped
@@ -189,11 +189,11 @@ class Guard:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """Return AdamW's tensors by name, zero before its first step; sharded as the weights are."""
+    """Return AdamW's tensors by name, sharded like the weights; zeros before the first step."""
     tensors = {}
     for name, p in model.named_parameters():
         state = optimizer.state[p]
-        if not state:  # as AdamW itself begins
+        if not state:  # same initial state as AdamW's own
             state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         tensors |= {f"{kind}.{name}": tensor for kind, tensor in state.items()}
@@ -201,21 +201,21 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str,
 
 
 def lost_rank(e: Exception, rank: int) -> UserError | None:
-    """Return what to tell the user if `e` says that another rank is gone or does not answer."""
+    """Return a UserError if `e` means that another rank died or hangs, else None."""
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out")
     if not isinstance(e, dist.DistError) and not any(sign in str(e) for sign in signs):
         return None
     return UserError(
-        f"rank {rank} lost touch with another, which died or hangs: see its own message if it has "
-        f"one; --resume goes on from the newest checkpoint ({str(e).splitlines()[0]:.200})"
+        f"rank {rank} lost contact with another rank, which died or hangs: see its error, if any; "
+        f"--resume continues from the newest checkpoint ({str(e).splitlines()[0]:.200})"
     )
 
 
 class Signals:
-    """Let all ranks hear SIGTERM, SIGUSR1 or Ctrl-C on any of them at the same step.
+    """SIGTERM, SIGUSR1 or Ctrl-C on any rank, reported to all ranks at the same step.
 
-    The message travels between the hosts while a step runs, and is read a step later. In a single
-    process, a second Ctrl-C ends it at once.
+    Hosts exchange the message during a step and read it one step later. A second Ctrl-C ends a
+    single process at once.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):
@@ -229,7 +229,7 @@ class Signals:
             signal.signal(number, signal.default_int_handler)
 
     def heard(self) -> int:
-        """Return the number of a signal that all ranks know of, or 0. Call it once a step."""
+        """Return the signal number known to all ranks, or 0. Call it once per step."""
         if self.group is None:
             return self.received
         heard = 0

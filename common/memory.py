@@ -1,9 +1,9 @@
-"""What a step of training takes of a device's memory: predicted, and measured.
+"""Predict and measure the device memory of a training step.
 
-`predict` counts it by kind, for bench.plan; `check`, train.py's --check, compares real steps with
-that. On a GPU the allocator knows their peak. On a CPU `Allocated` adds up the tensors that torch's
-operators return. It sees neither what one allocates and frees within itself (scratch of matmuls and
-attention), nor gloo's buffers, nor what other threads make (the loader's batches).
+`predict` counts it by kind, also for bench.plan. `check` (train.py --check) compares it with real
+steps. A GPU's allocator reports the peak; on a CPU `Allocated` sums the tensors that torch's
+operators return. It misses scratch memory inside an operator (matmuls, attention), gloo's buffers,
+and allocations by other threads (the loader's batches).
 """
 
 import contextlib
@@ -24,49 +24,49 @@ from torch.utils._pytree import tree_leaves
 
 from common.config import UserError
 
-CHUNK_ROWS = 8192  # of logits that the fused loss holds at once
-RESERVE_BYTES = 4e9  # CUDA's context, NCCL's and cuBLAS's buffers, fragmentation: an assumption
+CHUNK_ROWS = 8192  # rows of logits the fused loss holds at once
+RESERVE_BYTES = 4e9  # assumed, for the CUDA context, NCCL and cuBLAS buffers, fragmentation
 
 
 def saved_bytes(c, n_bytes: int = 2) -> int:
-    """Return the bytes a token that a block keeps for its backward, in elements of `n_bytes`."""
+    """Return the bytes per token a block saves for backward, at `n_bytes` per element."""
     C, M, statistics_bytes = c.width, c.mlp_width, 4 * c.n_head + 8
-    if c.kernels == "torch":  # both LayerNorm's, GELU's and rotary's results, and dropout's masks
+    if c.kernels == "torch":  # also the outputs of LayerNorm, GELU and rotary, and dropout masks
         norms = (2 * n_bytes * C + 16 * c.n_head) * c.qk_norm
         return n_bytes * (9 * C + 2 * M) + norms + (2 * C if c.dropout else 0) + statistics_bytes
-    return n_bytes * (5 * C + M) + statistics_bytes + C // 16  # as kernels/block.py says
+    return n_bytes * (5 * C + M) + statistics_bytes + C // 16  # see kernels/block.py
 
 
 def predict(
     c, units: tuple[int, int], micro_batch: int, ranks: int, shards: int, b: int
 ) -> dict[str, int]:
-    """Return the bytes on a rank's device at the fullest moment of a step, by kind.
+    """Predict a rank's peak device memory in a step: return bytes by kind.
 
     c        a train.TrainConfig
-    units    parameters of a block, and of all that is in no block
+    units    parameters in one block, and outside all blocks
     shards   ranks that share one copy of masters and states
-    b        bytes of an element in the compute dtype
+    b        bytes per element in the compute dtype
     """
     N, C, M, V = micro_batch * c.seq_len, c.width, c.mlp_width, c.vocab_size
     (block, root), P = units, c.n_layer * units[0] + units[1]
     saved = N * saved_bytes(c, b)
-    matrices = 2 * C * (2 * C + M) if c.optimizer == "muon" else 0  # of a block
+    matrices = 2 * C * (2 * C + M) if c.optimizer == "muon" else 0  # elements per block
     activations = (c.n_layer * (N * b * C if c.recompute else saved)) + N * (b * 2 * C + 8)
-    if c.kernels == "torch":  # fp32 log-probabilities, and two gradients of them
+    if c.kernels == "torch":  # fp32 log-probabilities and two gradients of that size
         logits, head_bwd, block_bwd = 12 * N * V, 0, b * (block + N * (C + M))
-    else:  # a chunk, with dx and dw made at once; dqkv|du, a, da, dy, out's and two dropped ones
+    else:  # one chunk plus dx and dw; dqkv|du, a, da, dy, out's gradient and two dropped ones
         logits, head_bwd = b * min(N, CHUNK_ROWS) * V, 4 * V * C + b * N * C
         block_bwd = 4 * block + b * N * (7 * C + 3 * M)
     if c.matmul == "fp8":  # dqkvu and w_in, in both layouts
         block_bwd += 2 * (N + C) * (3 * C + M)
-    buffers = max(head_bwd, block_bwd + saved * c.recompute - logits)  # in the logits' place, too
-    # Momenta and updates of a few blocks, and Gram matrices, when all else is gone.
+    buffers = max(head_bwd, block_bwd + saved * c.recompute - logits)  # reuses the logits' space
+    # Momenta and updates of a few blocks, and Gram matrices, once the rest is freed.
     muon = b * (6 * matrices + 2 * C * C) if matrices else 0
     weights = b * (2 * block + root if c.regather else P)
-    weights *= b == 2 or ranks > 1  # fp32 of one process: the masters
+    weights *= b == 2 or ranks > 1  # a single fp32 process computes with the masters
     buffers = max(buffers, muon - activations - logits - weights)
-    on_their_way = (4 + b) * (block + root) * (ranks > 1)  # two units, gathered or reduced
-    whole = ranks == 1 or c.seqs_per_step > micro_batch * ranks  # gradients that add up
+    on_their_way = (4 + b) * (block + root) * (ranks > 1)  # two units being gathered or reduced
+    whole = ranks == 1 or c.seqs_per_step > micro_batch * ranks  # gradients accumulate unsharded
     return {
         "weights": weights,
         "masters": 4 * P // shards,
@@ -75,18 +75,18 @@ def predict(
         "activations": activations,
         "logits": logits,
         "buffers": buffers,
-        "communication": max(0, on_their_way - activations - logits - buffers),  # as those go
+        "communication": max(0, on_their_way - activations - logits - buffers),  # as those free up
     }
 
 
 def largest(share: int, room: float, needed: Callable[[int], float] = lambda n: n) -> int:
-    """Return the largest divisor n of `share` whose needed(n) is at most `room`, 0 if none is."""
+    """Return the largest divisor n of `share` with needed(n) <= room, or 0 if there is none."""
     fits = (n for n in range(share, 0, -1) if share % n == 0 and needed(n) <= room)
     return next(fits, 0)
 
 
 class Allocated(TorchDispatchMode):
-    """Bytes of `tensors`, and of what torch made while this was on, that live; and the most."""
+    """Dispatch mode that tracks live bytes (`now()`, `peak`) of `tensors` and all new tensors."""
 
     def __init__(self, tensors=()):
         super().__init__()
@@ -113,7 +113,7 @@ def _bytes(tensors) -> int:
 
 
 def there_is(ranks) -> int:
-    """Return the bytes of this rank's GPU, or its share of what is free on this machine."""
+    """Return the bytes of this rank's GPU, or its share of this machine's free memory."""
     if ranks.device.type == "cuda":
         return torch.cuda.mem_get_info(ranks.device)[1]
     free_kib = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]
@@ -121,10 +121,10 @@ def there_is(ranks) -> int:
 
 
 def measure(step: Callable[[], object], model, optimizer, ranks) -> dict[str, int]:
-    """Take a step; return the bytes of the fullest rank at its peak, by kind, and "peak" itself.
+    """Take a step; return bytes by kind, and "peak", each the maximum over the ranks.
 
-    Gathered weights are counted as a forward ends, when `regather` has freed the blocks'. Gradients
-    that add up are what one micro-step leaves for the next: FSDP2 keeps them in no parameter.
+    Count gathered weights at the end of a forward, when `regather` has freed the blocks'. Measure
+    accumulated gradients as what a micro-step leaves behind: FSDP2 stores them in no parameter.
     """
     parameters, gpu = list(model.parameters()), ranks.device.type == "cuda"
     states = [t for state in optimizer.state.values() for t in state.values()]
@@ -140,7 +140,7 @@ def measure(step: Callable[[], object], model, optimizer, ranks) -> dict[str, in
     def gathered() -> int:
         return sharded * _bytes(p for p in model.parameters() if not isinstance(p, DTensor))
 
-    def between(*_) -> None:  # micro-steps, before FSDP2 gathers
+    def between(*_) -> None:  # between micro-steps, before FSDP2 gathers
         note("gradients", now() - before - gathered())
 
     hooks = [
@@ -164,9 +164,9 @@ def measure(step: Callable[[], object], model, optimizer, ranks) -> dict[str, in
 
 
 def expected(n: int, peaks: dict[int, int], predicted: Callable[[int], dict[str, int]]) -> float:
-    """Return the bytes of a step in micro-batches of n, from the `peaks` of one or two others.
+    """Estimate the bytes of a step with micro-batches of n, from the peaks of up to two others.
 
-    Draw a line through two, leaving out gradients: they are unsharded only if micro-batches add up.
+    Fit a line through two, without gradients: those are unsharded only while they accumulate.
     """
     if len(peaks) < 2:
         off = sum(peak - sum(predicted(m).values()) for m, peak in peaks.items())
@@ -178,16 +178,16 @@ def expected(n: int, peaks: dict[int, int], predicted: Callable[[int], dict[str,
 
 
 def check(c, ranks, dtype: torch.dtype, model, optimizer, loader, take_step: Callable) -> None:
-    """Take steps, print what they need beside what was predicted, and which micro-batch fits.
+    """Take steps; print measured and predicted memory, and the largest micro-batch that fits.
 
-    take_step(batches, micro_steps) is that of training; here it leaves the weights as they are.
-    Raises UserError if it does not fit, or if loss or gradients are not finite.
+    take_step(batches, micro_steps) is the training step, run at lr 0 so that weights do not change.
+    Raise UserError if it does not fit, or if the loss or gradients are not finite.
     """
     gpu, N = ranks.device.type == "cuda", loader.micro_batch
     share, shards = N * loader.micro_steps, c.shard or ranks.local_world_size
     block, P = (sum(p.numel() for p in m.parameters()) for m in (model.blocks[0], model))
     units, c = (block, P - c.n_layer * block), replace(c, kernels=("torch", "triton")[model.triton])
-    taken = 0 if gpu else _bytes(model.parameters())  # and so no longer free
+    taken = 0 if gpu else _bytes(model.parameters())  # already allocated, so not in MemAvailable
     stream, peaks, room = loader.stream(0), {}, ranks.from_first(lambda: there_is(ranks) + taken)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -203,7 +203,7 @@ def check(c, ranks, dtype: torch.dtype, model, optimizer, loader, take_step: Cal
         ways = [f"--micro_batch={fits(n - 1)}"] * (fits(n - 1) > 0)
         ways += ["--recompute"] * (not c.recompute) or ["a smaller model"]
         took = "".join(f"; {m} took {peak / 1e9:,.4g} GB" for m, peak in peaks.items())
-        return UserError(f"micro_batch {n} does not fit: about {needed(n) / 1e9:,.4g} GB of "
+        return UserError(f"micro_batch {n} does not fit: needs about {needed(n) / 1e9:,.4g} GB of "
                          f"{room / 1e9:,.4g}{took}; try {' or '.join(ways)}")  # fmt: skip
 
     def step(n: int) -> tuple[float, int]:
@@ -212,14 +212,14 @@ def check(c, ranks, dtype: torch.dtype, model, optimizer, loader, take_step: Cal
         batches = ({k: x[:n] for k, x in batch.items()} for batch in stream)
         loss, norm = (x.item() for x in take_step(batches, micro_steps)[:2])
         if not math.isfinite(loss) or not (math.isfinite(norm) or dtype == torch.float16):
-            raise UserError(f"the loss is {loss}, the gradients' norm {norm}; try --dtype=float32")
+            raise UserError(f"the loss is {loss}, the gradient norm {norm}; try --dtype=float32")
         return loss, micro_steps * n * ranks.world_size * c.seq_len
 
     for n in sorted({1, N}):
-        if not gpu and needed(n) > room:  # where a CPU's memory ends, the process is killed
+        if not gpu and needed(n) > room:  # on a CPU, running out of memory kills the process
             raise too_large(n)
         try:
-            step(n)  # the first one makes the states
+            step(n)  # the first step allocates the optimiser states
             found = measure(lambda: step(n), model, optimizer, ranks)  # noqa: B023
             began = time.perf_counter()
             loss, tokens = step(n)
@@ -231,8 +231,8 @@ def check(c, ranks, dtype: torch.dtype, model, optimizer, loader, take_step: Cal
             raise too_large(n)
     if ranks.rank:
         return
-    # Where gradients do not add up over micro-steps they come as activations go: subtracting both
-    # from the peak then makes the rest look smaller than it was.
+    # Unless gradients accumulate, they grow as activations shrink: subtracting both from the peak
+    # then understates the rest.
     guess, peak = predicted(N), peaks[N]
     rest = [kind for kind in guess if kind not in found]
     rows = {kind: (guess[kind], n_bytes) for kind, n_bytes in found.items() if n_bytes}
@@ -243,7 +243,7 @@ def check(c, ranks, dtype: torch.dtype, model, optimizer, loader, take_step: Cal
         print(f"{kind:<46}{p / 1e9:9.4f}{m / 1e9:10.4f}{m / p:7.2f}")
     if gpu:
         print(f"{'reserved by the allocator':<55}{torch.cuda.max_memory_reserved() / 1e9:10.4f}")
-    print(f"{'there is':<55}{room / 1e9:10.4f}")
+    print(f"{'available':<55}{room / 1e9:10.4f}")
     how = f"micro-batches 1 and {N}" if N > 1 else "micro-batch 1 and the prediction"
     print(f"largest micro-batch that fits: {max(N, fits())} of {share} (estimated from {how})")
     print(f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s (one step, not "

@@ -1,14 +1,13 @@
 """Muon: orthogonalised momentum for the blocks' matrices, AdamW for everything else.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) updates a matrix by nearly U V^T, where
-U S V^T is its momentum; Newton-Schulz iterations compute that with matmuls alone. A block's `w_in`
-holds q, k, v and up, its `w_out` attention and down: each is orthogonalised apart. An update's root
-mean square is `RMS` times the learning rate whatever the shape, about AdamW's (Liu et al. 2025,
-arXiv 2502.16982).
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) updates a matrix by approximately
+U V^T, where U S V^T is its momentum; Newton-Schulz iterations compute it with matmuls alone. A
+block's `w_in` holds q, k, v and up, its `w_out` attention and down; each of the six is
+orthogonalised on its own. An update's RMS is `RMS` times the learning rate for every shape, about
+the same as AdamW's (Liu et al. 2025, arXiv 2502.16982).
 
-Where S ranks share the weights, block i is orthogonalised by rank i mod S alone: an all-to-all
-brings it all shards of the block's momentum, and another takes the update's back, both while
-another block is computed.
+If S ranks share the weights, only rank i mod S orthogonalises block i: one all-to-all gathers the
+block's momentum shards, another scatters the update, both overlapped with another block's compute.
 """
 
 import itertools
@@ -20,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 RMS = 0.2
 MOMENTUM = 0.95
-# The polynomials a x + b x^3 + c x^5 that, one after the other, bring all of [0.005, 1] closest to
-# 1: within 0.083. Minimax, as Polar Express has them (Amsel et al. 2025, arXiv 2505.16932).
+# Polynomials a x + b x^3 + c x^5 that in sequence map [0.005, 1] to within 0.083 of 1. Minimax, as
+# in Polar Express (Amsel et al. 2025, arXiv 2505.16932).
 COEFFICIENTS = (
     (8.2987, -24.4305, 18.0903),
     (3.9152, -2.9211, 0.5592),
@@ -33,8 +32,8 @@ COEFFICIENTS = (
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     """Return about RMS sqrt(max(rows, cols)) U V^T for each x = U S V^T, fp32 [n, rows, cols].
 
-    The iterations act on the Gram matrix, [cols, cols]; their product multiplies x at the end. In
-    bf16 that diverges; in TF32, simulated, it is closer to fp32 than bf16 iterations on x (LOG.md).
+    Iterate on the Gram matrix, [cols, cols], and multiply x by the product at the end. This
+    diverges in bf16; in simulated TF32 it is closer to fp32 than bf16 iterations on x (LOG.md).
     """
     _, rows, cols = x.shape
     if rows < cols:
@@ -43,7 +42,7 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     gram, product = x.mT @ x, RMS * rows**0.5 * torch.eye(cols, device=x.device)
     product = product.expand_as(gram)
     for a, b, c in COEFFICIENTS:
-        q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # and a times the identity
+        q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # beta=a below adds the a I term
         product = torch.baddbmm(product, product, q, beta=a)
         gram = torch.baddbmm(gram, q, gram, beta=a)
         gram = torch.baddbmm(gram, gram, q, beta=a)
@@ -51,7 +50,7 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
 
 
 def update(w_in: torch.Tensor, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the updates of a block from its momenta, fp32 [3C + M, C] and [C, C + M]."""
+    """Compute a block's updates from its momenta, fp32 [3C + M, C] and [C, C + M]."""
     C, M = len(w_out), w_out.shape[1] - len(w_out)
     q, k, v, up = w_in.split([C, C, C, M])
     attention, down = w_out.split([C, M], dim=1)
@@ -61,7 +60,7 @@ def update(w_in: torch.Tensor, w_out: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the matrices of `blocks`, and `adamw`, as one: groups, states, step."""
+    """Muon for the matrices of `blocks`, and `adamw` for the rest, as one optimiser."""
 
     def __init__(self, blocks, adamw: torch.optim.AdamW, lr: float, weight_decay: float):
         self.blocks = [(block.w_in, block.w_out) for block in blocks]
@@ -70,21 +69,21 @@ class Muon(torch.optim.Optimizer):
         for p in self.param_groups[0]["params"]:
             self.state[p]["momentum"] = torch.zeros_like(p)
         self.adamw, adamw.state = adamw, self.state
-        self.param_groups += adamw.param_groups  # the same dictionaries
+        self.param_groups += adamw.param_groups  # shared: a new lr reaches both
         p, self.group, self.ranks, self.rank = self.blocks[0][0], None, 1, 0
-        self.grad_scale = torch.ones((), device=p.device)  # read and set as torch's fused ones'
+        self.grad_scale = torch.ones((), device=p.device)  # same interface as torch's fused AdamW
         self.found_inf = torch.zeros((), device=p.device)
         if isinstance(p, DTensor):
             self.group = p.device_mesh.get_group("shard")
             self.ranks, self.rank = self.group.size(), self.group.rank()
-        # Elements of w_in and of w_out that each rank has.
+        # Elements of w_in and w_out on each rank.
         self.sizes = list(zip(*(_shards(p, self.ranks) for p in self.blocks[0])))
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take a step with the gradients over `grad_scale`, or none where `found_inf` is 1.
+        """Step with the gradients divided by `grad_scale`, or do nothing if `found_inf` is 1.
 
-        Both are scalars on the device, as torch's fused optimisers take them.
+        Both are scalars on the device, as in torch's fused optimisers.
         """
         self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf
         self.adamw.step()
@@ -102,25 +101,25 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(decay).addcmul_(u.view_as(p), lr, value=-1)
 
     def _gather(self, turn: list) -> tuple:
-        """Begin to bring the momenta of each block in `turn` whole to the block's rank."""
+        """Start gathering the momenta of each block in `turn` on the block's rank."""
         parts = [self._momentum(p) for block in turn for p in block]
         return self._exchange(parts, *self._counts(turn))
 
     def _scatter(self, turn: list, flat: torch.Tensor, work) -> tuple:
-        """Wait for what was gathered, and begin to bring each rank its rows of the updates."""
+        """Wait for the gathered momenta, then start sending each rank its rows of the updates."""
         if work:
             work.wait()
         parts = self._update(flat) if self.rank < len(turn) else [flat]
         return self._exchange(parts, *reversed(self._counts(turn)))
 
     def _counts(self, turn: list) -> tuple[list[int], list[int]]:
-        """Return the elements that go to and that come from each rank when a turn is gathered."""
+        """Return the elements to send to, and receive from, each rank when gathering a turn."""
         mine, blocks = sum(self.sizes[self.rank]), len(turn)
         to = [mine] * blocks + [0] * (self.ranks - blocks)
         return to, [sum(n) if self.rank < blocks else 0 for n in self.sizes]
 
     def _momentum(self, p: torch.Tensor) -> torch.Tensor:
-        """Add the gradient of this rank's rows to their momentum; return Nesterov's, flat."""
+        """Update the momentum of this rank's rows; return the Nesterov momentum, flattened."""
         g, m = _local(p.grad).div_(self.grad_scale), _local(self.state[p]["momentum"])
         g = torch.where(self.found_inf > 0, m, g)
         m.lerp_(g, 1 - MOMENTUM)
@@ -128,7 +127,7 @@ class Muon(torch.optim.Optimizer):
         return u.bfloat16() if u.is_cuda else u
 
     def _update(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Return a block's updates as the rows of each rank, from its momenta in that order."""
+        """Compute a block's updates from its momenta, both split by rank: w_in, w_out per rank."""
         parts = flat.split(list(itertools.chain(*self.sizes)))
         w_in, w_out = (torch.cat(parts[i::2]).float().view(p.shape)
                        for i, p in enumerate(self.blocks[0]))  # fmt: skip
@@ -137,7 +136,7 @@ class Muon(torch.optim.Optimizer):
         return list(itertools.chain(*zip(*rows)))
 
     def _exchange(self, parts: list[torch.Tensor], to: list[int], back: list[int]) -> tuple:
-        """Begin an all-to-all of these numbers of elements; return what comes, and the work."""
+        """Start an all-to-all with these element counts; return (receive buffer, work)."""
         sent = torch.cat(parts)
         if not self.group:
             return sent, None
@@ -146,13 +145,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def _shards(p: torch.Tensor, ranks: int) -> list[int]:
-    """Return the elements of each rank's rows of p, which FSDP cuts as torch.chunk does."""
+    """Return the elements of p on each rank; FSDP splits rows like torch.chunk."""
     rows = -(-len(p) // ranks)
     return [p.shape[1] * max(0, min(rows, len(p) - rank * rows)) for rank in range(ranks)]
 
 
 def _one_ahead(begun: Iterator) -> Iterator:
-    """Yield each item once the next one has begun."""
+    """Yield each item only after starting the next one, to overlap them."""
     last = next(begun)
     for item in begun:
         yield last

@@ -1,14 +1,14 @@
-"""Answer OpenAI's completions API on this machine, by a batch that is refilled as rows finish.
+"""Serve OpenAI's completions API on this machine, with continuous batching.
 
     POST /v1/completions    GET /v1/models    GET /health
 
-The main thread steps the batch, in which a free place goes to the row that waits longest; a thread
-for each connection makes rows of a request and waits for them. With a seed, choice i of a request
-is sample i of `sample.py --samples N --seed SEED`. What of the API would have to be ignored is
-refused, another model's name too; max_tokens beyond the context end there, as in sample.py.
+The main thread steps the batch; a free slot goes to the row that has waited longest. One thread per
+connection turns a request into rows and waits for them. With a seed, choice i of a request is
+sample i of `sample.py --samples N --seed SEED`. Fields that would have to be ignored are refused,
+and so is another model's name; max_tokens is capped at the context, as in sample.py.
 
-Web pages cannot use it: browsers block their JSON to other sites, and a Host that is not local
-(DNS rebinding) is refused.
+Web pages cannot use it: browsers block cross-site JSON requests, and a non-local Host header (DNS
+rebinding) is refused.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from common.config import UserError, printable
 
-MAX_BYTES, MAX_CHOICES, MAX_STOPS = 2**24, 4096, 64  # of a request
-SILENCE_S, LOOK_S = 60, 0.5  # how long a client may send or read nothing; between looks for it
+MAX_BYTES, MAX_CHOICES, MAX_STOPS = 2**24, 4096, 64  # per request
+SILENCE_S, LOOK_S = 60, 0.5  # client timeout; interval between checks that it is still connected
 EXAMPLE = """curl {}/completions -H 'Content-Type: application/json' -d '{{"prompt": "def f("}}'"""
-FIELDS = {  # of a request, with their defaults; a value has the default's type
+FIELDS = {  # request fields and defaults; a value must have the default's type, or MORE_TYPES'
     "model": "", "user": "", "prompt": "", "max_tokens": 16, "temperature": 1.0, "top_p": 1.0,
     "n": 1, "stop": [], "seed": 0, "stream": False, "echo": False, "stream_options": {},
 }  # fmt: skip
@@ -39,7 +39,7 @@ NEUTRAL = {"suffix": "", "logit_bias": {}, "presence_penalty": 0, "frequency_pen
 
 
 class Refused(UserError):
-    """A request that is answered with an error; `param` is the field that is wrong."""
+    """Error response to a request; `param` is the offending field."""
 
     def __init__(self, message: str, status: int = 400, param: str | None = None):
         super().__init__(message)
@@ -47,13 +47,13 @@ class Refused(UserError):
 
 
 def read(body: bytes, model: str) -> dict:
-    """Return a value of each of FIELDS. Raises Refused unless all of `body` can be honoured."""
+    """Parse a request into a value per FIELDS. Raise Refused if any of it cannot be honoured."""
     try:
         got = json.loads(body)
     except (ValueError, RecursionError) as e:
         raise Refused(f"the body is not JSON: {e}") from None
     if not isinstance(got, dict):
-        raise Refused("the body is no JSON object; send one that has a prompt")
+        raise Refused("the body is not a JSON object; send one with a prompt")
     got = {name: value for name, value in got.items() if value is not None}
     asked = {**FIELDS, "model": model, "seed": secrets.randbits(64), **got}
 
@@ -64,7 +64,7 @@ def read(body: bytes, model: str) -> dict:
     for name, value in got.items():
         if name not in FIELDS:
             same = value == (asked["n"] if name == "best_of" else NEUTRAL.get(name))
-            want(name, same, "it left out, as it is not supported")
+            want(name, same, "it omitted: it is not supported")
         else:
             kind, more = type(FIELDS[name]), MORE_TYPES.get(name)
             told = f"{kind.__name__} or {more.__name__}" if more else kind.__name__
@@ -73,13 +73,13 @@ def read(body: bytes, model: str) -> dict:
     want("n", 1 <= asked["n"] <= 128, "1 to 128")
     want("max_tokens", asked["max_tokens"] >= 1, "1 or more")
     options, stop, prompt = asked["stream_options"], asked["stop"], asked["prompt"]
-    want("stream_options", options.keys() <= {"include_usage"}, "include_usage alone")
+    want("stream_options", options.keys() <= {"include_usage"}, "only include_usage")
     asked["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     fine = len(stop) <= MAX_STOPS and all(isinstance(x, str) for x in stop)
     want("stop", fine or isinstance(stop, str), f"a text or a list of up to {MAX_STOPS}")
     asked["prompt"] = [prompt] if isinstance(prompt, str) or tokens(prompt) else prompt
     fine = all(isinstance(x, str) or tokens(x) for x in asked["prompt"])
-    want("prompt", fine, "a text, a list of tokens, or a list of such")
+    want("prompt", fine, "a text, a list of tokens, or a list of these")
     count = len(asked["prompt"]) * asked["n"]
     want("prompt", 1 <= count <= MAX_CHOICES, f"1 to {MAX_CHOICES} completions, n for each prompt")
     return asked
@@ -90,7 +90,7 @@ def tokens(x) -> bool:
 
 
 class Server(ThreadingHTTPServer):
-    """Step `batch`, a sample.Batch, for the requests that come to 127.0.0.1:port."""
+    """HTTP server on 127.0.0.1:port that steps `batch`, a sample.Batch, for its requests."""
 
     request_queue_size = 128
 
@@ -104,7 +104,7 @@ class Server(ThreadingHTTPServer):
             super().handle_error(*args)
 
     def run(self) -> None:
-        """Serve until `arrivals` brings None, or an interrupt."""
+        """Serve until `arrivals` yields None, or an interrupt."""
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
         try:
             while self.step():
@@ -115,10 +115,10 @@ class Server(ThreadingHTTPServer):
             self.drop(Refused("the server is stopping", 503))
 
     def step(self) -> bool:
-        """Admit what has arrived and step the batch; return whether to go on."""
+        """Queue new rows and step the batch; return False to stop."""
         batch = self.batch
         with contextlib.suppress(queue.Empty):
-            while True:  # a signal that comes just before a wait is seen after it
+            while True:  # the timeout lets a signal that arrives just before the wait through
                 idle = not (batch.rows or batch.waiting)
                 if (rows := self.arrivals.get(idle, LOOK_S)) is None:
                     return False
@@ -134,7 +134,7 @@ class Server(ThreadingHTTPServer):
         return True
 
     def drop(self, why: Refused) -> None:
-        """Tell all who wait for a row why there will be none."""
+        """Fail all running and waiting rows with `why`."""
         for row in [*self.batch.rows, *self.batch.waiting]:
             row.owner[0].put(why)
         self.batch.rows.clear()
@@ -142,10 +142,10 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answer the requests of one connection."""
+    """Handler for the requests of one connection."""
 
     protocol_version, timeout, disable_nagle_algorithm = "HTTP/1.1", SILENCE_S, True
-    streams = False  # after which the connection ends
+    streams = False  # a stream ends with the connection
 
     def do_POST(self) -> None:
         start, self.status, self.counts = time.monotonic(), 200, ""
@@ -193,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
             ids = prompt
             for _ in range(n):
                 rows.append(generator.row(len(rows), ids, asked["max_tokens"], **options))
-                rows[-1].owner, ids = (news, stream), rows[-1].ids  # a text is encoded once
+                rows[-1].owner, ids = (news, stream), rows[-1].ids  # encode a text only once
             text = prompt if isinstance(prompt, str) else generator.tokenizer.decode(prompt)
             echo += [text if asked["echo"] else ""] * n
         about = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion",
@@ -212,7 +212,7 @@ class Handler(BaseHTTPRequestHandler):
                 choices[index] = {**new, "text": text}
         finally:
             for row in rows:
-                row.done = row.done or "left"  # which frees its place
+                row.done = row.done or "left"  # frees the slot if the client left
             asks, makes = sum(len(r.ids) for r in rows[::n]), sum(len(r.tokens) for r in rows)
             self.counts = f"{asks} prompt tokens, {makes} new, "
         usage = {"prompt_tokens": asks, "completion_tokens": makes, "total_tokens": asks + makes}
@@ -223,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         self.event("[DONE]")
 
     def until_done(self, rows: list, news: queue.SimpleQueue) -> Iterator[tuple[int, str, str]]:
-        """Yield (row, text, why it is done or "") as it comes, until all are done."""
+        """Yield (row index, text so far, why it ended or "") as they arrive, until all are done."""
         left, line = len(rows), select.poll()
         line.register(self.connection, select.POLLRDHUP)
         while left:
@@ -252,16 +252,16 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_error(self, code: int, message: str | None = None, param: str | None = None) -> None:
-        """Answer with an error; http.server calls it too, for what it cannot parse."""
-        self.status, self.close_connection = code, True  # as a body may be unread
+        """Send an error response; http.server also calls this for requests it cannot parse."""
+        self.status, self.close_connection = code, True  # the body may be unread
         kind = "invalid_request_error" if code < 500 or code == 501 else "server_error"
-        error = {"message": message or "want HTTP", "type": kind, "param": param, "code": None}
+        error = {"message": message or "bad HTTP", "type": kind, "param": param, "code": None}
         if self.streams:
             return self.event({"error": error})
         self.reply({"error": error}, code)
 
     def log_message(self, *args) -> None:
-        """Say nothing: `do_POST` does."""
+        """Do nothing: `do_POST` logs."""
 
 
 def serve(batch, model: str, port: int) -> None:
@@ -270,10 +270,10 @@ def serve(batch, model: str, port: int) -> None:
         server = Server(batch, model, port)
     except OSError as e:
         told = f"cannot serve on port {port}: {e.strerror}"
-        raise UserError(f"{told}; name another --port, or 0 for any free one") from None
+        raise UserError(f"{told}; use another --port, or 0 for any free one") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     url, gb = f"http://127.0.0.1:{server.server_port}/v1", batch.decoder.cache.nbytes / 1e9
-    print(f"{printable(model)} at {url}: {batch.size} rows, {gb:.2f} GB of cache; Ctrl-C ends it")
+    print(f"{printable(model)} at {url}: {batch.size} rows, {gb:.2f} GB of cache; Ctrl-C stops it")
     print(EXAMPLE.format(url), flush=True)
     try:
         server.run()
