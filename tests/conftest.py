@@ -1,4 +1,4 @@
-"""Shared by all tests: small corpora, tokenizers and runs, made once a session."""
+"""Fixtures for all tests: small corpora, tokenizers and runs, made once per session."""
 
 import json
 import os
@@ -10,13 +10,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SHARED_EVAL = ROOT.parent / "shared" / "eval"  # HumanEval and MBPP, where they are at hand
+SHARED_EVAL = ROOT.parent / "shared" / "eval"  # HumanEval and MBPP, if available
 
 WORDS = sorted({w for kind in (str, list, dict, bytes, os) for w in dir(kind) if w.isidentifier()})
 
-if not torch.cuda.is_available():  # read when a kernel is imported, by whichever test is first
+if not torch.cuda.is_available():  # triton reads it when the first test imports a kernel
     os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(1)  # waiting threads cost more than these sizes gain
+torch.set_num_threads(1)  # more threads are slower at these sizes
 
 
 def pytest_collection_modifyitems(items):
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def shared_eval() -> Path:
-    """The folder of benchmark files; tests that need it skip where it is absent."""
+    """Return the folder of benchmark files; skip the test if it is absent."""
     if not SHARED_EVAL.is_dir():
         pytest.skip(f"no benchmark files at {SHARED_EVAL.relative_to(ROOT.parent)}")
     return SHARED_EVAL
@@ -36,7 +36,7 @@ def shared_eval() -> Path:
 
 @pytest.fixture(scope="session")
 def cli():
-    """cli("train.py", ...) or cli("-m", "data.pack", ...): the finished process of that command."""
+    """cli("train.py", ...) or cli("-m", "data.pack", ...): run it, return the finished process."""
 
     def call(*args, env=None, stdin=None, timeout=300):
         return subprocess.run(
@@ -54,7 +54,7 @@ def cli():
 
 @pytest.fixture
 def in_process(monkeypatch, capsys):
-    """in_process(humaneval.main, "--json"): the command's (exit status, stdout, stderr)."""
+    """in_process(humaneval.main, "--json"): run it, return (exit status, stdout, stderr)."""
     from common.config import run
 
     def call(main, *arguments):
@@ -71,7 +71,7 @@ def in_process(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A folder with one document shard, of 400 small functions; plain, so that it needs no zstd."""
+    """Return a folder with one uncompressed document shard of 400 small functions."""
     folder = tmp_path_factory.mktemp("corpus")
     from data.base.documents import document
 
@@ -88,7 +88,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokens(cli, corpus, tmp_path_factory) -> Path:
-    """Token shards of `corpus`, with a tokenizer of 512 pieces."""
+    """Return a folder of token shards of `corpus`, with a 512-piece tokenizer."""
     root = tmp_path_factory.mktemp("tokens")
     for args in (
         ["-m", "tokenizer.train", "--source", corpus, "--vocab_size", 512, "--out", root / "tok"],
@@ -102,7 +102,7 @@ def tokens(cli, corpus, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def generator(tokens):
-    """An untrained model whose weights are large, so that its choices are clear and varied."""
+    """Return a generator on an untrained model with large weights, for clear, varied choices."""
     from model import ModelConfig, Phi
     from sample import Generator
     from tokenizer import Tokenizer
@@ -122,7 +122,7 @@ TINY = ["--vocab_size=512", "--seq_len=32", "--n_layer=2", "--n_head=2", "--widt
 
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
-    """Flags of train.py for a model that takes milliseconds a step."""
+    """Return train.py flags for a model that takes milliseconds per step."""
     return TINY
 
 
@@ -131,7 +131,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def save_run(run: Path, model, tokenizer) -> Path:
-    """A run folder with one checkpoint of `model`; the checkpoint's folder."""
+    """Create a run folder with one checkpoint of `model`; return the checkpoint's folder."""
     from common import checkpoint
 
     saver = checkpoint.Saver(run, 0, None, keep=1)
@@ -142,7 +142,7 @@ def save_run(run: Path, model, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory) -> Path:
-    """A folder of a Hugging Face model with random weights, that reads bytes, 64 at most."""
+    """Return a folder with a random byte-level Hugging Face model that reads up to 64 bytes."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 

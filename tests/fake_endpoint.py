@@ -1,7 +1,7 @@
-"""An OpenAI-compatible endpoint on the loopback that misbehaves in the ways that real ones do.
+"""A fake OpenAI-compatible endpoint on loopback that misbehaves like real ones.
 
-Which faults a request meets, and in what order, is a function of its body, so that a test can be
-repeated. The endpoint keeps its own books: what it would bill, and every request it saw.
+The faults of a request, and their order, depend only on its body, so tests are reproducible. The
+endpoint records every request and the tokens it would bill.
 """
 
 import hashlib
@@ -13,10 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-REFUSALS = ("429", "503", "408")  # these cost the client nothing: no work was done
+REFUSALS = ("429", "503", "408")  # not billed: no work was done
 LOST = ("500", "drop", "half", "half json", "timeout", "error", "nested")  # may have been billed
 FAULTS = (*REFUSALS, *LOST)
-# Answers that are whole, but without text: (what replaces the good reply's choice, their name)
+# Complete replies without text: (replacement for the good reply's choice, error name)
 TEXTLESS = {
     "null": ({"message": {"content": None}}, "empty"),
     "blank": ({"message": {"content": " \n"}}, "empty"),
@@ -26,7 +26,7 @@ TEXTLESS = {
     "surrogate": ({"message": {"content": "\udc80"}}, "not Unicode"),
     "no choice": (None, "no choices"),
 }
-WHOLE = {  # bodies with status 200 that are no answer
+WHOLE = {  # status 200 bodies that are not an answer
     "error": b'{"error": {"code": 502}}', "nested": b"[" * 100_000,
     "stream": b'data: {"choices": []}', "page": b"<!DOCTYPE html>",
 }  # fmt: skip
@@ -35,9 +35,9 @@ WHOLE = {  # bodies with status 200 that are no answer
 class FakeEndpoint:
     """`with FakeEndpoint(answer) as endpoint:` serves at endpoint.url.
 
-    `answer(request)` is the text of a good reply; `faults(request)` lists what goes wrong before
-    it: names of FAULTS, TEXTLESS or WHOLE, other statuses, "429 SECONDS", "finish REASON", or "no
-    usage" and "chatter". By default `max_faults` of FAULTS, chosen by the request's hash.
+    `answer(request)` returns the text of a good reply. `faults(request)` lists the faults to play
+    before it: names in FAULTS, TEXTLESS or WHOLE, other statuses, "429 SECONDS", "finish REASON",
+    "no usage" or "chatter". Default: up to `max_faults` of FAULTS, chosen by the request's hash.
     """
 
     def __init__(self, answer, faults=None, max_faults=0, delay_s=0.0, tokens=(50, 20)):
@@ -46,8 +46,8 @@ class FakeEndpoint:
         self.faults = faults or (lambda request: some_faults(request, max_faults))
         self.lock = threading.Lock()
         self.seen: Counter = Counter()  # requests by body, in canonical JSON
-        self.replied: Counter = Counter()  # of them, those that got a whole good reply
-        self.met: Counter = Counter()  # faults that were played
+        self.replied: Counter = Counter()  # requests that got a complete good reply
+        self.met: Counter = Counter()  # faults played
         self.billed = 0  # tokens
         self.in_flight = self.most_in_flight = 0
         self.keys: set = set()  # values of the Authorization header
@@ -81,7 +81,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request, client_address):
-        pass  # clients that were killed
+        pass  # a killed client
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             case ["307"]:
                 self.send(307, b"", {"Location": "http://host:8000/v1/chat/completions"})
             case [status, *more]:
-                key = self.headers.get("Authorization", "")  # some endpoints repeat it
+                key = self.headers.get("Authorization", "")  # some endpoints echo it
                 told = json.dumps({"error": " ".join([key, *more])})
                 self.send(int(status), told.encode())
 

@@ -1,7 +1,7 @@
 """Start the ranks of a training run as processes that a test can kill, stop and signal.
 
-They are forked from a server that has imported torch and train.py once: a start takes a tenth of a
-second. A test may give a function that is called in each rank before training, to plant a fault.
+They fork from a server that has already imported torch and train.py, so a start takes 0.1 s. A test
+can pass a function to call in each rank before training, to plant a fault.
 """
 
 import json
@@ -25,7 +25,7 @@ server = multiprocessing.get_context("forkserver")
 
 
 def start_server() -> None:
-    """Python looks for what it preloads on PYTHONPATH, not on sys.path."""
+    """Start the fork server; it looks for preloaded modules on PYTHONPATH, not on sys.path."""
     with pytest.MonkeyPatch.context() as m:
         m.setenv("PYTHONPATH", str(ROOT))
         server.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
@@ -33,7 +33,7 @@ def start_server() -> None:
 
 
 class Run:
-    """The ranks of one run, and what they said."""
+    """The ranks of one run, and their output."""
 
     def __init__(self, out: Path, flags: list, ranks: int = 1, plant: Callable | None = None):
         self.out, self.said_in = out, [out.with_name(f"{out.name}.{r}.log") for r in range(ranks)]
@@ -51,13 +51,13 @@ class Run:
             process.start()
 
     def wait_for(self, step: int) -> None:
-        """Return when the run's status file says that `step` steps are done; fail if it ends."""
+        """Wait until the run's status file reports step `step`; fail if a rank ends first."""
         while status(self.out).get("step", -1) < step:
             assert all(p.is_alive() for p in self.processes), self.said()
             time.sleep(0.002)
 
     def finish(self, *statuses: int) -> str:
-        """Wait for all ranks, check their exit statuses (default: all 0), give what they said."""
+        """Wait for all ranks, check their exit statuses (default: all 0), return their output."""
         for process in self.processes:
             process.join(120)
             if process.is_alive():
@@ -92,7 +92,7 @@ def _rank(place: dict, argv: list[str], said_in: Path, plant: Callable | None) -
 
 
 def status(run: Path) -> dict:
-    """A run's status file, {} if there is none."""
+    """Return a run's status.json, or {} if absent."""
     path = run / "status.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -102,13 +102,13 @@ def events(run: Path) -> list[str]:
 
 
 def curve(run: Path) -> list[dict]:
-    """What a run logged that must be repeatable: everything but times and memory."""
+    """Return the reproducible part of a run's metrics: all but times and memory."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
 
 
 def back_to(run, step, copy):
-    """A copy of a finished run as it was when it had saved `step` (and logged more)."""
+    """Copy a finished run and delete the checkpoints after `step`, but not the log lines."""
     shutil.copytree(run, copy)
     for later in checkpoint.steps(copy):
         if later > step:

@@ -1,4 +1,4 @@
-"""One small pass of every stage: raw code, exercises, tokens, a model, its scores, a page."""
+"""One small pass through every stage: raw code, exercises, tokens, model, scores, report page."""
 
 import json
 
@@ -17,7 +17,7 @@ FEW = {name: exercises.FAMILIES[name] for name in ("count", "clamp", "cut_text",
 
 
 def test_raw_code_to_an_evaluated_model_and_its_page(in_process, cli, monkeypatch, tmp_path):
-    monkeypatch.setattr(exercises, "FAMILIES", FEW)  # all of them take 20 seconds
+    monkeypatch.setattr(exercises, "FAMILIES", FEW)  # all families take 20 seconds
     out = {name: tmp_path / name for name in ("raw", "filtered", "pairs", "exercises", "tokenizer")}
     tokens, run = tmp_path / "tokens/exercises", tmp_path / "runs/exercises"
     scores = tmp_path / "eval/exercises"

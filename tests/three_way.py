@@ -1,7 +1,7 @@
-"""How kernel tests run, in Triton's interpreter unless there is a GPU, and judge, by three ways.
+"""Three-way kernel checks, on a GPU or else in Triton's interpreter.
 
-`check` compares ours and torch's result in the same dtype, both against float64: our error may be
-twice torch's plus `ulps` units in the last place of the largest element.
+`check` compares our result and torch's in the same dtype with float64: our error may be twice
+torch's plus `ulps` units in the last place of the largest element.
 """
 
 import os
@@ -9,15 +9,15 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel module is imported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter multiplies bf16's bits, not its values; on a GPU nobody computes in fp32.
+# The interpreter multiplies bf16 bit patterns, not values; on a GPU the kernels never run in fp32.
 DTYPES = [torch.float16, torch.bfloat16 if DEVICE == "cuda" else torch.float32]
 
 
 def check(name: str, ours: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, ulps=4) -> None:
-    """Assert that `ours` is as near to `exact` as `same`, torch in our dtype, as said above."""
+    """Assert that `ours` is about as close to `exact` as `same` (torch in our dtype): see above."""
     assert ours.shape == exact.shape, (name, ours.shape, exact.shape)
     ours_err, same_err = ((t.double() - exact).abs().max().item() for t in (ours, same))
     floor = ulps * torch.finfo(ours.dtype).eps * exact.abs().max().item() + 1e-12
@@ -25,7 +25,7 @@ def check(name: str, ours: torch.Tensor, same: torch.Tensor, exact: torch.Tensor
 
 
 def gradients(fn, inputs: list, upstream: list) -> list:
-    """The outputs of fn(*inputs) and the gradients of all inputs."""
+    """Return the outputs of fn(*inputs) and the gradients of all inputs."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     outputs = fn(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -44,7 +44,7 @@ def three_way(fn, reference, inputs: list, upstream: list) -> list:
 
 
 def rand(*shape, dtype=torch.float32, seed=0, scale=1.0, shift=0.0) -> torch.Tensor:
-    """Normal numbers; rows lie further apart than they are long, as in a slice of a wider one."""
+    """Return normal random numbers, as a column slice of a wider tensor: row stride > length."""
     generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
     wide = torch.randn(*shape[:-1], shape[-1] + 16 * (len(shape) > 1), generator=generator)
     return (wide * scale + shift).to(DEVICE, dtype)[..., : shape[-1]]

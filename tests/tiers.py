@@ -1,4 +1,4 @@
-"""Shared by the tests of the sandbox: which tiers this machine must have."""
+"""Helpers for sandbox tests: the tiers this machine must support."""
 
 import re
 
@@ -6,12 +6,12 @@ import pytest
 
 from sandbox import execute
 
-# What a machine may lack. Whatever else is wrong with a tier is a fault of ours.
+# Reasons a machine may lack a tier. Anything else is our bug.
 ABSENT = "is not installed|has no Landlock|bwrap: "
 
 
 def need(tier: str) -> str:
-    """`tier`; the test is skipped where the machine cannot have it, and fails if it is broken."""
+    """Return `tier`; skip the test if the machine cannot support it, fail if it is broken."""
     missing = execute._missing(tier)
     if missing and re.search(ABSENT, missing):
         pytest.skip(f"tier {tier}: {missing}")
@@ -20,5 +20,5 @@ def need(tier: str) -> str:
 
 
 def best() -> str:
-    """The best tier that this machine can have."""
+    """Return the best tier this machine supports."""
     return next(t for t in "ABC" if not re.search(ABSENT, execute._missing(t)))

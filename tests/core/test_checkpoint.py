@@ -21,7 +21,7 @@ def tokenizer(tokens):
 
 @pytest.fixture
 def saved(tmp_path, tokenizer):
-    """A run folder with one checkpoint, its model, and its training state."""
+    """Return a run folder with one checkpoint, its model and its training state."""
     model, state = Phi(ODD), {"exp_avg.x": torch.randn(7, 5), "rank0.rng": torch.get_rng_state()}
     saver = checkpoint.Saver(tmp_path / "run", 0, None, keep=2)
     saver.save(5, model, state, tokenizer, {"world_size": 1})
@@ -91,7 +91,7 @@ def test_newest_good_walks_back(saved, tokenizer, capsys):
     saver.wait()
     (run / "checkpoints/step-00000007/meta.json").write_text("{}")
     shutil.rmtree(run / "checkpoints/step-00000006/training")
-    (run / "checkpoints/tmp-step-00000008").mkdir()  # of a save that was killed
+    (run / "checkpoints/tmp-step-00000008").mkdir()  # left by a killed save
     assert checkpoint.newest_good(run) == run / "checkpoints/step-00000005"
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
@@ -123,7 +123,7 @@ def test_which_are_kept_and_none_is_overwritten(saved, tokenizer):
 
 
 def test_nothing_in_a_checkpoint_is_unpickled(saved, monkeypatch):
-    """Neither the loader nor torch.distributed.checkpoint reads a pickle, whatever lies there."""
+    """Neither our loader nor torch.distributed.checkpoint reads a pickle, even if one is there."""
     run, model, state = saved
     folder = checkpoint.find(run)
     (folder / "training/.metadata").write_bytes(pickle.dumps("not read"))

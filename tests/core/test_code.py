@@ -1,4 +1,4 @@
-"""What a program depends on, and the hash of it."""
+"""Dependencies of a program, and their hash."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from common.code import closure, code_hash
 
-# program: (what its closure holds among others, what it has nothing of)
+# program: (files in its closure, prefixes of files not in it)
 HOLDS = {
     "train": (
         "train.py model.py kernels/attention.py kernels/tuning.json data/loader.py data/shards.py "
@@ -23,7 +23,7 @@ HOLDS = {
         "data/synthetic/families.py data/synthetic/concepts.txt",
         "eval/ train.py model.py kernels/",
     ),
-    "eval.humaneval": (  # some of the sandbox's files are started, not imported
+    "eval.humaneval": (  # runs some sandbox files without importing them
         "eval/harness.py sandbox/supervise.py sandbox/tagged.py sample.py kernels/decode.py",
         "train.py data/filter.py bench/",
     ),
@@ -48,7 +48,7 @@ def tree(tmp_path) -> Path:
 
 
 def ask(tree: Path, *words: str) -> list[str]:
-    """Return the words that a bare Python prints: -S leaves it the standard library alone."""
+    """Return the words a bare Python prints; -S hides all packages but the standard library."""
     done = subprocess.run([sys.executable, "-S", *words], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -58,7 +58,7 @@ def test_an_edit_changes_the_hash_of_what_uses_the_file(tree):
     programs = ["train", "data.filter", "sandbox.self_check"]
     code = f"from common.code import code_hash\nfor p in {programs}: print(code_hash(p))"
     hashes = [code_hash(program) for program in programs]
-    assert ask(tree, "-c", code) == hashes  # wherever the tree is
+    assert ask(tree, "-c", code) == hashes  # independent of the tree's location
     for file, changed in [
         ("kernels/tuning.json", [True, False, False]),
         ("data/filter.py", [False, True, False]),

@@ -130,7 +130,7 @@ def test_another_broken_pipe_is_no_silent_end():
 @pytest.mark.parametrize(
     ("action", "told"),
     [
-        (lambda p: (p / "file" / "x").mkdir(), "file/x: Not a directory; name another path"),
+        (lambda p: (p / "file" / "x").mkdir(), "file/x: Not a directory; use another path"),
         (lambda p: Path("/dev/full").write_text("x"), "No space left on device; free some space"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What can go wrong while a run trains: each fault ends in a resumed run or in one clear error."""
+"""Faults during training: each must end in a resumed run or one clear error."""
 
 import functools
 import math
@@ -25,14 +25,14 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def flags(tiny, tokens):
-    """A run of 12 steps with dropout, a checkpoint each 4 and a log line each 2."""
+    """Return flags for 12 steps with dropout, a checkpoint every 4 and a log line every 2."""
     return [*tiny, f"--data={tokens}", f"--max_steps={STEPS}", "--eval_interval=4",
             "--log_interval=2", "--dropout=0.1", "--keep=9", "--timeout_s=60"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory):
-    """whole(ranks): the run of that many ranks to which nothing happens."""
+    """whole(ranks): return the folder of an undisturbed run on that many ranks."""
 
     @functools.cache
     def run(ranks):
@@ -54,7 +54,7 @@ def assert_same(run, other):
 
 
 def test_killed_at_any_moment(flags, whole, tmp_path):
-    """SIGKILL of one rank, after two steps and some more."""
+    """SIGKILL one rank at a random moment after two steps."""
     run, draw = Run(tmp_path / "run", flags, 2), random.Random(2)
     run.wait_for(2)
     time.sleep(draw.random() * 0.01)
@@ -62,7 +62,7 @@ def test_killed_at_any_moment(flags, whole, tmp_path):
     for process in run.processes:
         process.join()
     assert sorted(p.exitcode for p in run.processes) == [-signal.SIGKILL, 2]
-    assert "lost touch with another" in run.said()
+    assert "lost contact with another rank" in run.said()
     assert "Traceback" not in run.said()
     Run(tmp_path / "run", [*flags, "--resume"], 2).finish()
     assert_same(tmp_path / "run", whole(2))
@@ -77,7 +77,7 @@ def test_a_rank_that_hangs_is_given_up(flags, whole, tmp_path):
     run.processes[0].join(60)
     run.processes[1].kill()
     run.finish(2, -signal.SIGKILL)
-    assert "rank 0 lost touch with another, which died or hangs" in run.said()
+    assert "rank 0 lost contact with another rank, which died or hangs" in run.said()
     assert status(tmp_path / "run")["status"] == "failed"
     Run(tmp_path / "run", [*flags, "--resume"], 2).finish()
     assert_same(tmp_path / "run", whole(2))
@@ -99,7 +99,7 @@ def test_a_signal_to_a_rank_saves_and_stops(flags, whole, tmp_path, ranks, numbe
 
 
 def plant_nan(rank):
-    """The gradients of rank 1 are NaN in its fifth step."""
+    """Make the gradients NaN on rank 1 in its fifth step."""
     forward, calls = Phi.forward, []
 
     def planted(self, *args, **kwargs):
@@ -118,7 +118,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(flags, tmp_path):
     assert [r["skipped"] for r in records] == [0] * 4 + [1] * 8
     assert [r["step"] for r in records if "loss" not in r] == [5]
     assert all(math.isfinite(r["grad_norm"]) for r in records if r["step"] != 5)
-    # AdamW did not count the step: nothing in the optimisers knows that it was there.
+    # AdamW did not count the step: it left no trace in the optimiser states.
     folder = checkpoint.find(tmp_path / "run", newest=True) / "training"
     saved = {k: v for f in folder.iterdir() for k, v in load_file(f).items()}
     assert saved["step.embed.weight"].item() == STEPS - 1
@@ -126,7 +126,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(flags, tmp_path):
 
 
 def plant_full_disk(rank):
-    """The second save finds the disk full, on rank 1."""
+    """Fill the disk on rank 1 during the second save."""
     write = checkpoint.Saver._write
 
     def planted(self, step, *args):
@@ -191,7 +191,7 @@ def test_resumed_by_another_number_of_ranks(flags, tmp_path):
 
 @pytest.mark.slow
 def test_two_torchrun_agents_and_a_restart(flags, tmp_path):
-    """Two "machines" on loopback; a rank is killed, both agents start theirs again, and go on."""
+    """Kill a rank of two "machines" on loopback; both agents restart their ranks and continue."""
     out, flags = tmp_path / "run", [*flags, "--max_steps=80"]
     with socket.create_server(("localhost", 0)) as probe:
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The import rule: a file imports only leftward, wherever in the file the import stands."""
+"""The import rule: a file imports only from layers to its left, at top level and in functions."""
 
 import graphlib
 
@@ -18,7 +18,7 @@ def part(file: str) -> str:
 
 
 def allowed(file: str, used: str) -> bool:
-    # The tokenizer is trained on documents, as data's commands are.
+    # tokenizer/train.py reads documents, so it counts as data.
     ours, theirs = "data" if file == "tokenizer/train.py" else part(file), part(used)
     if ours == "train" and theirs.startswith("data"):
         return used in ("data/loader.py", "data/shards.py")
@@ -30,7 +30,7 @@ def allowed(file: str, used: str) -> bool:
 
 
 def imports() -> dict[str, list[str]]:
-    """Return what each file imports of ours; an empty __init__ is left out."""
+    """Return {file: project files it imports}, without empty __init__ files."""
     used = {f: [d for d in dependencies(f) - {f} if d.suffix == ".py" and d.stat().st_size]
             for f in FILES}  # fmt: skip
     return {str(f.relative_to(ROOT)): [str(d.relative_to(ROOT)) for d in used[f]] for f in used}
@@ -46,7 +46,7 @@ def test_a_file_imports_only_leftward():
 
 
 def test_no_import_goes_round():
-    graphlib.TopologicalSorter(imports()).prepare()  # raises CycleError, with the files of it
+    graphlib.TopologicalSorter(imports()).prepare()  # CycleError names the files
 
 
 @pytest.mark.parametrize("arrow", [

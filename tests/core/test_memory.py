@@ -1,4 +1,4 @@
-"""train.py --check: what steps take against the prediction, what fits, what does not."""
+"""train.py --check: measured against predicted memory, and which micro-batches fit."""
 
 import itertools
 import re
@@ -24,7 +24,7 @@ def assert_as_predicted(said: str, *kinds: str) -> None:
 
 @pytest.fixture
 def check(tiny, tokens, tmp_path, in_process):
-    """check(flag, ...): status, stdout and stderr; the run's folder must not be there after it."""
+    """check(flag, ...): return status, stdout and stderr; assert that no run folder is created."""
 
     def call(*flags):
         run = tmp_path / "run"
@@ -47,7 +47,7 @@ def test_one_process(check, flag):
 @pytest.mark.parametrize("flags", [["--dtype=float32"], ["--dtype=float32", "--shard=1"],
                                    ["--dtype=bfloat16", "--micro_batch=1"]])  # fmt: skip
 def test_two_ranks(tiny, tokens, tmp_path, flags):
-    """FSDP2; a run that is already in the folder stays as it is."""
+    """FSDP2; an existing run in the folder stays untouched."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
@@ -63,14 +63,14 @@ def test_what_fits_by_hand():
 
     assert memory.expected(4, {}, predicted) == 128
     assert memory.expected(4, {1: 200}, predicted) == 200 + 3 * 7
-    line = {1: 200, 3: 220}  # ten a sequence
+    line = {1: 200, 3: 220}  # 10 bytes per sequence
     assert [memory.expected(n, line, predicted) for n in (1, 2, 4, 8)] == [200, 210, 230, 190]
     assert memory.largest(6, 231, lambda n: memory.expected(n, line, predicted)) == 3
     assert [memory.largest(12, n) for n in (0, 1, 5, 12, 99)] == [0, 1, 4, 12, 12]
 
 
 @pytest.mark.parametrize(("free", "flags", "message"), [
-    (7e6, [], "micro_batch 1 does not fit: about 0.009911 GB of 0.009111; try --recompute"),
+    (7e6, [], "micro_batch 1 does not fit: needs about 0.009911 GB of 0.009111; try --recompute"),
     (7e6, ["--recompute"], "try a smaller model"),
     (11e6, [], "; 1 took 0.009679 GB; try --micro_batch=4 or --recompute"),
     (9e6, ["--recompute"], "; try --micro_batch=4 or a smaller model"),

@@ -7,13 +7,13 @@ from common.config import UserError
 from model import INIT_STD, ModelConfig, Phi, flops_per_token
 from tools.hf import parts
 
-# Odd on purpose: no two sizes are equal, so a transposed or misplaced weight cannot fit.
+# No two sizes are equal, so a transposed or misplaced weight cannot fit.
 ODD = ModelConfig(vocab_size=61, seq_len=19, n_layer=3, n_head=3, width=42, mlp_width=50,
                   rotary_dim=6)  # fmt: skip
 
 
 def randomised(c: ModelConfig) -> Phi:
-    """A model whose every parameter, biases and LayerNorms too, is random and not small."""
+    """Return a model with large random parameters, biases and LayerNorms included."""
     torch.manual_seed(0)
     model = Phi(c)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def test_same_logits_loss_and_gradients_as_transformers():
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
         max_position_embeddings=c.seq_len, partial_rotary_factor=c.rotary_dim / c.head_dim,
         rope_theta=c.rope_theta, layer_norm_eps=1e-5, hidden_act="gelu_new",
-        tie_word_embeddings=False, attn_implementation="sdpa",  # eager has its softmax in fp32
+        tie_word_embeddings=False, attn_implementation="sdpa",  # eager computes softmax in fp32
     )  # fmt: skip
     theirs = transformers.PhiForCausalLM(config).double()
     theirs.load_state_dict(parts(model), strict=True)
@@ -54,7 +54,7 @@ def test_same_logits_loss_and_gradients_as_transformers():
 
 
 def test_flops_per_token_of_phi1():
-    # 6 x 1,312,817,152 matmul parameters + 6 x 24 layers x 2048 x 2048 of causal attention
+    # 6 x 1,312,817,152 matmul parameters + 6 x 24 layers x 2048 x 2048 for causal attention
     assert flops_per_token(ModelConfig()) == 6 * 1_312_817_152 + 6 * 24 * 2048 * 2048
 
 
@@ -94,7 +94,7 @@ def test_dropout_only_in_training():
 
 
 def test_starting_at_the_identity():
-    """With zero_init a model starts as its embedding, last LayerNorm and head."""
+    """With zero_init, the blocks start as the identity: logits = head(ln_f(embed(idx)))."""
     model = Phi(dataclasses.replace(ODD, zero_init=True))
     idx = torch.randint(ODD.vocab_size, (2, 12))
     assert model(idx).equal(model.head(model.ln_f(model.embed(idx))))
@@ -109,12 +109,12 @@ def test_impossible_shapes(change):
 
 
 def test_documents_in_a_row_do_not_see_each_other():
-    """A row of two documents gives each the logits that it has alone: positions are relative."""
+    """Two documents in one row get the same logits as alone: positions are relative."""
     model = randomised(ODD).double().eval()
     first, second = torch.randint(61, (2, 8)), torch.randint(61, (2, 11))
     doc_start = torch.tensor([0] * 8 + [8] * 11, dtype=torch.int32).expand(2, -1)
     together = model(torch.cat([first, second], 1), doc_start=doc_start)
-    # The rotary tables are fp32, so that equal angles at other positions differ by its rounding.
+    # The rotary tables are fp32, so equal relative angles differ by fp32 rounding.
     torch.testing.assert_close(together[:, :8], model(first), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(together[:, 8:], model(second), rtol=1e-5, atol=1e-5)
     blind = model(torch.cat([first, second], 1))

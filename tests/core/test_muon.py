@@ -1,4 +1,4 @@
-"""Muon beside the singular value decomposition that it approximates."""
+"""Muon against the singular value decomposition it approximates."""
 
 import copy
 
@@ -27,7 +27,7 @@ def test_orthogonalize(shape):
 
 
 def parts(w_in, w_out):
-    """Views of all that is orthogonalised apart: q, k, v, up, attention, down."""
+    """Return views of the separately orthogonalised matrices: q, k, v, up, attention, down."""
     return [*w_in.split([C, C, C, M]), *w_out.split([C, M], dim=1)]
 
 
@@ -51,7 +51,7 @@ def model():
 
 
 def steps(model, optimizer: str, scale: float = 1.0, inf_at: int | None = None):
-    """Train three steps with gradients `scale` times too large; return the optimiser."""
+    """Train three steps with gradients scaled by `scale`; return the optimiser."""
     made = make_optimizer(model, TrainConfig(optimizer=optimizer, lr=0.01))
     made.grad_scale = torch.tensor(scale)
     for step in range(3):

@@ -1,8 +1,8 @@
-"""Every command of README.md runs here, in its order, in one copy of the project, made small.
+"""Run every command of README.md and docs/, page by page in one copy of the project, made small.
 
 A fenced block without a language holds commands, unless its first word is a file of the project:
-that is the file tree. A new command is covered as it stands; SMALL says what makes one small. What
-the prose names in backticks (files, flags, modules, make's targets) exists too.
+then it is the file tree. New commands are covered as they stand; SMALL says how to shrink one. What
+the prose names in backticks (files, flags, modules, make targets) must exist.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-# Flags are added to every command in which the pattern is found; of a flag the last one counts.
+# Flags to append to commands that match the pattern; the last value of a flag wins.
 TINY = ("--seq_len=64 --n_layer=1 --n_head=2 --width=32 --mlp_width=64 --rotary_dim=8 "
         "--seqs_per_step=4 --micro_batch=2 --eval_seqs=4 --max_steps=2")  # fmt: skip
 PRESET = f"--vocab_size=2048 {TINY} --dtype=float32"
@@ -46,7 +46,7 @@ SMALL = {
     r"bench\.step": f"--vocab_size=512 {TINY} --device=cpu --steps=1",
 }
 
-# Then the first of each pair gives way to the second.
+# Then replace each pattern.
 CHANGES = {
     r"\bFILE\b": "out/demo/exercises/heldout.jsonl",
     r"--source phi-1 ": "--source out/demo/hf ",
@@ -58,36 +58,43 @@ CHANGES = {
     ),
 }
 
-# No GPU is seen here, so each of these has to end with status 2 and one line that says so.
+# Without a visible GPU these must exit with status 2 and one line that says so.
 NEEDS_GPU = r"^make gpu|bench\.(ops|tune)"
 
-# And these do not run; for make, `make -n` does.
+# Commands to skip, with the reason; make commands run as `make -n`.
 LEFT_OUT = {
-    r"^make (test|check)": "the tests that this is one of",
-    r"^make demo-full": "more of what make train runs",
-    r"^make .*ladder": "takes hours; test_ladder.py makes a tiny one",
-    r"^make report": "reads what make ladder has made; test_report.py draws one",
-    r"^make best": "takes an hour, and both benchmarks",
+    r"^make (test|check)": "would run this test",
+    r"^make demo-full": "more runs like make train's",
+    r"^make .*ladder": "takes hours; test_ladder.py runs a tiny one",
+    r"^make report": "reads the output of make ladder; test_report.py draws one",
+    r"^make best": "takes an hour and needs both benchmarks",
 }
 
-ELSEWHERE = {"Posts.xml"}  # what the prose names that is of other projects, or the reader's own
+# Later pages use the files that earlier ones wrote.
+NAMES = ("training", "data", "evaluation", "huggingface", "kernels", "results", "paper",
+         "contributing", "agreement")  # fmt: skip
+PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
+ELSEWHERE = {"Posts.xml"}  # files in the prose that belong to other projects or the reader
 
 
-def blocks() -> list[tuple[int, str, str]]:
-    """(number of its first line, language, text) of each fenced block."""
-    text = (ROOT / "README.md").read_text()
-    found = re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [(text.count("\n", 0, m.start(2)) + 1, m[1].strip(), m[2]) for m in found]
+def blocks() -> list[tuple[str, int, str, str]]:
+    """Return (page, number of first line, language, text) for each fenced block."""
+    found = []
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for m in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            found.append((page, text.count("\n", 0, m.start(2)) + 1, m[1].strip(), m[2]))
+    return found
 
 
 def is_tree(block: str) -> bool:
     return (ROOT / block.split()[0]).exists()
 
 
-def commands() -> list[tuple[int, str]]:
-    """(line, text) of each command: as many lines as bash needs for quotes and loops."""
+def commands() -> list[tuple[str, str]]:
+    """Return (page:line, text) for each command, joining lines until bash can parse them."""
     found = []
-    for start, language, block in blocks():
+    for page, start, language, block in blocks():
         if language not in ("", "sh", "bash") or is_tree(block):
             continue
         held, first = "", start
@@ -97,9 +104,9 @@ def commands() -> list[tuple[int, str]]:
             if parsed.stderr or line.endswith("\\"):
                 continue
             if text := re.sub(r"(^|\s+)#.*", "", held).strip():
-                found.append((first, text))
+                found.append((f"{page}:{first}", text))
             held, first = "", number
-        assert not held, f"README.md:{first}: bash cannot parse {held}"
+        assert not held, f"{page}:{first}: bash cannot parse {held}"
     return found
 
 
@@ -108,8 +115,8 @@ COMMANDS = commands()
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The project's files in a folder of their own, with what README has the reader bring: Python
-    in .venv, code in ~/code, benchmark files, samples."""
+    """Return a copy of the project with all that README.md expects of the reader: Python in .venv,
+    code in ~/code, benchmark files, samples."""
     root = tmp_path_factory.mktemp("readme") / "nanophi"
     ignored = (ROOT / ".gitignore").read_text().replace("/", "").split()
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", *ignored))
@@ -145,7 +152,7 @@ def copy(tmp_path_factory):
          "test_setup_code": "", "challenge_test_list": []} for i in range(1, 20)
     ]  # fmt: skip
     (root / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mbpp))
-    tokens = root / "out" / "tokens"  # what the presets read, as soon as it is there
+    tokens = root / "out" / "tokens"  # input of the presets: links to later outputs
     tokens.mkdir(parents=True)
     (tokens / "code_textbook").symlink_to("../demo/tokens/filtered")
     (tokens / "code_exercises").symlink_to("../demo/tokens/exercises")
@@ -154,7 +161,7 @@ def copy(tmp_path_factory):
 
 
 def shell(root: Path, script: str) -> subprocess.CompletedProcess:
-    """`script` in bash, which begins with the variables and the folder that the last one left."""
+    """Run `script` in bash, starting with the variables and folder of the previous script."""
     hidden = ("TRITON_INTERPRET", "MAKEFLAGS", "MAKELEVEL", "OPENAI_BASE_URL")
     env = {k: v for k, v in os.environ.items() if k not in hidden}
     env |= {"HOME": str(root / "home"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -169,7 +176,7 @@ def shell(root: Path, script: str) -> subprocess.CompletedProcess:
     try:
         stdout, stderr = process.communicate(timeout=600)
     finally:
-        with contextlib.suppress(ProcessLookupError):  # what it left behind
+        with contextlib.suppress(ProcessLookupError):  # kill leftover children
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return subprocess.CompletedProcess(script, process.returncode, stdout, stderr)
@@ -186,18 +193,22 @@ def made_small(command: str) -> str:
     return command
 
 
-@pytest.mark.parametrize(("line", "text"), COMMANDS, ids=[f"{n}: {t:.60}" for n, t in COMMANDS])
-def test_command(line, text, copy):
+def test_every_page_is_covered():
+    assert {"README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))} == set(PAGES)
+
+
+@pytest.mark.parametrize(("place", "text"), COMMANDS, ids=[f"{n}: {t:.60}" for n, t in COMMANDS])
+def test_command(place, text, copy):
     script = made_small(text)
     why = next((why for p, why in LEFT_OUT.items() if re.search(p, text)), "")
     if why:
         script = script.replace("make ", "make -n ", 1) if script.startswith("make ") else "true"
     done = shell(copy, script)
-    said = f"README.md:{line}: {script}\n-> {done.returncode}\n{done.stderr[-3000:]}"
+    said = f"{place}: {script}\n-> {done.returncode}\n{done.stderr[-3000:]}"
     if re.search(NEEDS_GPU, text):
         assert done.returncode == 2, said
         assert re.fullmatch(r"error: .*no CUDA device here.*\n(make: .*\n)?", done.stderr), said
-        pytest.skip("needs a GPU; without one it says so")
+        pytest.skip("needs a GPU; fails cleanly without one")
     assert done.returncode == 0, said
     if why:
         pytest.skip(why)
@@ -205,20 +216,21 @@ def test_command(line, text, copy):
         assert (copy / out).exists(), f"{said}\n{out} was not written"
 
 
-# ---- what the prose names ----
+# ---- names in the prose ----
 
 
 def prose() -> str:
-    return re.sub(r"(?ms)^```.*?^```$", "", (ROOT / "README.md").read_text())
+    pages = "\n".join((ROOT / page).read_text() for page in PAGES)
+    return re.sub(r"(?ms)^```.*?^```$", "", pages)
 
 
 def spans() -> list[list[str]]:
-    """The words of each backticked span of the prose."""
+    """Return the words of each backticked span in the prose."""
     return [span.split() for span in re.findall(r"`([^`]+)`", prose())]
 
 
 def exists(name: str, copy: Path) -> bool:
-    """A file of the project or of what its commands wrote; X stands for any digit."""
+    """Return whether the project or its commands' outputs have file `name`; XX.. is a wildcard."""
     name = re.sub("X{2,}", "*", name.removeprefix("~/").rstrip("/"))
     return next(copy.rglob(name), None) is not None
 
@@ -230,8 +242,9 @@ def is_path(word: str) -> bool:
 
 def test_named_files_and_folders_exist(copy):
     named = {w for span in spans() for w in span if is_path(w)}
-    named |= {w for _, _, b in blocks() if is_tree(b) for w in b.split() if is_path(w)}
-    named |= set(re.findall(r"""(?:\]\(|src=["'])(?!https?:|#)([^)#"']+)""", prose()))
+    named |= {w for *_, b in blocks() if is_tree(b) for w in b.split() if is_path(w)}
+    links = re.findall(r"""(?:\]\(|src=["'])(?!https?:|#)([^)#"']+)""", prose())
+    named |= {link.removeprefix("../") for link in links}
     missing = {w for w in named if w not in ELSEWHERE and not exists(w, copy)}
     assert not missing
     assert len(named) > 20

@@ -1,4 +1,4 @@
-"""Completions and what a decoder gives them: the model's tokens, whatever the batch."""
+"""Completions and decoders: the model's tokens, independent of the batch."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ PROMPTS = ["def append_0(", "x", "    return y * append + 9\n", "class", "def f(
 
 @torch.no_grad()
 def greedy_without_a_cache(generator, prompt, new_tokens):
-    """Generate with the whole text through the model for every token."""
+    """Generate by running the whole text through the model for every token."""
     ids = generator.encode(prompt)
     start = len(ids)
     while len(ids) < min(start + new_tokens, generator.context_tokens):
@@ -32,7 +32,7 @@ def greedy_without_a_cache(generator, prompt, new_tokens):
 
 
 def test_greedy_equals_the_whole_forward(generator):
-    for new_tokens in (12, 1000):  # the latter to the context's end
+    for new_tokens in (12, 1000):  # 1000 reaches the end of the context
         want = [greedy_without_a_cache(generator, p, new_tokens) for p in PROMPTS]
         assert len(set(want)) == len(PROMPTS)
         for batch_size in (1, 2, 64):
@@ -52,12 +52,12 @@ def test_sampling_depends_on_the_seed_and_the_prompts_index_alone(generator):
 
 def test_a_prompt_that_fills_the_context(generator):
     assert not generator.fits("x" * 200)
-    with pytest.raises(UserError, match="context of 48 tokens leave no room to answer"):
+    with pytest.raises(UserError, match="context of 48 tokens; shorten it"):
         generator.generate(["x", "x y " * 200])
 
 
 def test_rows_are_refilled_as_they_finish(generator):
-    """Many prompts through few rows, with stops at different lengths: as each alone."""
+    """Many prompts on few rows, stopping at different lengths, match each prompt alone."""
     prompts = [p + str(i) for i in range(3) for p in PROMPTS] + ["x"] * 3
     options = {"stop": ("a", "9"), "temperature": 1.0, "top_p": 0.95, "seed": 3}
     whole = dict(generator.stream(prompts, 14, batch_size=16, **options))
@@ -74,7 +74,7 @@ def test_two_streams_at_once(generator):
 
 
 class Bytes:
-    """A tokenizer of bytes, in which most tokens are parts of characters."""
+    """Byte tokenizer, so that tokens can split characters."""
 
     end_of_text = 0
     start = (0,)
@@ -87,7 +87,7 @@ class Bytes:
 
 
 def scripted(text: str) -> Generator:
-    """Make a generator that answers with the bytes of `text`, then <|endoftext|>."""
+    """Return a generator that answers with the bytes of `text`, then <|endoftext|>."""
     answer = [*text.encode(), *[0] * 9]
 
     class Script:
@@ -124,7 +124,7 @@ def test_where_a_text_ends(text, stop, want):
 
 
 def test_text_appears_as_it_is_generated(in_process, monkeypatch):
-    """But no part of a character, and nothing that a stop string would take back."""
+    """Text is printed as it is generated, except partial characters and possible stop strings."""
     shown = []
     monkeypatch.setattr(sample, "print", lambda text="", **_: shown.append(text), raising=False)
     monkeypatch.setattr(Generator, "load", lambda *_: scripted("naïve 日本\nde\ndef f(x):"))
@@ -157,7 +157,7 @@ def test_command(cli, in_process, generator, tmp_path, monkeypatch):
 
 
 def large(c: ModelConfig) -> Phi:
-    """Untrained, with weights so large that choices are clear, and no bias or gain at its start."""
+    """Return an untrained model with large weights, for clear choices, and random biases, gains."""
     torch.manual_seed(0)
     model = Phi(c).eval().to(DEVICE)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def random_ids(count: int, vocab: int, longest: int) -> list[list[int]]:
 
 
 def steps(model, ids, count, sampling=(0.0, 1.0), new_decoder=TorchDecoder) -> tuple[list, list]:
-    """Return tokens [rows][steps] of prompts in one batch, and each step's logits [rows, V]."""
+    """Decode prompts in one batch; return tokens [rows][steps] and each step's logits [rows, V]."""
     longest, logits = max(map(len, ids)), []
     decoder = new_decoder(model, len(ids), longest + count)
     for row, prompt in enumerate(ids):
@@ -198,9 +198,9 @@ def by_the_model(model, prompt, count) -> list:
 
 @pytest.mark.parametrize("new_decoder", [TorchDecoder, FAST, TritonDecoder])
 def test_a_decoder_s_greedy_tokens_are_the_model_s(new_decoder):
-    qk_norm = new_decoder is not TritonDecoder  # the kernels have none
+    qk_norm = new_decoder is not TritonDecoder  # not supported by the kernels
     model = large(ModelConfig(128, 160, 1, 2, 32, 48, 8, qk_norm=qk_norm))
-    ids = [*random_ids(2, 128, 9), list(range(1, 128))]  # one crosses a piece of the kernel's cache
+    ids = [*random_ids(2, 128, 9), list(range(1, 128))]  # one spans two pieces of the cache
     tokens, _ = steps(model, ids, 3, new_decoder=new_decoder)
     assert tokens == [by_the_model(model, prompt, 3) for prompt in ids]
 
@@ -208,7 +208,7 @@ def test_a_decoder_s_greedy_tokens_are_the_model_s(new_decoder):
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_bits_do_not_depend_on_the_batch(threads, onednn, monkeypatch):
-    """At the demo's width: every row alone has the logits that it has among 17."""
+    """At the demo's width, a row has the same logits in small batches as among 17 rows."""
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: onednn)
     torch.set_num_threads(threads)
     try:
@@ -225,7 +225,7 @@ def test_bits_do_not_depend_on_the_batch(threads, onednn, monkeypatch):
 
 
 def test_products_that_disagree_are_found(monkeypatch):
-    """Here in their last row, if they have more than 10 rows."""
+    """Fake matmuls whose last row differs beyond 10 rows."""
 
     def product(x):
         return x + (torch.arange(len(x)) == max(10, len(x) - 1))[:, None]
@@ -237,7 +237,7 @@ def test_products_that_disagree_are_found(monkeypatch):
 
 @pytest.mark.parametrize("most", [1, 30, 512])
 def test_prompts_that_wait_together(most, monkeypatch):
-    """Whatever goes through the model at once; rows loaded twice, moved, and with one prompt."""
+    """Prefill gives the same tokens for any batch size; reload, move and share prompts too."""
     monkeypatch.setattr(TorchDecoder, "prefill_tokens", most)
     model = large(ModelConfig(128, 64, 2, 2, 32, 48, 8))
     ids = random_ids(3, 128, 20)
@@ -252,7 +252,7 @@ def test_prompts_that_wait_together(most, monkeypatch):
 
 
 def choose(logits, draws, temperature, top_p):
-    """`decoder.choose` for rows with the same options."""
+    """Call `decoder.choose` on rows with the same options."""
     way = GREEDY if temperature == 0 else SORTED if top_p < 1 else SAMPLED
     temperature = torch.full((len(draws), 1), temperature)
     top_p = torch.full((len(draws), 1), top_p, dtype=torch.float64)
@@ -275,7 +275,7 @@ def test_choices_follow_the_distribution():
 
 
 def test_a_choice_does_not_depend_on_other_rows_options():
-    """Rows of all three kinds, with ties: each as alone, where there is no need to sort."""
+    """Rows of all three kinds, with ties, get the same tokens mixed as alone, without sorting."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(60, 200, generator=generator).mul(2).round()
     draws = torch.rand(60, generator=generator, dtype=torch.float64)
@@ -289,7 +289,7 @@ def test_a_choice_does_not_depend_on_other_rows_options():
 
 
 def test_the_ends_of_a_draw():
-    """0 and the largest number below 1 choose tokens that have a probability."""
+    """0 and the largest number below 1 choose tokens with non-zero probability."""
     logits = torch.tensor([[-1e9, 0.0, -1e9, 1.0, -1e9]]).expand(2, -1)
     draws = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert choose(logits, draws, 1.0, 1.0).tolist() == [1, 3]

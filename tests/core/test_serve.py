@@ -1,4 +1,4 @@
-"""The completions server, by OpenAI's client: sample.py's texts, whatever else is asked for."""
+"""The completions server, through OpenAI's client: same texts as sample.py, under any load."""
 
 import contextlib
 import http.client
@@ -36,7 +36,7 @@ def client(url: str):
 
 @contextlib.contextmanager
 def serving(generator: Generator, rows: int = 3):
-    """The server's port, and what makes completions by OpenAI's client."""
+    """Serve; yield the port and a function that requests completions with OpenAI's client."""
     server = Server(Batch(generator, rows, generator.context_tokens), "tiny", 0)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -50,7 +50,7 @@ def serving(generator: Generator, rows: int = 3):
 
 
 def texts(completion) -> list[str]:
-    """Those of a completion, streamed or not."""
+    """Return the texts of a completion, streamed or not."""
     found = {}
     for part in completion if isinstance(completion, openai.Stream) else [completion]:
         for choice in part.choices:
@@ -59,7 +59,7 @@ def texts(completion) -> list[str]:
 
 
 def test_requests_at_once_get_what_sample_gives_each_alone(generator):
-    """More than there are rows, with options of their own, streamed and not."""
+    """More requests than rows, each with its own options, streamed and not."""
     ways = [(stream, asked) for stream in (False, True) for asked in ASKED]
     with serving(generator) as (_, create), ThreadPoolExecutor(len(ways)) as pool:
         got = list(pool.map(
@@ -89,7 +89,7 @@ def test_what_an_answer_says(generator):
         assert (last.choices, last.usage.total_tokens) == ([], len(ids) + 16)
 
 
-REFUSED = {  # requests by the field that the error names
+REFUSED = {  # field named by the error: bad values of it
     None: [b"{", b"[]", b"[" * 10**5, b"\xff", {"prompt": "x y " * 200}, {"prompt": [512]},
            {"top_p": 0}, {"stop": ""}, {"temperature": float("nan")}, {"prompt": "\ud800"}],
     "prompt": [[], [[]], 1, [1, "x"]], "stop": [[1]], "stream_options": [{"x": True}], "n": [True],
@@ -126,7 +126,7 @@ def test_what_is_refused(generator):
 
 
 class Endless:
-    """A decoder that writes "é" for ever, a byte at a time, or fails."""
+    """Decoder that writes "é" forever, one byte at a time, or fails."""
 
     def __init__(self, model, *args):
         self.model = model
@@ -198,4 +198,4 @@ def test_command(in_process, generator, tmp_path):
         assert (status, want in error) == (2, True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = f"--port={taken.getsockname()[1]}"
-        assert "name another --port" in in_process(sample.main, *command, "--serve", port)[2]
+        assert "use another --port" in in_process(sample.main, *command, "--serve", port)[2]

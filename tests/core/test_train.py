@@ -20,14 +20,14 @@ from train import TrainConfig, get_lr, main, make_optimizer
 
 
 def train(tiny, tokens, out, *flags, ranks=1, ok=True):
-    """What a run says that must end well, or, if not `ok`, with a UserError."""
+    """Run train.py and return its output; it must succeed, or if not `ok` end in a UserError."""
     run = Run(out, [*tiny, f"--data={tokens}", *flags], ranks)
     return run.finish(*[0 if ok else 2] * ranks)
 
 
 @pytest.fixture(scope="module")
 def reference(tiny, tokens, tmp_path_factory):
-    """A run of 12 steps with dropout, never interrupted."""
+    """Return an uninterrupted run of 12 steps with dropout."""
     out = tmp_path_factory.mktemp("train") / "reference"
     train(tiny, tokens, out, "--max_steps=12", "--eval_interval=4", "--log_interval=2",
           "--dropout=0.1", "--keep=9")  # fmt: skip
@@ -69,7 +69,7 @@ def test_learns_and_keeps_the_best(reference):
     ],
 )
 def test_resume_is_bitwise(tiny, tokens, tmp_path, record_property, device, dtype, shape):
-    """In half precision, FSDP2 over a mesh of one; on a GPU the Triton kernels too."""
+    """Half precision tests FSDP2 over a mesh of one; a GPU also tests the Triton kernels."""
     flags = ["--max_steps=8", "--eval_interval=4", "--log_interval=2", "--dropout=0.1", "--keep=9",
              f"--device={device}", f"--dtype={dtype}", *shape]  # fmt: skip
     said = train(tiny, tokens, tmp_path / "whole", *flags)
@@ -77,7 +77,7 @@ def test_resume_is_bitwise(tiny, tokens, tmp_path, record_property, device, dtyp
     losses = [r["loss"] for r in read_metrics(tmp_path / "whole") if "loss" in r]
     record_property("told", f"loss {' '.join(f'{loss:.3f}' for loss in losses)}")
     assert losses[-1] < losses[0] - 0.1
-    # The run as it was at step 4, with later lines in the log, and of a save that was killed.
+    # Rewind the run to step 4, with later log lines and a leftover of a killed save.
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
     (tmp_path / "run/checkpoints/tmp-step-00000008").mkdir()
@@ -87,7 +87,7 @@ def test_resume_is_bitwise(tiny, tokens, tmp_path, record_property, device, dtyp
 
 
 def plant_a_cpu_that_is_fast_in_bfloat16(_rank: int) -> None:
-    """Its clock goes by a second in a float32 step, and by half of one in a bfloat16 step."""
+    """Advance the clock by 1 s per float32 forward and by 0.5 s per bfloat16 forward."""
     clock, forward = [0.0], model.Phi.forward
 
     def timed(self, *args, **kwargs):
@@ -107,10 +107,10 @@ def test_the_dtype_that_is_measured_stays(tiny, tokens, tmp_path):
     flags = [*tiny, f"--data={tokens}", "--eval_interval=2", "--dtype=auto"]
     plant = plant_a_cpu_without_bfloat16
     said = Run(tmp_path / "run", [*flags, "--max_steps=2"], plant=plant).finish()
-    assert "in float32 (this CPU does not multiply in bfloat16)" in said
+    assert "in float32 (this CPU has no bfloat16 matmul)" in said
     plant = plant_a_cpu_that_is_fast_in_bfloat16
     said = Run(tmp_path / "fast", [*flags, "--max_steps=4"], plant=plant).finish()
-    assert "in bfloat16 (bfloat16 takes 0.50 of float32's time here)" in said
+    assert "in bfloat16 (a bfloat16 step takes 0.50x the float32 time here)" in said
     back_to(tmp_path / "fast", 2, tmp_path / "resumed")
     said = Run(tmp_path / "resumed", [*flags, "--max_steps=4", "--resume"]).finish()
     assert "in bfloat16 (as before)" in said
@@ -140,7 +140,7 @@ def test_ranks_see_the_same_as_one(tiny, tokens, tmp_path, ranks, optimizer, dty
 
 
 def test_a_run_on_two_folders_packed_and_scored(tiny, tokens, tmp_path):
-    """It learns the one function of the first folder by heart; a killed run ends with its bits."""
+    """Memorise the one function of the first folder; a resumed run ends with the same bits."""
     problem = {"task_id": "T/0", "prompt": "def one(x):\n", "canonical_solution": "    return x\n",
                "entry_point": "one", "test": "def check(f):\n    assert f(3) == 3\n"}  # fmt: skip
     problems, tokenizer = tmp_path / "problems.jsonl", Tokenizer(tokens)
@@ -208,8 +208,8 @@ def test_restart_leaves_a_folder_that_is_no_run(tiny, tokens, tmp_path):
         ("--vocab_size=100", "has 512 pieces, more than the model's vocab_size 100"),
         ("--init_from=nowhere", "no checkpoint at nowhere"),
         ("--lr=0", "lr is 0.0"),
-        ("--best_fit", "best_fit is True, want doc_mask with it"),
-        ("--score_every=1", "score_every is 1, want eval_problems with it"),
+        ("--best_fit", "best_fit is True, want --doc_mask as well"),
+        ("--score_every=1", "score_every is 1, want --eval_problems as well"),
     ],
 )
 def test_bad_input(tiny, tokens, tmp_path, in_process, flag, message):
@@ -278,13 +278,13 @@ def test_where_things_are_kept_changes_nothing(tiny, tokens, tmp_path):
     train(tiny, tokens, replicas, *flags, "--shard=1", ranks=2)
     assert curve(regathered) == curve(plain)
     assert weights(regathered) == weights(plain)
-    # With replicas, the norm that clips is summed in another order.
+    # Replicas sum the clipping norm in another order.
     want, got = ([r["loss"] for r in curve(run) if "loss" in r] for run in (plain, replicas))
     assert got == pytest.approx(want, rel=1e-6)
 
 
 def test_the_loss_scale_finds_its_place():
-    """It halves while a gradient overflows, and the weights stay; then the step is as unscaled."""
+    """Overflow halves the scale and leaves the weights; then the step matches an unscaled one."""
     guard = distributed.Guard(torch.device("cpu"), scaled=True)
     model = torch.nn.Linear(1, 1, bias=False).half()
     master = torch.nn.Linear(1, 1, bias=False)
