@@ -1,10 +1,11 @@
-"""The process inside the sandbox: forks a confined child per candidate, which serves its functions.
+"""The process inside the sandbox: fork a confined child per candidate to serve its functions.
 
-supervise.py starts `python -m sandbox.candidate TIER UID MEMORY_MB`, in tier A within bubblewrap.
-Stdin is a socket: a message with a descriptor attached starts a candidate that speaks through it;
-the next message, a number, ends it after so many seconds and is answered with how it ended and its
-CPU time. The source comes through the candidate's own socket: this process, whose memory each child
-inherits, has seen no program, no test and no reference. Standard library only.
+supervise.py starts `python -m sandbox.candidate TIER UID MEMORY_MB`, under bubblewrap in tier A.
+Stdin is a socket. A message with a descriptor attached starts a candidate that talks over that
+descriptor. The next message, a number of seconds, gives the candidate that long to end, then kills
+it; the answer is how it ended and its CPU time. The source arrives over the candidate's own socket:
+children inherit this process's memory, so it never sees a program, test or reference. Standard
+library only.
 """
 
 import os
@@ -16,7 +17,7 @@ import types
 
 from sandbox import isolate, tagged
 
-# Imported before the fork, so that programs need not. Never `random`: forks would share its seed.
+# Imported once, before the fork, to save time. Never `random`: forks would share its seed.
 WARM = ("typing", "itertools", "functools", "heapq", "bisect", "string", "datetime", "copy")
 
 
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def serve(fd: int, limits: tuple) -> None:
-    """Take on the limits in the fork, say so, run the source and answer calls; never return."""
+    """In the fork: apply the limits, report "ready", run the source, answer calls; never return."""
     requests, answers = os.fdopen(os.dup(fd), "rb"), os.fdopen(fd, "wb")
 
     def answer(message) -> None:
@@ -71,7 +72,7 @@ def serve(fd: int, limits: tuple) -> None:
 
 def answer_all(requests, answer) -> None:
     module = sys.modules["program"] = types.ModuleType("program")
-    objects, numbers = [module], {}  # the check knows what is no data by its number here
+    objects, numbers = [module], {}  # the check refers to non-data objects by index
 
     def other(value) -> int:
         if id(value) not in numbers:
@@ -101,7 +102,7 @@ def answer_all(requests, answer) -> None:
 
 
 def describe(e: BaseException) -> tuple[str, str]:
-    """Return the name of its nearest builtin class, and its message."""
+    """Return the name of the nearest builtin base class, and the message."""
     kind = next(c.__name__ for c in type(e).__mro__ if c.__module__ == "builtins")
     try:
         return kind, str(str(e))[:200]
@@ -110,8 +111,7 @@ def describe(e: BaseException) -> tuple[str, str]:
 
 
 def end(pid: int, wait_s: float) -> tuple[str, float]:
-    """Wait for the child, or else kill it. Return "exit status N", "signal N" or "killed", CPU s.
-    """
+    """Wait for the child, else kill it. Return "exit status N", "signal N" or "killed"; CPU s."""
     pidfd = os.pidfd_open(pid)
     ended = select.select([pidfd], [], [], wait_s)[0]
     os.close(pidfd)
@@ -124,7 +124,7 @@ def end(pid: int, wait_s: float) -> tuple[str, float]:
 
 
 def detach() -> None:
-    """Start a session of its own, with no standard input or output."""
+    """Start a new session without standard input, output or error."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
@@ -134,14 +134,14 @@ def detach() -> None:
 
 
 def forget_project() -> None:
-    """Let no program import what the project holds."""
+    """Remove the project from sys.path, so that no program imports from it."""
     sys.path[:] = [p for p in sys.path if p not in os.environ.get("PYTHONPATH", "").split(":")]
 
 
 def import_through_descriptors() -> None:
-    """Make the standard library importable where only root may enter the folder above it (/root).
+    """Keep the standard library importable below a folder only root may enter (/root).
 
-    A path /proc/self/fd/N starts at an open folder: what lies above it is not walked again.
+    A path /proc/self/fd/N starts at an open folder and does not traverse its parents again.
     """
     packages = [m.__path__ for m in list(sys.modules.values()) if hasattr(m, "__path__")]
     for paths in [sys.path, *packages]:

@@ -1,8 +1,8 @@
-"""Run untrusted programs in the sandbox and check what they answer.
+"""Run untrusted programs in the sandbox and check their answers.
 
-Each worker is a trusted process (supervise.py) with a sandbox of its own (candidate.py under the
-limits of isolate.py). The candidate alone is inside. The test runs outside and sees the plain data
-that the candidate sends, so that nothing inside can decide the verdict.
+Each worker is a trusted process (supervise.py) with its own sandbox (candidate.py under the limits
+of isolate.py). Only the candidate runs inside. The test runs outside and sees only plain data from
+the candidate, so nothing inside can decide the verdict.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from sandbox.isolate import LACKS, MEANS, landlock_abi
 from sandbox.supervise import BUSY
 
 ROOT = Path(__file__).parents[1]
-NUMPY = str(Path(importlib.util.find_spec("numpy").origin).parents[1])  # for tests that import it
-FIRST_UID, UIDS = 65520, 14  # no user has these (systemd.io/UIDS-GIDS); one a worker, so that
-# programs of different workers cannot signal each other
-GRACE_S = 30  # for a supervisor to start, and to answer after a program's deadline
-# What tiers A and B must refuse before a program is trusted to them; the imports must work.
+NUMPY = str(Path(importlib.util.find_spec("numpy").origin).parents[1])  # for tests that use it
+FIRST_UID, UIDS = 65520, 14  # unused by any user (systemd.io/UIDS-GIDS); one per worker, so
+# that programs of different workers cannot signal each other
+GRACE_S = 30  # time for a supervisor to start, or to answer after a program's deadline
+# Tiers A and B must refuse all of this before they run a program; the imports must work.
 TRIAL = """
 import os, socket, decimal, email.message, random, signal
 assert os.getuid()
@@ -49,21 +49,21 @@ for attempt in (
 
 @dataclass(frozen=True)
 class Check:
-    """A candidate's source and the test that it is to pass."""
+    """A candidate's source and the test it must pass."""
 
-    source: str  # the candidate: prompt and completion, say; enters the sandbox
-    test: str = ""  # defines check(candidate), run outside; "": the source need only run to its end
-    entry_point: str = ""  # the name in the source that check is called with
-    prompt: str = ""  # trusted source whose helpers the test may use
-    timeout_s: float = 15.0  # CPU time for each of source and test; BUSY times that on the clock
-    setup: str = ""  # trusted source, such as imports, to run in the sandbox before `source`
+    source: str  # untrusted, such as prompt + completion; runs in the sandbox
+    test: str = ""  # defines check(candidate), runs outside; "": the source need only finish
+    entry_point: str = ""  # name in the source passed to check
+    prompt: str = ""  # trusted source with helpers for the test
+    timeout_s: float = 15.0  # CPU time each for source and test; wall limit BUSY times that
+    setup: str = ""  # trusted source, such as imports, run in the sandbox before `source`
 
 
 @dataclass(frozen=True)
 class Verdict:
-    status: str  # passed, failed, timeout; or infrastructure: says nothing about the candidate
-    detail: str  # why, for a person; "" if passed
-    seconds: float = 0.0  # of CPU time that source and test took
+    status: str  # passed, failed, timeout; infrastructure: no verdict on the candidate
+    detail: str  # human-readable reason; "" if passed
+    seconds: float = 0.0  # CPU time of source and test
 
 
 def run_checks(
@@ -75,10 +75,10 @@ def run_checks(
 ) -> list[Verdict]:
     """Return the verdict of each check, in order; `progress` labels a bar on stderr.
 
-    memory_mb is a candidate's address space. What was killed, as the kernel does when short of
-    memory, runs again, alone; then it has failed. "infrastructure" is the status where no sandbox
-    starts; no program can bring it about. Raises UserError where the tier cannot be had ("auto":
-    neither A nor B).
+    memory_mb limits a candidate's address space. A killed program (the kernel may be out of memory)
+    runs again, alone; killed twice, it has failed. Status "infrastructure" means that no sandbox
+    started; no program can cause it. Raises UserError if the tier is unavailable ("auto": neither A
+    nor B).
     """
     return _run(checks, workers, memory_mb, progress, choose(tier))
 
@@ -86,16 +86,16 @@ def run_checks(
 def run_programs(
     programs: list[str], timeout_s: float = 15.0, workers: int = 2, **limits
 ) -> list[Verdict]:
-    """Run whole programs; one that ends without an exception has passed.
+    """Run whole programs; those that end without an exception pass.
 
-    A program that holds its own test, as synthetic exercises do, can forge that verdict; the
-    sandbox holds all the same.
+    A program that contains its own test, as synthetic exercises do, can forge the verdict. The
+    sandbox still confines it.
     """
     return run_checks([Check(p, timeout_s=timeout_s) for p in programs], workers, **limits)
 
 
 def choose(tier: str = "auto") -> str:
-    """Return the tier to use: the one named, or the best that works here. Raises UserError."""
+    """Return `tier`, or for "auto" the best that works here, A or B. Raises UserError."""
     if tier not in ("auto", *MEANS):
         raise UserError(f"--sandbox {tier!r}: want auto, {', '.join(MEANS)}")
     lacks = []
@@ -104,18 +104,18 @@ def choose(tier: str = "auto") -> str:
         if not missing:
             return candidate
         lacks.append(f"tier {candidate}: {missing}")
-    more = "; --sandbox C runs programs all but unprotected" if tier != "C" else ""
+    more = "; --sandbox C runs programs almost unprotected" if tier != "C" else ""
     raise UserError(f"no sandbox on this machine ({'; '.join(lacks)}){more}")
 
 
 def describe(tier: str) -> str:
-    """Say what holds while a program runs and what does not: recorded with a score."""
+    """Describe the tier's means and what it does not protect; recorded with a score."""
     return f"Sandbox tier {tier}: {MEANS[tier]}. NOT protected: {LACKS[tier]}."
 
 
 @functools.cache
 def _missing(tier: str) -> str:
-    """Return why `tier` does not work here, "" if it does: a trial attacks it."""
+    """Return why `tier` does not work here, "" if it does; TRIAL attacks it."""
     if tier == "A" and not shutil.which("bwrap"):
         return "bubblewrap (bwrap) is not installed"
     if tier == "B" and not landlock_abi():
@@ -142,7 +142,7 @@ def _run(checks, workers, memory_mb, progress, tier) -> list[Verdict]:
     with ThreadPoolExecutor(max(1, len(supervisors))) as pool:
         try:
             verdicts = pool.map(run, checks)
-            hidden = None if progress else True  # None: hidden where stderr is no terminal
+            hidden = None if progress else True  # None: hidden unless stderr is a terminal
             verdicts = list(tqdm(verdicts, progress, len(checks), disable=hidden))
             for i, verdict in enumerate(verdicts):
                 if verdict.status in ("died", "infrastructure"):
@@ -150,19 +150,19 @@ def _run(checks, workers, memory_mb, progress, tier) -> list[Verdict]:
                 if verdicts[i].status == "died":
                     verdicts[i] = replace(verdicts[i], status="failed")
             return verdicts
-        finally:  # on an interrupt too: a supervisor whose stdin closes ends its program
+        finally:  # also on interrupt: a supervisor ends its program when its stdin closes
             pool.shutdown(wait=False, cancel_futures=True)
             for supervisor in supervisors:
-                supervisor.stopped = True  # a thread that comes too late starts no new process
+                supervisor.stopped = True  # a late thread must not start a new process
                 supervisor.close()
 
 
 class _Supervisor:
-    """A supervisor process, started with its first program, and again if a program ends it."""
+    """A supervisor process, started for its first program and restarted if one ends it."""
 
     def __init__(self, tier: str, uid: int, memory_mb: int):
-        # -s -P and an environment of ours are -I, but for the seed of hash(): fixed, so that the
-        # same programs get the same verdicts. -S: no site-packages.
+        # -s -P and our own environment equal -I, but keep PYTHONHASHSEED: a fixed seed makes
+        # verdicts repeatable. -S: no site-packages.
         self.command = [os.path.realpath(sys.executable), "-s", "-P", "-S", "-B"]
         self.command += ["-m", "sandbox.supervise", tier, str(uid), str(memory_mb)]
         self.tier, self.process, self.stopped = tier, None, False
@@ -204,13 +204,13 @@ class _Supervisor:
             raise OSError("the sandbox does not start")
 
     def hear(self, wait_s: float = 0) -> bytes:
-        """Return its next line, empty if it has ended or takes GRACE_S more than `wait_s`."""
+        """Return the next line; empty if the process ended or `wait_s` + GRACE_S passed."""
         poll = select.poll()
         poll.register(self.process.stdout, select.POLLIN)
         return self.process.stdout.readline() if poll.poll((wait_s + GRACE_S) * 1000) else b""
 
     def close(self, wait_s: float = GRACE_S) -> tuple[int, str]:
-        """End the process, or else kill it. Return its exit code and what it last complained of."""
+        """End the process, killing it after `wait_s`. Return exit code and last stderr line."""
         process, self.process = self.process, None
         if process is None:
             return 0, ""

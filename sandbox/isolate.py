@@ -1,12 +1,12 @@
-"""What confines a program that a model wrote: three tiers, and what each does not protect.
+"""Confine model-written programs, in three tiers; LACKS lists what each does not protect.
 
     A  bubblewrap (own mount, pid, network and IPC namespaces), seccomp, rlimits, unprivileged uid
     B  Landlock, seccomp, rlimits, unprivileged uid: where bubblewrap or namespaces are missing
-    C  rlimits and unprivileged uid alone: by explicit flag only
+    C  rlimits and unprivileged uid only: by explicit flag only
 
-All system calls but `CALLS` are refused: no processes, threads, signals, sockets, devices. No file
-can be written and none read but Python's library. Sources: seccomp(2), landlock(7), bwrap(1),
-linux/filter.h. Standard library only, as it runs in the sandbox.
+A and B refuse all system calls but `CALLS` and `ARGUMENTS`: no processes, threads, signals, sockets
+or devices. There a program writes no file and reads only Python's library. C restricts neither.
+Sources: seccomp(2), landlock(7), bwrap(1), linux/filter.h. Standard library only: this runs inside.
 """
 
 import ctypes
@@ -34,8 +34,8 @@ LACKS = {
 FILE_MB, OPEN_FILES = 16, 64
 PACKAGES = ("site-packages", "dist-packages")
 
-# System calls that a program may make, and their numbers on x86_64 and aarch64 (-1: none): reads,
-# memory, time, its own signal handlers, and opening files: what files, bwrap or Landlock say.
+# Allowed system calls and their numbers on x86_64 and aarch64 (-1: none): reads, memory, time, own
+# signal handlers, and opening files; bwrap or Landlock decides which files.
 _CALLS = """
 access 21 -1, alarm 37 -1, arch_prctl 158 -1, brk 12 214, chdir 80 49, clock_getres 229 114,
 clock_gettime 228 113, clock_nanosleep 230 115, close 3 57, dup 32 23, dup2 33 -1, dup3 292 24,
@@ -53,12 +53,12 @@ stat 4 -1, statx 332 291, sysinfo 99 179, time 201 -1, times 100 153, uname 63 1
 writev 20 66
 """
 CALLS = {name: (int(x86), int(arm)) for name, x86, arm in map(str.split, _CALLS.split(","))}
-# Calls that may be made with these values of 32-bit words of their arguments, two words each:
+# Calls allowed only with these argument values, as 32-bit words, two per argument:
 # {name: (numbers, {word: values})}
 ARGUMENTS = {
     "ioctl": ((16, 29), {2: (0x5401, 0x5413, 0x5451)}),  # TCGETS (isatty), TIOCGWINSZ, FIOCLEX
-    "fcntl": ((72, 25), {2: (0, 1, 2, 3, 1030)}),  # dup, flags; not the owner, which gets signals
-    "prlimit64": ((302, 261), {0: (0,), 4: (0,), 5: (0,)}),  # read its own; new limits: NULL
+    "fcntl": ((72, 25), {2: (0, 1, 2, 3, 1030)}),  # dup, flags; not F_SETOWN, which sends signals
+    "prlimit64": ((302, 261), {0: (0,), 4: (0,), 5: (0,)}),  # read own limits; new limits: NULL
 }
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # linux/audit.h
 ALLOW, DENY, KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000  # linux/seccomp.h; 1 is EPERM
@@ -70,16 +70,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def confine(tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid: int) -> None:
-    """Take on the limits of `tier`, for good. `rules` is a fd of `landlock_rules`; uid 0: ours.
+    """Apply the limits of `tier`, irrevocably. `rules`: fd from `landlock_rules`; uid 0: keep ours.
 
-    Raises OSError if one cannot be taken on; then nothing may be run.
+    Raises OSError if a limit cannot be set; run nothing then.
     """
     # NPROC: no new processes or threads; does not bind root.
     limits = {"AS": memory_mb << 20, "FSIZE": FILE_MB << 20, "NOFILE": OPEN_FILES, "CORE": 0,
               "NPROC": 0}  # fmt: skip
     for name, most in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
-    # SIGXCPU says why it ends; who ignores that is killed a second later.
+    # SIGXCPU tells us why it ended; a program that ignores it is killed a second later.
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     if uid:
         os.setgroups([])
@@ -98,7 +98,7 @@ def confine(tier: str, rules: int | None, cpu_s: int, memory_mb: int, uid: int) 
 
 
 def seccomp_filter(machine: str = platform.machine()) -> bytes:
-    """Build the BPF program (struct sock_filter[]) that allows CALLS and ARGUMENTS alone."""
+    """Build the BPF program (struct sock_filter[]) that allows only CALLS and ARGUMENTS."""
     column, architecture = ARCHITECTURES[machine]
     load, equal, back = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (back, 0, 0, KILL), (load, 0, 0, 0)]
@@ -116,17 +116,17 @@ def seccomp_filter(machine: str = platform.machine()) -> bytes:
 
 
 def landlock_abi() -> int:
-    """Return the version of the kernel's Landlock, 0 where there is none."""
+    """Return the kernel's Landlock ABI version, 0 without Landlock."""
     return max(0, _libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1))
 
 
 def landlock_rules() -> int | None:
-    """Open rules that deny all access but reading Python's library: a fd, None: no Landlock."""
+    """Return a ruleset fd that allows only reading Python's library; None without Landlock."""
     abi = landlock_abi()
     if not abi:
         return None
-    # All rights that this kernel can deny: on files (13 in version 1; then refer, truncate, ioctl),
-    # TCP (from version 4), abstract Unix sockets and signals (6).
+    # All rights this kernel can deny: files (13 in ABI 1; then refer, truncate, ioctl), TCP (from
+    # ABI 4), abstract Unix sockets and signals (6).
     files = (1 << 13 + (abi > 1) + (abi > 2) + (abi > 4)) - 1
     rights = struct.pack("QQQ", files, 3 * (abi > 3), 3 * (abi > 5))
     size = 8 * (1 + (abi > 3) + (abi > 5))
@@ -143,7 +143,7 @@ def landlock_rules() -> int | None:
 
 
 def readable() -> list[str]:
-    """List what a program may read: Python's library, without installed packages."""
+    """List readable paths: Python's library without installed packages, and shared libraries."""
     library, base = os.path.dirname(os.__file__), sys.base_prefix
     shared = sorted(glob.glob(f"{base}/lib/*.so*"))
     for name in ("lib64", f"lib/{platform.machine()}-linux-gnu"):
@@ -153,15 +153,15 @@ def readable() -> list[str]:
 
 
 def bwrap(command: list[str], folder: str) -> list[str]:
-    """Return `command` in bubblewrap: it sees Python, shared libraries and the code in `folder`.
+    """Wrap `command` in bubblewrap, with access to Python, shared libraries and `folder`'s code.
 
-    As root, the user is kept and so are the rights to change it: no namespace of users is needed.
+    As root, keep the user and the right to change it; no user namespace is needed.
     """
     library = os.path.dirname(os.__file__)
     binds = [library, folder, os.path.realpath(command[0])]
     binds += [p for p in readable() if not p.startswith(library + "/")]
     packages = [p for n in PACKAGES if os.path.isdir(p := f"{library}/{n}")]
-    # bwrap would give folders above them the modes that they have outside, as 0700 of /root.
+    # bwrap would copy the modes of parent folders, such as 0700 of /root.
     parents = {str(p) for path in [*binds, os.devnull] for p in pathlib.PurePath(path).parents}
     user = ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     if os.geteuid() == 0:

@@ -1,13 +1,12 @@
-"""The trusted process behind execute.py: checks candidates that run in the sandbox.
+"""The trusted process behind execute.py: check candidates that run in the sandbox.
 
-`python -m sandbox.supervise TIER UID MEMORY_MB` starts candidate.py in the sandbox, says "ready",
-reads a job, a JSON object, from each line of stdin, and answers with a JSON line [status, detail,
-CPU seconds]. For each job it forks a child that runs the job's test; the names that the test calls
-are proxies, which ask the candidate. Forking a warm interpreter takes 3 ms, starting a bare one 15
-(measured).
+`python -m sandbox.supervise TIER UID MEMORY_MB` starts candidate.py in the sandbox and prints
+"ready". It reads one job (a JSON object) per line of stdin and answers with a JSON line [status,
+detail, CPU seconds]. Each job's test runs in a forked child; the names it calls are proxies that
+ask the candidate. Forking a warm interpreter takes 3 ms, starting a bare one 15 ms (measured).
 
-A program may take `timeout_s` of CPU time, in whole seconds, so that a busy machine fails none, and
-BUSY times that on the clock.
+A program may use `timeout_s` of CPU time, rounded up to whole seconds, so that a busy machine fails
+none, and BUSY times `timeout_s` of wall time.
 """
 
 import ast
@@ -26,13 +25,13 @@ import sys
 from sandbox import isolate, tagged
 from sandbox.candidate import WARM, detach, forget_project, import_through_descriptors
 
-BUSY = 3.0  # times its CPU time that a program may take on the clock
-END_S = 10  # for a candidate that was killed to be gone
-LAST_WORDS_S = 0.5  # for a candidate that closed its socket to end, so that we can tell how
+BUSY = 3.0  # wall limit, in multiples of the CPU limit
+END_S = 10  # time for a killed candidate to be gone
+LAST_WORDS_S = 0.5  # time for a candidate that closed its socket to end and report how
 
 
 def main() -> None:
-    """Answer each job on stdin until it closes; end after an answer that is no verdict."""
+    """Answer jobs from stdin until it closes; exit after "died" or "infrastructure"."""
     for name in (*WARM, "random", "math", "numbers"):
         importlib.import_module(name)
     supervisor = Supervisor(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
@@ -50,7 +49,7 @@ def main() -> None:
 
 
 class Supervisor:
-    """A sandbox with a process in it, and what is needed to check its candidates."""
+    """A sandbox, the process inside it, and the checks of its candidates."""
 
     def __init__(self, tier: str, uid: int, memory_mb: int):
         self.tier, self.uid, self.memory_mb = tier, uid, memory_mb
@@ -62,16 +61,16 @@ class Supervisor:
         self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL)
         theirs.close()
         if self.control.recv(64) != b"ready":
-            sys.exit()  # it has said why on stderr
+            sys.exit()  # the reason is on stderr
         self.rules = isolate.landlock_rules() if tier != "C" else None
         forget_project()
         if uid:
             import_through_descriptors()
 
     def run(self, job: dict) -> tuple[str, str, float]:
-        """Return (status, detail, CPU seconds) of an execute.Check as a dict.
+        """Run an execute.Check, given as a dict; return (status, detail, CPU seconds).
 
-        The status "died" says that something killed the sandbox or a process in it.
+        Status "died" means that the sandbox or a process in it was killed.
         """
         timeout_s = job["timeout_s"]
         cpu_s = math.ceil(timeout_s)
@@ -91,7 +90,7 @@ class Supervisor:
         pidfd = os.pidfd_open(pid)
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        poll.register(sys.stdin, select.POLLIN)  # the evaluator sends nothing now: it can be gone
+        poll.register(sys.stdin, select.POLLIN)  # readable only if the evaluator is gone
         ready = [fd for fd, _ in poll.poll(BUSY * timeout_s * 1000)]
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -126,7 +125,7 @@ class Supervisor:
         return *verdict, round(sum(cpu), 4)
 
     def check(self, job: dict, cpu_s: int, channel: int, report: int) -> None:
-        """Run the test in the fork, confined too, write [status, detail]; never return."""
+        """In the fork: confine it too, run the test, write [status, detail]; never return."""
         try:
             try:
                 detach()
@@ -136,12 +135,12 @@ class Supervisor:
             else:
                 status, detail = check(job, Candidate(channel))
             os.write(report, json.dumps([status, detail[:300]]).encode())
-        finally:  # whatever was raised, such as MemoryError
+        finally:  # on any error, such as MemoryError
             os._exit(0)
 
 
 def import_numpy() -> None:
-    """Import numpy, for tests alone: they are confined and could not read its files."""
+    """Import numpy, for tests only, before confinement hides its files."""
     sys.path.append(os.environ["NUMPY"])
     for name in ("numpy", "numpy.testing"):
         importlib.import_module(name)
@@ -149,9 +148,9 @@ def import_numpy() -> None:
 
 
 def check(job: dict, candidate: "Candidate") -> tuple[str, str]:
-    """Load the source of `job` in the sandbox and run its test here: (status, detail).
+    """Load the source of `job` in the sandbox, run its test here; return (status, detail).
 
-    "broken" is the status of a candidate that ended or broke the protocol: no test can excuse it.
+    Status "broken": the candidate ended or broke the protocol, and the test cannot override that.
     """
     try:
         hello = candidate.receive()
@@ -172,13 +171,13 @@ def check(job: dict, candidate: "Candidate") -> tuple[str, str]:
 
 
 def _names(job: dict, candidate: "Candidate") -> dict:
-    """Return what a test may use: the prompt's names, modules, else the candidate's names.
+    """Return the test's globals: names from the prompt, modules, else proxies to the candidate.
 
-    Helpers in a prompt, such as `poly` of HumanEval/32, run here: a candidate that redefines them
-    changes nothing. Names that only a solution can define, as MBPP's `Pair`, are forwarded to it.
+    Prompt helpers, such as `poly` of HumanEval/32, run here, so a candidate cannot redefine them.
+    Names only a solution can define, such as MBPP's `Pair`, are forwarded to the candidate.
     """
     names = {"__name__": "test"}
-    for body in ("", "\n    pass\n"):  # a prompt without docstring lacks a body
+    for body in ("", "\n    pass\n"):  # a prompt without docstring has no body
         with contextlib.suppress(SyntaxError, ValueError):
             exec(compile(job["prompt"] + body, "<prompt>", "exec"), names)
             break
@@ -195,34 +194,34 @@ def _names(job: dict, candidate: "Candidate") -> dict:
 
 
 class Broken(BaseException):
-    """The candidate ended or broke the protocol. No `except Exception` of a test catches it."""
+    """The candidate ended or broke the protocol. A test's `except Exception` cannot catch it."""
 
 
 class CandidateError(Exception):
-    """The candidate raised what is no builtin exception, or one that would steer a loop here."""
+    """The candidate raised a non-builtin exception, or one that would end a loop here."""
 
 
 def _error(name: str, message: str) -> Exception:
-    """Return the builtin exception of that name, or else a CandidateError."""
+    """Return the builtin exception called `name`, else a CandidateError."""
     kind = getattr(builtins, str(name), None)
     is_error = isinstance(kind, type) and issubclass(kind, Exception)
     if is_error and not issubclass(kind, (StopIteration, StopAsyncIteration)):
-        with contextlib.suppress(TypeError):  # a UnicodeDecodeError takes more
+        with contextlib.suppress(TypeError):  # UnicodeDecodeError takes more arguments
             return kind(message)
     return CandidateError(f"{name}: {message}")
 
 
 class Candidate:
-    """Our end of the socket to the candidate, used as a file: we are confined, too."""
+    """Our end of the candidate's socket, used as a file because this process is confined too."""
 
     def __init__(self, fd: int):
         self._requests, self._answers = os.fdopen(fd, "wb"), os.fdopen(os.dup(fd), "rb")
-        self.broken = ""  # why, once it is
+        self.broken = ""  # the reason, once broken
 
     def request(self, what: str, number: int, *rest):
-        """Ask the candidate ("call", number, args, kwargs) and the like; raises its error.
+        """Send a request such as ("call", number, args, kwargs); return or raise the outcome.
 
-        Raises TypeError for an argument that cannot be sent, Broken if there is no proper answer.
+        Raises TypeError for an argument that cannot be sent, Broken without a valid answer.
         """
         message = tagged.encode((what, number, *rest), _number)
         try:
@@ -245,7 +244,7 @@ class Candidate:
         raise _error(name, message)
 
     def receive(self):
-        """Return the next message, whatever it is; Broken if there is none."""
+        """Return the next message, unchecked. Raises Broken if there is none."""
         line = self._answers.readline(tagged.MAX_BYTES + 1)
         try:
             return tagged.loads(line)
@@ -258,9 +257,9 @@ class Candidate:
 
 
 class Remote:
-    """Something in the sandbox that is no data: a function, class, object. Equal to itself alone.
+    """Proxy for a non-data object in the sandbox: function, class, instance. Equal only to itself.
 
-    Each answer makes a new one, so that a candidate cannot make two answers equal.
+    Each answer creates a new proxy, so that a candidate cannot make two answers equal.
     """
 
     __slots__ = ("_candidate", "_number")
@@ -273,7 +272,7 @@ class Remote:
         return self._candidate.request("call", self._number, args, kwargs)
 
     def __getattr__(self, name: str):
-        if name.startswith("__"):  # numpy would believe an __array_interface__ and read our memory
+        if name.startswith("__"):  # numpy would trust __array_interface__ and read our memory
             raise AttributeError(name)
         return self._candidate.request("get", self._number, name)
 
@@ -282,7 +281,7 @@ class Remote:
 
 
 def _number(value) -> int:
-    """Return how the candidate knows `value`, which is no data. Raises TypeError if it does not."""
+    """Return the candidate's number for a Remote. Raises TypeError for any other value."""
     if not isinstance(value, Remote):
         raise TypeError(f"a test passes a {type(value).__name__}, which cannot enter the sandbox")
     return value._number
@@ -291,7 +290,7 @@ def _number(value) -> int:
 def _message(e: BaseException) -> str:
     try:
         return f"{type(e).__name__}: {e}"[:200]
-    except ValueError:  # an int of more digits than Python prints
+    except ValueError:  # an int with more digits than Python prints
         return type(e).__name__
 
 

@@ -1,9 +1,9 @@
-"""Values as tagged JSON: what a check and a candidate say to each other across the sandbox.
+"""Tagged JSON: the wire format between check and candidate, across the sandbox.
 
-None, bool, str, list, float and small ints stand for themselves; any other value is an object whose
-one key is its type: {"tuple": [1, 2]}, {"bytes": "ff"}, {"dict": [[key, value], ...]}. Decoding
-builds exact types, so no object of the sender's can answer for itself when it is compared.
-Standard library only, as the sandbox imports it.
+None, bool, str, list, float and small ints stand for themselves; any other value is an object with
+its type as the only key: {"tuple": [1, 2]}, {"bytes": "ff"}, {"dict": [[key, value], ...]}.
+Decoding builds exact types, so the sender cannot override comparisons. Standard library only, as
+the sandbox imports it.
 """
 
 import builtins
@@ -16,12 +16,12 @@ from datetime import date, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
 
-MAX_BYTES = 64 << 20  # of a message; the longest answers of HumanEval+ are lists of 10^6 numbers
-MAX_ITEMS = 100_000  # that an iterator may give
-BIG = 1 << 62  # larger ints travel as hex: decimal digits take quadratic time, and Python refuses
-# to read more than 4300 of them
+MAX_BYTES = 64 << 20  # per message; HumanEval+'s longest answers are lists of 10^6 numbers
+MAX_ITEMS = 100_000  # per iterator
+BIG = 1 << 62  # larger ints travel as hex: parsing decimal takes quadratic time, and Python refuses
+# more than 4300 digits
 PLAIN = {type(None), bool, str, float, int}
-# Types that travel without items: how to write them for JSON, and how to build them again.
+# Types without items: (encode for JSON, decode).
 FLAT = {
     bytes: (bytes.hex, bytes.fromhex),
     bytearray: (bytearray.hex, bytearray.fromhex),
@@ -45,7 +45,7 @@ def taken(iterator: Iterator) -> list:
     return items
 
 
-# Types that travel as a list of items, the derived first: how to list and how to build them.
+# Types sent as a list of items, derived types first: (list items, rebuild).
 COLLECTIONS = {
     tuple: (list, tuple),
     set: (list, set),
@@ -67,11 +67,11 @@ COLLECTIONS = {
     Iterator: (taken, iter),
 }
 BUILD_COLLECTION = {kind.__name__: build for kind, (_, build) in COLLECTIONS.items()}
-MUTABLE = (list, bytearray, deque, array, dict, set)  # what a callee can change
+MUTABLE = (list, bytearray, deque, array, dict, set)  # types a callee can change in place
 
 
 def replace(value, new) -> None:
-    """Give `value`, of a type in MUTABLE, the content of `new`. Raises TypeError for another."""
+    """Replace the content of `value`, a MUTABLE, by that of `new`. Raises TypeError otherwise."""
     if type(new) is not type(value) or not isinstance(value, MUTABLE):
         raise TypeError(f"a {type(value).__name__} cannot become a {type(new).__name__}")
     if isinstance(value, (list, bytearray, array)):
@@ -82,9 +82,9 @@ def replace(value, new) -> None:
 
 
 def encode(value, other: Callable[[object], object]) -> object:
-    """Encode for json.dumps; `other(x)` stands for an x that is no data, such as a function.
+    """Encode for json.dumps; non-data x, such as a function, is sent as `other(x)`.
 
-    A value of a derived class (namedtuple, IntEnum) is sent as the type above it that travels.
+    A derived class (namedtuple, IntEnum) is sent as its nearest supported base type.
     """
     if value is None or isinstance(value, (bool, str, float)):
         return value
@@ -92,7 +92,7 @@ def encode(value, other: Callable[[object], object]) -> object:
         return int(value) if -BIG < value < BIG else {"int": hex(value)}
     if isinstance(value, list):
         if set(map(type, value)) <= PLAIN and all(-BIG < x < BIG for x in value if type(x) is int):
-            return value  # a tenth of the time
+            return value  # fast path: a tenth of the time
         return [encode(x, other) for x in value]
     for kind, (flat, _) in FLAT.items():
         if isinstance(value, kind):
@@ -106,15 +106,15 @@ def encode(value, other: Callable[[object], object]) -> object:
 
 
 def decode(value, remote: Callable[[object], object]):
-    """Invert `encode`; `remote(x)` is the object for what `other` gave.
+    """Invert `encode`; `remote(x)` maps the output of `other` back to an object.
 
-    Raises ValueError, TypeError, LookupError or ArithmeticError for what `encode` cannot have made.
+    Raises ValueError, TypeError, LookupError or ArithmeticError for input `encode` cannot produce.
     """
     if type(value) in PLAIN:
         return value
     if isinstance(value, list):
         if set(map(type, value)) <= PLAIN:
-            return value[:]  # a copy: the message is what an argument was before it changed
+            return value[:]  # a copy: the message keeps the arguments as sent
         return [decode(x, remote) for x in value]
     if len(value) != 1:
         raise ValueError(f"not a tagged value: {value!r:.80}")
@@ -131,7 +131,7 @@ def decode(value, remote: Callable[[object], object]):
 
 
 def dumps(message) -> bytes:
-    """Return a message as one line. Raises OverflowError if it is longer than MAX_BYTES.
+    """Serialise a message to one line. Raises OverflowError beyond MAX_BYTES.
 
     Not escaped to ASCII: an escaped pair of lone surrogates would be read as one character.
     """
@@ -142,7 +142,7 @@ def dumps(message) -> bytes:
 
 
 def loads(line: bytes):
-    """Return the message of a whole line. Raises ValueError or RecursionError for what is none."""
+    """Parse one complete line. Raises ValueError or RecursionError for an invalid message."""
     if line[-1:] != b"\n":
         raise ValueError(f"a message that is cut short, or of more than {MAX_BYTES} bytes")
     return json.loads(line.decode("utf-8", "surrogatepass"))
