@@ -420,15 +420,17 @@ class Scores:
     def page(self) -> str:
         c, sizes = self.models[0].config, "; ".join(self.sizes.values())
         tables = "".join(table(rows, 2) for rows in self.tables())
-        writes = """ It also writes each function once, greedily; a function is solved if it passes
-all its tests.""" * any(self.cells[x] for x in SETS)
+        predicts = """We measure how well it predicts the reference solutions of problems it never
+saw (bits per byte), and how often it rates them more likely than copies with one small mistake
+(preferred).""" * any(self.cells[x] for x in COMPARED)
+        writes = """It writes each function of each set once, greedily; a function is solved if it
+passes all its tests.""" * any(self.cells[x] for x in SETS)
         return page("nanophi: phi-1 in miniature", f"""<p class=note>{sizes}; vocabulary
 {c["vocab_size"]:,}, context {c["seq_len"]}; commit {escape(c["commit"])}, torch
 {escape(c["torch"])}, {escape(c["device"])}</p>
 <h2>Does better data make a better model?</h2>
 <p>We train the same model from scratch on different data, for nearly the same number of tokens.
-We measure how well it predicts the reference solutions of problems it never saw (bits per byte),
-and how often it rates them more likely than copies with one small mistake (preferred).{writes}</p>
+{predicts} {writes}</p>
 {"".join(map(self.figure, FIGURES))}{self.passk()}<h2>The numbers</h2>
 <p>Mean over seeds, with the lowest and highest seed in parentheses; for a single seed or a step,
 the 95% interval over problems. Rerun one bar of a ladder: <code>make ladder BAR=RUNG-SIZE-sSEED
