@@ -10,8 +10,8 @@ is input shard i minus the removed; removed/ names the kept document for each of
 Groups can drift: a is like b, b like c, a not like c. "drifted" counts removed documents with a
 Jaccard index below the threshold to the one kept in their place.
 
-Each rank holds about 220 bytes per document in memory. Signatures (0.5 kB per document)
-and shingles (about the size of the text) are memory-mapped files in the working folder.
+Each rank holds about 220 bytes per document in memory. Signatures (0.5 kB per document) and
+shingles (about the size of the text) are memory-mapped files in the working folder.
 """
 
 import itertools

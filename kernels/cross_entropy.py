@@ -5,10 +5,9 @@
 
 Kernel: one program per row [V], two passes. The first reads the row from HBM for lse (online
 softmax), the second rereads it from L2 and writes dlogits in place. A row of 51,200 bf16 logits is
-100 KiB; at 16 warps a row 4 programs fit an SM, so 44 MB are in flight on an A100 (L2: 40 MB) and
-54 MB on an H100 (50 MB): some second reads may miss. Memory bound: 4 bytes of HBM traffic and two
-exponentials per bf16 logit, 6 bytes if the second read misses. One H200: 51% of the copy rate
-counting 4 bytes, 77% counting 6 (LOG.md, 2026-11-28).
+100 KiB; at 16 warps a row 2 programs fit an SM, so 22 MB are in flight on an A100 (L2: 40 MB) and
+27 MB on an H100 (50 MB). Memory bound: 4 bytes of HBM traffic and two exponentials per bf16 logit.
+One H200: 51% of the copy rate, cause not known (77% if all second reads missed L2; LOG.md).
 
 `linear_cross_entropy` fuses the LM head: it computes logits and all gradients chunk by chunk, so at
 most `chunk_rows` rows of logits exist. Cost: three GEMMs, 6 N C V FLOP.

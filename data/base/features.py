@@ -187,7 +187,8 @@ def load_encoder(path: Path) -> tuple:
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
-        raise UserError("--encoder: pip install transformers tokenizers") from None
+        to_do = "pip install transformers tokenizers"
+        raise UserError(f"--encoder needs transformers: {to_do}") from None
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **local)
