@@ -12,8 +12,8 @@ Cost: 2 N C (3C + M), 2 N C (C + M) and 2 N C M FLOP; compute bound at phi-1's w
 C = 2048, M = 8192: 1.9, 1.4 and 1.1 TFLOP).
 
 sm_90 loads operands by TMA. sm_80 uses pointers: descriptors lower to plain loads there, without
-cp.async, and spill hundreds of bytes (128-wide tiles). With dropout
-out_proj_fwd takes 128 x 128 tiles: two 256 x 128 accumulators spill 520 bytes a thread in the loop.
+cp.async, and spill hundreds of bytes (128-wide tiles). With dropout out_proj_fwd takes 128 x 128
+tiles: two 256 x 128 accumulators spill 520 bytes a thread in the loop.
 """
 
 import torch
